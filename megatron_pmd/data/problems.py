@@ -1,0 +1,21 @@
+"""What is asked: one problem, whatever file or generator it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt with what its reward needs to know."""
+
+    index: int
+    """Position in its source; stable between runs."""
+    messages: tuple[dict[str, str], ...]
+    """Chat messages with `role` and `content`, the system prompt included."""
+    answer: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Further columns of the file, or the reasoning-gym entry."""
+    tokens: tuple[int, ...] = ()
+    """The rendered chat, ready for generation."""

@@ -1,0 +1,37 @@
+"""The few kinds of failure a user can meet; every message says what, where, and what to do."""
+
+
+class PmdError(Exception):
+    """Any failure that is reported to the user as one message, without a traceback."""
+
+
+class ConfigError(PmdError):
+    """The configuration is wrong: unknown key, value out of range, numbers that do not divide."""
+
+
+class LayoutError(ConfigError):
+    """The parallel layout does not fit the number of ranks or the model."""
+
+
+class DataError(PmdError):
+    """A prompt file is empty, malformed or missing; names the file and the line."""
+
+
+class ModelError(PmdError):
+    """A model folder is incomplete, or a tensor in it is missing or has the wrong shape."""
+
+
+class EngineError(PmdError):
+    """A rollout engine did not start, died, or missed a deadline; carries its log's last lines."""
+
+
+class StaleWeights(PmdError):
+    """An engine serves other weights than the actor holds."""
+
+
+class CheckpointError(PmdError):
+    """A checkpoint could not be written or read."""
+
+
+class NonFiniteLoss(PmdError):
+    """A loss or gradient norm is NaN or infinite; names iteration and step."""
