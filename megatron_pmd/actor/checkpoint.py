@@ -1,0 +1,125 @@
+"""Checkpoints: megatron-core's sharded format in a folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.errors import CheckpointError
+
+# `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+STATE_FILE = "run_state.json"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a run's checkpoint folder."""
+    complete = [path for path in folder.glob("iteration-*") if (path / STATE_FILE).is_file() and not path.suffix]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """What the driver kept beside the tensors: iteration, step, prompt order, weight version."""
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE_FILE}: {error}; delete this checkpoint to resume from another") from None
+
+
+def save(folder: Path, iteration: int, run_state: dict[str, Any], model: Any, optimizer: Any, control: Control, keep: int) -> Path:
+    """Write `folder/iteration-N` from all ranks, publish it by renaming, and delete all but the newest `keep`.
+
+    Raises CheckpointError when writing fails (a full disk, say); earlier checkpoints stay as they were.
+    """
+    final = folder / f"iteration-{iteration}"
+    partial = final.with_suffix(".partial")
+    if control.is_driver:
+        for stale in folder.glob("*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+    control.barrier()
+    try:
+        dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial))
+        if control.is_driver:
+            _write_durably(partial / STATE_FILE, json.dumps(run_state))
+    except Exception as error:
+        kept = latest(folder)
+        raise CheckpointError(
+            f"{partial}: could not be written: {type(error).__name__}: {error}; "
+            + (f"{kept} is complete and will be resumed from" if kept else "there is no earlier checkpoint")
+        ) from error
+    control.barrier()
+    if control.is_driver:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        done = sorted(folder.glob("iteration-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in done[:-keep]:
+            shutil.rmtree(old)
+    control.barrier()
+    return final
+
+
+def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
+    """Restore weights, optimizer and this rank's random states from a checkpoint of any layout of the same model."""
+    state = _sharded_state(model, optimizer, is_loading=True)
+    same_world = dist_checkpointing.load_common_state_dict(str(checkpoint))["world_size"] == dist.get_world_size()
+    if not same_world:  # each rank's own generator has no meaning under another number of ranks
+        del state["random"]
+    try:
+        loaded = dist_checkpointing.load(state, str(checkpoint))
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint}: cannot be read: {type(error).__name__}: {error}; delete this folder to resume from an earlier one"
+        ) from error
+    unwrap_model(model).load_state_dict(loaded["model"], strict=True)
+    optimizer.load_state_dict(loaded["optimizer"])
+    if same_world:
+        _restore_random_state(loaded["random"])
+
+
+def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    tensors = unwrap_model(model).sharded_state_dict(metadata=metadata)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        "model": tensors,
+        "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=OPTIMIZER_FORMAT),
+        "random": ShardedObject("random", _random_state(), (world,), (rank,)),
+        "world_size": world,
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

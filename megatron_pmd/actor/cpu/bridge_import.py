@@ -1,0 +1,52 @@
+"""Importing Megatron-Bridge 0.3.1 where neither Triton nor Transformer Engine exists."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import torch
+
+TE_CLASSES = (
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNorm",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "TransformerLayer",
+)
+# megatron-core decides at import whether TE exists; it must have decided before the stand-in below appears
+CORE_MODULES = (
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.transformer.multi_latent_attention",
+)
+
+
+def import_bridge() -> None:
+    """Import megatron.bridge with a short-lived, empty transformer_engine.
+
+    megatron/bridge/peft/utils.py imports transformer_engine.pytorch unconditionally, only to name its classes.
+    """
+    for name in CORE_MODULES:
+        importlib.import_module(name)
+    engine, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    for module in (engine, pytorch):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        module.__path__ = []
+    engine.__version__ = "2.11.0"  # type: ignore[attr-defined]
+    engine.pytorch = pytorch  # type: ignore[attr-defined]
+    for name in TE_CLASSES:
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
+    pytorch.ops = types.SimpleNamespace(Sequential=torch.nn.Sequential)  # type: ignore[attr-defined]
+    sys.modules.update({"transformer_engine": engine, "transformer_engine.pytorch": pytorch})
+    try:
+        importlib.import_module("megatron.bridge")
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]

@@ -1,0 +1,179 @@
+"""CPU modules with the names and parameters of Transformer Engine's, so that both builds share checkpoints and mappings.
+
+megatron-core has these only through Transformer Engine, which cannot be imported on a CPU. Megatron-Bridge tells
+column- from row-parallel weights by class name; the names below are therefore TE's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
+
+    The mark on the weight is all it takes: finalize_model_grads() then sums its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PackedAttention(MegatronModule):
+    """Causal grouped-query attention within each packed sequence, by torch's SDPA.
+
+    The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes after every
+    real token and is therefore never attended to.
+    """
+
+    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: Any, **__: Any
+    ) -> torch.Tensor:
+        """query [tokens, heads, dim], key and value [tokens, groups, dim] -> [tokens, heads * dim]"""
+        bounds = packed_seq_params.cu_seqlens_q.long()
+        lengths = bounds.diff()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position = torch.arange(query.size(0)) - bounds[sequence]
+        longest = int(lengths.max())
+
+        def batched(x: torch.Tensor) -> torch.Tensor:
+            padded = x.new_zeros((len(lengths), longest, *x.shape[1:]))
+            return padded.index_put((sequence, position), x).transpose(1, 2)
+
+        output = F.scaled_dot_product_attention(
+            batched(query), batched(key), batched(value), is_causal=True, scale=self.scale, enable_gqa=True
+        )
+        return output.transpose(1, 2)[sequence, position].flatten(1)
+
+
+class TELayerNormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm and a column-parallel linear in one module, as TE fuses them."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(F.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps), *args, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+class _GroupedLinear(torch.nn.Module):
+    """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens."""
+
+    parallel_dimension: int
+
+    def __init__(
+        self, num_gemms: int, input_size: int, output_size: int, *, config: Any, init_method: Any, pg_collection: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        self.num_gemms, self.groups = num_gemms, pg_collection
+        shape = [output_size, input_size]
+        shape[self.parallel_dimension] //= pg_collection.expt_tp.size()
+        for i in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            init_method(weight)
+            set_tensor_model_parallel_attributes(weight, True, self.parallel_dimension, 1)
+            weight.allreduce = config.expert_model_parallel_size == 1
+            self.register_parameter(f"weight{i}", weight)
+
+    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
+        parts = torch.split(x, m_splits)
+        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        experts = self.groups.ep.size() * self.num_gemms
+        first = self.groups.ep.rank() * self.num_gemms
+        state = self.state_dict(prefix="", keep_vars=True)
+        sharded = {}
+        for i in range(self.num_gemms):
+            one = make_sharded_tensors_for_checkpoint(
+                {f"{i}.weight": state[f"weight{i}"]},
+                "",
+                {f"{i}.weight": self.parallel_dimension},
+                (*sharded_offsets, (len(sharded_offsets), first + i, experts)),
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(one, f"{i}.", prefix)
+            tensor = one[f"{i}.weight"]
+            tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
+            sharded[f"{prefix}weight{i}"] = tensor
+        return sharded
+
+
+class TEColumnParallelGroupedLinear(_GroupedLinear):
+    parallel_dimension = 0
+
+
+class TERowParallelGroupedLinear(_GroupedLinear):
+    parallel_dimension = 1
+
+
+def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
+    """megatron-core's local layer spec with the modules above where Transformer Engine's would stand."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if is_moe:
+        layer.pre_mlp_layernorm = RMSNorm
+        experts = layer.mlp.submodules.experts
+        experts.module = TEGroupedMLP
+        experts.submodules = MLPSubmodules(
+            linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+        )
+    else:
+        layer.pre_mlp_layernorm = IdentityOp
+        layer.mlp.submodules.linear_fc1 = TELayerNormColumnParallelLinear
+    return spec
+
+
+def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's layers; handles models whose layers are not all MoE."""
+    pattern = [False] * config.num_layers
+    if config.num_moe_experts:
+        frequency = config.moe_layer_freq
+        pattern = [
+            bool(frequency[i]) if isinstance(frequency, list) else i % frequency == 0 for i in range(config.num_layers)
+        ]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [layer_spec(config, is_moe) for is_moe in pattern[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

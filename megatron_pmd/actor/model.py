@@ -1,0 +1,213 @@
+"""The policy: a GPTModel of megatron-core made from a Hugging Face folder, with its weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.module import Float16Module
+from safetensors import safe_open
+
+from megatron_pmd.actor.cpu import bridge_import
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import ConfigError, LayoutError, ModelError
+from megatron_pmd.rollout.cpu import stub_path
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What only CUDA has, or what differs between gloo and NCCL (shared docs: cpu.md)
+CPU_SETTINGS = dict(
+    use_cpu_initialization=True,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    gradient_accumulation_fusion=False,
+    apply_rope_fusion=False,
+    cross_entropy_loss_fusion=False,
+    persist_layer_norm=False,
+    tp_comm_overlap=False,
+    moe_permute_fusion=False,
+    moe_router_fusion=False,
+    moe_shared_expert_overlap=False,
+    # freeing a stage's output while gloo still sends it gives nondeterministic gradients
+    deallocate_pipeline_outputs=False,
+)
+
+
+def load_bridge(path: Path) -> Any:
+    """Megatron-Bridge's AutoBridge for a Hugging Face folder, with a configuration in the shape it reads.
+
+    Raises ModelError for a folder that is not a complete model, or a family that the bridge does not know.
+    """
+    _check_files(path)
+    if torch.cuda.is_available():
+        importlib.import_module("megatron.bridge")
+    else:
+        sys.path.append(str(stub_path()))  # the bridge imports triton; none of its kernels runs here
+        bridge_import.import_bridge()
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    AutoMapping.register_module_type("RMSNorm", "replicated")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(str(path))
+    except ValueError as error:
+        raise ModelError(f"{path}: Megatron-Bridge cannot map this model: {error}") from None
+    config = bridge.hf_pretrained.config
+    # Megatron-Bridge 0.3.1 reads transformers 4's rope_theta and rope_scaling. In transformers 5 both live in
+    # rope_parameters: without this the weights load bit for bit and the logits are wrong, silently.
+    rope = dict(config.rope_parameters)
+    config.rope_theta = rope["rope_theta"]
+    if rope.get("rope_type", "default") == "default":
+        config.rope_scaling = None
+        config.rope_parameters = None
+    return bridge
+
+
+def _check_files(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json; model.path must be a Hugging Face model folder")
+    if not list(path.glob("*.safetensors")):
+        raise ModelError(f"{path}: no *.safetensors; the folder has a configuration but no weights")
+
+
+def tensors_in(path: Path) -> dict[str, list[int]]:
+    """Name and shape of every tensor in a Hugging Face folder, from the files' headers.
+
+    Raises ModelError for a truncated file, or one that the index names and the folder lacks.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
+        except Exception as error:  # safetensors has its own exception type, not derived from OSError
+            raise ModelError(f"{file}: cannot be read: {error}; is the file complete?") from None
+    return shapes
+
+
+def provider_for(bridge: Any, config: RunConfig) -> Any:
+    """The bridge's TransformerConfig for this model, with our layout and precision and the recipe's own settings."""
+    layout, dtype = config.layout, DTYPES[config.model.precision]
+    provider = bridge.to_megatron_provider(load_weights=False)
+    settings: dict[str, Any] = dict(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=False,
+        # packed micro-batches differ in length; pipeline stages tell each other the shape
+        variable_seq_lengths=True,
+        # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
+        calculate_per_token_loss=True,
+        attention_softmax_in_fp32=True,
+        should_pad_vocab=provider.vocab_size % layout.tensor != 0,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_dtype="fp32",
+        # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+    )
+    if config.actor.recompute == "full":
+        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if not torch.cuda.is_available():
+        settings.update(CPU_SETTINGS)
+    unknown = [name for name in config.actor.megatron if not hasattr(provider, name)]
+    if unknown:
+        raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
+    settings.update(config.actor.megatron)
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    _check_divides(provider, config)
+    if not torch.cuda.is_available():
+        from megatron_pmd.actor.cpu.modules import block_spec
+
+        provider.transformer_layer_spec = block_spec
+    provider.finalize()
+    provider.finalize_model_grads_func = finalize_model_grads
+    return provider
+
+
+def _check_divides(provider: Any, config: RunConfig) -> None:
+    layout = config.layout
+    rules = [
+        ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
+        ("key-value heads", provider.num_query_groups, "tensor", layout.tensor),
+        ("layers", provider.num_layers, "pipeline", layout.pipeline),
+    ]
+    if provider.num_moe_experts:
+        rules.append(("experts", provider.num_moe_experts, "expert", layout.expert))
+    elif layout.expert > 1:
+        raise LayoutError(f"layout.expert={layout.expert}, but {config.model.path} has no experts")
+    for what, count, key, size in rules:
+        if count % size:
+            raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {config.model.path}")
+
+
+def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
+    """This rank's part of the policy, with the folder's weights, wrapped for data parallelism.
+
+    Raises ModelError naming a tensor that is missing or has the wrong shape.
+    """
+    provider = provider_for(bridge, config)
+    module = provider.provide(
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
+    )
+    load_weights(bridge, module, Path(config.model.path))
+    if torch.cuda.is_available():
+        module.cuda()
+    if provider.bf16:
+        module = Float16Module(provider, module)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(provider, ddp, module)
+
+
+def load_weights(bridge: Any, module: torch.nn.Module, path: Path) -> None:
+    """Copy the folder's tensors into the module, after checking that every one it needs is there."""
+    present = tensors_in(path)
+    needed: set[str] = set()
+    for task in bridge.get_conversion_tasks([module]):
+        names = task.mapping.hf_param
+        needed.update(names.values() if isinstance(names, dict) else [names])
+    missing = sorted(needed - present.keys())
+    if missing:
+        raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+    _check_shapes(bridge, path, present)
+    bridge.load_hf_weights([module])
+
+
+def _check_shapes(bridge: Any, path: Path, present: dict[str, list[int]]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    experts = {
+        "gate_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
+        "up_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
+        "down_proj": [config.hidden_size, getattr(config, "moe_intermediate_size", 0)],
+    }
+    for name, shape in present.items():
+        if name in expected:
+            right = list(expected[name].shape)
+        elif ".mlp.experts." in name:  # transformers 5 keeps a layer's experts in one tensor, files have one each
+            right = experts[name.split(".")[-2]]
+        else:
+            continue
+        if list(shape) != right:
+            raise ModelError(f"{path}: tensor {name} has shape {shape}, config.json asks for {right}")

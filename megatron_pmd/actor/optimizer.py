@@ -1,0 +1,51 @@
+"""The optimizer of the actor and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_pmd.actor.model import DTYPES
+from megatron_pmd.config import Optimizer, Precision
+
+
+def build(model: Any, settings: Optimizer, precision: Precision) -> MegatronOptimizer:
+    """megatron-core's distributed Adam: fp32 main parameters and moments, shared out over the data-parallel ranks."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.gradient_clip,
+            bf16=DTYPES[precision] is torch.bfloat16,
+            params_dtype=DTYPES[precision],
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+
+
+def learning_rate(settings: Optimizer, step: int) -> float:
+    """Linear warm-up from 0 over warmup_steps, then constant. `step` counts from 0 over the whole run."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    return settings.learning_rate
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def reset_state(optimizer: MegatronOptimizer) -> None:
+    """Moments and step counts back to zero, as if no step had been taken."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()

@@ -1,0 +1,130 @@
+"""What a step tells about its subproblem: how far it is solved, how far π_θ is from π_t, and π_t from π_b."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_pmd.algorithm.baselines import Floats, advantages, rows_by_size
+from megatron_pmd.algorithm.closed_form import optimum_mean
+
+
+def diagnostics(
+    per_sequence: Mapping[str, ArrayLike],
+    *,
+    advantage: ArrayLike,
+    reward: ArrayLike,
+    group: ArrayLike,
+    baseline: str,
+    tau: float,
+) -> dict[str, float]:
+    """One optimizer step's diagnostics, over all its micro-batches and data-parallel ranks.
+
+    per_sequence      LossTerms.per_sequence of every micro-batch, concatenated: arrays [sequences]
+    advantage, reward [sequences] in reward units, in the same order
+    group             [sequences] integer label of the sequence's prompt; every group whole
+    baseline, tau     as given to baselines.advantages
+
+    Returns (N sequences; "per token" divides the sum by the counted tokens of the step):
+
+    pmd/progress              Σ s s* / Σ s*²: 0 at π_t, 1 when the subproblem is solved; 0 if every s* is 0
+    pmd/r2                    1 − Σ (s − A/τ)² / Σ (A/τ)²: 0 at π_t; 0 if every advantage is 0
+    pmd/kl_anchor_k1, k2, k3  KL(π_t ‖ π_θ), nats per sequence; with /per_token appended: nats per token
+    pmd/chi2_weight           λ, mean over groups; 0 for the partition baselines, which have no χ² term
+    pmd/log_z_gap             τ log Z of the group's samples − their mean reward, mean over groups; ≥ 0
+    pmd/log_ratio_p05, p50, p95        quantiles of s
+    pmd/zero_advantage_groups          share of groups in which every advantage is 0
+    mismatch/mean_abs, max_abs         |log π_t − log π_b| per token
+    mismatch/sequence_sum_abs          |Σ (log π_t − log π_b)|, mean over sequences
+    mismatch/effective_sample_size     (Σ w)² / (N Σ w²), between 0 and 1
+
+    Sequences without a counted token are left out of progress and r2: nothing can move them.
+    Raises ValueError for arrays of different lengths or for none at all.
+    Source: docs/algorithm.md, "What to watch in a run".
+    """
+    values = {name: np.asarray(value, dtype=np.float64) for name, value in per_sequence.items()}
+    a, r, labels = np.asarray(advantage, np.float64), np.asarray(reward, np.float64), np.asarray(group)
+    lengths = {name: len(v) for name, v in values.items()} | {"advantage": len(a), "reward": len(r)}
+    for name, length in lengths.items():
+        if length != len(labels) or not length:
+            raise ValueError(f"{name} has {length} entries for {len(labels)} sequences")
+
+    target, chi2_weights = targets(a, r, labels, baseline=baseline, tau=tau)
+    s, tokens, weight = values["log_ratio"], values["length"].sum(), values["weight"]
+    quantiles = np.quantile(s, [0.05, 0.5, 0.95])
+    result = {
+        **_fit(s, target, a / tau, values["length"] > 0),
+        "pmd/chi2_weight": float(chi2_weights.mean()),
+        **_groups(a, r, labels, tau),
+        **{f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)},
+        "mismatch/mean_abs": _ratio(values["mismatch_abs_sum"].sum(), tokens),
+        "mismatch/max_abs": float(values["mismatch_abs_max"].max()),
+        "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
+        "mismatch/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum()),
+    }
+    for name, estimate in (("k1", -s), ("k2", values["kl_k2"]), ("k3", values["kl_k3"])):
+        result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
+        result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)
+    return result
+
+
+def targets(
+    advantage: Floats, reward: Floats, group: NDArray[np.generic], *, baseline: str, tau: float
+) -> tuple[Floats, Floats]:
+    """The log-ratio s* [sequences] each sequence would have at its group's optimum, and λ [groups] in nats.
+
+    Partition baselines: A/τ, and λ = 0. Mean baselines: log ρ* of closed_form.optimum_mean for the group's
+    empirical distribution, uniform over its K samples; with `mean_loo` rewards count K/(K−1) times, as they
+    do in its advantages.
+    """
+    if not baseline.startswith("mean"):
+        return advantage / tau, np.zeros(len(np.unique(group)))
+    result = np.zeros_like(reward)
+    weights = []
+    for rows in rows_by_size(group):
+        size = rows.shape[1]
+        scale = size / (size - 1) if baseline == "mean_loo" else 1.0
+        order = np.argsort(reward[rows], axis=1)
+        rows = np.take_along_axis(rows, order, axis=1)
+        # Rewards come from a short list (±1), so few groups differ: solve each multiset of rewards once.
+        distinct, inverse = np.unique(reward[rows], axis=0, return_inverse=True)
+        solved = [_group_optimum(multiset * scale, tau) for multiset in distinct]
+        inverse = inverse.reshape(-1)
+        result[rows] = np.stack([log_rho for log_rho, _ in solved])[inverse]
+        weights.append(np.array([chi2_weight for _, chi2_weight in solved])[inverse])
+    return result, np.concatenate(weights)
+
+
+def _group_optimum(rewards: Floats, tau: float) -> tuple[Floats, float]:
+    outcomes, inverse, counts = np.unique(rewards, return_inverse=True, return_counts=True)
+    log_rho, chi2_weight = optimum_mean(outcomes, counts / counts.sum(), tau)
+    return log_rho[inverse], chi2_weight
+
+
+def _fit(s: Floats, target: Floats, scaled_advantage: Floats, counted: NDArray[np.bool_]) -> dict[str, float]:
+    s, target, scaled_advantage = s[counted], target[counted], scaled_advantage[counted]
+    total = (scaled_advantage**2).sum()
+    unexplained = ((s - scaled_advantage) ** 2).sum()
+    return {
+        "pmd/progress": _ratio((s * target).sum(), (target**2).sum()),
+        "pmd/r2": float(1 - unexplained / total) if total > 0 else 0.0,
+    }
+
+
+def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: float) -> dict[str, float]:
+    mean = advantages(reward, group, baseline="mean", tau=tau)
+    partition = advantages(reward, group, baseline="partition", tau=tau)
+    gaps, zero = [], []
+    for rows in rows_by_size(group):
+        gaps.append((mean - partition)[rows[:, 0]])
+        zero.append((advantage[rows] == 0).all(axis=1))
+    return {
+        "pmd/log_z_gap": float(np.maximum(np.concatenate(gaps), 0.0).mean()),
+        "pmd/zero_advantage_groups": float(np.concatenate(zero).mean()),
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator > 0 else 0.0

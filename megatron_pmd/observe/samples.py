@@ -1,0 +1,116 @@
+"""A few samples out of rollout and evaluation files, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_pmd.errors import DataError
+from megatron_pmd.observe.folder import Record
+from megatron_pmd.observe.quantities import clip, finite
+
+COLUMNS = [
+    "group",
+    "number",
+    "problem",
+    "prompt",
+    "response",
+    "answer",
+    "finish_reason",
+    "weight_version",
+    "reward",
+    "advantage",
+    "reward_error",
+]
+
+T = TypeVar("T")
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spaced, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    if count == 1:
+        return [items[0]]
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def grades(path: Path) -> dict[int, dict[int, float]]:
+    """Mean reward of every group by problem: {problem: {group: mean reward}}, in the file's order."""
+    table = _read(path, ["group", "problem", "reward"])
+    rewards: dict[tuple[int, int], list[float]] = {}
+    for row in table.to_pylist():
+        rewards.setdefault((row["problem"], row["group"]), []).append(row["reward"])
+    means: dict[int, dict[int, float]] = {}
+    for (problem, group), values in rewards.items():
+        means.setdefault(problem, {})[group] = sum(values) / len(values)
+    return means
+
+
+def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) -> list[dict[str, Any]]:
+    """The given groups with at most `responses` responses each, spread evenly over their rewards."""
+    # a filter on read keeps the text of the other groups out of memory: a rollout may be gigabytes
+    table = _read(path, [*COLUMNS, "response_tokens"], filters=[("group", "in", list(groups))])
+    lengths = pc.list_value_length(table["response_tokens"]).to_pylist()
+    rows = [
+        {**row, "tokens": length}
+        for row, length in zip(table.select(COLUMNS).to_pylist(), lengths, strict=True)
+    ]
+    return [_prompt([r for r in rows if r["group"] == g], responses, limit) for g in groups]
+
+
+def _prompt(rows: list[Record], responses: int, limit: int) -> dict[str, Any]:
+    ranked = sorted(rows, key=lambda r: (-(r["reward"] or 0.0), r["number"]))
+    first = rows[0]
+    return {
+        "problem": first["problem"],
+        "group": first["group"],
+        "prompt": clip(first["prompt"], limit),
+        "answer": clip(first["answer"] or "", limit),
+        "samples": len(rows),
+        "mean_reward": finite(sum(r["reward"] for r in rows) / len(rows)),
+        "responses": [
+            {
+                "number": r["number"],
+                "text": clip(r["response"], limit),
+                "tokens": r["tokens"],
+                "reward": finite(r["reward"]),
+                "advantage": finite(r["advantage"]),
+                "version": r["weight_version"],
+                "finish": r["finish_reason"],
+                "error": r["reward_error"],
+            }
+            for r in evenly(ranked, responses)
+        ],
+    }
+
+
+def before_and_after(first: Path, last: Path, limit: int) -> tuple[Record, Record] | None:
+    """One problem's answers in two evaluation files: the first whose grade changed, else the first of all."""
+    before, after = grades(first), grades(last)
+    common = [p for p in before if p in after]
+    if not common:
+        return None
+
+    def mean(problem: int, means: dict[int, dict[int, float]]) -> float:
+        return sum(means[problem].values()) / len(means[problem])
+
+    changed = [p for p in common if mean(p, before) != mean(p, after)]
+    problem = (changed or common)[0]
+    pair = [
+        read_prompts(path, [next(iter(means[problem]))], 1, limit)[0]
+        for path, means in ((first, before), (last, after))
+    ]
+    return pair[0], pair[1]
+
+
+def _read(path: Path, columns: list[str], filters: Any = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, filters=filters)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise DataError(f"{path}: not a rollout file of this program: {error}") from None

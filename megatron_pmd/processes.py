@@ -1,0 +1,26 @@
+"""Child processes that cannot outlive their parent. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here, not in the function: between fork and exec (preexec_fn) the loader's lock may be held for good.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process signal_number when its parent ends, even by SIGKILL.
+
+    "Parent" is the *thread* that started this process: start it from one that lives as long as it should.
+    With `parent`, the parent's process id, one that is already gone is noticed too. Usable as a preexec_fn:
+    `Popen(..., preexec_fn=functools.partial(die_with_parent, parent=os.getpid()))`. Raises OSError if the
+    kernel refuses the signal number.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_PDEATHSIG, {signal_number}): {os.strerror(code)}")
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal_number)

@@ -1,0 +1,94 @@
+"""From a reward's name to the function that grades: the registry, and which part of a response is graded."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable
+
+from megatron_pmd.config import Reward
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import ConfigError
+
+Grader = Callable[[str, Problem], float]
+
+# A name stands for a module:function, imported only when a run names it. To add a reward, write its file and
+# its line here.
+REWARDS = {
+    "exact": "megatron_pmd.rewards.exact:score",
+    "math": "megatron_pmd.rewards.mathematics:score",
+    "reasoning_gym": "megatron_pmd.rewards.procedural:score",
+}
+
+_INTEGER = re.compile(
+    # 5-3, x-3 and (2)-3 subtract: only a minus after anything else is a sign
+    r"((?<![0-9A-Za-z_)\]}])[-\u2212])?"
+    # digits inside a word (x2) or after a decimal point (.5) are no integer
+    r"(?<![0-9A-Za-z_.])"
+    r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+    r"(\.[0-9]+)?"
+)
+
+
+def grader(reward: Reward) -> Grader:
+    """The function (response, problem) -> float that `reward` names, on the part that reward.answer says.
+
+    Imports the reward's module and its libraries. Raises ConfigError if that fails or if the name is unknown.
+    """
+    score = _resolve(reward.name)
+
+    def grade(response: str, problem: Problem) -> float:
+        return score(extract(response, reward.answer), problem)
+
+    return grade
+
+
+def extract(response: str, how: str) -> str:
+    """The part of a response that is graded: `whole`, `last_integer` or `last_line`; '' if there is none.
+
+    last_integer: without thousands separators and leading zeros (`-1,024` gives `-1024`); a decimal (3.14) or
+    a number that ends a word (x2) is none. last_line: the last one that is not blank, stripped.
+    """
+    if how == "whole":
+        return response
+    if how == "last_line":
+        return next((line.strip() for line in reversed(response.splitlines()) if line.strip()), "")
+    if how == "last_integer":
+        found = [m for m in _INTEGER.finditer(response) if not m[3]]
+        if not found:
+            return ""
+        digits = found[-1][2].replace(",", "").lstrip("0") or "0"
+        return "-" + digits if found[-1][1] and digits != "0" else digits
+    raise ConfigError(f"reward.answer={how!r} is unknown; use whole, last_integer or last_line")
+
+
+def _resolve(name: str) -> Grader:
+    target = REWARDS.get(name, name)
+    module_name, colon, function_name = target.partition(":")
+    if not (colon and module_name and function_name):
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        raise ConfigError(
+            f"reward.name={name!r} is unknown"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; use {', '.join(REWARDS)}, or module:function"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module is a user's: its import can fail in any way
+        raise ConfigError(
+            f"reward.name={name!r}: module {module_name} cannot be imported: {type(error).__name__}: "
+            f"{error}; is its folder on PYTHONPATH, and is what it needs installed?"
+        ) from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        near = difflib.get_close_matches(function_name, dir(module), n=1)
+        raise ConfigError(
+            f"reward.name={name!r}: module {module_name} ({getattr(module, '__file__', 'no file')}) has no "
+            f"{function_name}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    if not callable(function):
+        raise ConfigError(
+            f"reward.name={name!r}: {function_name} is a {type(function).__name__}, not a function"
+        )
+    return function

@@ -1,0 +1,120 @@
+"""A server as a child process: started under a warden, watched, its log kept, stopped with everything it started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from megatron_pmd.errors import EngineError
+
+POLL_SECONDS = 0.2
+LOG_TAIL_LINES = 15
+WARDEN = Path(__file__).parent / "warden.py"
+
+# What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous instead of its own, and hangs.
+TORCHRUN_VARIABLES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)  # fmt: skip
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port nobody listens on now; another process can still take it before the server does."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return listener.getsockname()[1]
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment without torchrun's variables, and with local addresses out of any proxy's way."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    # SGLang's warm-up calls its own address over HTTP and dies when a proxy answers instead.
+    local = [environment.get("NO_PROXY") or environment.get("no_proxy") or "", "127.0.0.1", "localhost"]
+    environment["NO_PROXY"] = environment["no_proxy"] = ",".join(entry for entry in local if entry)
+    return environment
+
+
+class ServerProcess:
+    """One HTTP server in a session of its own; when this process dies, however it dies, the server dies with it."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], url: str, ready_path: str, log: Path
+    ) -> None:
+        """Starts the server; its stdout and stderr are appended to log."""
+        self.name, self.url, self.log = name, url, log
+        self._ready_url = url + ready_path
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WARDEN), str(os.getpid()), *command],
+                env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """Process id of the warden: every process of the server descends from it."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ready(self) -> bool:
+        """Whether the server accepts requests now."""
+        try:
+            return httpx.get(self._ready_url, timeout=5.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, deadline_seconds: float) -> None:
+        """Block until the server accepts requests; EngineError at once if it exits, or at the deadline."""
+        started = time.monotonic()
+        while not self.ready():
+            waited = time.monotonic() - started
+            if not self.alive():
+                raise EngineError(f"{self._where()} exited with status {self._process.returncode} at start; {self._log()}")
+            if waited > deadline_seconds:
+                raise EngineError(f"{self._where()} was not ready {waited:.0f} s after its start; {self._log()}")
+            time.sleep(POLL_SECONDS)
+
+    def check_alive(self) -> None:
+        """EngineError with the log's last lines if the server has exited."""
+        if not self.alive():
+            raise EngineError(f"{self._where()} died (status {self._process.returncode}); {self._log()}")
+
+    def stop(self, grace_seconds: float = 10.0) -> None:
+        """Kill the server and everything it started, at once; may be called again.
+
+        SGLang's own way of stopping drains requests for 8 s; there is nothing to drain when we stop an engine.
+        """
+        if not self.alive():
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the server's main process goes with its warden
+            self._process.wait()
+
+    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
+        """The last lines of the server's log."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 300 * lines))
+            return "\n".join(log.read().decode(errors="replace").rstrip().splitlines()[-lines:])
+
+    def _where(self) -> str:
+        return f"{self.name} ({self.url})"
+
+    def _log(self) -> str:
+        return f"log: {self.log}, which ends:\n{self.log_tail()}"

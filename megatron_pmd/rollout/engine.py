@@ -1,0 +1,168 @@
+"""SGLang engines and the router in front of them, as child processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_pmd.config import Model, Rollout
+from megatron_pmd.errors import ConfigError
+from megatron_pmd.rollout.child import ServerProcess, free_port, inherited_environment
+from megatron_pmd.rollout.cpu import stub_path
+from megatron_pmd.rollout.server_args import check_options, server_options
+
+__all__ = ["EngineProcess", "EngineSpec", "RouterProcess", "RouterSpec", "free_port"]
+
+LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
+NO_WEIGHTS = "none"
+"""Weight version of an engine that the actor has sent nothing to yet."""
+
+# SGLang option -> the setting it follows. Naming one of them in rollout.sglang is an error: one of the two would lose.
+OUR_OPTIONS = {
+    "model_path": "model.path",
+    "dtype": "model.precision",
+    "tp_size": "rollout.tensor_parallel",
+    "max_running_requests": "rollout.max_running_requests",
+    "max_total_tokens": "rollout.max_total_tokens",
+    "random_seed": "seed",
+    "host": "this program",
+    "port": "this program",
+    "api_key": "this program",
+    "device": "this program",
+    "base_gpu_id": "this program",
+    "skip_tokenizer_init": "this program (only token ids go in and out)",
+    "load_format": "this program (the actor sends the weights)",
+    "weight_version": "this program",
+    "custom_weight_loader": "this program",
+    "enable_memory_saver": "this program",
+}
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """All that one engine needs to know; pure data, so a leader can start it again from the same spec."""
+
+    number: int
+    """Counts the engines of a run from 0."""
+    model: Model
+    rollout: Rollout
+    port: int
+    log: Path
+    """Appended to; the options the engine was started with are written beside it, as `<log>.yaml`."""
+    seed: int
+    cpu: bool
+    host: str = "127.0.0.1"
+    """Address to listen on; one the driver's node can reach."""
+    api_key: str | None = None
+    """Every request must then carry `Authorization: Bearer <api_key>`."""
+    first_gpu: int = 0
+    """The first of its tensor_parallel devices, counted among the visible ones."""
+    load_model_weights: bool = False
+    """Read the weights in model.path; False: the actor sends them before the first use."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def engine_options(spec: EngineSpec) -> dict[str, Any]:
+    """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free."""
+    check_options(spec.rollout.sglang, OUR_OPTIONS)
+    options: dict[str, Any] = {
+        "model_path": spec.model.path,
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[spec.model.precision],
+        "host": spec.host,
+        "port": spec.port,
+        "tp_size": spec.rollout.tensor_parallel,
+        "max_running_requests": spec.rollout.max_running_requests,
+        "random_seed": spec.seed,
+        "skip_tokenizer_init": True,
+        "load_format": "auto" if spec.load_model_weights else "dummy",
+        "weight_version": NO_WEIGHTS,
+        "custom_weight_loader": [LOADER],
+        "log_level": "warning",
+    }
+    if spec.api_key is not None:
+        options["api_key"] = spec.api_key
+    if spec.rollout.max_total_tokens is not None:
+        options["max_total_tokens"] = spec.rollout.max_total_tokens
+    options |= _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
+    return options | spec.rollout.sglang
+
+
+def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
+    if spec.rollout.max_total_tokens is None:
+        raise ConfigError(
+            "rollout.max_total_tokens must be set on a CPU: SGLang would size the KV cache from all free memory"
+        )
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",  # the others need CUDA, or the AMX build of sgl-kernel
+        "cuda_graph_backend_decode": "disabled",
+        "cuda_graph_backend_prefill": "disabled",
+        "disable_overlap_schedule": True,
+        "sleep_on_idle": True,  # an idle scheduler otherwise takes half a core from the actors
+        "chunked_prefill_size": 2048,
+    }
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """The engine's environment: this process's, less torchrun's variables, plus what a CPU engine needs."""
+    environment = inherited_environment()
+    # With it on, every health check generates a token; on released memory that is a crash.
+    environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+    # The loader runs inside the engine, where this package need not be installed.
+    path = [str(Path(__file__).parents[2])]
+    if spec.cpu:
+        path.insert(0, str(stub_path()))
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment["OMP_NUM_THREADS"] = str(spec.rollout.threads_per_engine)
+    environment["PYTHONPATH"] = os.pathsep.join(path + [p for p in [environment.get("PYTHONPATH")] if p])
+    return environment
+
+
+class EngineProcess(ServerProcess):
+    """One SGLang server; when this process dies, however it dies, the server and its children die with it."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Starts the engine and returns at once; ConfigError for a wrong option, before anything is started."""
+        options = engine_options(spec)
+        self.spec = spec
+        arguments = spec.log.with_name(spec.log.name + ".yaml")
+        _write_private(arguments, {server_options()[name]: value for name, value in options.items()})
+        command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--config", str(arguments)]
+        name = f"engine {spec.number}"
+        super().__init__(name, command, engine_environment(spec), spec.url, "/ready", spec.log)
+
+
+def _write_private(path: Path, flags: dict[str, Any]) -> None:
+    """Write flags for SGLang's --config: on a command line, every user of the node could read the API key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # an old file would keep its old mode
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(flags, file, indent=1)  # JSON is YAML
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    engines: Sequence[str]
+    """Base URL of every engine; they must be ready before the router starts."""
+    port: int
+    log: Path
+    request_timeout_seconds: float
+    """From a request's arrival to its answer's last byte, retries included."""
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    """The engines' key."""
+    policy: str = "cache_aware"
+    """`cache_aware` sends the samples of one prompt to the engine that has the prompt's KV cache, until it is
+    overloaded; also `round_robin`, `random`, `power_of_two`."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"

@@ -1,0 +1,87 @@
+"""The options of the installed SGLang, read from its source: importing them would cost the trainer seconds."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from megatron_pmd.errors import ConfigError, EngineError
+
+
+@functools.cache
+def server_options() -> dict[str, str]:
+    """Field name of SGLang's ServerArgs -> its command-line flag without the dashes, for every field that has one.
+
+    Raises EngineError if SGLang is not installed, or is a version that keeps its options elsewhere.
+    """
+    spec = importlib.util.find_spec("sglang")  # a top-level package: found, not imported
+    if spec is None or not spec.submodule_search_locations:
+        raise EngineError("sglang is not installed in this environment; install the versions in pyproject.toml")
+    root = Path(spec.submodule_search_locations[0]) / "srt"
+    options: dict[str, str] = {}
+    for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
+        options |= _declared(ast.parse(source.read_text()))
+    if "model_path" not in options:
+        raise EngineError(
+            f"the sglang at {root.parent} does not declare its options in srt/arg_groups/fields; "
+            f"this program is written for sglang 0.5.21"
+        )
+    return options | _registered_by_hand(ast.parse((root / "server_args.py").read_text()))
+
+
+def check_options(given: dict[str, Any], taken: dict[str, str]) -> None:
+    """ConfigError for an option that SGLang does not have, or that belongs to a setting of ours (taken: option -> setting)."""
+    known = server_options()
+    for name in given:
+        if name in taken:
+            raise ConfigError(f"rollout.sglang.{name} is set by {taken[name]}; remove it from rollout.sglang")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" (did you mean rollout.sglang.{near[0]}?)" if near else ""
+            raise ConfigError(f"rollout.sglang.{name} is not an option of the installed SGLang{hint}")
+
+
+def _declared(module: ast.Module) -> dict[str, str]:
+    """Fields written as `name: A[type, "help"]` or `name: A[type, Arg(...)]`."""
+    found = {}
+    for group in (node for node in module.body if isinstance(node, ast.ClassDef)):
+        for field in (node for node in group.body if isinstance(node, ast.AnnAssign)):
+            if not (isinstance(field.target, ast.Name) and isinstance(field.annotation, ast.Subscript)):
+                continue
+            marker = field.annotation.value
+            if not (isinstance(marker, ast.Name) and marker.id == "A"):
+                continue
+            keywords = _arg_keywords(field.annotation)
+            if not keywords.get("no_cli"):
+                flag = keywords.get("cli_name") or "--" + field.target.id.replace("_", "-")
+                found[field.target.id] = flag.removeprefix("--")
+    return found
+
+
+def _arg_keywords(annotation: ast.Subscript) -> dict[str, Any]:
+    return {
+        keyword.arg: keyword.value.value
+        for call in ast.walk(annotation)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Arg"
+        for keyword in call.keywords
+        if keyword.arg and isinstance(keyword.value, ast.Constant)
+    }
+
+
+def _registered_by_hand(module: ast.Module) -> dict[str, str]:
+    """Flags that ServerArgs.add_cli_args adds one by one: `parser.add_argument("--flag", ...)`."""
+    return {
+        call.args[0].value.removeprefix("--").replace("-", "_"): call.args[0].value.removeprefix("--")
+        for call in ast.walk(module)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr == "add_argument"
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+        and str(call.args[0].value).startswith("--")
+        and call.args[0].value != "--config"
+    }

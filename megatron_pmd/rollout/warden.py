@@ -1,0 +1,67 @@
+"""Runs one server so that it cannot outlive this program: `python warden.py PARENT_PID COMMAND...`.
+
+SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds of
+imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The warden is a small
+process between the trainer and the server; it starts the server in a process group of its own, and when the trainer
+dies, or asks it to stop (SIGTERM), it kills the whole group. It exits with the server's exit status.
+
+Standard library only, and started by path: it must be running before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+PARENT_DIED = signal.SIGUSR1
+
+
+def main(parent: int, command: list[str]) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    server: subprocess.Popen[bytes] | None = None
+    stopped = False
+
+    def kill_group(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        # The kernel's signal follows the *thread* that started us: if only that thread ended, our parent is unchanged.
+        if signum == PARENT_DIED and os.getppid() == parent:
+            return
+        stopped = True
+        if server is not None:
+            _kill(server.pid)
+
+    signal.signal(PARENT_DIED, kill_group)
+    signal.signal(signal.SIGTERM, kill_group)
+    # Ctrl-C in the terminal is the trainer's to answer: it stops the warden when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    libc.prctl(PR_SET_PDEATHSIG, int(PARENT_DIED))
+    if os.getppid() != parent:  # it died before the line above
+        return 1
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Should the warden itself be killed, the server's main process goes with it.
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+    server = subprocess.Popen(command, process_group=0, preexec_fn=prepare)
+    if stopped:  # the signal came while the server was being started
+        _kill(server.pid)
+    status = server.wait()
+    _kill(server.pid)  # children that survived a crashed server
+    return status if status >= 0 else 128 - status
+
+
+def _kill(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

