@@ -32,7 +32,8 @@ help:
 setup: $(INSTALLED)
 
 $(BIN)/pip:
-	@command -v $(PYTHON) >/dev/null || { echo "make setup: no $(PYTHON) here. Debian/Ubuntu: apt-get install python3.11 python3.11-venv;" \
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: no $(PYTHON) here." \
+		"Debian/Ubuntu: apt-get install python3.11 python3.11-venv;" \
 		"or name another Python from 3.11 on: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make setup: $(PYTHON) is $$($(PYTHON) -V); 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
@@ -66,14 +67,15 @@ demo-moe: setup
 # unless TESTS was given.
 test: setup
 	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not serial" $(TESTS) || { code=$$?; [ $$code -eq 5 -a -n "$(TESTS)" ] || status=$$code; }; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not serial" $(TESTS) || { \
+		code=$$?; [ $$code -eq 5 -a -n "$(TESTS)" ] || status=$$code; }; \
 	$(BIN)/python -m pytest -m serial $(TESTS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
 	exit $$status
 
+# All three run, whatever the first says.
 lint: setup
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	@status=0; for check in "ruff check" "ruff format --check" "mypy"; do \
+		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
 format: setup
 	$(BIN)/ruff check --fix

@@ -43,7 +43,8 @@ class Layout(Frozen):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     expert: PositiveInt = 1
-    expert_tensor: PositiveInt = 1
+    expert_tensor: PositiveInt | None = None
+    """Tensor-parallel size inside an expert; None: 1 with expert parallelism, else `tensor`."""
     data: PositiveInt = 1
     """Data-parallel replicas of the dense layers; the experts' replicas follow from it."""
     ranks_per_node: PositiveInt | None = None
@@ -53,13 +54,22 @@ class Layout(Frozen):
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def experts_tensor(self) -> int:
+        return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
+
     @model_validator(mode="after")
     def _divides(self) -> Self:
         per_stage = self.tensor * self.data
-        if per_stage % (self.expert * self.expert_tensor):
+        if per_stage % (self.expert * self.experts_tensor):
             raise LayoutError(
                 f"layout: tensor={self.tensor} x data={self.data} ({per_stage} ranks a pipeline stage) cannot hold "
-                f"expert={self.expert} x expert_tensor={self.expert_tensor}; choose them so that they divide {per_stage}"
+                f"expert={self.expert} x expert_tensor={self.experts_tensor}; choose them so that they divide {per_stage}"
+            )
+        if self.expert == 1 and self.experts_tensor != self.tensor:
+            raise LayoutError(
+                f"layout: expert_tensor={self.experts_tensor} without expert parallelism must be tensor={self.tensor}: "
+                "megatron-core would not sum the experts' gradients over the tensor-parallel ranks"
             )
         if self.ranks_per_node and self.ranks % self.ranks_per_node:
             raise LayoutError(

@@ -61,7 +61,6 @@ class Actor:
         self.model = model.build(self._bridge, config)
         self.optimizer = optimizer.build(self.model, config.optimizer, config.model.precision)
         provider = get_model_config(self.model)
-        self._vocabulary = provider.vocab_size
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
         self._export_tasks: Any = None
 
@@ -158,7 +157,6 @@ class Actor:
             microbatch.rows,
             microbatch.targets,
             temperature=self.config.rollout.temperature,
-            vocabulary=self._vocabulary,
             chunk_tokens=self.config.actor.log_prob_chunk_tokens,
         )
 

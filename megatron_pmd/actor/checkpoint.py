@@ -75,10 +75,10 @@ def save(folder: Path, iteration: int, run_state: dict[str, Any], model: Any, op
 def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
     """Restore weights, optimizer and this rank's random states from a checkpoint of any layout of the same model."""
     state = _sharded_state(model, optimizer, is_loading=True)
-    same_world = dist_checkpointing.load_common_state_dict(str(checkpoint))["world_size"] == dist.get_world_size()
-    if not same_world:  # each rank's own generator has no meaning under another number of ranks
-        del state["random"]
     try:
+        same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
+        if not same_layout:  # a rank's own state has no meaning where another rank holds its part
+            del state["rank"]
         loaded = dist_checkpointing.load(state, str(checkpoint))
     except Exception as error:
         raise CheckpointError(
@@ -86,8 +86,13 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
         ) from error
     unwrap_model(model).load_state_dict(loaded["model"], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
-    if same_world:
-        _restore_random_state(loaded["random"])
+    if same_layout:
+        _restore_random_state(loaded["rank"]["random"])
+        if _digest(model) != loaded["rank"]["digest"]:
+            raise CheckpointError(
+                f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; this layout of this model "
+                "cannot be resumed (megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
+            )
 
 
 def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
@@ -97,9 +102,21 @@ def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str,
     return {
         "model": tensors,
         "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=OPTIMIZER_FORMAT),
-        "random": ShardedObject("random", _random_state(), (world,), (rank,)),
-        "world_size": world,
+        "rank": ShardedObject("rank", {"random": _random_state(), "digest": _digest(model)}, (world,), (rank,)),
+        "layout": {
+            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+            "expert": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+            "ranks": world,
+        },
     }
+
+
+def _digest(model: Any) -> int:
+    """Sum of all parameter bits: a wrong byte anywhere changes it."""
+    integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return sum(int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters())
 
 
 def _random_state() -> dict[str, Any]:

@@ -90,25 +90,19 @@ def token_log_probs(
     targets: torch.Tensor,
     *,
     temperature: float,
-    vocabulary: int,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log π(target) and entropy at the given rows, from this rank's slice of the vocabulary.
 
     logits       [row, vocabulary / tensor-parallel size]
-    vocabulary   its true size: columns past it are padding for tensor parallelism and have probability 0
     chunk_tokens rows whose fp32 logits exist at one time; the backward pass recomputes them
 
     Returns (log_probs with gradient, entropy without), each fp32 [len(rows)].
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    first = logits.size(-1) * group.rank()
-    valid = min(logits.size(-1), max(0, vocabulary - first))
 
     def chunk(rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = logits.index_select(0, rows).float() / temperature
-        if valid < scaled.size(-1):
-            scaled = scaled.masked_fill(torch.arange(scaled.size(-1), device=scaled.device) >= valid, -1e30)
         entropy = _entropy(scaled.detach(), group)
         # the cross entropy overwrites its fp32 input: everything else that needs the logits comes before it
         log_probs = -vocab_parallel_cross_entropy(scaled.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)

@@ -104,7 +104,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        expert_tensor_parallel_size=layout.experts_tensor,
         sequence_parallel=layout.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -116,7 +116,6 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
         # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
-        should_pad_vocab=provider.vocab_size % layout.tensor != 0,
         moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp32",
         # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
@@ -148,6 +147,8 @@ def _check_divides(provider: Any, config: RunConfig) -> None:
     rules = [
         ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
         ("key-value heads", provider.num_query_groups, "tensor", layout.tensor),
+        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
+        ("rows of the vocabulary", provider.vocab_size, "tensor", layout.tensor),
         ("layers", provider.num_layers, "pipeline", layout.pipeline),
     ]
     if provider.num_moe_experts:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_pmd.config import Layout
-from megatron_pmd.errors import LayoutError
+from megatron_pmd.errors import LayoutError, PmdError
+
+T = TypeVar("T")
 
 
 def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
@@ -33,7 +36,7 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
+        expert_tensor_parallel_size=layout.experts_tensor,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         create_gloo_process_groups=True,
     )
@@ -63,6 +66,19 @@ class Control:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def on_driver(self, action: Callable[[], T]) -> T | None:
+        """The action's result on the driver, None elsewhere; a PmdError in it is raised on every rank."""
+        result, failure = None, None
+        if self.is_driver:
+            try:
+                result = action()
+            except PmdError as error:
+                failure = error
+        failure = self.from_driver(failure)
+        if failure is not None:
+            raise failure
+        return result
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on the driver; None elsewhere."""

@@ -49,7 +49,9 @@ def diagnostics(
     lengths = {name: len(v) for name, v in values.items()} | {"advantage": len(a), "reward": len(r)}
     for name, length in lengths.items():
         if length != len(labels) or not length:
-            raise ValueError(f"{name} has {length} entries for {len(labels)} sequences")
+            raise ValueError(
+                f"{name} has {length} entries for {len(labels)} sequences: one for each is needed"
+            )
 
     target, chi2_weights = targets(a, r, labels, baseline=baseline, tau=tau)
     s, tokens, weight = values["log_ratio"], values["length"].sum(), values["weight"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_pmd.algorithm.mismatch import Mismatch, Weight, none, none_by_token, sum_by_sequence
 
 RATIO_LIMIT = 20.0
-"""Objectives with a ratio treat a log-ratio beyond ±20 as ±20, without gradient: no clip range reaches e^20, and
-e^90 would overflow an fp32 gradient."""
+"""Objectives with a ratio treat a log-ratio beyond ±20 as ±20, without gradient: no clip range reaches e^20,
+and e^90 would overflow an fp32 gradient."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class LossInput:
         """[sequences] int64, counted tokens |y|."""
         return sum_by_sequence(self.counted.long(), self.sequence, self.sequences)
 
-    @cached_property
+    # What carries a gradient is not cached: two objectives over one input would share a graph, and the first
+    # backward would free it.
+    @property
     def token_log_ratio(self) -> Tensor:
         """[tokens] log π_θ − log π_t, 0 where not counted; float64.
 
@@ -75,7 +77,7 @@ class LossInput:
         ratio = self.log_probs.double() - self.anchor_log_probs.double()
         return torch.where(self.counted, ratio, 0.0)
 
-    @cached_property
+    @property
     def log_ratio(self) -> Tensor:
         """[sequences] s = Σ over counted tokens of log π_θ − log π_t; float64."""
         return self.sum(self.token_log_ratio)
@@ -189,11 +191,11 @@ def grpo(
     `kl_coefficient`. The optional division of A by its group's deviation is baselines.per_standard_deviation.
     Source: arXiv 2402.03300 eqs. 3 and 4; token mean and clip-higher: arXiv 2503.14476.
     """
-    ratio = _ratio(x.token_log_ratio)
+    log_ratio = x.token_log_ratio
+    ratio = _ratio(log_ratio)
     loss = -_clipped(ratio, x.by_token(x.advantages), clip_low, clip_high)
     if kl_coefficient:
-        inverse = _ratio(-x.token_log_ratio)
-        loss = loss + kl_coefficient * (inverse - 1 + x.token_log_ratio)
+        loss = loss + kl_coefficient * (_ratio(-log_ratio) - 1 + log_ratio)
     return _token_terms(x, loss, mismatch(x.mismatch))
 
 

@@ -87,6 +87,14 @@ class PromptSource:
                 self._order = self._order_of(self._epoch)
         return taken
 
+    def peek(self, n: int) -> list[Problem]:
+        """The next n problems, which take() will give again."""
+        state = self.state()
+        try:
+            return self.take(n)
+        finally:
+            self.load_state(state)
+
     def state(self) -> dict[str, Any]:
         """Where the sequence stands, in JSON values: epoch, cursor (problems taken of it), of which data."""
         return {

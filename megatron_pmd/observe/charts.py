@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
 from megatron_pmd.observe.folder import Record, RunFolder
+from megatron_pmd.observe.quantities import when
 
 # readable on white and on near-black, and told apart by people who confuse red and green
 BLUE, ORANGE, GREEN, PURPLE, PINK = "#3d85c6", "#e0871b", "#2a9d7c", "#8f78d8", "#d0609a"
@@ -93,7 +95,7 @@ def charts(run: RunFolder) -> list[Chart]:
         ),
         _warm_start(run),
     ]
-    return [chart for chart in made if chart is not None]
+    return [_aligned(chart, run) for chart in made if chart is not None]
 
 
 def other_charts(run: RunFolder) -> list[Chart]:
@@ -113,7 +115,7 @@ def other_charts(run: RunFolder) -> list[Chart]:
     lines = run.of_kind("step") + run.iterations
     keys = {k for m in lines for k, v in m.items() if isinstance(v, (int, float))} - shown
     made = [_curves(key, "", _series(run, key, "", BLUE)) for key in sorted(keys)]
-    return [chart for chart in made if chart is not None]
+    return [_aligned(chart, run) for chart in made if chart is not None]
 
 
 def spec(figure: go.Figure) -> Record:
@@ -168,10 +170,7 @@ def _evaluated(run: RunFolder, key: str, name: str, colour: str) -> Series | Non
     lines = [m for m in run.evaluations if key in m]
     if not lines:
         return None
-    hover = [
-        f"before iteration {m['iteration']}, {m.get('prompts', '?')} prompts, k = {m.get('k', 1)}"
-        for m in lines
-    ]
+    hover = [f"{when(m['iteration'])}, {m.get('prompts', '?')} prompts, k = {m.get('k', 1)}" for m in lines]
     y = [_rounded(m[key]) for m in lines]
     return Series(name, [float(m["iteration"]) for m in lines], y, hover, colour, marks=True)
 
@@ -226,12 +225,41 @@ def _curves(
     missing = sum(y is None for s in series for y in s.y)
     if missing:
         note += f"; {missing} {'value was' if missing == 1 else 'values were'} not finite"
-    # a logarithmic axis leaves out zeros without a word
-    if logarithmic and all(y is None or y > 0 for s in series for y in s.y):
-        figure.update_yaxes(type="log", dtick=1, exponentformat="power")
+    if _scale(figure, [y for s in series for y in s.y if y is not None], logarithmic):
         note += ", logarithmic"
     legend = [(s.name, s.colour) for s in series if s.name] if len(series) > 1 or series[0].marks else []
     return Chart(title, note, _dressed(figure, x_title=x_title), legend)
+
+
+def _scale(figure: go.Figure, values: list[float], logarithmic: bool) -> bool:
+    """Set the vertical axis where plotly's own choice is hard to read; True if it is logarithmic."""
+    if not values:
+        return False
+    least, most = min(values), max(values)
+    # a logarithmic axis leaves out zeros without a word
+    if logarithmic and least > 0:
+        lowest, highest = math.floor(math.log10(least)), math.ceil(math.log10(most))
+        # within a decade or two, powers of ten alone would leave one tick
+        marks = (1, 2, 5) if highest - lowest <= 2 else (1,)
+        ticks = [m * 10.0**e for e in range(lowest - 1, highest + 1) for m in marks]
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:.0e}" for tick in ticks])
+        return True
+    if least == most:
+        # plotly would show one unit to each side: a constant learning rate of 1e-5 looked like 0
+        reach = abs(most) or 1.0
+        figure.update_yaxes(range=[min(0.0, most - reach), most + reach])
+    return False
+
+
+def _aligned(chart: Chart, run: RunFolder) -> Chart:
+    """The same iterations on every horizontal axis."""
+    if chart.figure.layout.xaxis.title.text == "iteration":
+        # steps of iteration t reach up to t + 1; an evaluation lies at t
+        ends = [m["iteration"] + (m["kind"] != "evaluation") for m in run.metrics if "iteration" in m]
+        last = max(ends, default=1) or 1
+        # in a short run plotly would number fractions of iterations
+        chart.figure.update_xaxes(range=[-0.03 * last, 1.02 * last], dtick=1 if last <= 8 else None)
+    return chart
 
 
 def _dressed(figure: go.Figure, x_title: str, y_title: str = "") -> go.Figure:
@@ -252,7 +280,14 @@ def _dressed(figure: go.Figure, x_title: str, y_title: str = "") -> go.Figure:
         showgrid=False,
         ticks="outside",
     )
-    figure.update_yaxes(title={"text": y_title, "standoff": 6}, automargin=True, zeroline=False, nticks=6)
+    figure.update_yaxes(
+        title={"text": y_title, "standoff": 6},
+        automargin=True,
+        zeroline=False,
+        nticks=6,
+        # plotly's default writes 1e-5 as 10µ
+        exponentformat="e",
+    )
     return figure
 
 

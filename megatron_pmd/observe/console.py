@@ -18,7 +18,7 @@ from rich.text import Text
 from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.folder import Record, RunFolder
 from megatron_pmd.observe.journal import IterationRecord
-from megatron_pmd.observe.quantities import MISSING, duration, number, percent, printable, size
+from megatron_pmd.observe.quantities import MISSING, duration, number, percent, printable, size, when
 from megatron_pmd.observe.samples import before_and_after
 from megatron_pmd.observe.screens import layout_rows, size_rows
 
@@ -134,7 +134,7 @@ class Console:
         table = Table(box=box.SQUARE, expand=True, show_lines=False)
         for iteration, prompt in zip((first, last), pair, strict=True):
             grade = f"reward {number(prompt['responses'][0]['reward'])}"
-            table.add_column(Text(f"before iteration {iteration} · {grade}"), ratio=1, overflow="fold")
+            table.add_column(Text(f"{when(iteration)} · {grade}"), ratio=1, overflow="fold")
         table.add_row(*(Text(printable(p["responses"][0]["text"].strip())) for p in pair))
         self._rich.print(table)
 
@@ -207,9 +207,9 @@ def _outcome(run: RunFolder, summary: Record) -> list[tuple[str, str]]:
         rows.append(("reward", f"{number(rewards[0])} first, {number(rewards[-1])} last"))
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
-        shown = f"{number(first.get('mean_at_k'))} before iteration {first['iteration']}"
+        shown = f"{number(first.get('mean_at_k'))} {when(first['iteration'])}"
         if last is not first:
-            shown += f", {number(last.get('mean_at_k'))} before iteration {last['iteration']}"
+            shown += f", {number(last.get('mean_at_k'))} {when(last['iteration'])}"
         rows.append(
             ("evaluation", f"{shown} (mean@{last.get('k', 1)}, {last.get('prompts', MISSING)} prompts)")
         )

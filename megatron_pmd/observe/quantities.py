@@ -64,6 +64,13 @@ def size(count: float | None) -> str:
     return f"{number(count)} TB"
 
 
+def when(iteration: int) -> str:
+    """When the evaluation numbered t was made: before iteration t trained."""
+    if iteration == 0:
+        return "at the start"
+    return f"after {iteration} iteration" + ("" if iteration == 1 else "s")
+
+
 def printable(text: str) -> str:
     """Text with its control characters replaced: it must not move the cursor or recolour a terminal."""
     return "".join(

@@ -70,12 +70,12 @@ def layout_rows(config: RunConfig) -> Rows:
             f"on {_many(nodes, 'node')} of {per_node}",
         )
     ]
-    if layout.expert * layout.expert_tensor > 1:
-        replicas = layout.tensor * layout.data // (layout.expert * layout.expert_tensor)
+    if layout.expert > 1:
+        replicas = layout.tensor * layout.data // (layout.expert * layout.experts_tensor)
         rows.append(
             (
                 "experts",
-                f"expert {layout.expert} x expert_tensor {layout.expert_tensor}: "
+                f"expert {layout.expert} x expert_tensor {layout.experts_tensor}: "
                 f"{_many(replicas, 'replica')} in each pipeline stage",
             )
         )

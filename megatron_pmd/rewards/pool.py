@@ -45,6 +45,7 @@ class Verdict:
 class _Job:
     function: Callable[..., Verdict]
     arguments: tuple[Any, ...]
+    seconds: float | None
     verdict: Future[Verdict] = field(default_factory=Future)
     attempts: int = 0
 
@@ -73,17 +74,21 @@ class RewardPool:
         self._reward = reward
         self._incoming: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._unsettled: set[_Job] = set()
+        self._pool: pebble.ProcessPool | None = None
         self._closed = False
+        self._failure: PmdError | None = None
         self._door = threading.Lock()
         # Workers die with the thread that started them (prctl): this one lives as long as the pool.
         self._keeper = threading.Thread(target=self._keep, name="reward-pool", daemon=True)
 
     def __enter__(self) -> Self:
         """Start the workers; PmdError if the first cannot load the reward or does not come up."""
-        self._keeper.start()
         name = self._reward.name
+        first = _Job(_readiness, (), seconds=None)
+        self._incoming.put(first)
+        self._keeper.start()
         try:
-            failure = self._add(_readiness).result(START_SECONDS).error
+            failure = first.verdict.result(START_SECONDS).error
         except TimeoutError:
             self.close()
             raise PmdError(f"reward {name}: no worker process was ready after {START_SECONDS:g} s") from None
@@ -111,25 +116,25 @@ class RewardPool:
     def submit(self, response: str, problem: Problem) -> Future[Verdict]:
         """Grade one sample in the background; from asyncio, `await asyncio.wrap_future(pool.submit(...))`.
 
-        The future never holds an exception of the reward's. RuntimeError if the pool is not open.
+        The future never holds an exception of the reward's. RuntimeError if the pool is not open; PmdError,
+        here or from the future, if no worker can be started any more.
         """
-        return self._add(_judge, response, problem)
+        with self._door:
+            if self._failure:
+                raise self._failure
+            if self._closed or not self._keeper.is_alive():
+                raise RuntimeError("the reward pool is not open: use it inside its `with` block")
+            job = _Job(_judge, (response, problem), self._reward.timeout_seconds)
+            self._incoming.put(job)
+        return job.verdict
 
     def grade(self, items: list[tuple[str, Problem]]) -> list[Verdict]:
         """Grade (response, problem) pairs; the verdicts come in the same order."""
         return [future.result() for future in [self.submit(*item) for item in items]]
 
-    def _add(self, function: Callable[..., Verdict], *arguments: Any) -> Future[Verdict]:
-        with self._door:
-            if self._closed or not self._keeper.is_alive():
-                raise RuntimeError("the reward pool is not open: use it inside its `with` block")
-            job = _Job(function, arguments)
-            self._incoming.put(job)
-        return job.verdict
-
     def _keep(self) -> None:
         """Serve until the pool is closed or cannot go on; then let nobody wait for a verdict."""
-        failure: PmdError | None = None
+        failure = None
         try:
             self._serve()
         except Exception as error:
@@ -137,7 +142,7 @@ class RewardPool:
                 f"reward {self._reward.name}: its workers cannot run: {type(error).__name__}: {error}"
             )
         with self._door:  # no job can come in behind the last one cleared away
-            self._closed = True
+            self._closed, self._failure = True, failure
         while not self._incoming.empty():
             if job := self._incoming.get():
                 self._unsettled.add(job)
@@ -159,13 +164,13 @@ class RewardPool:
                     job = None
                 jobs = [job] if job else []
                 if (jobs or self._unsettled) and not pool.active:
-                    _stop(pool)
+                    self._stop(pool)
                     pool = self._start()
                     jobs += list(self._unsettled)
                 for job in jobs:
                     self._schedule(pool, job)
         finally:
-            _stop(pool)
+            self._stop(pool)
 
     def _start(self) -> pebble.ProcessPool:
         pool = pebble.ProcessPool(
@@ -174,8 +179,14 @@ class RewardPool:
             initargs=(self._reward, os.getpid()),
             context=multiprocessing.get_context("spawn"),
         )
+        self._pool = pool
         pool.active  # noqa: B018 - reading it starts the workers, in this thread
         return pool
+
+    def _stop(self, pool: pebble.ProcessPool) -> None:
+        self._pool = None  # before: a task that pebble is just sending fails then, and that is no verdict
+        pool.stop()
+        pool.join()
 
     def _schedule(self, pool: pebble.ProcessPool, job: _Job) -> None:
         if job.verdict.done():
@@ -190,14 +201,14 @@ class RewardPool:
         job.attempts += 1
         self._unsettled.add(job)
         try:
-            task = pool.schedule(job.function, args=job.arguments, timeout=self._reward.timeout_seconds)
+            task = pool.schedule(job.function, args=job.arguments, timeout=job.seconds)
         except RuntimeError:
             return  # the pool broke this moment: the next heartbeat finds the job unsettled
-        task.add_done_callback(partial(self._settle, job))
+        task.add_done_callback(partial(self._settle, pool, job))
 
-    def _settle(self, job: _Job, task: Future[Verdict]) -> None:
+    def _settle(self, pool: pebble.ProcessPool, job: _Job, task: Future[Verdict]) -> None:
         """Turn the outcome of a task into a verdict; runs in one of pebble's threads."""
-        if task.cancelled():
+        if task.cancelled() or pool is not self._pool:
             return
         match task.exception():
             case None:
@@ -205,18 +216,13 @@ class RewardPool:
             case BrokenProcessPool():
                 return  # not this sample's doing: the keeper gives it to a new pool
             case TimeoutError():
-                verdict = Verdict(0.0, f"no verdict within {self._reward.timeout_seconds:g} s")
+                verdict = Verdict(0.0, f"no verdict within {job.seconds:g} s")
             case pebble.ProcessExpired() as error:
                 verdict = Verdict(0.0, f"the reward ended its worker process (exit code {error.exitcode})")
             case error:
                 verdict = Verdict(0.0, f"{type(error).__name__}: {error}")
         self._unsettled.discard(job)
         job.settle(verdict)
-
-
-def _stop(pool: pebble.ProcessPool) -> None:
-    pool.stop()
-    pool.join()
 
 
 # In a worker process

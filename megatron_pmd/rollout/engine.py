@@ -22,6 +22,8 @@ LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
 NO_WEIGHTS = "none"
 """Weight version of an engine that the actor has sent nothing to yet."""
 
+ROUTER_MARGIN_SECONDS = 60
+
 # SGLang option -> the setting it follows. Naming one of them in rollout.sglang is an error: one of the two would lose.
 OUR_OPTIONS = {
     "model_path": "model.path",
@@ -155,7 +157,7 @@ class RouterSpec:
     port: int
     log: Path
     request_timeout_seconds: float
-    """From a request's arrival to its answer's last byte, retries included."""
+    """The clients' own deadline; the router's is a minute longer."""
     host: str = "127.0.0.1"
     api_key: str | None = None
     """The engines' key."""
@@ -166,3 +168,33 @@ class RouterSpec:
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+
+class RouterProcess(ServerProcess):
+    """The sglang router in front of all engines; start and stop it between phases as the set of engines changes."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        """Starts the router and returns at once."""
+        self.spec = spec
+        options: dict[str, Any] = {
+            "host": spec.host,
+            "port": spec.port,
+            "policy": spec.policy,
+            # The client gives up first: ten requests that time out *here* close the engine to all others.
+            "request-timeout-secs": int(spec.request_timeout_seconds) + ROUTER_MARGIN_SECONDS,
+            # A dead engine is closed to requests after 10 of them failed (they are retried elsewhere), or two checks.
+            "cb-timeout-duration-secs": 10,
+            "health-check-interval-secs": 5,
+            "health-failure-threshold": 2,
+            "health-success-threshold": 1,
+            "worker-startup-check-interval": 1,
+            # Its default, port 29000 on all interfaces, collides with a second run on the node.
+            "prometheus-host": "127.0.0.1",
+            "prometheus-port": free_port(),
+            "log-level": "warn",
+        }
+        if spec.api_key is not None:
+            options["api-key"] = spec.api_key
+        command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *spec.engines]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        super().__init__("router", command, inherited_environment(), spec.url, "/readiness", spec.log)

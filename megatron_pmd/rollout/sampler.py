@@ -71,7 +71,7 @@ class Sampler:
     grader: Grader
     any_engine_alive: Callable[[], bool]
 
-    def run(self, plan: SamplingPlan, on_sample: Callable[[int], None] = lambda done: None) -> None:
+    def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
         """Draw and grade what the plan still lacks.
 
         Raises EnginesLost when no engine is left (the plan keeps what is done), EngineError when a request fails
@@ -79,7 +79,7 @@ class Sampler:
         """
         asyncio.run(self._run(plan, on_sample))
 
-    async def _run(self, plan: SamplingPlan, on_sample: Callable[[int], None]) -> None:
+    async def _run(self, plan: SamplingPlan, on_sample: Callable[[], None]) -> None:
         timeout = aiohttp.ClientTimeout(total=self.request_timeout_seconds)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self.headers) as session:
@@ -93,11 +93,11 @@ class Sampler:
                 raise failures.exceptions[0] from None
 
     async def _sample(
-        self, session: aiohttp.ClientSession, plan: SamplingPlan, key: tuple[int, int], on_sample: Callable[[int], None]
+        self, session: aiohttp.ClientSession, plan: SamplingPlan, key: tuple[int, int], on_sample: Callable[[], None]
     ) -> None:
         group, number = key
         problem = plan.problems[group]
-        seed = sample_seed(plan.run_seed, plan.iteration, problem.index, number, plan.stream)
+        seed = sample_seed(plan.run_seed, plan.iteration, group, number, plan.stream)
         answer = await self._generate(session, plan, problem, seed)
         information = answer["meta_info"]
         version = int(information["weight_version"])
@@ -123,7 +123,7 @@ class Sampler:
             reward=verdict.reward,
             reward_error=verdict.error,
         )
-        on_sample(len(plan.done))
+        on_sample()
 
     async def _generate(self, session: aiohttp.ClientSession, plan: SamplingPlan, problem: Problem, seed: int) -> dict:
         """One response, asked for again where an engine failed it."""

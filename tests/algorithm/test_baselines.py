@@ -15,13 +15,13 @@ baselines = st.sampled_from(sorted(BASELINES))
 
 
 def exact_baseline(rewards: list[float], i: int, baseline: str, tau: float) -> float:
-    """The definition of docs/algorithm.md, term by term, with 60 digits and an exponent range that cannot overflow."""
+    """The definition in docs/algorithm.md, term by term, with 60 digits and no overflow."""
     with localcontext(prec=60, Emin=-(10**9), Emax=10**9):
         kept = [Decimal(r) for j, r in enumerate(rewards) if not (baseline.endswith("_loo") and j == i)]
         if baseline.startswith("mean"):
-            return float(sum(kept) / len(kept))
+            return float(sum(kept, Decimal(0)) / len(kept))
         t = Decimal(tau)
-        return float(t * (sum((r / t).exp() for r in kept) / len(kept)).ln())
+        return float(t * (sum(((r / t).exp() for r in kept), Decimal(0)) / len(kept)).ln())
 
 
 @settings(max_examples=80, deadline=None)

@@ -160,7 +160,7 @@ def test_an_outcome_the_anchor_never_takes_does_not_matter():
 @pytest.mark.parametrize("variant", ["mean", "partition"])
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_a_softmax_that_minimises_the_pmd_loss_reaches_the_closed_form(variant, tau):
-    """Six arms, each a response of one token; arm i has the weight π_t(i), so the sum is the population loss."""
+    """Six arms, each a response of one token, weighted by π_t: the sum is the population loss."""
     rng = np.random.default_rng(5)
     rewards, p = rng.normal(size=6), rng.dirichlet(np.full(6, 2.0))
     if variant == "mean":
@@ -170,7 +170,12 @@ def test_a_softmax_that_minimises_the_pmd_loss_reaches_the_closed_form(variant, 
     anchor = torch.tensor(np.log(p))
     logits = anchor.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], lr=1.0, max_iter=5000, tolerance_grad=1e-13, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [logits],
+        lr=1.0,
+        max_iter=5000,
+        tolerance_grad=1e-13,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> torch.Tensor:

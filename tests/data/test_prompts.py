@@ -5,7 +5,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pmd.data.problems import Problem
@@ -25,7 +25,7 @@ def problems_of(count: int) -> list[Problem]:
 @pytest.fixture
 def tokenizer():
     """Bytes as tokens, with a chat template in the style of Qwen."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -82,6 +82,7 @@ def indices(source: PromptSource, n: int) -> list[int]:
     return [problem.index for problem in source.take(n)]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(count=st.integers(1, 12), seed=st.integers(0, 2**40), sizes=st.lists(st.integers(0, 30), max_size=6))
 def test_every_epoch_is_a_permutation_however_the_prompts_are_taken(count, seed, sizes):
     pieces, whole = PromptSource(problems_of(count), seed), PromptSource(problems_of(count), seed)
@@ -91,6 +92,7 @@ def test_every_epoch_is_a_permutation_however_the_prompts_are_taken(count, seed,
         assert sorted(taken[start : start + count]) == list(range(count))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(before=st.integers(0, 40), after=st.integers(0, 40), shuffle=st.booleans())
 def test_a_resumed_order_equals_the_uninterrupted_one(before, after, shuffle):
     interrupted, whole = (PromptSource(problems_of(7), seed=3, shuffle=shuffle) for _ in range(2))
@@ -103,7 +105,7 @@ def test_a_resumed_order_equals_the_uninterrupted_one(before, after, shuffle):
 
 def test_the_order_of_existing_checkpoints_never_changes():
     """Written down once: another numpy, or another way to seed it, would resume runs in another order."""
-    assert indices(PromptSource(problems_of(6), seed=0), 12) == PINNED
+    assert indices(PromptSource(problems_of(6), seed=0), 12) == [3, 2, 5, 4, 0, 1, 1, 4, 3, 0, 2, 5]
 
 
 def test_epochs_and_seeds_differ():

@@ -87,9 +87,15 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
         ({"prompt": [], "answer": "2"}, r":2: 'prompt' is an empty list"),
         ({"prompt": ["x"], "answer": "2"}, r":2: 'prompt', message 1 is a string"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, r"message 1 has role; .* exactly role and content"),
-        ({"prompt": [{"role": "human", "content": "x"}], "answer": "2"}, r"the role 'human'; use one of system"),
+        (
+            {"prompt": [{"role": "human", "content": "x"}], "answer": "2"},
+            r"the role 'human'; use one of system",
+        ),
         ({"prompt": [{"role": "user", "content": [1]}], "answer": "2"}, r"has a list as content"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"}, r"ends with a assistant message"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"},
+            r"ends with a assistant message",
+        ),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):

@@ -1,5 +1,8 @@
 """What a response is worth: extraction, the named rewards, and names that cannot be resolved."""
 
+import json
+from itertools import product
+
 import pytest
 
 from megatron_pmd.config import Data, ReasoningGymSource, Reward
@@ -119,12 +122,16 @@ def test_chain_sum_is_graded_by_reasoning_gym():
 
 
 def test_a_task_with_many_right_answers_is_graded_by_its_own_rules():
-    """graph_color has no answer of its own; here every colouring is tried against the edges by hand."""
-    source = ReasoningGymSource(task="graph_color", size=1, seed=1, parameters={"min_num_vertices": 4, "max_num_vertices": 4})
+    """graph_color has no answer of its own: every colouring of four vertices is checked against its edges."""
+    size = {"min_num_vertices": 4, "max_num_vertices": 4}
+    source = ReasoningGymSource(task="graph_color", size=1, seed=1, parameters=size)
     (p,) = load_problems(source, Data(train=source))
+    puzzle = p.metadata["entry"]["metadata"]["puzzle"]
     grade = grader(Reward(name="reasoning_gym"))
-    assert grade('{"0": 1, "1": 1, "2": 1, "3": 1}', p) < 1.0
-    assert grade(str(p.metadata["entry"]["metadata"]["possible_answer"]).replace("'", '"'), p) >= 0.0
+    for colours in product(puzzle["color_options"], repeat=4):
+        proper = all(colours[a] != colours[b] for a, b in puzzle["edges"])
+        response = json.dumps({str(vertex): colour for vertex, colour in enumerate(colours)})
+        assert (grade(response, p) == 1.0) == proper
 
 
 def test_reasoning_gym_refuses_a_problem_of_a_file():
@@ -146,7 +153,10 @@ def test_every_registered_reward_resolves(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("maths", r"'maths' is unknown \(did you mean math\?\); use exact, math, reasoning_gym, or module:function"),
+        (
+            "maths",
+            r"unknown \(did you mean math\?\); use exact, math, reasoning_gym, or module:function",
+        ),
         ("my_rewards:", "or module:function"),
         (":score", "or module:function"),
         ("absent_module:score", r"absent_module cannot be imported: ModuleNotFoundError.*PYTHONPATH"),

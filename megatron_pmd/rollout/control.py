@@ -1,0 +1,171 @@
+"""Control of one engine over HTTP: memory, weights, version. Every call has a deadline, and its error names the engine.
+
+The order in one iteration, of which nothing here is optional on a GPU:
+    release(["kv_cache"]), release(["weights"])            the engine is idle; its memory goes to the actor
+    resume(["weights"]), begin_update(), load_bucket(...) for each bucket, end_update(version)
+    resume(["kv_cache"]), flush_cache()                    now it may be sent requests again
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import psutil
+import torch
+
+from megatron_pmd.errors import EngineError, StaleWeights
+from megatron_pmd.rollout.engine import LOADER, NO_WEIGHTS, EngineSpec
+from megatron_pmd.weight_sync.loader import reply_path
+
+Tag = Literal["weights", "kv_cache"]
+CONNECT_SECONDS = 10.0
+
+
+class EngineControl:
+    """The only caller of one engine's control endpoints: its leader's. Calls must not overlap in time."""
+
+    def __init__(self, spec: EngineSpec, timeout_seconds: float) -> None:
+        """timeout_seconds: deadline of each call."""
+        self.spec = spec
+        self.timeout_seconds = timeout_seconds
+        headers = {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
+        self._client = httpx.Client(
+            base_url=spec.url, headers=headers, trust_env=False,
+            timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def release(self, tags: Sequence[Tag]) -> None:
+        """Free the engine's memory of these kinds, which must be resident; the engine must be idle."""
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    def resume(self, tags: Sequence[Tag]) -> None:
+        """Take the memory back. Its contents are undefined: load the weights, flush the cache."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
+    def begin_update(self) -> None:
+        """Open a weight update; SGLang refuses buckets outside of one. Until end_update the engine has no version.
+
+        An update that a failure left open is closed first, so that an engine which refused a bucket can be tried again.
+        """
+        self._set_version(NO_WEIGHTS)  # between two versions it holds a mixture, and must not serve it as either
+        self._call("POST", "/end_weight_update", {}, accept=(200, 400))  # 400: none is open
+        self._confirmed("/begin_weight_update", {})
+
+    def load_bucket(self, description: dict[str, Any]) -> None:
+        """Have every rank of the engine load a SharedBucket; returns when all of them are done reading it.
+
+        EngineError with the loader's own words if a rank refused it or failed; the engine stays up, its version unchanged.
+        """
+        ranks = self.spec.rollout.tensor_parallel
+        prefix = f"{description['path']}.reply-{self.spec.port}"  # engines of one node read the same bucket
+        replies = [reply_path(prefix, rank) for rank in range(ranks)]
+        for reply in replies:
+            reply.unlink(missing_ok=True)
+        body = torch.frombuffer(bytearray(json.dumps(description | {"reply": prefix}).encode()), dtype=torch.uint8)
+        # By value: torch's own way of sharing between processes lets only related processes read it.
+        payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
+        request = {
+            "serialized_named_tensors": [payload] * ranks,
+            "load_format": LOADER,
+            "flush_cache": False,  # a flush that fails here is an assertion that kills the engine
+        }
+        self._confirmed("/update_weights_from_tensor", request)
+        for rank, reply in enumerate(replies):
+            self._check_reply(rank, reply, description)
+
+    def _check_reply(self, rank: int, reply: Path, description: dict[str, Any]) -> None:
+        try:
+            answer = json.loads(reply.read_text())
+            reply.unlink()
+        except FileNotFoundError:
+            answer = {"bucket": None}
+        if answer["bucket"] != description["bucket"]:
+            raise EngineError(
+                f"{self._where()}: tensor-parallel rank {rank} gave no reply to weight bucket {description['bucket']} "
+                f"(expected in {reply}); does the engine share /dev/shm with this process?"
+            )
+        if answer["error"]:
+            raise EngineError(f"{self._where()}: tensor-parallel rank {rank} refused the weights: {answer['error']}")
+
+    def end_update(self, version: int) -> None:
+        """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
+        self._confirmed("/end_weight_update", {})
+        self._set_version(str(version))
+        served = self.weight_version()
+        if served != version:
+            raise StaleWeights(f"{self._where()} serves weight version {served}, expected {version}; log: {self.spec.log}")
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix: it was computed with earlier weights."""
+        self._call("POST", "/flush_cache", {}, query={"timeout": self.timeout_seconds})
+
+    def weight_version(self) -> int | None:
+        """The version served; None before the first completed update, and from begin_update to end_update."""
+        version = self._call("GET", "/model_info").json()["weight_version"]
+        return int(version) if version.isdecimal() else None
+
+    def health(self) -> bool:
+        """Whether the engine's HTTP server answers; a hung scheduler shows only in a missed deadline."""
+        try:
+            return self._client.get("/health", timeout=CONNECT_SECONDS).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _set_version(self, version: str) -> None:
+        self._confirmed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    def _confirmed(self, path: str, body: dict[str, Any]) -> None:
+        answer = self._call("POST", path, body).json()
+        if not answer.get("success"):
+            raise EngineError(f"{self._where()} refused {path}: {answer.get('message')}")
+
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *,
+        query: dict[str, Any] | None = None, accept: Sequence[int] = (200,),
+    ) -> httpx.Response:
+        try:
+            response = self._client.request(method, path, json=body, params=query)
+        except httpx.TimeoutException:
+            raise EngineError(
+                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; log: {self.spec.log}"
+            ) from None
+        except httpx.HTTPError as error:
+            raise EngineError(f"{self._where()} failed in {path}: {error}; log: {self.spec.log}") from None
+        if response.status_code not in accept:
+            raise EngineError(
+                f"{self._where()} answered {path} with status {response.status_code}: {response.text[:500]}; "
+                f"log: {self.spec.log}"
+            )
+        return response
+
+    def _where(self) -> str:
+        return f"engine {self.spec.number} ({self.spec.host}, port {self.spec.port})"
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and all its descendants, in bytes; pages shared among them count more than once."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total

@@ -1,0 +1,207 @@
+"""Where rollouts come from: live engines, or files of an earlier run. The loop cannot tell which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.algorithm.baselines import advantages
+from megatron_pmd.config import RunConfig
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import DataError, PmdError
+from megatron_pmd.observe.console import Console
+from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rollout.fleet import Fleet
+from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan
+from megatron_pmd.rollout.samples import Sample, read_rollout
+from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
+
+
+class RolloutSource(Protocol):
+    """What the loop asks for samples. Collective: every rank calls, the driver alone gets samples back."""
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """Samples for the plan, graded; [] on ranks other than the driver, whose plan is None.
+
+        actor: whose weights an engine is given that has to be started again.
+        """
+
+    def release(self) -> None:
+        """Engines leave the device to the actors."""
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        """Engines take the actor's weights as this version."""
+
+    def resume(self) -> None:
+        """Engines accept requests again."""
+
+    def engine_bytes(self) -> int:
+        """Resident memory of this rank's engine."""
+
+    def close(self) -> None:
+        """End what this rank has started; not collective."""
+
+
+class LiveEngines:
+    """The fleet, its weights and its router, kept alive: engines that die are started again with current weights."""
+
+    def __init__(
+        self, config: RunConfig, control: Control, folder: Path, tokenizer: Any, rewards: RewardPool | None, console: Console, *, cpu: bool
+    ) -> None:
+        """Starts the engines; they answer only after the first load()."""
+        self._config, self._control, self._tokenizer = config, control, tokenizer
+        self._rewards, self._console = rewards, console
+        self.fleet = Fleet(config, control, folder, cpu=cpu)
+        self._push = WeightPush(config, control, self.fleet, shared_memory_key(folder))
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """See RolloutSource. Raises EngineError when engines die again and again."""
+        for _ in range(self._config.rollout.retries + 1):
+            failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
+            if failure is None:
+                return plan.samples if plan else []
+            if not isinstance(failure, EnginesLost):
+                raise failure
+            version = self._control.from_driver(plan.weight_version if plan else None)
+            self._revive(actor, version)
+        raise failure
+
+    def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
+        assert plan is not None, "the driver draws from a plan"
+        sampling = self._config.rollout
+        sampler = Sampler(
+            router_url=self.fleet.router_url,
+            headers=self.fleet.headers,
+            tokenizer=self._tokenizer,
+            stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
+            max_response_tokens=self._config.batch.max_response_tokens,
+            request_timeout_seconds=sampling.request_timeout_seconds,
+            retries=sampling.retries,
+            grader=self._rewards,  # type: ignore[arg-type]
+            any_engine_alive=self.fleet.any_alive,
+        )
+        try:
+            with self._console.progress(title, plan.total - len(plan.done)) as advance:
+                sampler.run(plan, advance)
+        except PmdError as error:
+            return error
+        return None
+
+    def _revive(self, actor: Actor, version: int) -> None:
+        """Start dead engines again and give all engines the current weights."""
+        restarted = self.fleet.restart_dead()
+        if self._control.is_driver:
+            self._console.say(f"{restarted} engine(s) died and were started again; sending weight version {version}")
+        self._send(actor, version)
+        self.fleet.serve()
+
+    def release(self) -> None:
+        self.fleet.release()
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        """See RolloutSource. Engines that died since the last load are started again first."""
+        if not self.fleet.urls:
+            self.fleet.wait_ready()
+        self.fleet.restart_dead()
+        self.fleet.resume_weights()
+        return self._send(actor, version)
+
+    def _send(self, actor: Actor, version: int) -> PushReport:
+        return self._push.push(actor.export(), version)
+
+    def resume(self) -> None:
+        self.fleet.resume_cache()
+        self.fleet.serve()
+
+    def engine_bytes(self) -> int:
+        return self.fleet.resident_bytes()
+
+    def close(self) -> None:
+        self._push.close()
+        self.fleet.stop()
+
+
+class ReplayedRollouts:
+    """Rollouts of an earlier run, from its file or its folder of files; there are no engines."""
+
+    def __init__(self, path: Path) -> None:
+        """path: one rollout file, or a folder with one for every iteration that will be trained."""
+        if not path.exists():
+            raise DataError(f"{path}: no such rollout file or folder")
+        self._path = path
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
+        if plan is None:
+            return []
+        path = self._path / f"{plan.iteration}.parquet" if self._path.is_dir() else self._path
+        samples, iteration = read_rollout(path)
+        if iteration != plan.iteration:
+            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {plan.iteration}")
+        return samples
+
+    def release(self) -> None: ...
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        return PushReport(tensors=0, bytes=0, buckets=0)
+
+    def resume(self) -> None: ...
+
+    def engine_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:
+    """Tokens that end a response: the tokenizer's own, and those of the model's generation_config.json."""
+    from transformers import GenerationConfig
+
+    stops = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(model_path).eos_token_id
+        stops.update(listed if isinstance(listed, list) else [listed])
+    return sorted(stop for stop in stops if stop is not None)
+
+
+def set_advantages(samples: list[Sample], config: RunConfig) -> None:
+    """Reward minus baseline, for every sample of a rollout."""
+    values = advantages(
+        [s.reward for s in samples],
+        [s.group for s in samples],
+        baseline=config.algorithm.baseline,
+        tau=config.algorithm.tau,
+    )
+    for sample, value in zip(samples, values, strict=True):
+        sample.advantage = float(value)
+
+
+def train_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+    """The rollout of one iteration."""
+    return SamplingPlan(
+        problems=problems,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        run_seed=config.seed,
+    )
+
+
+def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+    """Held-out problems under the evaluation's own sampling settings."""
+    return SamplingPlan(
+        problems=problems[: config.evaluation.prompts],
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        run_seed=config.seed,
+        stream="evaluation",
+    )
+
+

@@ -1,0 +1,165 @@
+"""One actor rank: `python -m megatron_pmd.worker ORDER.json`, started by torchrun. Puts a run together and trains."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_pmd.config import RunConfig, build
+from megatron_pmd.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks of every rank."""
+
+    config: dict[str, Any]
+    folder: str
+    replay: str | None = None
+    """Rollout file or folder to train on instead of engines."""
+    stop_after: str | None = None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        return cls(**json.loads(path.read_text()))
+
+
+def main(order: Order) -> None:
+    """Build this rank's part of the run and train; raises PmdError for what the user should read."""
+    _quiet()
+    import torch
+
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        from megatron_pmd.actor.cpu import standins
+
+        standins.install()
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    from megatron_pmd.actor import parallel
+
+    config = build(order.config)
+    parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
+    # the driver may take this long in a rollout while the others wait for it
+    waiting = config.rollout.request_timeout_seconds * (config.rollout.retries + 1) + config.actor.timeout_seconds
+    control = parallel.Control(waiting)
+    try:
+        _train(config, order, control, cpu=cpu)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Keep the libraries' own remarks out of the run's screen; warnings of ours are errors or printed."""
+    import logging
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _prepare_model(config: RunConfig) -> None:
+    """Make the model folder if it does not exist and the recipe knows how."""
+    path = Path(config.model.path)
+    if path.exists():
+        return
+    if config.model.prepare is None:
+        raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
+    module, _, function = config.model.prepare.partition(":")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    getattr(importlib.import_module(module), function)(partial)
+    partial.rename(path)
+
+
+def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron_pmd.actor import checkpoint
+    from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.loop import train
+    from megatron_pmd.observe.console import Console
+    from megatron_pmd.observe.journal import Journal
+    from megatron_pmd.rewards.pool import RewardPool
+    from megatron_pmd.rollout.source import LiveEngines, ReplayedRollouts
+    from megatron_pmd.run import Run, StopRequested
+
+    folder, console = Path(order.folder), Console()
+    control.on_driver(lambda: _prepare_model(config))
+    resume_from = control.from_driver(checkpoint.latest(folder / "checkpoints"))
+    state = checkpoint.read_run_state(resume_from) if resume_from else {"iteration": 0, "prompts": None}
+    journal = control.on_driver(lambda: Journal.open(folder, config, state["iteration"]))
+    if control.is_driver:
+        console.opening(config)
+        if resume_from:
+            console.say(f"resuming after {state['iteration']} iterations, from {resume_from}")
+    status, error = "failed", None
+    with ExitStack() as cleanup:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            problems = control.on_driver(lambda: _problems(config, tokenizer, console, state["prompts"]))
+            prompts, held_out = problems or (None, [])
+            rollouts: LiveEngines | ReplayedRollouts
+            if order.replay:
+                rollouts = ReplayedRollouts(Path(order.replay))
+            else:
+                rewards = control.on_driver(lambda: cleanup.enter_context(RewardPool(config.reward)))
+                rollouts = LiveEngines(config, control, folder, tokenizer, rewards, console, cpu=cpu)
+                cleanup.callback(rollouts.close)
+            actor = Actor(config, control)
+            if resume_from:
+                actor.load(resume_from)
+            run = Run(
+                config, folder, control, actor, rollouts, console,
+                journal=journal, train=prompts, held_out=held_out, tokenizer=tokenizer,
+                first_iteration=state["iteration"], stop_after=order.stop_after,
+            )  # fmt: skip
+            train(run)
+            status = "complete"
+        except StopRequested:
+            status = "stopped"
+        except BaseException as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            raise
+        finally:
+            if journal is not None:
+                journal.finish(status, error)
+
+
+def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any] | None) -> tuple[Any, list[Any]]:
+    """The training prompts, where the run stands in them, and the held-out problems."""
+    from megatron_pmd.data.prompts import PromptSource, tokenize
+    from megatron_pmd.data.sources import load_problems
+
+    kept, dropped = tokenize(load_problems(config.data.train, config.data), tokenizer, config.batch.max_prompt_tokens)
+    if dropped:
+        console.say(f"{dropped} of {len(kept) + dropped} training prompts are over {config.batch.max_prompt_tokens} tokens: dropped")
+    prompts = PromptSource(kept, config.seed, config.data.shuffle)
+    if state is not None:
+        prompts.load_state(state)
+    held_out: list[Any] = []
+    if config.data.evaluation is not None:
+        problems = load_problems(config.data.evaluation, config.data)
+        held_out, dropped = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
+        if dropped:
+            console.say(f"{dropped} evaluation prompts are over {config.batch.max_prompt_tokens} tokens: dropped")
+    return prompts, held_out
+
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(main)(Order.read(Path(sys.argv[1])))

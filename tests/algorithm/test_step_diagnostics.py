@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import bisect
+from scipy.special import lambertw
+
+from megatron_pmd.algorithm import diagnostics as module
+from megatron_pmd.algorithm.baselines import BASELINES, advantages
+from megatron_pmd.algorithm.diagnostics import diagnostics, targets
+from megatron_pmd.algorithm.losses import LossInput, pmd
+
+GROUPS = np.repeat([5, -2, 9], 4)
+REWARDS = np.array([1, -1, -1, -1, 1, 1, -1, 1, 0.3, 0.3, 0.3, 0.3])
+KEYS = {
+    "pmd/progress",
+    "pmd/r2",
+    *(f"pmd/kl_anchor_{k}{unit}" for k in ("k1", "k2", "k3") for unit in ("", "/per_token")),
+    "pmd/chi2_weight",
+    "pmd/log_z_gap",
+    *(f"pmd/log_ratio_{p}" for p in ("p05", "p50", "p95")),
+    "pmd/zero_advantage_groups",
+    "mismatch/mean_abs",
+    "mismatch/max_abs",
+    "mismatch/sequence_sum_abs",
+    "mismatch/effective_sample_size",
+}
+
+
+def arrays(log_ratio: np.ndarray, **others: np.ndarray) -> dict[str, np.ndarray]:
+    """What LossTerms.per_sequence holds, zeros where the test does not say."""
+    zeros = np.zeros(len(log_ratio))
+    names = ("kl_k2", "kl_k3", "mismatch_sum", "mismatch_abs_sum", "mismatch_abs_max")
+    return {
+        **dict.fromkeys(names, zeros),
+        "log_ratio": log_ratio,
+        "length": zeros + 10,
+        "weight": zeros + 1,
+        **others,
+    }
+
+
+def measure(log_ratio: np.ndarray, *, baseline: str = "mean", tau: float = 0.1, **others: np.ndarray):
+    a = advantages(REWARDS, GROUPS, baseline=baseline, tau=tau)
+    return diagnostics(
+        arrays(log_ratio, **others), advantage=a, reward=REWARDS, group=GROUPS, baseline=baseline, tau=tau
+    )
+
+
+def group_target(a: np.ndarray) -> tuple[np.ndarray, float]:
+    """log ρ* = log(W(λe^a)/λ) with λ by bisection on mean(ρ) = 1: the definition, over a group's samples."""
+    if np.ptp(a) == 0:
+        return np.zeros_like(a), 0.0
+
+    def rho(weight: float) -> np.ndarray:
+        return lambertw(weight * np.exp(a)).real / weight
+
+    weight = bisect(lambda w: rho(w).mean() - 1, 1e-9, 1e3, xtol=1e-15)
+    return np.log(rho(weight)), weight
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=5), min_size=1, max_size=5),
+    st.sampled_from(["mean", "mean_loo"]),
+    st.floats(0.05, 3),
+    st.randoms(use_true_random=False),
+)
+def test_targets_are_each_groups_own_optimum_in_any_order(groups, baseline, tau, random):
+    samples = [(i, round(r, 1)) for i, rewards in enumerate(groups) for r in rewards]
+    random.shuffle(samples)
+    labels, rewards = np.array([g for g, _ in samples]), np.array([r for _, r in samples])
+    a = advantages(rewards, labels, baseline=baseline, tau=tau)
+    found, weights = targets(a, rewards, labels, baseline=baseline, tau=tau)
+    expected_weights = []
+    for label in np.unique(labels):
+        expected, weight = group_target(a[labels == label] / tau)
+        np.testing.assert_allclose(found[labels == label], expected, atol=1e-7)
+        expected_weights.append(weight)
+    np.testing.assert_allclose(np.sort(weights), np.sort(expected_weights), atol=1e-7)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_progress_is_zero_at_the_anchor_half_halfway_and_one_at_the_target(baseline):
+    a = advantages(REWARDS, GROUPS, baseline=baseline, tau=0.1)
+    target, _ = targets(a, REWARDS, GROUPS, baseline=baseline, tau=0.1)
+    for share in (0.0, 0.5, 1.0):
+        assert measure(share * target, baseline=baseline)["pmd/progress"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_r2_is_zero_at_the_anchor_and_one_where_the_regression_is_exact(baseline):
+    a = advantages(REWARDS, GROUPS, baseline=baseline, tau=0.1)
+    assert measure(np.zeros(12), baseline=baseline)["pmd/r2"] == 0
+    assert measure(a / 0.1, baseline=baseline)["pmd/r2"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_step_in_which_every_reward_is_equal_has_no_nan(baseline):
+    a = advantages(np.ones(8), np.repeat([0, 1], 4), baseline=baseline, tau=0.1)
+    result = diagnostics(
+        arrays(np.ones(8)),
+        advantage=a,
+        reward=np.ones(8),
+        group=np.repeat([0, 1], 4),
+        baseline=baseline,
+        tau=0.1,
+    )
+    assert set(result) == KEYS and np.isfinite(list(result.values())).all()
+    assert result["pmd/progress"] == result["pmd/r2"] == result["pmd/chi2_weight"] == 0
+    assert result["pmd/zero_advantage_groups"] == 1
+
+
+def test_sequences_without_counted_tokens_are_left_out_of_progress():
+    a = advantages(REWARDS, GROUPS, baseline="mean", tau=0.1)
+    s, _ = targets(a, REWARDS, GROUPS, baseline="mean", tau=0.1)
+    s[0], length = 0.0, np.full(12, 10.0)
+    length[0] = 0
+    assert measure(s, length=length)["pmd/progress"] == pytest.approx(1)
+
+
+def test_a_third_of_the_groups_teaches_nothing_and_the_others_have_a_gap():
+    """log Z gap of a group: τ log mean e^{r/τ} − mean r; at τ = 0.1 that is max + τ log(share) − mean."""
+    result = measure(np.zeros(12))
+    assert result["pmd/zero_advantage_groups"] == pytest.approx(1 / 3)
+    expected = np.mean([1 + 0.1 * np.log(1 / 4) + 0.5, 1 + 0.1 * np.log(3 / 4) - 0.5, 0.0])
+    assert result["pmd/log_z_gap"] == pytest.approx(expected, abs=1e-8)
+    assert measure(np.zeros(12), baseline="partition")["pmd/chi2_weight"] == 0
+
+
+def test_means_quantiles_and_sample_size_equal_their_definitions():
+    rng = np.random.default_rng(0)
+    s, length, k2, k3 = rng.normal(size=12), rng.integers(1, 9, 12).astype(float), *rng.random((2, 12))
+    total, absolute, largest, weight = rng.normal(size=12), *rng.random((3, 12))
+    result = measure(
+        s,
+        length=length,
+        kl_k2=k2,
+        kl_k3=k3,
+        mismatch_sum=total,
+        mismatch_abs_sum=absolute,
+        mismatch_abs_max=largest,
+        weight=weight,
+    )
+    expected = {
+        "pmd/kl_anchor_k1": -s.mean(),
+        "pmd/kl_anchor_k1/per_token": -s.sum() / length.sum(),
+        "pmd/kl_anchor_k2": k2.mean(),
+        "pmd/kl_anchor_k2/per_token": k2.sum() / length.sum(),
+        "pmd/kl_anchor_k3": k3.mean(),
+        "pmd/kl_anchor_k3/per_token": k3.sum() / length.sum(),
+        "pmd/log_ratio_p05": np.quantile(s, 0.05),
+        "pmd/log_ratio_p50": np.median(s),
+        "pmd/log_ratio_p95": np.quantile(s, 0.95),
+        "mismatch/mean_abs": absolute.sum() / length.sum(),
+        "mismatch/max_abs": largest.max(),
+        "mismatch/sequence_sum_abs": np.abs(total).mean(),
+        "mismatch/effective_sample_size": weight.sum() ** 2 / (12 * (weight**2).sum()),
+    }
+    assert {k: result[k] for k in expected} == pytest.approx(expected)
+
+
+def test_k1_and_k3_average_to_the_true_divergence_over_the_anchors_own_samples():
+    """Eight samples, drawn just as often as π_t says: the averages are the KL itself."""
+    p = np.array([4, 2, 1, 1]) / 8
+    q = np.array([0.1, 0.2, 0.3, 0.4])
+    outcomes = np.repeat(np.arange(4), [4, 2, 1, 1])
+    anchor, new = torch.tensor(np.log(p)[outcomes]), torch.tensor(np.log(q)[outcomes])
+    x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8))
+    result = diagnostics(
+        {k: v.numpy() for k, v in pmd(x, tau=1.0).per_sequence.items()},
+        advantage=np.zeros(8),
+        reward=np.zeros(8),
+        group=np.zeros(8, int),
+        baseline="mean",
+        tau=1.0,
+    )
+    true = float(p @ np.log(p / q))
+    assert result["pmd/kl_anchor_k1"] == pytest.approx(true)
+    assert result["pmd/kl_anchor_k3"] == pytest.approx(true)
+
+
+def test_a_rollout_of_512_groups_solves_each_multiset_of_rewards_once(monkeypatch):
+    """Sixteen rewards of ±1 have 17 multisets: 17 root searches take milliseconds, 512 would not."""
+    calls = []
+    original = module.optimum_mean
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "optimum_mean", counted)
+    rewards = np.random.default_rng(0).choice([-1.0, 1.0], 8192)
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(512), 16))
+    targets(advantages(rewards, groups, baseline="mean", tau=0.1), rewards, groups, baseline="mean", tau=0.1)
+    assert len(calls) <= 17
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_arrays_of_another_length_are_refused_by_name(length):
+    with pytest.raises(ValueError, match=f"has {length} entries for 12 sequences"):
+        measure(np.zeros(length))
+
+
+def test_a_step_without_sequences_is_refused():
+    with pytest.raises(ValueError, match="0 entries for 0 sequences"):
+        diagnostics(
+            arrays(np.zeros(0)),
+            advantage=[],
+            reward=[],
+            group=np.zeros(0, int),
+            baseline="mean",
+            tau=0.1,
+        )
