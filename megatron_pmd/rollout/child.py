@@ -1,4 +1,4 @@
-"""A server as a child process: started under a warden, watched, its log kept, stopped with everything it started."""
+"""A server as a child process: started under a warden, watched, stopped with everything it started."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ POLL_SECONDS = 0.2
 LOG_TAIL_LINES = 15
 WARDEN = Path(__file__).parent / "warden.py"
 
-# What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous instead of its own, and hangs.
+# What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
 TORCHRUN_VARIABLES = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment without torchrun's variables, and with local addresses out of any proxy's way."""
+    """This process's environment without torchrun's variables, and with no proxy for local addresses."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -46,10 +46,16 @@ def inherited_environment() -> dict[str, str]:
 
 
 class ServerProcess:
-    """One HTTP server in a session of its own; when this process dies, however it dies, the server dies with it."""
+    """One HTTP server; when this process dies, however it dies, the server and its children die with it."""
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], url: str, ready_path: str, log: Path
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        url: str,
+        ready_path: str,
+        log: Path,
     ) -> None:
         """Starts the server; its stdout and stderr are appended to log."""
         self.name, self.url, self.log = name, url, log
@@ -83,9 +89,13 @@ class ServerProcess:
         while not self.ready():
             waited = time.monotonic() - started
             if not self.alive():
-                raise EngineError(f"{self._where()} exited with status {self._process.returncode} at start; {self._log()}")
+                raise EngineError(
+                    f"{self._where()} exited with status {self._process.returncode} at start; {self._log()}"
+                )
             if waited > deadline_seconds:
-                raise EngineError(f"{self._where()} was not ready {waited:.0f} s after its start; {self._log()}")
+                raise EngineError(
+                    f"{self._where()} was not ready {waited:.0f} s after its start; {self._log()}"
+                )
             time.sleep(POLL_SECONDS)
 
     def check_alive(self) -> None:
@@ -96,7 +106,7 @@ class ServerProcess:
     def stop(self, grace_seconds: float = 10.0) -> None:
         """Kill the server and everything it started, at once; may be called again.
 
-        SGLang's own way of stopping drains requests for 8 s; there is nothing to drain when we stop an engine.
+        SGLang's own way of stopping takes 8 s to drain requests; we stop an engine when there are none.
         """
         if not self.alive():
             return

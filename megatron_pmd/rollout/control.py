@@ -1,4 +1,4 @@
-"""Control of one engine over HTTP: memory, weights, version. Every call has a deadline, and its error names the engine.
+"""Control of one engine over HTTP: memory, weights, version. Every call has a deadline.
 
 The order in one iteration, of which nothing here is optional on a GPU:
     release(["kv_cache"]), release(["weights"])            the engine is idle; its memory goes to the actor
@@ -61,25 +61,29 @@ class EngineControl:
         self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     def begin_update(self) -> None:
-        """Open a weight update; SGLang refuses buckets outside of one. Until end_update the engine has no version.
+        """Open a weight update; SGLang refuses buckets outside of one. Until end_update there is no version.
 
-        An update that a failure left open is closed first, so that an engine which refused a bucket can be tried again.
+        An update that a failure left open is closed first, so that an engine which refused a bucket can be
+        tried again.
         """
-        self._set_version(NO_WEIGHTS)  # between two versions it holds a mixture, and must not serve it as either
+        # Between two versions it holds a mixture, and must not serve it as either.
+        self._set_version(NO_WEIGHTS)
         self._call("POST", "/end_weight_update", {}, accept=(200, 400))  # 400: none is open
         self._confirmed("/begin_weight_update", {})
 
     def load_bucket(self, description: dict[str, Any]) -> None:
         """Have every rank of the engine load a SharedBucket; returns when all of them are done reading it.
 
-        EngineError with the loader's own words if a rank refused it or failed; the engine stays up, its version unchanged.
+        EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
         """
         ranks = self.spec.rollout.tensor_parallel
         prefix = f"{description['path']}.reply-{self.spec.port}"  # engines of one node read the same bucket
         replies = [reply_path(prefix, rank) for rank in range(ranks)]
         for reply in replies:
             reply.unlink(missing_ok=True)
-        body = torch.frombuffer(bytearray(json.dumps(description | {"reply": prefix}).encode()), dtype=torch.uint8)
+        body = torch.frombuffer(
+            bytearray(json.dumps(description | {"reply": prefix}).encode()), dtype=torch.uint8
+        )
         # By value: torch's own way of sharing between processes lets only related processes read it.
         payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
         request = {
@@ -99,11 +103,11 @@ class EngineControl:
             answer = {"bucket": None}
         if answer["bucket"] != description["bucket"]:
             raise EngineError(
-                f"{self._where()}: tensor-parallel rank {rank} gave no reply to weight bucket {description['bucket']} "
+                f"{self._where()}: rank {rank} gave no reply to weight bucket {description['bucket']} "
                 f"(expected in {reply}); does the engine share /dev/shm with this process?"
             )
         if answer["error"]:
-            raise EngineError(f"{self._where()}: tensor-parallel rank {rank} refused the weights: {answer['error']}")
+            raise EngineError(f"{self._where()}: rank {rank} refused the weights: {answer['error']}")
 
     def end_update(self, version: int) -> None:
         """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
@@ -111,7 +115,9 @@ class EngineControl:
         self._set_version(str(version))
         served = self.weight_version()
         if served != version:
-            raise StaleWeights(f"{self._where()} serves weight version {served}, expected {version}; log: {self.spec.log}")
+            raise StaleWeights(
+                f"{self._where()} serves weight version {served}, expected {version}; log: {self.spec.log}"
+            )
 
     def flush_cache(self) -> None:
         """Forget every cached prefix: it was computed with earlier weights."""
@@ -138,14 +144,20 @@ class EngineControl:
             raise EngineError(f"{self._where()} refused {path}: {answer.get('message')}")
 
     def _call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *,
-        query: dict[str, Any] | None = None, accept: Sequence[int] = (200,),
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: dict[str, Any] | None = None,
+        accept: Sequence[int] = (200,),
     ) -> httpx.Response:
         try:
             response = self._client.request(method, path, json=body, params=query)
         except httpx.TimeoutException:
             raise EngineError(
-                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; log: {self.spec.log}"
+                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; "
+                f"log: {self.spec.log}"
             ) from None
         except httpx.HTTPError as error:
             raise EngineError(f"{self._where()} failed in {path}: {error}; log: {self.spec.log}") from None
@@ -161,7 +173,7 @@ class EngineControl:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all its descendants, in bytes; pages shared among them count more than once."""
+    """Resident memory of a process and its descendants, in bytes; what they share counts more than once."""
     total = 0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:

@@ -24,7 +24,7 @@ NO_WEIGHTS = "none"
 
 ROUTER_MARGIN_SECONDS = 60
 
-# SGLang option -> the setting it follows. Naming one of them in rollout.sglang is an error: one of the two would lose.
+# SGLang option -> the setting it follows. Naming one in rollout.sglang is an error.
 OUR_OPTIONS = {
     "model_path": "model.path",
     "dtype": "model.precision",
@@ -93,14 +93,16 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         options["api_key"] = spec.api_key
     if spec.rollout.max_total_tokens is not None:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
-    options |= _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
+    options |= (
+        _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
+    )
     return options | spec.rollout.sglang
 
 
 def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
     if spec.rollout.max_total_tokens is None:
         raise ConfigError(
-            "rollout.max_total_tokens must be set on a CPU: SGLang would size the KV cache from all free memory"
+            "rollout.max_total_tokens must be set on a CPU: SGLang would give the KV cache all free memory"
         )
     return {
         "device": "cpu",
@@ -132,22 +134,23 @@ class EngineProcess(ServerProcess):
     """One SGLang server; when this process dies, however it dies, the server and its children die with it."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Starts the engine and returns at once; ConfigError for a wrong option, before anything is started."""
+        """Starts the engine and returns at once; ConfigError for a wrong option, before any start."""
         options = engine_options(spec)
         self.spec = spec
         arguments = spec.log.with_name(spec.log.name + ".yaml")
+        # SGLang's --config wants YAML, and JSON is YAML.
         _write_private(arguments, {server_options()[name]: value for name, value in options.items()})
         command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--config", str(arguments)]
         name = f"engine {spec.number}"
         super().__init__(name, command, engine_environment(spec), spec.url, "/ready", spec.log)
 
 
-def _write_private(path: Path, flags: dict[str, Any]) -> None:
-    """Write flags for SGLang's --config: on a command line, every user of the node could read the API key."""
+def _write_private(path: Path, arguments: Any) -> None:
+    """Write arguments as JSON, for this user only: from a command line, every user could read the API key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # an old file would keep its old mode
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(flags, file, indent=1)  # JSON is YAML
+        json.dump(arguments, file, indent=1)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,16 @@ class RouterSpec:
         return f"http://{self.host}:{self.port}"
 
 
+START_ROUTER = """
+import json, sys
+from sglang_router.launch_router import launch_router, parse_router_args
+launch_router(parse_router_args(json.load(open(sys.argv[1]))))
+"""
+"""As `python -m sglang_router.launch_router`, which can be told its API key only on the command line."""
+
+
 class RouterProcess(ServerProcess):
-    """The sglang router in front of all engines; start and stop it between phases as the set of engines changes."""
+    """The sglang router in front of all engines; when an engine is started again, so is the router."""
 
     def __init__(self, spec: RouterSpec) -> None:
         """Starts the router and returns at once."""
@@ -182,7 +193,8 @@ class RouterProcess(ServerProcess):
             "policy": spec.policy,
             # The client gives up first: ten requests that time out *here* close the engine to all others.
             "request-timeout-secs": int(spec.request_timeout_seconds) + ROUTER_MARGIN_SECONDS,
-            # A dead engine is closed to requests after 10 of them failed (they are retried elsewhere), or two checks.
+            # A dead engine is closed to requests after 10 of them failed (they are retried elsewhere), or two
+            # checks.
             "cb-timeout-duration-secs": 10,
             "health-check-interval-secs": 5,
             "health-failure-threshold": 2,
@@ -195,6 +207,9 @@ class RouterProcess(ServerProcess):
         }
         if spec.api_key is not None:
             options["api-key"] = spec.api_key
-        command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *spec.engines]
-        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        arguments = ["--worker-urls", *spec.engines]
+        arguments += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        file = spec.log.with_name(spec.log.name + ".json")
+        _write_private(file, arguments)
+        command = [sys.executable, "-c", START_ROUTER, str(file)]
         super().__init__("router", command, inherited_environment(), spec.url, "/readiness", spec.log)

@@ -1,4 +1,4 @@
-"""The options of the installed SGLang, read from its source: importing them would cost the trainer seconds."""
+"""The options of the installed SGLang, read from its source: importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from megatron_pmd.errors import ConfigError, EngineError
 
 @functools.cache
 def server_options() -> dict[str, str]:
-    """Field name of SGLang's ServerArgs -> its command-line flag without the dashes, for every field that has one.
+    """Field name of SGLang's ServerArgs -> its command-line flag without the dashes, where it has one.
 
     Raises EngineError if SGLang is not installed, or is a version that keeps its options elsewhere.
     """
     spec = importlib.util.find_spec("sglang")  # a top-level package: found, not imported
     if spec is None or not spec.submodule_search_locations:
-        raise EngineError("sglang is not installed in this environment; install the versions in pyproject.toml")
+        raise EngineError(
+            "sglang is not installed in this environment; install the versions in pyproject.toml"
+        )
     root = Path(spec.submodule_search_locations[0]) / "srt"
     options: dict[str, str] = {}
     for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
@@ -34,7 +36,10 @@ def server_options() -> dict[str, str]:
 
 
 def check_options(given: dict[str, Any], taken: dict[str, str]) -> None:
-    """ConfigError for an option that SGLang does not have, or that belongs to a setting of ours (taken: option -> setting)."""
+    """ConfigError for an option that SGLang does not have, or that follows a setting of ours.
+
+    taken: SGLang's option -> our setting.
+    """
     known = server_options()
     for name in given:
         if name in taken:
@@ -74,14 +79,11 @@ def _arg_keywords(annotation: ast.Subscript) -> dict[str, Any]:
 
 def _registered_by_hand(module: ast.Module) -> dict[str, str]:
     """Flags that ServerArgs.add_cli_args adds one by one: `parser.add_argument("--flag", ...)`."""
-    return {
-        call.args[0].value.removeprefix("--").replace("-", "_"): call.args[0].value.removeprefix("--")
-        for call in ast.walk(module)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and call.func.attr == "add_argument"
-        and call.args
-        and isinstance(call.args[0], ast.Constant)
-        and str(call.args[0].value).startswith("--")
-        and call.args[0].value != "--config"
-    }
+    found = {}
+    for call in ast.walk(module):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
+            flag = call.args[0].value if isinstance(call.args[0], ast.Constant) else None
+            if call.func.attr == "add_argument" and isinstance(flag, str) and flag.startswith("--"):
+                found[flag.removeprefix("--").replace("-", "_")] = flag.removeprefix("--")
+    found.pop("config", None)  # the file that carries all the others
+    return found

@@ -1,24 +1,29 @@
 """Runs one server so that it cannot outlive this program: `python warden.py PARENT_PID COMMAND...`.
 
-SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds of
-imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The warden is a small
-process between the trainer and the server; it starts the server in a process group of its own, and when the trainer
-dies, or asks it to stop (SIGTERM), it kills the whole group. It exits with the server's exit status.
+SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds
+of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The warden
+is a small process between the trainer and the server; it starts the server in a process group of its own,
+and when the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
+keeps in shared memory (SGLang itself never does). It exits with the server's exit status.
 
 Standard library only, and started by path: it must be running before anything slow is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 PARENT_DIED = signal.SIGUSR1
+SGLANG_FILES = ("sglang_", "sgl_shm_", "sem.mp-")
 
 
 def main(parent: int, command: list[str]) -> int:
@@ -28,7 +33,8 @@ def main(parent: int, command: list[str]) -> int:
 
     def kill_group(signum: int, frame: FrameType | None) -> None:
         nonlocal stopped
-        # The kernel's signal follows the *thread* that started us: if only that thread ended, our parent is unchanged.
+        # The kernel's signal follows the *thread* that started us: if only that one ended, the parent is
+        # unchanged.
         if signum == PARENT_DIED and os.getppid() == parent:
             return
         stopped = True
@@ -57,10 +63,24 @@ def main(parent: int, command: list[str]) -> int:
 
 
 def _kill(group: int) -> None:
-    try:
+    leftovers = _shared_memory(group)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """Files under /dev/shm that SGLang or multiprocessing made in this group: a kill leaves them behind."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                mapped = re.findall(r" (/dev/shm/\S+)$", (process / "maps").read_text(), re.MULTILINE)
+                found.update(Path(path) for path in mapped if Path(path).name.startswith(SGLANG_FILES))
+        except OSError:  # it ended while we looked
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The writer's side of a weight bucket: one file in shared memory, filled, sent to the engines, filled again."""
+"""The writer's side of a weight bucket: a file in shared memory, filled, sent, filled again."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class BucketLayout:
             raise ModelError(f"tensor {name} was exported twice into one weight bucket")
         if not self.fits(entry.nbytes):
             raise ModelError(
-                f"tensor {name} ({entry.nbytes} bytes) does not fit into a weight bucket of {self.capacity} bytes "
-                f"with {self.used} in use; raise sync.bucket_megabytes, or send the bucket first"
+                f"tensor {name} ({entry.nbytes} bytes) does not fit into a weight bucket of {self.capacity} "
+                f"bytes with {self.used} in use; raise sync.bucket_megabytes, or send the bucket first"
             )
         self.entries[name] = entry
         self.used += padded(entry.nbytes)
@@ -89,14 +89,17 @@ class BucketLayout:
         for name, dtype, shape, offset in tensors:
             entry = layout.add(name, dtype, tuple(shape))
             if entry.offset != offset:
-                raise ModelError(f"tensor {name} is said to lie at byte {offset}, not at {entry.offset} as its order demands")
+                raise ModelError(
+                    f"tensor {name} is said to lie at byte {offset}; its order demands {entry.offset}"
+                )
         return layout
 
 
 def checksum(data: torch.Tensor) -> int:
-    """Sum of the bytes taken as int64, modulo 2^64: finds stale, missing and partly written data at memory speed.
+    """Sum of the bytes taken as int64, modulo 2^64: finds stale, missing and partly written data.
 
-    It does not find two words exchanged; positions are checked through sizes and offsets. crc32 costs 5 times as much.
+    It does not find two words exchanged; positions are checked through sizes and offsets. crc32 costs 5 times
+    as much.
     """
     return int(data.view(torch.int64).sum().item())
 
@@ -104,8 +107,8 @@ def checksum(data: torch.Tensor) -> int:
 class SharedBucket:
     """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
 
-    The file is removed by close(), and at the exit of this process; its pages are touched once, here, because a first
-    touch costs more than ten times a copy.
+    The file is removed by close(), and at the exit of this process. Its pages are touched once, here: a
+    first touch costs more than ten times a copy.
     """
 
     def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY) -> None:
@@ -121,7 +124,8 @@ class SharedBucket:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         atexit.register(self.close)
         try:
-            # Reserves the pages: with a mere truncate, a full /dev/shm would be a SIGBUS in the middle of a sync.
+            # Reserves the pages: after a mere truncate, a full /dev/shm would be a SIGBUS in the middle of a
+            # sync.
             os.posix_fallocate(descriptor, 0, self.layout.capacity)
             self._map = mmap.mmap(descriptor, self.layout.capacity)
         except OSError as error:
@@ -141,7 +145,7 @@ class SharedBucket:
         return not self.layout.entries
 
     def fits(self, *tensors: torch.Tensor) -> bool:
-        """Whether all of these can still be placed. Tensors that an engine fuses must go into one bucket together."""
+        """Whether all of these can still be placed; tensors that an engine fuses must share a bucket."""
         return self.layout.fits(*(t.nbytes for t in tensors))
 
     def place(self, name: str, tensor: torch.Tensor) -> None:
@@ -149,7 +153,7 @@ class SharedBucket:
         entry = self.layout.add(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         region = self.data[entry.offset : entry.offset + entry.nbytes]
         region.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        # The gap up to the next tensor belongs to the checksum; an earlier filling may have left something there.
+        # The gap up to the next tensor belongs to the checksum; an earlier filling may have left bytes there.
         self.data[entry.offset + entry.nbytes : entry.offset + padded(entry.nbytes)].zero_()
 
     def description(self) -> dict[str, Any]:

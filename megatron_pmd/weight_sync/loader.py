@@ -1,10 +1,12 @@
-"""Loads a weight bucket inside an SGLang engine: `--custom-weight-loader megatron_pmd.weight_sync.loader.load_bucket`.
+"""Loads a weight bucket inside an SGLang engine, as its --custom-weight-loader.
 
-SGLang calls load_bucket in every tensor-parallel rank of the engine, with what /update_weights_from_tensor carried: one
-byte tensor that holds the bucket's description as JSON. The weights themselves are read from shared memory.
+SGLang calls load_bucket in every tensor-parallel rank of the engine, with what /update_weights_from_tensor
+carried: one byte tensor that holds the bucket's description as JSON. The weights themselves are read from
+shared memory.
 
-SGLang ignores what a custom loader returns, and an exception from it kills the whole server. So the outcome goes into a
-reply file, one for each rank; EngineControl.load_bucket reads them, and takes a missing one for a failure.
+SGLang ignores what a custom loader returns, and an exception from it kills the whole server. So the outcome
+goes into a reply file, one for each rank; EngineControl.load_bucket reads them, and takes a missing one for
+a failure.
 
 Runs in the engine: imports nothing of the trainer but the bucket's layout.
 """
@@ -30,7 +32,11 @@ class BucketError(Exception):
 
 
 def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Check the described bucket, load it into the model and leave a reply; a bucket that fails a check changes nothing."""
+    """Check the described bucket, load it into the model and leave a reply.
+
+    A bucket that is not as described changes nothing in the model. Never raises after the description is
+    read.
+    """
     description = json.loads(bytes(named_tensors[0][1].cpu().numpy()))
     reply = {"bucket": description["bucket"], "tensors": 0, "error": None}
     try:
@@ -50,7 +56,7 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
 
 
 def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """The bucket's tensors, as views of shared memory; BucketError names a bucket that is not as described."""
+    """The bucket's tensors, as views of shared memory; BucketError if it is not as described."""
     name, path = description["bucket"], description["path"]
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -59,8 +65,10 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     try:
         size = os.fstat(descriptor).st_size
         if size != description["bytes"]:
-            raise BucketError(f"weight bucket {name}: {path} has {size} bytes, expected {description['bytes']}")
-        # Copy-on-write: a model that changes a tensor it is given changes neither the bucket nor another reader's view.
+            raise BucketError(
+                f"weight bucket {name}: {path} has {size} bytes, expected {description['bytes']}"
+            )
+        # Copy-on-write: a model that changes a tensor it is given does not change it for the next reader.
         data = torch.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     finally:
         os.close(descriptor)
@@ -69,7 +77,7 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     if layout.used != description["used"] or found != description["checksum"]:
         raise BucketError(
             f"weight bucket {name}: {path} has checksum {found} over {layout.used} bytes, expected "
-            f"{description['checksum']} over {description['used']}; the bucket was changed after it was described"
+            f"{description['checksum']} over {description['used']}; it was changed after it was described"
         )
     return [
         (e.name, data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape))
@@ -79,7 +87,7 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _unknown_weights(bucket: str) -> Iterator[None]:
-    """BucketError for weights the model has no parameter for: SGLang's models only warn, and keep the old values."""
+    """BucketError for weights that the model has no parameter for: SGLang's models only warn, and go on."""
     unknown: list[str] = []
 
     class Collect(logging.Handler):
@@ -94,7 +102,8 @@ def _unknown_weights(bucket: str) -> Iterator[None]:
     finally:
         models.removeHandler(collect)
     if unknown:
-        raise BucketError(f"weight bucket {bucket}: {len(unknown)} weights unknown to the model: {'; '.join(unknown[:3])}")
+        few = "; ".join(unknown[:3])
+        raise BucketError(f"weight bucket {bucket}: {len(unknown)} weights are unknown to the model: {few}")
 
 
 def reply_path(prefix: str, rank: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 import subprocess
 import sys
@@ -15,7 +16,15 @@ from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket, reply_path
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.bool, torch.int64]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.bool,
+    torch.int64,
+]
 
 
 @pytest.fixture
@@ -136,10 +145,10 @@ def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
 
     class Warns:
         def load_weights(self, weights):
-            import logging
-
             for name, _ in weights:
-                logging.getLogger("sglang.srt.models.any").warning(f"Parameter {name} not found in params_dict")
+                logging.getLogger("sglang.srt.models.any").warning(
+                    f"Parameter {name} not found in params_dict"
+                )
 
     bucket.place("model.nonsense", torch.randn(10))
     error = deliver(Warns(), bucket.description(), tmp_path)["error"]
@@ -157,8 +166,11 @@ def test_a_reader_that_writes_does_not_change_the_bucket(bucket):
 def test_the_file_is_private_and_goes_with_the_process(tmp_path):
     program = (
         "import sys; from pathlib import Path; from megatron_pmd.weight_sync.bucket import SharedBucket\n"
-        "bucket = SharedBucket('exit', 4096, folder=Path(sys.argv[1])); print(oct(bucket.path.stat().st_mode))"
+        "bucket = SharedBucket('exit', 4096, folder=Path(sys.argv[1]))\n"
+        "print(oct(bucket.path.stat().st_mode))"
     )
-    printed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert stat.S_IMODE(int(printed.stdout, 8)) == 0o600
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """What SGLang needs at import time where there is no CUDA: three import-only packages in one folder, `stubs`.
 
-The folder is not a package: it is put on the PYTHONPATH of the engine, and on sys.path of the trainer before it
-imports megatron-bridge (which imports triton). Each package's docstring says why it is there.
+The folder is not a package: it is put on the PYTHONPATH of the engine, and on sys.path of the trainer before
+it imports megatron-bridge (which imports triton). Each package's docstring says why it is there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def stub_path() -> Path:
 
     if torch.cuda.is_available():
         raise ConfigError(
-            "the CPU stand-ins for triton, torchvision and sgl_kernel were asked for on a machine with CUDA, where "
-            "they would hide the real kernels; run with CUDA, or hide the GPUs (CUDA_VISIBLE_DEVICES='') to use a CPU"
+            "the CPU stand-ins for triton, torchvision and sgl_kernel were asked for on a machine with CUDA, "
+            "where they would hide the real kernels; to run on its CPU, set CUDA_VISIBLE_DEVICES=''"
         )
     return Path(__file__).parent / "stubs"

@@ -1,7 +1,7 @@
 """Import-only packages: every attribute and every submodule exists, and none computes anything.
 
-A name that starts with a capital is an empty class (it may be a base class or an annotation); any other name is a
-submodule, and calling one is a decorator that returns its function unchanged (`@triton.jit`).
+A name that starts with a capital is an empty class (it may be a base class or an annotation); any other name
+is a submodule, and calling one is a decorator that returns its function unchanged (`@triton.jit`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attribute(package: str, name: str) -> Any:
-    """The stand-in for package.name; AttributeError for dunder names, which the import system probes for."""
+    """The stand-in for package.name; AttributeError for dunder names, which the import system probes."""
     if name.startswith("__") and name.endswith("__"):
         raise AttributeError(name)
     if name[:1].isupper():

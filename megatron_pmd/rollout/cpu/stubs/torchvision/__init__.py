@@ -1,7 +1,8 @@
 """Import-only stand-in for torchvision.
 
 The package index's wheel is a CUDA build that cannot be imported next to a CPU build of torch; SGLang and
-transformers need the package, and one enum of it, when their image processors are imported. No image is processed.
+transformers need the package, and one enum of it, when their image processors are imported. No image is
+processed.
 """
 
 from __future__ import annotations

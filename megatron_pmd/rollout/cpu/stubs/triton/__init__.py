@@ -1,7 +1,7 @@
 """Import-only stand-in for Triton.
 
-SGLang and megatron-bridge import it at module level and decorate kernels with it; without CUDA none of those kernels
-is launched, and the real package (a CUDA compiler) is not installed next to a CPU build of torch.
+SGLang and megatron-bridge import it at module level and decorate kernels with it; without CUDA none of those
+kernels is launched, and the real package (a CUDA compiler) is not installed next to a CPU build of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ __version__ = "3.5.0"
 class Config:
     """Autotuning configurations are built at import time: the arguments are kept, nothing reads them."""
 
-    def __init__(self, kwargs: dict | None = None, num_warps: int = 4, num_stages: int = 2, **extra: Any) -> None:
+    def __init__(
+        self, kwargs: dict | None = None, num_warps: int = 4, num_stages: int = 2, **extra: Any
+    ) -> None:
         self.kwargs, self.num_warps, self.num_stages = kwargs or {}, num_warps, num_stages
 
 
