@@ -38,8 +38,12 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a recipe's name, or a config.json written by a run")],
     settings: Settings = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
-    stop_after: Annotated[Optional[str], typer.Option(help="stop after this phase of the next iteration: rollout")] = None,  # noqa: UP045
-    replay: Annotated[Optional[Path], typer.Option(help="train on this rollout file or folder, without engines")] = None,  # noqa: UP045
+    stop_after: Annotated[
+        str | None, typer.Option(help="stop after this phase of the next iteration: rollout")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="train on this rollout file or folder, without engines")
+    ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
     from megatron_pmd.launcher import run_here
@@ -47,11 +51,30 @@ def train(
     from megatron_pmd.observe.report import write_report
 
     config = configuration(recipe, settings or [])
-    if stop_after not in (None, "rollout"):
-        raise ConfigError(f"--stop-after {stop_after}: the phase a run can stop after is rollout")
     folder = runs / config.name
     run_here(config, folder, replay=replay, stop_after=stop_after)
     Console().closing(folder, write_report(folder))
+
+
+@app.command()
+def evaluate(
+    model_or_run: Annotated[Path, typer.Argument(help="a Hugging Face model folder, or a run's folder")],
+    data: Annotated[
+        Path | None, typer.Option(help="problems, .jsonl or .parquet; a run has held-out ones of its own")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="samples of each problem")] = 32,
+    reward: Annotated[
+        str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")
+    ] = None,
+    answer: Annotated[AnswerPart | None, typer.Option(help="part of a response that is graded")] = None,
+    max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
+) -> None:
+    """Sample a model, or a run's newest exported one, and grade it: mean@k and pass@k with their intervals."""
+    from megatron_pmd.evaluate import Asked, main
+
+    main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
 
 
 @app.command()

@@ -24,6 +24,8 @@ from megatron_pmd.errors import ConfigError, LayoutError
 Baseline = Literal["mean", "mean_loo", "partition", "partition_loo"]
 Normaliser = Literal["response", "max_response", "none"]
 Precision = Literal["fp32", "bf16"]
+StopAfter = Literal["rollout"]
+"""Phases after which a run can be asked to stop."""
 
 
 class Frozen(BaseModel):

@@ -7,18 +7,22 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import PmdError
 from megatron_pmd.weight_sync.bucket import SHARED_MEMORY
 from megatron_pmd.weight_sync.push import shared_memory_key
 from megatron_pmd.worker import Order
 
 
-def run_here(config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: str | None = None) -> None:
+def run_here(
+    config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
+) -> None:
     """Train on this machine, one process a rank, until all have ended.
 
     The driver writes to this terminal, the others to folder/logs. Raises PmdError with the failing rank's own words.
     """
+    # the agent's own account of a failure is longer than the failure, which is shown below
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -43,7 +47,7 @@ def run_here(config: RunConfig, folder: Path, *, replay: Path | None = None, sto
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(
-            log_dir=str(folder / "logs"), redirects={rank: Std.ALL for rank in range(1, ranks)}
+            log_dir=str(folder / "logs"), redirects=dict.fromkeys(range(1, ranks), Std.ALL)
         ),
     )
     try:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -18,10 +18,10 @@ from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.algorithm.diagnostics import diagnostics
 from megatron_pmd.algorithm.losses import pmd
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import PmdError, StaleWeights
+from megatron_pmd.errors import StaleWeights
 from megatron_pmd.evaluation import evaluate
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal, Phase
@@ -36,7 +36,6 @@ from megatron_pmd.rollout.source import (
 from megatron_pmd.warm_start import warm_start
 
 T = TypeVar("T")
-StopAfter = Literal["rollout"]
 
 # mean and largest |log π_actor − log π_engine| that kernels of one precision explain (docs/benchmarks.md)
 LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-3), "bf16": (5e-2, 5.0)}
@@ -90,7 +89,9 @@ class Run:
             yield record
             memory = self.control.gather((psutil.Process().memory_info().rss, self.rollouts.engine_bytes()))
             if memory:
-                record.actor_bytes, record.engine_bytes = (sum(column) for column in zip(*memory, strict=True))
+                record.actor_bytes, record.engine_bytes = (
+                    sum(column) for column in zip(*memory, strict=True)
+                )
         self._seconds[name] = record.seconds
 
     def progress(self, steps: list[T]) -> Iterable[T]:
@@ -184,7 +185,13 @@ class Run:
         return report
 
     def update(
-        self, batch: RolloutBatch, microbatches: batching.Microbatches, anchor: AnchorReport, *, iteration: int, step: int
+        self,
+        batch: RolloutBatch,
+        microbatches: batching.Microbatches,
+        anchor: AnchorReport,
+        *,
+        iteration: int,
+        step: int,
     ) -> None:
         """One optimizer step on the PMD loss, and its diagnostics."""
         global_step = iteration * self.config.batch.steps_per_rollout + step
@@ -199,7 +206,8 @@ class Run:
         reporting = [r for r in reports if len(r.samples)]
         samples = np.concatenate([r.samples for r in reporting])
         per_sequence = {
-            name: np.concatenate([r.per_sequence[name] for r in reporting]) for name in reporting[0].per_sequence
+            name: np.concatenate([r.per_sequence[name] for r in reporting])
+            for name in reporting[0].per_sequence
         }
         return {
             "loss": sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports),
@@ -275,7 +283,9 @@ class Run:
         if self.control.is_driver:
             assert self._train is not None
             problems = self._train.peek(min(8, self.config.batch.prompts_per_rollout))
-            plan = dataclasses.replace(train_plan(self.config, problems, final), samples_per_prompt=1, stream="check")
+            plan = dataclasses.replace(
+                train_plan(self.config, problems, final), samples_per_prompt=1, stream="check"
+            )
         samples = self.rollouts.draw(plan, self.actor, "check of the final weights")
         batch = self.control.from_driver(RolloutBatch.pack(samples) if samples else None)
         self.anchor(batch, [self.actor.microbatches(batch, np.arange(len(batch)))])

@@ -17,7 +17,12 @@ from megatron_pmd.rollout.samples import RolloutBatch, Sample
 
 
 def warm_start(
-    actor: Actor, control: Control, config: RunConfig, train: PromptSource | None, tokenizer: Any, journal: Journal | None
+    actor: Actor,
+    control: Control,
+    config: RunConfig,
+    train: PromptSource | None,
+    tokenizer: Any,
+    journal: Journal | None,
 ) -> None:
     """Next-token training on the problems' own answers. Collective; train and journal exist on the driver alone.
 
@@ -26,7 +31,9 @@ def warm_start(
     settings = config.warm_start
     assert settings is not None, "called only when the recipe asks for it"
     for step in range(settings.steps):
-        batch = control.from_driver(_demonstrations(train.take(settings.problems_per_step), tokenizer) if train else None)
+        batch = control.from_driver(
+            _demonstrations(train.take(settings.problems_per_step), tokenizer) if train else None
+        )
         microbatches = actor.microbatches(batch, torch.arange(len(batch)).numpy())
         no_anchor = torch.zeros(len(batch.tokens))
         report = actor.update(batch, microbatches, no_anchor, sft, settings.learning_rate)

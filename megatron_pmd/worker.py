@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pmd.config import RunConfig, build
-from megatron_pmd.errors import ModelError
+from megatron_pmd.config import RunConfig, StopAfter, build
+from megatron_pmd.errors import ModelError, PmdError
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Order:
     folder: str
     replay: str | None = None
     """Rollout file or folder to train on instead of engines."""
-    stop_after: str | None = None
+    stop_after: StopAfter | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -51,7 +51,9 @@ def main(order: Order) -> None:
     config = build(order.config)
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     # the driver may take this long in a rollout while the others wait for it
-    waiting = config.rollout.request_timeout_seconds * (config.rollout.retries + 1) + config.actor.timeout_seconds
+    waiting = (
+        config.rollout.request_timeout_seconds * (config.rollout.retries + 1) + config.actor.timeout_seconds
+    )
     control = parallel.Control(waiting)
     try:
         _train(config, order, control, cpu=cpu)
@@ -100,7 +102,9 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     folder, console = Path(order.folder), Console()
     control.on_driver(lambda: _prepare_model(config))
     resume_from = control.from_driver(checkpoint.latest(folder / "checkpoints"))
-    state = checkpoint.read_run_state(resume_from) if resume_from else {"iteration": 0, "prompts": None}
+    state: dict[str, Any] = {"iteration": 0, "prompts": None}
+    if resume_from:
+        state = checkpoint.read_run_state(resume_from)
     journal = control.on_driver(lambda: Journal.open(folder, config, state["iteration"]))
     if control.is_driver:
         console.opening(config)
@@ -139,14 +143,20 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 journal.finish(status, error)
 
 
-def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any] | None) -> tuple[Any, list[Any]]:
+def _problems(
+    config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any] | None
+) -> tuple[Any, list[Any]]:
     """The training prompts, where the run stands in them, and the held-out problems."""
     from megatron_pmd.data.prompts import PromptSource, tokenize
     from megatron_pmd.data.sources import load_problems
 
-    kept, dropped = tokenize(load_problems(config.data.train, config.data), tokenizer, config.batch.max_prompt_tokens)
+    kept, dropped = tokenize(
+        load_problems(config.data.train, config.data), tokenizer, config.batch.max_prompt_tokens
+    )
     if dropped:
-        console.say(f"{dropped} of {len(kept) + dropped} training prompts are over {config.batch.max_prompt_tokens} tokens: dropped")
+        console.say(
+            f"{dropped} of {len(kept) + dropped} training prompts are over {config.batch.max_prompt_tokens} tokens: dropped"
+        )
     prompts = PromptSource(kept, config.seed, config.data.shuffle)
     if state is not None:
         prompts.load_state(state)
@@ -155,11 +165,16 @@ def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, 
         problems = load_problems(config.data.evaluation, config.data)
         held_out, dropped = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
         if dropped:
-            console.say(f"{dropped} evaluation prompts are over {config.batch.max_prompt_tokens} tokens: dropped")
+            console.say(
+                f"{dropped} evaluation prompts are over {config.batch.max_prompt_tokens} tokens: dropped"
+            )
     return prompts, held_out
 
 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(main)(Order.read(Path(sys.argv[1])))
+    try:
+        record(main)(Order.read(Path(sys.argv[1])))
+    except PmdError:
+        sys.exit(1)  # the launcher shows its message; a traceback would hide it

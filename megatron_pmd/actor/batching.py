@@ -44,7 +44,9 @@ def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int)
     return [bins[rank::ranks] for rank in range(ranks)]
 
 
-def _fill(order: np.ndarray, lengths: np.ndarray, costs: np.ndarray, bins: int, capacity: int) -> Microbatches | None:
+def _fill(
+    order: np.ndarray, lengths: np.ndarray, costs: np.ndarray, bins: int, capacity: int
+) -> Microbatches | None:
     """Greedy assignment to `bins` bins, or None when a sample found no room."""
     heap = [(0.0, b) for b in range(bins)]
     tokens = [0] * bins

@@ -27,7 +27,9 @@ STATE_FILE = "run_state.json"
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a run's checkpoint folder."""
-    complete = [path for path in folder.glob("iteration-*") if (path / STATE_FILE).is_file() and not path.suffix]
+    complete = [
+        path for path in folder.glob("iteration-*") if (path / STATE_FILE).is_file() and not path.suffix
+    ]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
@@ -36,10 +38,20 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE}: {error}; delete this checkpoint to resume from another") from None
+        raise CheckpointError(
+            f"{checkpoint / STATE_FILE}: {error}; delete this checkpoint to resume from another"
+        ) from None
 
 
-def save(folder: Path, iteration: int, run_state: dict[str, Any], model: Any, optimizer: Any, control: Control, keep: int) -> Path:
+def save(
+    folder: Path,
+    iteration: int,
+    run_state: dict[str, Any],
+    model: Any,
+    optimizer: Any,
+    control: Control,
+    keep: int,
+) -> Path:
     """Write `folder/iteration-N` from all ranks, publish it by renaming, and delete all but the newest `keep`.
 
     Raises CheckpointError when writing fails (a full disk, say); earlier checkpoints stay as they were.
@@ -102,7 +114,9 @@ def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str,
     return {
         "model": tensors,
         "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=OPTIMIZER_FORMAT),
-        "rank": ShardedObject("rank", {"random": _random_state(), "digest": _digest(model)}, (world,), (rank,)),
+        "rank": ShardedObject(
+            "rank", {"random": _random_state(), "digest": _digest(model)}, (world,), (rank,)
+        ),
         "layout": {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -116,7 +130,9 @@ def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str,
 def _digest(model: Any) -> int:
     """Sum of all parameter bits: a wrong byte anywhere changes it."""
     integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return sum(int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters())
+    return sum(
+        int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters()
+    )
 
 
 def _random_state() -> dict[str, Any]:

@@ -61,7 +61,9 @@ def pack_microbatch(batch: RolloutBatch, samples: list[int], multiple: int, devi
     total = int(starts[-1])
     padding = -total % multiple if total else multiple
     bounds = [*starts.tolist(), total + padding] if padding else starts.tolist()
-    tokens = np.concatenate([*(batch.tokens[span] for span in spans), np.zeros(padding, np.int64)]).astype(np.int64)
+    tokens = np.concatenate([*(batch.tokens[span] for span in spans), np.zeros(padding, np.int64)]).astype(
+        np.int64
+    )
     positions = np.concatenate([np.arange(n) for n in [*lengths, padding]])
     prompts = batch.prompt_lengths[samples].tolist()
     answers = [np.arange(p, n) for p, n in zip(prompts, lengths, strict=True)]
@@ -141,7 +143,11 @@ def run_schedule(
     which comes back as a list; otherwise (summed loss, count, anything), and gradients are divided by the global count.
     """
     config = get_model_config(model)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     packed = (pack_microbatch(batch, samples, multiple, device) for samples in microbatches)
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.transformer.module import Float16Module
 from safetensors import safe_open
 
@@ -157,7 +161,9 @@ def _check_divides(provider: Any, config: RunConfig) -> None:
         raise LayoutError(f"layout.expert={layout.expert}, but {config.model.path} has no experts")
     for what, count, key, size in rules:
         if count % size:
-            raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {config.model.path}")
+            raise LayoutError(
+                f"layout.{key}={size} does not divide the {count} {what} of {config.model.path}"
+            )
 
 
 def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
@@ -167,7 +173,8 @@ def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
     """
     provider = provider_for(bridge, config)
     module = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage()
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     load_weights(bridge, module, Path(config.model.path))
     if torch.cuda.is_available():
@@ -206,7 +213,9 @@ def _check_shapes(bridge: Any, path: Path, present: dict[str, list[int]]) -> Non
     for name, shape in present.items():
         if name in expected:
             right = list(expected[name].shape)
-        elif ".mlp.experts." in name:  # transformers 5 keeps a layer's experts in one tensor, files have one each
+        elif (
+            ".mlp.experts." in name
+        ):  # transformers 5 keeps a layer's experts in one tensor, files have one each
             right = experts[name.split(".")[-2]]
         else:
             continue

@@ -31,7 +31,9 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
             f"{world} ranks were started, but tensor={layout.tensor} x pipeline={layout.pipeline} x data={layout.data} "
             f"needs {layout.ranks}; start {layout.ranks} ranks or change layout.data"
         )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -97,7 +97,9 @@ class Fleet:
 
     def release(self) -> None:
         """Engines give their memory to the actors: the KV cache first, then the weights."""
-        self.on_leaders(lambda _: self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False))
+        self.on_leaders(
+            lambda _: self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False)
+        )
 
     def resume_weights(self) -> None:
         self.on_leaders(lambda _: self._hand_over(["weights"], self.calls.resume, resident=True))
@@ -153,7 +155,12 @@ class Fleet:
         """Whether at least one engine's server answers. For the driver alone."""
         for url in self.urls:
             try:
-                if httpx.get(url + "/health", headers=self.headers, timeout=10.0, trust_env=False).status_code == 200:
+                if (
+                    httpx.get(
+                        url + "/health", headers=self.headers, timeout=10.0, trust_env=False
+                    ).status_code
+                    == 200
+                ):
                     return True
             except httpx.HTTPError:
                 continue

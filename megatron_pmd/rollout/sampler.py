@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
@@ -70,6 +71,8 @@ class Sampler:
     retries: int
     grader: Grader
     any_engine_alive: Callable[[], bool]
+    max_in_flight: int | None = None
+    """Requests sent at one time; their deadline runs only then. None: all at once."""
 
     def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
         """Draw and grade what the plan still lacks.
@@ -82,26 +85,35 @@ class Sampler:
     async def _run(self, plan: SamplingPlan, on_sample: Callable[[], None]) -> None:
         timeout = aiohttp.ClientTimeout(total=self.request_timeout_seconds)
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self.headers) as session:
+        async with aiohttp.ClientSession(
+            timeout=timeout, connector=connector, headers=self.headers
+        ) as session:
+            slots = asyncio.Semaphore(self.max_in_flight or max(1, plan.total))
             try:
                 async with asyncio.TaskGroup() as group:
                     for key in plan.pending:
-                        group.create_task(self._sample(session, plan, key, on_sample))
+                        group.create_task(self._sample(session, slots, plan, key, on_sample))
             except* EngineError as failures:
                 raise failures.exceptions[0] from None
             except* StaleWeights as failures:
                 raise failures.exceptions[0] from None
 
     async def _sample(
-        self, session: aiohttp.ClientSession, plan: SamplingPlan, key: tuple[int, int], on_sample: Callable[[], None]
+        self,
+        session: aiohttp.ClientSession,
+        slots: asyncio.Semaphore,
+        plan: SamplingPlan,
+        key: tuple[int, int],
+        on_sample: Callable[[], None],
     ) -> None:
         group, number = key
         problem = plan.problems[group]
         seed = sample_seed(plan.run_seed, plan.iteration, group, number, plan.stream)
-        answer = await self._generate(session, plan, problem, seed)
+        async with slots:
+            answer = await self._generate(session, plan, problem, seed)
         information = answer["meta_info"]
-        version = int(information["weight_version"])
-        if version != plan.weight_version:
+        version = information["weight_version"]  # not a number while an engine holds a mixture of two versions
+        if version != str(plan.weight_version):
             raise StaleWeights(f"a sample came from weight version {version}, expected {plan.weight_version}")
         tokens = answer["output_ids"]
         response = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -118,14 +130,16 @@ class Sampler:
             response_tokens=tokens,
             engine_log_probs=[entry[0] for entry in information["output_token_logprobs"]],
             finish_reason=information["finish_reason"]["type"],
-            weight_version=version,
+            weight_version=plan.weight_version,
             seed=seed,
             reward=verdict.reward,
             reward_error=verdict.error,
         )
         on_sample()
 
-    async def _generate(self, session: aiohttp.ClientSession, plan: SamplingPlan, problem: Problem, seed: int) -> dict:
+    async def _generate(
+        self, session: aiohttp.ClientSession, plan: SamplingPlan, problem: Problem, seed: int
+    ) -> dict:
         """One response, asked for again where an engine failed it."""
         request = {
             "input_ids": list(problem.tokens),
@@ -157,3 +171,14 @@ class Sampler:
             if not await asyncio.to_thread(self.any_engine_alive):
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
         raise EngineError(f"a request failed {self.retries + 1} times; last failure: {failure}")
+
+
+def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:
+    """Tokens that end a response: the tokenizer's own, and those of the model's generation_config.json."""
+    from transformers import GenerationConfig
+
+    stops = {tokenizer.eos_token_id}
+    if (Path(model_path) / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(model_path).eos_token_id
+        stops.update(listed if isinstance(listed, list) else [listed])
+    return sorted(stop for stop in stops if stop is not None)

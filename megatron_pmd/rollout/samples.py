@@ -125,7 +125,9 @@ class RolloutBatch:
     def pack(cls, samples: list[Sample]) -> RolloutBatch:
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
         return cls(
-            tokens=np.concatenate([np.asarray(s.prompt_tokens + s.response_tokens, np.int32) for s in samples]),
+            tokens=np.concatenate(
+                [np.asarray(s.prompt_tokens + s.response_tokens, np.int32) for s in samples]
+            ),
             engine_log_probs=np.concatenate(
                 [np.asarray([0.0] * len(s.prompt_tokens) + s.engine_log_probs, np.float32) for s in samples]
             ),

@@ -14,7 +14,7 @@ from megatron_pmd.errors import DataError, PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.fleet import Fleet
-from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan
+from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan, stop_tokens
 from megatron_pmd.rollout.samples import Sample, read_rollout
 from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
 
@@ -48,7 +48,15 @@ class LiveEngines:
     """The fleet, its weights and its router, kept alive: engines that die are started again with current weights."""
 
     def __init__(
-        self, config: RunConfig, control: Control, folder: Path, tokenizer: Any, rewards: RewardPool | None, console: Console, *, cpu: bool
+        self,
+        config: RunConfig,
+        control: Control,
+        folder: Path,
+        tokenizer: Any,
+        rewards: RewardPool | None,
+        console: Console,
+        *,
+        cpu: bool,
     ) -> None:
         """Starts the engines; they answer only after the first load()."""
         self._config, self._control, self._tokenizer = config, control, tokenizer
@@ -93,7 +101,9 @@ class LiveEngines:
         """Start dead engines again and give all engines the current weights."""
         restarted = self.fleet.restart_dead()
         if self._control.is_driver:
-            self._console.say(f"{restarted} engine(s) died and were started again; sending weight version {version}")
+            self._console.say(
+                f"{restarted} engine(s) died and were started again; sending weight version {version}"
+            )
         self._send(actor, version)
         self.fleet.serve()
 
@@ -155,17 +165,6 @@ class ReplayedRollouts:
     def close(self) -> None: ...
 
 
-def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:
-    """Tokens that end a response: the tokenizer's own, and those of the model's generation_config.json."""
-    from transformers import GenerationConfig
-
-    stops = {tokenizer.eos_token_id}
-    if (Path(model_path) / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(model_path).eos_token_id
-        stops.update(listed if isinstance(listed, list) else [listed])
-    return sorted(stop for stop in stops if stop is not None)
-
-
 def set_advantages(samples: list[Sample], config: RunConfig) -> None:
     """Reward minus baseline, for every sample of a rollout."""
     values = advantages(
@@ -203,5 +202,3 @@ def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) 
         run_seed=config.seed,
         stream="evaluation",
     )
-
-

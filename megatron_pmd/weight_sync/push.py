@@ -12,9 +12,9 @@ import torch
 
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import PmdError
+from megatron_pmd.errors import ModelError, PmdError
 from megatron_pmd.rollout.fleet import Fleet
-from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.bucket import SharedBucket, padded
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,13 @@ class WeightPush:
         count = total = sent = used = 0
         turn = 0
         for name, tensor in tensors:
-            if used and used + tensor.nbytes > self._capacity:
+            size = padded(tensor.nbytes)
+            if size > self._capacity:
+                raise ModelError(
+                    f"tensor {name} has {tensor.nbytes} bytes: it does not fit a weight bucket of "
+                    f"sync.bucket_megabytes={self._capacity // 2**20}; raise that to {-(-size // 2**20)}"
+                )
+            if used + size > self._capacity:
                 loading[turn] = self._send(turn)
                 sent, turn, used = sent + 1, 1 - turn, 0
             if not used:
@@ -64,7 +70,7 @@ class WeightPush:
                 self._clear(turn)
             if self._writes:
                 self._buckets[turn].place(name, tensor)
-            used += max(tensor.nbytes, 1)
+            used += size
             count, total = count + 1, total + tensor.nbytes
         loading[turn] = self._send(turn)
         for future in loading:
@@ -79,9 +85,7 @@ class WeightPush:
         if turn < len(self._buckets):
             self._buckets[turn].clear()
             return
-        # room for the padding between tensors, of which a bucket of small ones has much
-        capacity = self._capacity + self._capacity // 8 + 2**20
-        self._buckets.append(SharedBucket(f"{self._key}-{turn}", capacity))
+        self._buckets.append(SharedBucket(f"{self._key}-{turn}", self._capacity))
 
     def _send(self, turn: int) -> Future[None] | None:
         """Describe the filled bucket to the node's leaders, whose engines begin to load it."""

@@ -40,8 +40,8 @@ def cuda_literals() -> None:
 
 def move_to_cuda() -> None:
     """`tensor.cuda()` in megatron-core's data movement: a tensor on the CPU is where it should be."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
 def tensor_types() -> None:
@@ -53,7 +53,7 @@ def tensor_types() -> None:
             return original(self, dtype, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_name
 
 
 def synchronisation() -> None:
@@ -94,10 +94,10 @@ class _Stream:
 def streams() -> None:
     """transformer/moe/token_dispatcher.py copies on a side stream; a CPU does everything in order."""
     default = _Stream()
-    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[misc,assignment]
-    torch.cuda.current_stream = lambda *args, **kwargs: default  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.cuda.Stream, torch.cuda.Event = _Stream, _Event
+    torch.cuda.current_stream = lambda *args, **kwargs: default
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda self, stream: None
 
 
 def missing_te_gemm() -> None:
@@ -124,7 +124,9 @@ def uneven_collectives() -> None:
 
     even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather(part: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    def gather(
+        part: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
         if output_split_sizes is None or group.size() == 1:
             return even_gather(part, group, output_split_sizes, use_global_buffer)
         sizes = [int(size) for size in output_split_sizes]
@@ -135,7 +137,9 @@ def uneven_collectives() -> None:
         torch.distributed.all_gather_into_tensor(gathered, padded, group=group)
         return torch.cat([gathered[i * longest : i * longest + size] for i, size in enumerate(sizes)])
 
-    def scatter(whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    def scatter(
+        whole: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
         if input_split_sizes is None or group.size() == 1:
             return even_scatter(whole, group, input_split_sizes, use_global_buffer)
         sizes = [int(size) for size in input_split_sizes]

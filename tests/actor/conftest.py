@@ -1,0 +1,72 @@
+"""The tiny models with their references, and the training runs that several tests read."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor.launch import launch
+from tests.actor.reference import Reference, compute
+from tests.actor.tiny_models import FAMILIES, write_model
+
+LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, tensor=2": ("qwen2", dict(tensor=2)),
+    "dense, pipeline=2": ("qwen3", dict(pipeline=2)),
+    "dense, data=2": ("llama", dict(data=2)),
+    "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
+    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "moe, tensor=2, expert=2, data=2": ("qwen3moe", dict(tensor=2, expert=2, data=2)),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny models, one a family, each with reference.pt; xdist's workers share one."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "models"
+    with (root / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = root / "models.partial"
+            for family in FAMILIES:
+                write_model(partial / family, family)
+                torch.save(compute(partial / family), partial / family / "reference.pt")
+            partial.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(models: Path) -> Callable[[str], Reference]:
+    return lambda family: torch.load(models / family / "reference.pt", weights_only=False)
+
+
+@pytest.fixture(scope="session")
+def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """programs.train's result for every family, all in one process."""
+    folder = tmp_path_factory.mktemp("one-process")
+    return launch("train", cases=[(models / f, {}, folder / f) for f in FAMILIES])[0]
+
+
+@pytest.fixture(scope="session")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """Every rank's result of programs.train under one of LAYOUTS; each is launched once."""
+    done: dict[str, list[dict[str, Any]]] = {}
+
+    def run(name: str) -> list[dict[str, Any]]:
+        if name not in done:
+            family, layout = LAYOUTS[name]
+            ranks = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
+            checkpoints = tmp_path_factory.mktemp("layout")
+            results = launch("train", ranks=ranks, cases=[(models / family, layout, checkpoints)])
+            done[name] = [result[family] for result in results]
+        return done[name]
+
+    return run

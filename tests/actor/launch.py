@@ -1,0 +1,47 @@
+"""Starting programs.py on actor ranks and collecting what each rank returns."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+DEADLINE_SECONDS = 240
+
+
+def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
+    """Every rank's return value of `programs.<program>(**arguments)`; torchrun starts the ranks if they are several.
+
+    Fails with the end of their output when one of them fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        order = Path(folder) / "order"
+        order.write_bytes(pickle.dumps((program, arguments)))
+        # one rank takes whatever port is free
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        with (Path(folder) / "log").open("w+") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *(torchrun if ranks > 1 else []), "tests.actor.programs", str(order)],
+                cwd=REPOSITORY,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | (single if ranks == 1 else {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = process.wait(DEADLINE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its ranks
+                process.wait(30)
+                code = -1
+            if code != 0:
+                log.seek(0)
+                raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{log.read()[-6000:]}")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -1,0 +1,227 @@
+"""What the tests run on actor ranks: `python -m tests.actor.programs ORDER`, see launch.py."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron_pmd.actor import checkpoint, model
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import Control, holds_logits, initialize
+from megatron_pmd.algorithm.losses import pmd
+from megatron_pmd.config import Layout, RunConfig
+from megatron_pmd.errors import PmdError
+from megatron_pmd.rollout.samples import RolloutBatch
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, config_for
+
+OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
+_control: list[Control] = []
+
+
+def start(layout: Layout) -> Control:
+    """Join the ranks, once; every model of one process has the same layout."""
+    if not _control:
+        initialize(layout, seed=0, timeout_seconds=60)
+        _control.append(Control(60))
+    return _control[0]
+
+
+class Trial:
+    """An actor with the rollout of its reference."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.control = start(config.layout)
+        self.actor = Actor(config, self.control)
+        reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
+        self.batch, self.anchor = RolloutBatch.pack(reference.samples), reference.anchor
+
+    def step(self, samples: list[int], rate: float = OPTIMIZER.learning_rate) -> tuple[float, int, float]:
+        """This rank's loss sum and count, and the gradient norm."""
+        return self.step_of(self.actor.microbatches(self.batch, np.array(samples)), rate)
+
+    def step_of(self, microbatches: list[list[int]], rate: float) -> tuple[float, int, float]:
+        report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
+        return report.loss_sum, report.loss_count, report.gradient_norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The exported tensors, whole, on rank 0; the export is collective."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.actor.export()}
+        return tensors if self.control.is_driver else {}
+
+
+def train(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
+    """Log-probs, two steps, a checkpoint, a third step, and the third again after loading; by model name."""
+    return {path.name: _train(config_for(path, layout), folder) for path, layout, folder in cases}
+
+
+def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
+    trial = Trial(config)
+    microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
+    packings = [microbatches, *([] if config.layout.data > 1 else [[list(range(16))], [[i] for i in range(16)]])]
+    result: dict[str, Any] = {
+        "holds_logits": holds_logits(),
+        "microbatches": microbatches,
+        "anchors": [trial.actor.log_probs(trial.batch, packing) for packing in packings],
+        "loaded_weights": trial.weights(),
+    }
+    result["steps"] = [trial.step(samples) for samples in STEPS[:2]]
+    result["weights"] = trial.weights()
+    result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
+    result["third"] = [trial.step(STEPS[2]), trial.weights()]
+    trial.actor.load(result["checkpoint"])
+    result["third_resumed"] = [trial.step(STEPS[2]), trial.weights()]
+    return result
+
+
+def resume(pairs: list[tuple[Path, Path]]) -> list[Any]:
+    """(model, checkpoint) pairs: the third step after loading in one process, and the weights it gives."""
+    results = []
+    for path, saved in pairs:
+        trial = Trial(config_for(path))
+        trial.actor.load(saved)
+        results.append((trial.step(STEPS[2]), trial.weights()))
+    return results
+
+
+def gradients(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
+    """Loss and whole gradient of the first step under several packings; the learning rate is 0."""
+    trial = Trial(config_for(path))
+    shuffled = np.random.default_rng(3).permutation(16).tolist()
+    packings: dict[str, list[list[int]]] = {
+        "one micro-batch": [list(range(16))],
+        "the actor's own": trial.actor.microbatches(trial.batch, np.arange(16)),
+        "one sample each": [[i] for i in range(16)],
+        "one sample each, backwards": [[i] for i in range(15, -1, -1)],
+        "any order, uneven": [shuffled[:1], shuffled[1:12], shuffled[12:]],
+        "with an empty micro-batch": [shuffled[:9], [], shuffled[9:]],
+    }
+
+    def measure(trial: Trial, packing: list[list[int]]) -> tuple[float, torch.Tensor]:
+        loss, count, _ = trial.step_of(packing, 0.0)
+        assert count == 16
+        return loss / count, torch.cat([p.main_grad.flatten().clone() for p in trial.actor.model.parameters()])
+
+    results = {name: measure(trial, packing) for name, packing in packings.items()}
+    recomputing = Trial(config_for(path, actor={"recompute": "full"}))
+    results["recomputed activations"] = measure(recomputing, packings["the actor's own"])
+    return results
+
+
+def _message(action: Any) -> tuple[str, str]:
+    """Type and text of what the action raises; ("", "") if nothing."""
+    try:
+        action()
+    except PmdError as error:
+        return type(error).__name__, str(error)
+    except Exception as error:
+        return f"not a PmdError: {type(error).__name__}", str(error)
+    return "", ""
+
+
+def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
+    """What saving and loading do when the disk is full, or files are not what was written."""
+    trial = Trial(config_for(path))
+    result: dict[str, Any] = {}
+    complete = trial.actor.save(folder, 1, {"iteration": 1})
+    save = checkpoint.dist_checkpointing.save
+
+    def disk_full(state: Any, target: str) -> None:
+        save(state, target)
+        largest = max(Path(target).iterdir(), key=lambda file: file.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint.dist_checkpointing.save = disk_full
+    result["disk full"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    result["disk full, first"] = _message(lambda: trial.actor.save(folder / "none", 2, {"iteration": 2}))
+    checkpoint.dist_checkpointing.save = save
+    result["partial left"] = [p.name for p in folder.glob("*.partial")]
+    result["latest after disk full"] = checkpoint.latest(folder)
+    result["complete"] = complete
+    result["complete loads"] = _message(lambda: trial.actor.load(complete))
+    # a partial folder with everything in it, as a crash between the last write and the renaming leaves
+    partial = folder / "iteration-9.partial"
+    partial.mkdir()
+    (partial / checkpoint.STATE_FILE).write_text("{}")
+    unfinished = folder / "iteration-8"
+    unfinished.mkdir()
+    result["latest beside partial"] = checkpoint.latest(folder)
+    unfinished.rmdir()
+
+    for iteration in (2, 3, 10):
+        trial.actor.save(folder, iteration, {"iteration": iteration})
+    result["kept"] = sorted(p.name for p in folder.iterdir())
+    result["latest of kept"] = checkpoint.latest(folder)
+    result["run state"] = checkpoint.read_run_state(folder / "iteration-10")
+
+    (folder / "iteration-10" / checkpoint.STATE_FILE).write_text("{")
+    result["broken run state"] = _message(lambda: checkpoint.read_run_state(folder / "iteration-10"))
+    weight = next(p for p in trial.actor.model.parameters() if p.ndim == 2)
+    needle = weight.detach().numpy().tobytes()[:64]
+    for shard in (folder / "iteration-3").glob("*.distcp"):
+        data = bytearray(shard.read_bytes())
+        at = data.find(needle)
+        while at >= 0:
+            data[at] ^= 1
+            at = data.find(needle, at + 1)
+        shard.write_bytes(data)
+    result["flipped bit"] = _message(lambda: trial.actor.load(folder / "iteration-3"))
+    for shard in (folder / "iteration-10").glob("*.distcp"):
+        os.truncate(shard, shard.stat().st_size // 2)
+    result["truncated"] = _message(lambda: trial.actor.load(folder / "iteration-10"))
+    result["missing"] = _message(lambda: trial.actor.load(folder / "iteration-77"))
+    return result
+
+
+def bf16_resume(path: Path, folder: Path) -> list[Any]:
+    """The step after a checkpoint, without and with loading it, under bf16 weights with fp32 main parameters."""
+    trial = Trial(config_for(path, precision="bf16"))
+    trial.step(STEPS[0])
+    saved = trial.actor.save(folder, 1, {})
+    results = [(trial.step(STEPS[1]), trial.weights())]
+    trial.actor.load(saved)
+    return [*results, (trial.step(STEPS[1]), trial.weights())]
+
+
+def save_and_load(path: Path, layout: dict[str, int], folder: Path) -> tuple[str, str]:
+    trial = Trial(config_for(path, layout))
+    trial.step(STEPS[0])
+    saved = trial.actor.save(folder, 1, {})
+    trial.step(STEPS[1])
+    return _message(lambda: trial.actor.load(saved))
+
+
+def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
+    """(model folder, changes to its configuration) -> the error of building an actor from it."""
+    start(Layout())
+
+    def attempt(path: Path, changes: dict[str, Any]) -> None:
+        config = config_for(path, **changes)
+        bridge = model.load_bridge(path)
+        if config.layout.ranks == 1:
+            model.build(bridge, config)
+        else:  # its check of the layout comes before anything that needs the ranks
+            model.provider_for(bridge, config)
+
+    return {name: _message(functools.partial(attempt, *case)) for name, case in cases.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    order = Path(sys.argv[1])
+    name, arguments = pickle.loads(order.read_bytes())
+    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

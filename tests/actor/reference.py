@@ -1,0 +1,133 @@
+"""What the actor must compute, by transformers, autograd and an AdamW written out here, in float64.
+
+transformers keeps its norms, rotary angles and router softmax in fp32 whatever the model's type is: the reference is
+good to about 1e-6. It must not run in a process with the stand-ins: with them transformers initialises rotary buffers
+wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.rollout.samples import Sample
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, rollout
+
+
+@dataclass
+class Step:
+    loss: float
+    """Mean over the step's sequences."""
+    gradient_norm: float
+    """Before clipping."""
+    weights: dict[str, torch.Tensor]
+    """After the step, by Hugging Face name, as files hold them."""
+
+
+@dataclass
+class Reference:
+    samples: list[Sample]
+    """With the model's own log-probs of the response tokens as engine_log_probs."""
+    entropy_sum: float
+    """Over all response tokens, nats."""
+    anchor: torch.Tensor
+    """float32 [tokens of the rollout], NaN at prompt tokens: the log-probs, moved at random."""
+    steps: list[Step]
+
+
+def compute(model_folder: Path) -> Reference:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    samples = rollout()
+    entropy_sum = 0.0
+    for sample in samples:
+        with torch.no_grad():
+            distribution = _log_softmax(model, sample)
+        entropy_sum -= float((distribution.exp() * distribution).sum())
+        sample.engine_log_probs = _given(distribution, sample).tolist()
+    noise = torch.Generator().manual_seed(1)
+    # an anchor that differs from the policy: the squared term of the loss counts from the first step on
+    anchors = [
+        (torch.tensor(s.engine_log_probs) + 0.3 * torch.randn(len(s.response_tokens), generator=noise)).float()
+        for s in samples
+    ]
+    optimizer = AdamW(model)
+    steps = [_step(model, optimizer, samples, anchors, indices) for indices in STEPS]
+    prompts = [torch.full((len(s.prompt_tokens),), torch.nan) for s in samples]
+    anchor = torch.cat([part for pair in zip(prompts, anchors, strict=True) for part in pair])
+    return Reference(samples, entropy_sum, anchor, steps)
+
+
+def _log_softmax(model: Any, sample: Sample) -> torch.Tensor:
+    """[response tokens, vocabulary] log π at the sampling temperature."""
+    tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
+    return (logits / TEMPERATURE).log_softmax(-1)
+
+
+def _given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
+    return distribution.gather(1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
+
+
+def _step(
+    model: Any, optimizer: AdamW, samples: list[Sample], anchors: list[torch.Tensor], indices: list[int]
+) -> Step:
+    """The gradient of (1/N) Σ (τ/2)(s − A/τ)² / |y| with s = Σ log π_θ − log π_t, and one step along it."""
+    model.zero_grad()
+    losses = []
+    for i in indices:
+        log_probs = _given(_log_softmax(model, samples[i]), samples[i])
+        s = (log_probs - anchors[i].double()).sum()
+        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / len(samples[i].response_tokens))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = optimizer.step()
+    return Step(float(loss), norm, _as_in_files(model))
+
+
+class AdamW:
+    """Decoupled weight decay (arXiv 1711.05101) on matrices only, after clipping the global gradient norm."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = list(model.parameters())
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self) -> float:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        norm = float(sum(g.square().sum() for g in gradients) ** 0.5)
+        scale = min(1.0, OPTIMIZER.gradient_clip / norm)
+        self.count += 1
+        b1, b2, rate = OPTIMIZER.beta1, OPTIMIZER.beta2, OPTIMIZER.learning_rate
+        for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
+            m.copy_(b1 * m + (1 - b1) * g * scale)
+            v.copy_(b2 * v + (1 - b2) * (g * scale) ** 2)
+            corrected, variance = m / (1 - b1**self.count), v / (1 - b2**self.count)
+            decay = OPTIMIZER.weight_decay * p if p.ndim > 1 else 0.0
+            p.sub_(rate * (corrected / (variance.sqrt() + OPTIMIZER.epsilon) + decay))
+        return norm
+
+
+def _as_in_files(model: Any) -> dict[str, torch.Tensor]:
+    """The weights with one tensor an expert; transformers 5 holds a layer's experts in one, gate above up."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for i, expert in enumerate(tensor):
+                prefix = name.replace("gate_up_proj", str(i))
+                gate, up = expert.chunk(2)
+                weights |= {f"{prefix}.gate_proj.weight": gate.clone(), f"{prefix}.up_proj.weight": up.clone()}
+        elif name.endswith("experts.down_proj"):
+            for i, expert in enumerate(tensor):
+                weights[f"{name.replace('down_proj', str(i))}.down_proj.weight"] = expert.clone()
+        else:
+            weights[name] = tensor.clone()
+    return weights

@@ -1,0 +1,105 @@
+"""Random models of a hundred thousand weights, as Hugging Face folders, and a rollout for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_pmd import config as c
+from megatron_pmd.rollout.samples import Sample
+
+VOCABULARY = 512
+TEMPERATURE = 0.8
+TAU = 0.5
+# Adam's step divides by √v + ε: with the usual ε a gradient that is zero but for rounding (a key's bias has one)
+# would move its weight by a whole learning rate in a random direction, and no two programs would agree.
+OPTIMIZER = c.Optimizer(
+    learning_rate=2e-4, epsilon=1e-4, weight_decay=0.1, gradient_clip=5.0, beta1=0.9, beta2=0.95
+)
+STEPS = [list(range(16)), list(range(7, -1, -1)), list(range(16))]
+"""The samples of three optimizer steps."""
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=128, max_position_embeddings=128, rms_norm_eps=1e-6, initializer_range=0.1, dtype="float32",
+)  # fmt: skip
+QWEN3 = dict(head_dim=16, rope_theta=1e6)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", dict(rope_theta=5e5, tie_word_embeddings=False)),
+    "llama3": (
+        "Llama",
+        dict(
+            tie_word_embeddings=False,
+            rope_parameters=dict(
+                rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+    ),
+    "qwen2": ("Qwen2", dict(rope_theta=1e6, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(QWEN3, tie_word_embeddings=True)),
+    "qwen3moe": (
+        "Qwen3Moe",
+        dict(
+            QWEN3, num_hidden_layers=2, tie_word_embeddings=False, moe_intermediate_size=32, num_experts=4,
+            num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1,
+        ),
+    ),
+}  # fmt: skip
+
+
+def write_model(folder: Path, family: str, **changes: Any) -> None:
+    """A model with random weights; norms and biases are random too, so that a lost one shows."""
+    import transformers
+
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            assert parameter.std() > 0, key
+    model.save_pretrained(folder)
+
+
+def rollout() -> list[Sample]:
+    """Four groups of four samples, 3 to 19 prompt tokens and 1 to 29 response tokens."""
+    rng = np.random.default_rng(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return rng.integers(0, VOCABULARY - 12, rng.integers(low, high)).tolist()
+
+    return [
+        Sample(
+            group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
+            prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=[], finish_reason="stop",
+            weight_version=0, seed=0, reward=0.0, advantage=float(rng.normal()),
+        )
+        for i in range(16)
+    ]  # fmt: skip
+
+
+def config_for(model: Path, layout: dict[str, int] | None = None, **changes: Any) -> c.RunConfig:
+    """A run of the model with the optimizer and temperature above; `changes` replace whole parts."""
+    return c.RunConfig(
+        name="test",
+        iterations=1,
+        model=c.Model(path=str(model), precision=changes.pop("precision", "fp32")),
+        layout=c.Layout(**layout or {}),
+        batch=c.Batch(
+            prompts_per_rollout=4, samples_per_prompt=4, prompts_per_step=4, max_tokens_per_microbatch=100,
+            max_prompt_tokens=20, max_response_tokens=30,
+        ),
+        optimizer=OPTIMIZER,
+        # chunks shorter than a micro-batch's responses, so that their seams are tested
+        actor=c.Actor(log_prob_chunk_tokens=16, **changes.pop("actor", {})),
+        rollout=c.Rollout(temperature=TEMPERATURE),
+        data=c.Data(train=c.ReasoningGymSource(task="chain_sum", size=3)),
+        reward=c.Reward(name="exact"),
+        **changes,
+    )  # fmt: skip
