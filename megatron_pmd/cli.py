@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
+AnswerPart = Literal["whole", "last_integer", "last_line"]
 
 
 def configuration(recipe: str, settings: list[str]) -> RunConfig:
@@ -63,15 +64,13 @@ def evaluate(
         Path | None, typer.Option(help="problems, .jsonl or .parquet; a run has held-out ones of its own")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="samples of each problem")] = 32,
-    reward: Annotated[
-        str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")
-    ] = None,
+    reward: Annotated[str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")] = None,
     answer: Annotated[AnswerPart | None, typer.Option(help="part of a response that is graded")] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
 ) -> None:
-    """Sample a model, or a run's newest exported one, and grade it: mean@k and pass@k with their intervals."""
+    """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
     from megatron_pmd.evaluate import Asked, main
 
     main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))

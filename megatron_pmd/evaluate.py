@@ -1,4 +1,4 @@
-"""`megatron-pmd evaluate`: one engine serves a model folder, k responses to each problem are graded. No Megatron."""
+"""`megatron-pmd evaluate`: one engine serves a model folder, k responses to each problem are graded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_pmd.rollout.samples import Sample, write_rollout
 DEFAULT_RESPONSE_TOKENS = 1024
 CPU_CACHE_TOKENS = 16384
 REQUESTS_PER_SLOT = 4
-"""Requests in flight for each one that the engine decodes: its queue is never empty, and none waits for long."""
+"""Requests in flight for each that the engine decodes: its queue is never empty, and none waits for long."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task:
 
     model: Model
     iteration: int
-    """Of the run that the model comes from, and the weight version its samples carry; 0 for a model folder."""
+    """Of the run that the model is from, and the weight version its samples carry; 0 for a model folder."""
     data: Data
     source: Source
     limit: int | None
@@ -81,7 +81,7 @@ def task(asked: Asked) -> Task:
     found = read_object(asked.target / "config.json")
     if found is None:
         raise ConfigError(
-            f"{asked.target}: no config.json there; give a Hugging Face model folder, or a run's folder (runs/NAME)"
+            f"{asked.target}: no config.json there; give a Hugging Face model folder, or a run's folder"
         )
     return _of_model(asked, found) if "model_type" in found else _of_run(asked)
 
@@ -96,8 +96,10 @@ def _of_run(asked: Asked) -> Task:
             "checkpoint.hf_export=true"
         )
     iteration = max(exports)
+    source: Source
+    limit = None
     if asked.data is not None:
-        source, limit = _file(asked.data, config), None
+        source = _file(asked.data, config)
     elif config.data.evaluation is not None:
         source, limit = config.data.evaluation, config.evaluation.prompts
     else:
@@ -131,7 +133,8 @@ def _of_model(asked: Asked, description: dict[str, Any]) -> Task:
     context = description.get("max_position_embeddings") or CPU_CACHE_TOKENS
     if response >= context:
         raise ConfigError(
-            f"--max-response-tokens {response} leaves no room for a prompt: {asked.target} reads {context} tokens"
+            f"--max-response-tokens {response} leaves no room for a prompt: {asked.target} takes {context} "
+            "tokens; lower it"
         )
     name = f"{asked.target.resolve().name}-{asked.data.stem}-k{asked.samples_per_prompt}"
     source = FileSource(path=str(asked.data))
@@ -257,8 +260,8 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
         try:
             engine.wait_ready(task.rollout.start_timeout_seconds)
             with EngineControl(spec, task.rollout.start_timeout_seconds) as control:
-                # No bucket between the two: the weights stay the folder's, and get the number that every sample
-                # must carry. An engine that was never given one answers with none, and its samples are refused.
+                # No bucket in between: the weights stay the folder's, and get the number that every sample
+                # must carry. Samples of an engine that was never given one are refused.
                 control.begin_update()
                 control.end_update(plan.weight_version)
             ours = replace(
@@ -269,7 +272,9 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
                 ours.run(plan, advance)
             return plan.samples
         except EnginesLost:
-            console.say(f"the engine died after {len(plan.done)} of {plan.total} samples ({attempt + 1} times)")
+            console.say(
+                f"the engine died after {len(plan.done)} of {plan.total} samples ({attempt + 1} times)"
+            )
             ended = engine.log_tail()
         finally:
             engine.stop()
@@ -304,7 +309,9 @@ def table(task: Task, result: Evaluation) -> Table:
     shown.add_column("", justify="right")
     shown.add_column("95 % interval", justify="right")
     for name, score in (("mean", result.mean_at_k), ("pass", result.pass_at_k)):
-        shown.add_row(f"{name}@{result.k}", number(score.value), f"{number(score.low)} – {number(score.high)}")
+        shown.add_row(
+            f"{name}@{result.k}", number(score.value), f"{number(score.low)} – {number(score.high)}"
+        )
     shown.add_row("cut at the limit", percent(result.truncated_share), "")
     shown.add_row("response tokens", number(result.response_tokens), "")
     shown.add_row("reward errors", number(result.reward_errors), "")

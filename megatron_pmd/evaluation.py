@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 from megatron_pmd.rollout.samples import Sample
 
@@ -23,7 +23,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with at least one sample of reward ≥ 1."""
+    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a sample of reward ≥ 1."""
 
     k: int
     prompts: int
@@ -41,6 +41,8 @@ class Evaluation:
             "mean_at_k/low": self.mean_at_k.low,
             "mean_at_k/high": self.mean_at_k.high,
             "pass_at_k": self.pass_at_k.value,
+            "pass_at_k/low": self.pass_at_k.low,
+            "pass_at_k/high": self.pass_at_k.high,
             "response_tokens": self.response_tokens,
             "truncated_share": self.truncated_share,
             "reward_errors": self.reward_errors,
@@ -55,16 +57,16 @@ def evaluate(samples: Sequence[Sample]) -> Evaluation:
     return Evaluation(
         k=max(map(len, rewards.values())),
         prompts=len(rewards),
-        mean_at_k=_score([float(np.mean(r)) for r in rewards.values()]),
-        pass_at_k=_score([float(max(r) >= 1.0) for r in rewards.values()]),
+        mean_at_k=_mean([float(np.mean(r)) for r in rewards.values()]),
+        pass_at_k=_share([max(r) >= 1.0 for r in rewards.values()]),
         response_tokens=float(np.mean([len(s.response_tokens) for s in samples])),
         truncated_share=float(np.mean([s.finish_reason == "length" for s in samples])),
         reward_errors=sum(s.reward_error is not None for s in samples),
     )
 
 
-def _score(per_prompt: list[float]) -> Score:
-    """Percentile bootstrap over prompts; an interval of no width when all prompts agree or there is only one."""
+def _mean(per_prompt: list[float]) -> Score:
+    """Percentile bootstrap over prompts; no width when all prompts agree or there is only one."""
     value = float(np.mean(per_prompt))
     if len(set(per_prompt)) < 2:
         return Score(value, value, value)
@@ -72,3 +74,9 @@ def _score(per_prompt: list[float]) -> Score:
         (np.array(per_prompt),), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
     ).confidence_interval
     return Score(value, float(interval.low), float(interval.high))
+
+
+def _share(passed: list[bool]) -> Score:
+    """Wilson's interval of a proportion, which has a width also where every prompt passed, or none."""
+    interval = binomtest(sum(passed), len(passed)).proportion_ci(method="wilson")
+    return Score(float(np.mean(passed)), float(interval.low), float(interval.high))

@@ -19,6 +19,7 @@ def train(run: Run) -> None:
             batch = run.collect(t)
         with run.phase("release"):
             run.rollouts.release()
+            run.actor.wake()
         with run.phase("anchor"):
             steps = run.schedule(batch)
             anchor = run.anchor(batch, steps)  # log π_t, fixed for the whole iteration
@@ -29,8 +30,10 @@ def train(run: Run) -> None:
             with run.phase("save"):
                 run.save(t + 1)
         with run.phase("sync") as record:
+            run.actor.release_optimizer()
             record.bytes = run.rollouts.load(run.actor, version=t + 1).bytes
         with run.phase("resume"):
+            run.actor.release_parameters()
             run.rollouts.resume()
         run.end_iteration(t, batch)
     run.finish()

@@ -110,7 +110,9 @@ class Run:
             with self.phase("warm_start"):
                 warm_start(self.actor, self.control, self.config, self._train, self._tokenizer, self._journal)
         with self.phase("start"):
+            self.actor.release_optimizer()
             self.rollouts.load(self.actor, version=self._first)
+            self.actor.release_parameters()
             self.rollouts.resume()
 
     def iterations(self) -> Iterator[int]:
@@ -273,6 +275,8 @@ class Run:
         if isinstance(self.rollouts, LiveEngines):
             with self.phase("check"):
                 self._check_final_weights(final)
+        else:
+            self.actor.wake()
         if self.config.checkpoint.hf_export:
             with self.phase("export"):
                 self.actor.save_hf(self.folder / "hf" / f"iteration-{final}")
@@ -288,4 +292,6 @@ class Run:
             )
         samples = self.rollouts.draw(plan, self.actor, "check of the final weights")
         batch = self.control.from_driver(RolloutBatch.pack(samples) if samples else None)
+        self.rollouts.release()
+        self.actor.wake()
         self.anchor(batch, [self.actor.microbatches(batch, np.arange(len(batch)))])

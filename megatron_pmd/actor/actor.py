@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron_pmd.actor import batching, checkpoint, model, optimizer
+from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency
 from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log_probs
 from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
 from megatron_pmd.algorithm.losses import LossInput, LossTerms
@@ -191,6 +191,18 @@ class Actor:
             yield name, tensor
         if waiting:
             raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
+
+    def wake(self) -> None:
+        """Take the device back from the engines."""
+        residency.wake(self.model, self.optimizer)
+
+    def release_optimizer(self) -> None:
+        """Make room for the engines' weights; the parameters stay, to be exported."""
+        residency.release_optimizer(self.optimizer)
+
+    def release_parameters(self) -> None:
+        """Make room for the engines' KV cache."""
+        residency.release_parameters(self.model)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
 
 import numpy as np
@@ -25,9 +25,10 @@ def attention_cost_tokens(lengths: np.ndarray, tokens_at_equal_cost: float) -> n
 def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int) -> list[Microbatches]:
     """Share samples out to `ranks` equally many micro-batches each, none over `max_tokens`, costs balanced.
 
-    Greedy, the dearest sample first, each to the cheapest micro-batch that still has room. Megatron's schedule and
-    expert-parallel collectives need the same number of micro-batches on every rank, so one more on each rank is tried
-    until everything fits. The order of the samples does not matter but for ties.
+    Megatron's schedule and expert-parallel collectives need the same number of micro-batches on every rank. For each
+    number, from the least that could do, two ways are tried: the dearest sample first into the cheapest micro-batch
+    with room, which balances best; then the longest first into the fullest with room, which wastes least.
+    The order of the samples does not matter but for ties.
 
     Returns one list of micro-batches a rank. Raises ConfigError for a sample longer than `max_tokens`.
     """
@@ -35,35 +36,43 @@ def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int)
         raise ConfigError(
             f"a sample of {lengths.max()} tokens does not fit batch.max_tokens_per_microbatch={max_tokens}"
         )
-    order = np.argsort(-costs, kind="stable")
-    count = max(1, math.ceil(lengths.sum() / (ranks * max_tokens)))
-    while (bins := _fill(order, lengths, costs, ranks * count, max_tokens)) is None:
-        count += 1
-    # micro-batch i of every rank runs at the same time: neighbours in cost belong together
-    bins.sort(key=lambda bin_: -costs[bin_].sum() if bin_ else 0.0)
-    return [bins[rank::ranks] for rank in range(ranks)]
+    least = max(1, math.ceil(lengths.sum() / (ranks * max_tokens)))
+    bins = next(
+        content
+        for count in itertools.count(least)
+        for order_by, load in ((costs, costs), (lengths, -lengths))
+        if (content := _fill(order_by, load, lengths, ranks * count, max_tokens)) is not None
+    )
+    return _share(bins, np.array([costs[bin_].sum() for bin_ in bins]), ranks)
 
 
 def _fill(
-    order: np.ndarray, lengths: np.ndarray, costs: np.ndarray, bins: int, capacity: int
+    order_by: np.ndarray, load: np.ndarray, lengths: np.ndarray, bins: int, capacity: int
 ) -> Microbatches | None:
-    """Greedy assignment to `bins` bins, or None when a sample found no room."""
-    heap = [(0.0, b) for b in range(bins)]
-    tokens = [0] * bins
+    """Each sample, the largest first, to the bin of least summed load with room; None when one finds no room."""
+    loads, room = np.zeros(bins), np.full(bins, capacity)
     content: Microbatches = [[] for _ in range(bins)]
-    for sample in order.tolist():
-        skipped = []
-        while heap and tokens[heap[0][1]] + lengths[sample] > capacity:
-            skipped.append(heapq.heappop(heap))
-        if not heap:
+    for sample in np.argsort(-order_by, kind="stable").tolist():
+        chosen = int(np.where(room >= lengths[sample], loads, np.inf).argmin())
+        if room[chosen] < lengths[sample]:
             return None
-        cost, b = heapq.heappop(heap)
-        content[b].append(sample)
-        tokens[b] += int(lengths[sample])
-        heapq.heappush(heap, (cost + float(costs[sample]), b))
-        for entry in skipped:
-            heapq.heappush(heap, entry)
+        content[chosen].append(sample)
+        loads[chosen] += load[sample]
+        room[chosen] -= lengths[sample]
     return content
+
+
+def _share(bins: Microbatches, costs: np.ndarray, ranks: int) -> list[Microbatches]:
+    """As many bins to each rank: those of like cost run at the same time, the dearest where least has gone so far."""
+    order = np.argsort(-costs, kind="stable")
+    shares: list[Microbatches] = [[] for _ in range(ranks)]
+    given = np.zeros(ranks)
+    for start in range(0, len(bins), ranks):
+        together = order[start : start + ranks]
+        for rank, chosen in zip(np.argsort(given, kind="stable").tolist(), together.tolist(), strict=True):
+            shares[rank].append(bins[chosen])
+            given[rank] += costs[chosen]
+    return shares
 
 
 def steps_of_groups(groups: np.ndarray, prompts_per_step: int) -> list[np.ndarray]:

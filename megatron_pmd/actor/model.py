@@ -43,6 +43,8 @@ CPU_SETTINGS = dict(
     deallocate_pipeline_outputs=False,
 )
 
+LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
 
 def load_bridge(path: Path) -> Any:
     """Megatron-Bridge's AutoBridge for a Hugging Face folder, with a configuration in the shape it reads.
@@ -64,14 +66,32 @@ def load_bridge(path: Path) -> Any:
     except ValueError as error:
         raise ModelError(f"{path}: Megatron-Bridge cannot map this model: {error}") from None
     config = bridge.hf_pretrained.config
+    rope = _rope(path, config)
     # Megatron-Bridge 0.3.1 reads transformers 4's rope_theta and rope_scaling. In transformers 5 both live in
     # rope_parameters: without this the weights load bit for bit and the logits are wrong, silently.
-    rope = dict(config.rope_parameters)
     config.rope_theta = rope["rope_theta"]
     if rope.get("rope_type", "default") == "default":
         config.rope_scaling = None
         config.rope_parameters = None
     return bridge
+
+
+def _rope(path: Path, config: Any) -> dict[str, Any]:
+    """The rotary settings, when they are ones that arrive in megatron-core; ModelError otherwise.
+
+    Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to those of
+    Llama 3.1 to 3.3; other types are dropped by some of its families. Both would give wrong logits, silently.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    fixed = [rope.get(key) for key in LLAMA3_ROPE]
+    llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
+    if "rope_theta" not in rope or not (kind == "default" or llama3):
+        raise ModelError(
+            f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; what works is "
+            f"rope_type `default`, and for Llama `llama3` with {LLAMA3_ROPE}"
+        )
+    return rope
 
 
 def _check_files(path: Path) -> None:

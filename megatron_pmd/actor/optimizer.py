@@ -12,8 +12,11 @@ from megatron_pmd.config import Optimizer, Precision
 
 
 def build(model: Any, settings: Optimizer, precision: Precision) -> MegatronOptimizer:
-    """megatron-core's distributed Adam: fp32 main parameters and moments, shared out over the data-parallel ranks."""
-    return get_megatron_optimizer(
+    """megatron-core's distributed Adam: fp32 main parameters and moments, shared out over the data-parallel ranks.
+
+    Weight decay is decoupled from the gradient and leaves biases and norms alone.
+    """
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate,
@@ -28,6 +31,10 @@ def build(model: Any, settings: Optimizer, precision: Precision) -> MegatronOpti
         ),
         [model],
     )
+    # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
+    for group in optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def learning_rate(settings: Optimizer, step: int) -> float:

@@ -112,7 +112,9 @@ class Sampler:
         async with slots:
             answer = await self._generate(session, plan, problem, seed)
         information = answer["meta_info"]
-        version = information["weight_version"]  # not a number while an engine holds a mixture of two versions
+        version = information[
+            "weight_version"
+        ]  # not a number while an engine holds a mixture of two versions
         if version != str(plan.weight_version):
             raise StaleWeights(f"a sample came from weight version {version}, expected {plan.weight_version}")
         tokens = answer["output_ids"]

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,10 @@ def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "holds_logits": holds_logits(),
         "microbatches": microbatches,
-        "anchors": [trial.actor.log_probs(trial.batch, packing) for packing in packings],
+        # plain values: a report's own class would make the reader import megatron-core
+        "anchors": [
+            SimpleNamespace(**vars(trial.actor.log_probs(trial.batch, packing))) for packing in packings
+        ],
         "loaded_weights": trial.weights(),
     }
     result["steps"] = [trial.step(samples) for samples in STEPS[:2]]

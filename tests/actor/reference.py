@@ -88,7 +88,7 @@ def _step(
     loss = torch.stack(losses).mean()
     loss.backward()
     norm = optimizer.step()
-    return Step(float(loss), norm, _as_in_files(model))
+    return Step(float(loss.detach()), norm, _as_in_files(model))
 
 
 class AdamW:

@@ -34,8 +34,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(
             tie_word_embeddings=False,
             rope_parameters=dict(
-                rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=32,
+                rope_type="llama3", rope_theta=1e4, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
             ),
         ),
     ),

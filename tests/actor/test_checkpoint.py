@@ -1,0 +1,107 @@
+"""Checkpoints: resuming changes nothing, and a checkpoint that is not whole is never resumed from."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests.actor.conftest import LAYOUTS
+from tests.actor.launch import launch
+from tests.actor.reference import compute
+from tests.actor.tiny_models import FAMILIES, write_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resuming_gives_the_next_step_bit_for_bit(one_process, family):
+    (step, weights), (resumed_step, resumed_weights) = (
+        one_process[family]["third"],
+        one_process[family]["third_resumed"],
+    )
+    assert step == resumed_step
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_resuming_in_bf16_gives_the_next_step_bit_for_bit(models, tmp_path):
+    (step, weights), (resumed_step, resumed_weights) = launch(
+        "bf16_resume", path=models / "qwen3", folder=tmp_path
+    )[0]
+    assert next(iter(weights.values())).dtype == torch.bfloat16
+    assert step == resumed_step
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def faults(models, tmp_path_factory):
+    return launch("checkpoint_faults", path=models / "qwen3", folder=tmp_path_factory.mktemp("checkpoints"))[0]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(faults):
+    kind, message = faults["disk full"]
+    assert kind == "CheckpointError"
+    assert "iteration-2.partial" in message and "No space left on device" in message
+    assert f"{faults['complete']} is complete and will be resumed from" in message
+    assert faults["partial left"] == ["iteration-2.partial"]
+    assert faults["latest after disk full"] == faults["complete"]
+    assert faults["complete loads"] == ("", "")
+
+
+def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults):
+    kind, message = faults["disk full, first"]
+    assert kind == "CheckpointError" and "there is no earlier checkpoint" in message
+
+
+def test_a_partial_folder_is_never_resumed_from(faults):
+    assert faults["latest beside partial"] == faults["complete"]
+
+
+def test_only_the_newest_are_kept_by_number_not_by_name(faults):
+    assert faults["kept"] == ["iteration-10", "iteration-3", "none"]
+    assert faults["latest of kept"].name == "iteration-10"
+    assert faults["run state"] == {"iteration": 10}
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("truncated", "iteration-10"),
+        ("missing", "iteration-77"),
+        ("broken run state", "iteration-10/run_state.json"),
+        ("flipped bit", "iteration-3"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(faults, fault, named):
+    kind, message = faults[fault]
+    assert kind == "CheckpointError"
+    assert named in message
+
+
+@pytest.mark.serial
+def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, reference):
+    """The third step was not taken by the process that wrote the weights and the moments: both must have arrived."""
+    pairs = [(models / LAYOUTS[name][0], trained(name)[0]["checkpoint"]) for name in LAYOUTS]
+    resumed = launch("resume", pairs=pairs)[0]
+    for name, (step, weights) in zip(LAYOUTS, resumed, strict=True):
+        uninterrupted, third = trained(name), reference(LAYOUTS[name][0]).steps[2]
+        assert step[0] == pytest.approx(sum(rank["third"][0][0] for rank in uninterrupted), rel=1e-6), name
+        assert step[2] == pytest.approx(uninterrupted[0]["third"][0][2], rel=1e-5), name
+        for key, weight in weights.items():
+            difference = (weight.double() - third.weights[key]).abs().max()
+            assert difference < 1e-6, f"{name}: {key} differs by {difference}"
+
+
+@pytest.mark.serial
+def test_tied_embeddings_lost_over_a_pipeline_are_refused_not_resumed_wrongly(tmp_path):
+    """megatron-core 0.16.1 restores wrong rows when a tied vocabulary of 509 is saved from two pipeline stages.
+
+    When this test fails because loading succeeds, the defect is gone and the digest stays as a safeguard.
+    """
+    write_model(tmp_path / "model", "qwen2", vocab_size=509)
+    torch.save(compute(tmp_path / "model"), tmp_path / "model" / "reference.pt")
+    outcomes = launch(
+        "save_and_load", ranks=2, path=tmp_path / "model", layout={"pipeline": 2}, folder=tmp_path / "saved"
+    )
+    refused = [message for kind, message in outcomes if kind == "CheckpointError"]
+    assert refused and all("does not hold the weights it saved" in message for message in refused)
+    shutil.rmtree(tmp_path / "saved")

@@ -1,0 +1,88 @@
+"""One process: the actor computes what transformers computes, and takes the step that autograd and AdamW take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_pmd.rollout.samples import RolloutBatch
+from tests.actor.launch import launch
+from tests.actor.tiny_models import FAMILIES, OPTIMIZER, STEPS
+
+PACKINGS = ["the actor's own", "all samples in one micro-batch", "one sample each"]
+WEIGHT_TOLERANCE = 1e-6
+"""Two steps move a weight by up to 4e-4; fp32 against the float64 reference differs by 2e-7."""
+
+
+@pytest.fixture(scope="module")
+def measured(models) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:
+    return {family: launch("gradients", path=models / family)[0] for family in ("qwen2", "qwen3moe")}
+
+
+@pytest.mark.parametrize("packing", range(3), ids=PACKINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_equal_transformers_after_loading(one_process, reference, family, packing):
+    report = one_process[family]["anchors"][packing]
+    batch = RolloutBatch.pack(reference(family).samples)
+    assert report.tokens == batch.response_lengths.sum()
+    response = ~report.log_probs.isnan()
+    assert int(response.sum()) == report.tokens
+    torch.testing.assert_close(
+        report.log_probs[response], torch.from_numpy(batch.engine_log_probs)[response], rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entropy_and_engine_difference_are_those_of_transformers_distribution(one_process, reference, family):
+    report, expected = one_process[family]["anchors"][0], reference(family)
+    assert report.entropy_sum == pytest.approx(expected.entropy_sum, rel=1e-6)
+    # the reference's log-probs stand in for the engine's
+    assert report.sum_absolute / report.tokens < 2e-6 and report.max_absolute < 1e-5
+
+
+def test_response_tokens_and_only_they_get_a_log_prob(one_process, reference):
+    report, samples = one_process["llama"]["anchors"][0], reference("llama").samples
+    expected = [flag for s in samples for flag in [False] * len(s.prompt_tokens) + [True] * len(s.response_tokens)]
+    assert (~report.log_probs.isnan()).tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_steps_equal_autograd_and_adamw_in_float64(one_process, reference, family):
+    result, expected = one_process[family], reference(family).steps
+    for (loss, count, norm), samples, step in zip(result["steps"], STEPS[:2], expected[:2], strict=True):
+        assert count == len(samples)
+        assert loss / count == pytest.approx(step.loss, rel=1e-5)
+        assert norm == pytest.approx(step.gradient_norm, rel=1e-5)
+    for name, weight in result["weights"].items():
+        torch.testing.assert_close(
+            weight.double(), expected[1].weights[name], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_references_steps_are_both_clipped_and_not_clipped(reference):
+    norms = [step.gradient_norm for step in reference("qwen2").steps]
+    assert norms[0] > OPTIMIZER.gradient_clip > norms[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_returns_the_loaded_tensors_bit_for_bit(one_process, models, family):
+    from safetensors.torch import load_file
+
+    files: dict[str, torch.Tensor] = {}
+    for path in Path(models / family).glob("*.safetensors"):
+        files |= load_file(path)
+    exported = one_process[family]["loaded_weights"]
+    assert exported.keys() == files.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in files.items())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3moe"])
+def test_gradient_is_the_same_for_every_packing_order_and_recomputation(measured, family):
+    (loss, gradient), *others = measured[family].values()
+    assert gradient.norm() > 1
+    for name, (other_loss, other) in zip(list(measured[family])[1:], others, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-6), name
+        assert (other - gradient).norm() / gradient.norm() < 2e-6, name
+        assert (other - gradient).abs().max() < 2e-6, name

@@ -1,0 +1,219 @@
+"""The sides of bench_loop's update benchmark, each in its own processes and told over stdin when to run.
+
+`ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
+alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on the same rollout
+with the same loss, and answer every line on stdin with a line `seconds N`; the end of stdin ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_pmd.algorithm.losses import LossInput, pmd
+from megatron_pmd.config import RunConfig, load
+from megatron_pmd.errors import PmdError
+from megatron_pmd.rollout.samples import RolloutBatch, read_rollout
+
+Steps = list[np.ndarray]
+"""Sample indices of each optimizer step."""
+
+
+def take_turns(config: RunConfig, turns: int, folder: Path, rollout: Path) -> dict[str, list[float]]:
+    """Seconds of each turn of each side; all are alive all the time, one at a time works."""
+    (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    ranks, threads = config.layout.ranks, config.actor.threads_per_rank
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    seconds: dict[str, list[float]] = {"ours": [], "plain": [], "plain_responses_only": []}
+    with contextlib.ExitStack() as cleanup:
+        sides = {}
+        for side in seconds:
+            launcher, omp = (torchrun, threads) if side == "ours" else ([], ranks * threads)
+            sides[side] = cleanup.enter_context(_side(side, launcher, omp, folder, rollout))
+        for _ in range(turns):
+            for side, turn in sides.items():
+                seconds[side].append(turn())
+    return seconds
+
+
+@contextlib.contextmanager
+def _side(
+    side: str, launcher: list[str], threads: int, folder: Path, rollout: Path
+) -> Iterator[Callable[[], float]]:
+    """A side, waiting; calling what is given makes it take the steps and returns their seconds."""
+    log = folder / f"{side}.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, __file__, side, str(folder / "config.json"), str(rollout)],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])},
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    listening, answers = process.stdin, process.stdout
+
+    def turn() -> float:
+        listening.write("run\n")
+        listening.flush()
+        for line in answers:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise PmdError(f"the side {side} of the update benchmark ended; its log:\n{log.read_text()[-2000:]}")
+
+    try:
+        yield turn
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            listening.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks
+            process.wait()
+
+
+def main(side: str, config_file: str, rollout_file: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config = load(Path(config_file))
+    batch = RolloutBatch.pack(read_rollout(Path(rollout_file))[0])
+    if side == "ours":
+        ours(config, batch)
+    else:
+        serve(plain(config, batch, responses_only=side == "plain_responses_only"))
+
+
+def steps_of(config: RunConfig, batch: RolloutBatch) -> Steps:
+    from megatron_pmd.actor.batching import steps_of_groups
+
+    return steps_of_groups(batch.groups, config.batch.prompts_per_step)
+
+
+def serve(step: Callable[[], None]) -> None:
+    """Answer every line of stdin with the seconds that the steps took."""
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        step()
+        print(f"seconds {time.perf_counter() - begun}", flush=True)
+
+
+def ours(config: RunConfig, batch: RolloutBatch) -> None:
+    """Every rank takes the steps together; the first listens."""
+    if not torch.cuda.is_available():
+        from megatron_pmd.actor.cpu import standins
+
+        standins.install()
+    from megatron_pmd.actor import parallel
+    from megatron_pmd.actor.actor import Actor
+
+    parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
+    control = parallel.Control(config.actor.timeout_seconds)
+    actor = Actor(config, control)
+    steps, anchor = steps_of(config, batch), torch.from_numpy(batch.engine_log_probs)
+
+    def step() -> None:
+        for samples in steps:
+            microbatches = actor.microbatches(batch, samples)
+            actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
+        control.barrier()
+
+    if control.is_driver:
+
+        def together() -> None:
+            control.from_driver(True)
+            step()
+
+        serve(together)
+        control.from_driver(False)
+    else:
+        while control.from_driver():
+            step()
+    torch.distributed.destroy_process_group()
+
+
+def objective(config: RunConfig) -> functools.partial:
+    return functools.partial(
+        pmd,
+        tau=config.algorithm.tau,
+        normaliser=config.algorithm.normaliser,
+        max_response_tokens=config.batch.max_response_tokens,
+    )
+
+
+def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Callable[[], None]:
+    """The steps in transformers. responses_only: logits of the last tokens alone, where all responses are."""
+    from transformers import AutoModelForCausalLM
+
+    settings = config.optimizer
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon, weight_decay=settings.weight_decay,
+    )  # fmt: skip
+    steps = steps_of(config, batch)
+    together = config.layout.data * config.batch.max_tokens_per_microbatch
+
+    def run() -> None:
+        for samples in steps:
+            rows = max(1, together // int(batch.lengths[samples].max()))
+            for start in range(0, len(samples), rows):
+                part = samples[start : start + rows]
+                (_loss(model, config, batch, part, responses_only) / len(samples)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _loss(
+    model: torch.nn.Module, config: RunConfig, batch: RolloutBatch, samples: np.ndarray, responses_only: bool
+) -> torch.Tensor:
+    """The PMD loss of some samples, summed; padded on the left, so that all responses end together."""
+    longest, responses = int(batch.lengths[samples].max()), batch.response_lengths[samples]
+    tokens = torch.zeros((len(samples), longest), dtype=torch.int64)
+    attended = torch.zeros_like(tokens)
+    for row, s in enumerate(samples):
+        length = int(batch.lengths[s])
+        tokens[row, longest - length :] = torch.from_numpy(
+            batch.tokens[batch.offsets[s] : batch.offsets[s + 1]]
+        )
+        attended[row, longest - length :] = 1
+    kept = int(responses.max()) + 1 if responses_only else longest
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.model.precision == "bf16"):
+        logits = model(input_ids=tokens, attention_mask=attended, logits_to_keep=kept).logits
+    # column c of the logits predicts column c + 1 of the last `kept` tokens
+    column = torch.arange(kept - 1)
+    answered = column[None] >= kept - 1 - torch.from_numpy(responses)[:, None]
+    targets = tokens[:, -(kept - 1) :][answered]
+    scaled = logits[:, :-1][answered].float() / config.rollout.temperature
+    log_probs = scaled.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    source = np.concatenate(
+        [np.arange(batch.offsets[s] + batch.prompt_lengths[s], batch.offsets[s + 1]) for s in samples]
+    )
+    anchor = torch.from_numpy(batch.engine_log_probs[source])
+    terms = objective(config)(
+        LossInput(
+            log_probs=log_probs,
+            anchor_log_probs=anchor,
+            engine_log_probs=anchor,
+            mask=torch.ones_like(log_probs),
+            sequence=torch.repeat_interleave(torch.arange(len(samples)), torch.from_numpy(responses)),
+            advantages=torch.from_numpy(batch.advantages[samples]).float(),
+        )
+    )
+    return terms.sum
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
