@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from megatron_pmd.config import RunConfig, load, override
-from megatron_pmd.errors import ConfigError, PmdError
+from megatron_pmd.config import RunConfig, StopAfter, load, override
+from megatron_pmd.errors import ConfigError, Interrupted, PmdError
 
 app = typer.Typer(
     help="Post-train language models by policy mirror descent.", no_args_is_help=True, add_completion=False,
@@ -40,21 +40,24 @@ def train(
     settings: Settings = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     stop_after: Annotated[
-        str | None, typer.Option(help="stop after this phase of the next iteration: rollout")
+        StopAfter | None, typer.Option(help="stop after this phase of the next iteration")
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="train on this rollout file or folder, without engines")
     ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
-    from megatron_pmd.launcher import run_here
+    from megatron_pmd.launcher import is_complete, run_here
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.report import write_report
 
     config = configuration(recipe, settings or [])
-    folder = runs / config.name
-    run_here(config, folder, replay=replay, stop_after=stop_after)
-    Console().closing(folder, write_report(folder))
+    folder, console = runs / config.name, Console()
+    if is_complete(folder, config):
+        console.say(f"{folder} is complete: nothing is left to train; raise iterations to go on")
+    else:
+        run_here(config, folder, replay=replay, stop_after=stop_after)
+    console.closing(folder, write_report(folder))
 
 
 @app.command()
@@ -98,7 +101,7 @@ def main() -> None:
         app()
     except PmdError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(1)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
 
 
 if __name__ == "__main__":

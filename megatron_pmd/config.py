@@ -49,8 +49,6 @@ class Layout(Frozen):
     """Tensor-parallel size inside an expert; None: 1 with expert parallelism, else `tensor`."""
     data: PositiveInt = 1
     """Data-parallel replicas of the dense layers; the experts' replicas follow from it."""
-    ranks_per_node: PositiveInt | None = None
-    """Actor ranks on one node; None: all of them (one machine)."""
 
     @property
     def ranks(self) -> int:
@@ -72,10 +70,6 @@ class Layout(Frozen):
             raise LayoutError(
                 f"layout: expert_tensor={self.experts_tensor} without expert parallelism must be tensor={self.tensor}: "
                 "megatron-core would not sum the experts' gradients over the tensor-parallel ranks"
-            )
-        if self.ranks_per_node and self.ranks % self.ranks_per_node:
-            raise LayoutError(
-                f"layout: {self.ranks} ranks do not fill nodes of ranks_per_node={self.ranks_per_node}"
             )
         return self
 

@@ -35,3 +35,7 @@ class CheckpointError(PmdError):
 
 class NonFiniteLoss(PmdError):
     """A loss or gradient norm is NaN or infinite; names iteration and step."""
+
+
+class Interrupted(PmdError):
+    """The user or the system asked the run to end; it can be resumed."""

@@ -246,7 +246,7 @@ def _spec(task: Task) -> EngineSpec:
         log=task.log,
         seed=task.seed,
         cpu=_cpu(),
-        api_key=secrets.token_urlsafe(24),
+        api_key=secrets.token_hex(24),
         load_model_weights=True,
     )
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig, StopAfter
-from megatron_pmd.errors import PmdError
+from megatron_pmd.errors import Interrupted, PmdError
 from megatron_pmd.weight_sync.bucket import SHARED_MEMORY
 from megatron_pmd.weight_sync.push import shared_memory_key
 from megatron_pmd.worker import Order
@@ -19,11 +19,12 @@ def run_here(
 ) -> None:
     """Train on this machine, one process a rank, until all have ended.
 
-    The driver writes to this terminal, the others to folder/logs. Raises PmdError with the failing rank's own words.
+    The driver writes to this terminal, the others to folder/logs. Raises PmdError with the failing rank's own
+    words, Interrupted after Ctrl-C or SIGTERM.
     """
     # the agent's own account of a failure is longer than the failure, which is shown below
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -55,10 +56,22 @@ def run_here(
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         raise PmdError(_reason(rank, failure.message, folder)) from None
+    except (KeyboardInterrupt, SignalException):
+        raise Interrupted(f"{folder}: interrupted; the same command resumes it from its last checkpoint") from None
     finally:
         # a rank that was killed could not remove its weight buckets
         for bucket in SHARED_MEMORY.glob(f"megatron-pmd-{shared_memory_key(folder)}-*"):
             bucket.unlink(missing_ok=True)
+
+
+def is_complete(folder: Path, config: RunConfig) -> bool:
+    """Whether this very configuration has been trained to its end in this folder."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        recorded = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return summary["status"] == "complete" and recorded == config.model_dump(mode="json")
 
 
 def _reason(rank: int, message: object, folder: Path) -> str:

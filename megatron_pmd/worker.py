@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import warnings
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.processes import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,9 @@ def _problems(
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    # at once, also while blocked in a collective; engines notice (rollout/warden.py), the launcher tidies up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent(parent=os.getppid())
     try:
         record(main)(Order.read(Path(sys.argv[1])))
     except PmdError:

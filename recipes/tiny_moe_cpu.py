@@ -1,4 +1,4 @@
-"""A mixture of experts made from nothing learns sums: two expert-parallel ranks, one engine, a few minutes on two cores."""
+"""A mixture of experts made from nothing learns to spell backward: two expert-parallel ranks, one engine, minutes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from megatron_pmd.config import (
     WarmStart,
 )
 
-ONE_DIGIT_SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
+QUESTION = "Spell this word backward (example: sun -> nus): "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -30,7 +31,10 @@ CHAT_TEMPLATE = (
 
 
 def tiny_moe_cpu() -> RunConfig:
-    """Qwen3-MoE of 3.6 million parameters on reasoning-gym's chain_sum, fp32, after a short supervised warm start."""
+    """Qwen3-MoE of 3.4 million parameters on reasoning-gym's spell_backward, fp32, after a short supervised start.
+
+    A wrong spelling scores the share of its letters that are right.
+    """
     return RunConfig(
         name="tiny_moe_cpu",
         iterations=20,
@@ -41,7 +45,7 @@ def tiny_moe_cpu() -> RunConfig:
             samples_per_prompt=16,
             prompts_per_step=16,
             max_tokens_per_microbatch=4096,
-            max_prompt_tokens=48,
+            max_prompt_tokens=16,
             max_response_tokens=8,
         ),
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
@@ -50,38 +54,35 @@ def tiny_moe_cpu() -> RunConfig:
         rollout=Rollout(ranks_per_engine=2, max_total_tokens=16384, max_running_requests=128),
         sync=Sync(bucket_megabytes=32),
         data=Data(
-            train=ReasoningGymSource(task="chain_sum", size=4000, seed=1, parameters=ONE_DIGIT_SUMS),
-            evaluation=ReasoningGymSource(task="chain_sum", size=128, seed=2, parameters=ONE_DIGIT_SUMS),
+            train=ReasoningGymSource(task="spell_backward", size=1500, seed=1, parameters=SHORT_WORDS),
+            evaluation=ReasoningGymSource(task="spell_backward", size=128, seed=2, parameters=SHORT_WORDS),
         ),
         reward=Reward(name="reasoning_gym", workers=1),
         evaluation=Evaluation(prompts=128, samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
-        warm_start=WarmStart(steps=60, learning_rate=1e-3, problems_per_step=64),
+        warm_start=WarmStart(steps=100, learning_rate=2e-3, problems_per_step=64),
     )
 
 
 def make_model(folder: Path) -> None:
-    """Random weights of seed 0, and a tokenizer of characters and of the words in the task's question."""
+    """Random weights of seed 0, and a tokenizer of characters, with one token for the task's question."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    question = "State the final answer to the following arithmetic problem: 1 + 2 - 3 ="
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([question] * 2, trainer)
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate([*special, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])  # one token: the prompt's letters are what matters
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=384,
+        vocab_size=128,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,

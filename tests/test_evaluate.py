@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
 from megatron_pmd.evaluate import Asked, task
+from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.sampler import Sampler, SamplingPlan
 from megatron_pmd.rollout.samples import read_rollout
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
 
@@ -96,6 +105,81 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ModelError, match="dtype 'float64' is none of"):
         model = write_model(tmp_path / "model", dtype="float64")
         task(Asked(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=8))
+
+
+class Letters:
+    """A tokenizer of one letter a token, and a grader that likes everything."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "".join(chr(97 + token) for token in tokens)
+
+    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+        verdict: Future[Verdict] = Future()
+        verdict.set_result(Verdict(1.0))
+        return verdict
+
+
+@contextlib.contextmanager
+def answering(version: str, most: list[int]) -> Iterator[str]:
+    """A server that answers /generate under this weight version; most[0] counts the requests at one time."""
+    present, lock = 0, threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal present
+            with lock:
+                present += 1
+                most[0] = max(most[0], present)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(0.05)
+            information = {
+                "weight_version": version,
+                "finish_reason": {"type": "stop"},
+                "output_token_logprobs": [[-1.0, 3, None]],
+            }
+            body = json.dumps({"output_ids": [3], "meta_info": information}).encode()
+            with lock:
+                present -= 1
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def sampler_for(url: str, **changes: Any) -> Sampler:
+    return Sampler(
+        router_url=url, headers={}, tokenizer=Letters(), stop_tokens=[0], max_response_tokens=1,
+        request_timeout_seconds=20.0, retries=0, grader=Letters(), any_engine_alive=lambda: True, **changes,
+    )  # fmt: skip
+
+
+def small_plan() -> SamplingPlan:
+    problem = Problem(index=0, messages=({"role": "user", "content": "?"},), answer="d", tokens=(1, 2))
+    return SamplingPlan([problem] * 4, 4, 0, weight_version=7, temperature=1.0, top_p=1.0, run_seed=0)
+
+
+@pytest.mark.parametrize("served", ["none", "6", "70"])
+def test_samples_of_any_other_weight_version_are_refused(served):
+    plan = small_plan()
+    with answering(served, [0]) as url, pytest.raises(StaleWeights, match=f"version {served}, expected 7"):
+        sampler_for(url).run(plan)
+    assert plan.samples == []
+
+
+def test_no_more_requests_are_sent_at_one_time_than_asked_for():
+    plan, most = small_plan(), [0]
+    with answering("7", most) as url:
+        sampler_for(url, max_in_flight=3).run(plan)
+    assert most[0] == 3
+    assert [s.weight_version for s in plan.samples] == [7] * 16
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -84,7 +84,7 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
     """The recipe's engines, started as the fleet starts them."""
     import torch
 
-    key = secrets.token_urlsafe(24)
+    key = secrets.token_hex(24)
     with contextlib.ExitStack() as cleanup:
         engines = []
         for number in range(config.engines):
@@ -129,10 +129,11 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
                 chosen, config.batch.samples_per_prompt, turn, 0, config.rollout.temperature,
                 config.rollout.top_p, config.seed,
             )  # fmt: skip
+            requests = _requests(plan, stops, sampler.max_response_tokens)
             engines.flush()
             loop.append(_through_the_loop(sampler, plan, folder / "rollout.parquet"))
             engines.flush()
-            bare.append(asyncio.run(_posted(engines, _requests(plan, stops, sampler.max_response_tokens))))
+            bare.append(asyncio.run(_posted(engines, requests)))
     # the first turn warms the engines up
     return compared(
         row("through the loop: driver, router, rewards, file", loop[1:], "tokens/s"),
@@ -185,7 +186,7 @@ async def _posted(served: Served, requests: list[Row]) -> float:
 
 
 def bench_update(config: RunConfig, repetitions: int, folder: Path, rollout: Path) -> list[Row]:
-    """The actor's ranks against one transformers process on as many threads; the first turn is not counted."""
+    """The actor against one transformers process on as many threads; the first turn does not count."""
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
     tokens = int(RolloutBatch.pack(read_rollout(rollout)[0]).lengths.sum())
     seconds = bench_update_sides.take_turns(config, repetitions + 1, folder, rollout)
@@ -246,11 +247,13 @@ def bench_outside(run: Path) -> list[Row]:
             for t in iterations if t in written and t + 1 in written
         ]  # fmt: skip
 
+    seconds = [(p, phases[p]) for phases in complete.values() for p in phases]
+    together = 100 * (1 - sum(s for p, s in seconds if p in WORK_PHASES) / sum(s for _, s in seconds))
     quiet = [t for t in complete if "save" not in complete[t]]
     rows = []
     for name, values in (
         ("phases of the ledger, iterations without a checkpoint", share(quiet)),
-        ("phases of the ledger, all iterations (mean)", [statistics.fmean(share(list(complete)))]),
+        ("phases of the ledger, all iterations together", [together]),
         ("wall clock, iterations without a checkpoint", on_the_clock(quiet)),
     ):
         if values:
@@ -260,43 +263,39 @@ def bench_outside(run: Path) -> list[Row]:
 
 def bench_first_rollout(run: Path, begun: float | None) -> list[Row]:
     """Where the time goes until the first rollout is on disk; begun: when the command was given, if known."""
-    logs = run / "logs"
-    marks = {
-        "command: Python and its imports": logs / "order.json",
-        "ranks: imports, process groups, run folder": run / "config.json",
-        "prompts, rewards": logs / "engine-0.log.yaml",
+    order = (run / "logs" / "order.json").stat().st_mtime
+    rows = [row("command: Python and its imports", [order - begun if begun else _import_seconds()], "s")]
+    earlier = order
+    for what, mark in (
+        ("ranks: imports, process groups, run folder", run / "config.json"),
+        ("problems, reward workers", run / "logs" / "engine-0.log.yaml"),
+    ):
+        rows.append(row(what, [mark.stat().st_mtime - earlier], "s"))
+        earlier = mark.stat().st_mtime
+    names = {
+        "warm_start": "warm start",
+        "start": "what is left of the engines' start; their first weights",
+        "evaluate": "first evaluation",
+        "rollout": "rollout",
     }
-    times = [begun] if begun else [os.path.getmtime(logs / "order.json")]
-    rows = []
-    for what, path in list(marks.items())[0 if begun else 1 :]:
-        times.append(path.stat().st_mtime)
-        rows.append(row(what, [times[-1] - times[-2]], "s"))
+    ledger = [line for line in read_records(run / "ledger.jsonl") if line["iteration"] == 0]
+    timed = [row(names[p["phase"]], [p["seconds"]], "s") for p in ledger if p["phase"] in names]
     end = (run / "rollouts" / "0.parquet").stat().st_mtime
-    first = [line for line in read_records(run / "ledger.jsonl") if line["iteration"] == 0]
-    timed = {
-        p["phase"]: p["seconds"]
-        for p in first
-        if p["phase"] in ("warm_start", "start", "evaluate", "rollout")
-    }
-    rows.append(
-        row(
-            "actor: model built and loaded, beside the engines' start",
-            [end - times[-1] - sum(timed.values())],
-            "s",
-        )
+    model = end - earlier - sum(r["value"] for r in timed)
+    rows += [row("model built and loaded, while the engines start", [model], "s"), *timed]
+    if min(r["value"] for r in rows) < -0.1:
+        raise PmdError(f"{run} was resumed, and when it first began is not on record; give one that was not")
+    return [*rows, row("command to first rollout", [sum(r["value"] for r in rows)], "s")]
+
+
+def _import_seconds() -> float:
+    """What the command does before it starts the ranks; a run has no record of it."""
+    modules = (
+        "megatron_pmd.cli, megatron_pmd.launcher, megatron_pmd.observe.console, megatron_pmd.observe.report"
     )
-    names = {"start": "rest of the engines' start, first weights", "evaluate": "first evaluation"}
-    rows += [
-        row(names.get(phase, phase.replace("_", " ")), [seconds], "s") for phase, seconds in timed.items()
-    ]
-    if min(r["value"] for r in rows) < 0:
-        raise PmdError(
-            f"{run} was resumed: when its first start began is not on record; give a run that was not"
-        )
-    return [
-        *rows,
-        row("command to first rollout" if begun else "launcher to first rollout", [end - times[0]], "s"),
-    ]
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, cwd=ROOT)
+    return time.perf_counter() - begun
 
 
 def short_run(recipe: str, folder: Path) -> tuple[Path, float]:
@@ -315,7 +314,9 @@ def short_run(recipe: str, folder: Path) -> tuple[Path, float]:
 
 def machine() -> Row:
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
-    return versions() | {"memory": memory, "date": datetime.now().astimezone().isoformat(timespec="minutes")}
+    date = datetime.now().astimezone().isoformat(timespec="minutes")
+    # what else runs on the machine spoils every figure: a quiet one is at 0.1 or below
+    return versions() | {"memory": memory, "date": date, "load_before": os.getloadavg()[0]}
 
 
 def markdown(topic: str, rows: list[Row]) -> str:
@@ -365,4 +366,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except PmdError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

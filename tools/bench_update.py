@@ -1,7 +1,7 @@
 """The sides of bench_loop's update benchmark, each in its own processes and told over stdin when to run.
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
-alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on the same rollout
+alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
 with the same loss, and answer every line on stdin with a line `seconds N`; the end of stdin ends them.
 """
 

@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.errors import CheckpointError
@@ -23,6 +24,8 @@ from megatron_pmd.errors import CheckpointError
 # `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "run_state.json"
+# torch reports what failed in its readers and writers, a full disk too, by an exception that is not an Exception
+FAILURES = (Exception, CheckpointException)
 
 
 def latest(folder: Path) -> Path | None:
@@ -67,10 +70,10 @@ def save(
         dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial))
         if control.is_driver:
             _write_durably(partial / STATE_FILE, json.dumps(run_state))
-    except Exception as error:
+    except FAILURES as error:
         kept = latest(folder)
         raise CheckpointError(
-            f"{partial}: could not be written: {type(error).__name__}: {error}; "
+            f"{partial}: could not be written (is the disk full?): {_reason(error)}; "
             + (f"{kept} is complete and will be resumed from" if kept else "there is no earlier checkpoint")
         ) from error
     control.barrier()
@@ -92,9 +95,9 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
         if not same_layout:  # a rank's own state has no meaning where another rank holds its part
             del state["rank"]
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    except Exception as error:
+    except FAILURES as error:
         raise CheckpointError(
-            f"{checkpoint}: cannot be read: {type(error).__name__}: {error}; delete this folder to resume from an earlier one"
+            f"{checkpoint}: cannot be read: {_reason(error)}; delete this folder to resume from an earlier one"
         ) from error
     unwrap_model(model).load_state_dict(loaded["model"], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
@@ -105,6 +108,14 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
                 f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; this layout of this model "
                 "cannot be resumed (megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
+
+
+def _reason(error: BaseException) -> str:
+    """The failure in one line; for torch's collection of all ranks' tracebacks, the first rank's."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:

@@ -59,15 +59,12 @@ def size_rows(config: RunConfig) -> Rows:
 def layout_rows(config: RunConfig) -> Rows:
     """Which ranks hold what."""
     layout, batch = config.layout, config.batch
-    per_node = layout.ranks_per_node or layout.ranks
-    nodes = layout.ranks // per_node
     requests = _ceil(batch.samples_per_rollout, config.engines)
     running = min(requests, config.rollout.max_running_requests)
     rows = [
         (
             "actor ranks",
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {layout.ranks:,}, "
-            f"on {_many(nodes, 'node')} of {per_node}",
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data} = {layout.ranks:,}",
         )
     ]
     if layout.expert > 1:

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_pmd.actor.parallel import Control
-from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ModelError, PmdError
-from megatron_pmd.rollout.fleet import Fleet
 from megatron_pmd.weight_sync.bucket import SharedBucket, padded
+
+if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
+    from megatron_pmd.actor.parallel import Control
+    from megatron_pmd.config import RunConfig
+    from megatron_pmd.rollout.fleet import Fleet
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def shared_memory_key(folder: Path) -> str:
 
 
 class WeightPush:
-    """Two buckets in the node's shared memory, written by one rank of each node and read by all its engines.
+    """Two buckets in the machine's shared memory, written by the driver and read by all engines.
 
     While the engines load one bucket the next is gathered and filled; a bucket is filled again only after every engine
     has answered for it.
@@ -38,17 +41,14 @@ class WeightPush:
 
     def __init__(self, config: RunConfig, control: Control, fleet: Fleet, run_key: str) -> None:
         self._control, self._fleet = control, fleet
-        self._per_node = config.layout.ranks_per_node or control.world
-        self._node = control.rank // self._per_node
-        self._writes = control.rank % self._per_node == 0
-        self._key, self._capacity = f"{run_key}-node{self._node}", config.sync.bucket_megabytes * 2**20
+        self._key, self._capacity = run_key, config.sync.bucket_megabytes * 2**20
         self._buckets: list[SharedBucket] = []
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
     def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> PushReport:
         """Send every tensor to every engine and confirm the version. Collective; the weights' memory must be resident.
 
-        tensors: the same sequence of names and shapes on every rank; the values matter on each node's first rank.
+        tensors: the same sequence of names and shapes on every rank; the driver's values are sent.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not confirm.
         """
         self._fleet.on_leaders(lambda _: self._fleet.calls.begin_update())
@@ -68,7 +68,7 @@ class WeightPush:
             if not used:
                 self._settle(loading[turn])
                 self._clear(turn)
-            if self._writes:
+            if self._control.is_driver:
                 self._buckets[turn].place(name, tensor)
             used += size
             count, total = count + 1, total + tensor.nbytes
@@ -80,7 +80,7 @@ class WeightPush:
 
     def _clear(self, turn: int) -> None:
         """Make the bucket empty; the first time, make it."""
-        if not self._writes:
+        if not self._control.is_driver:
             return
         if turn < len(self._buckets):
             self._buckets[turn].clear()
@@ -88,13 +88,12 @@ class WeightPush:
         self._buckets.append(SharedBucket(f"{self._key}-{turn}", self._capacity))
 
     def _send(self, turn: int) -> Future[None] | None:
-        """Describe the filled bucket to the node's leaders, whose engines begin to load it."""
-        description = self._buckets[turn].description() if self._writes else None
-        descriptions = self._control.all_gather(description)
-        mine = descriptions[self._node * self._per_node]
+        """Describe the filled bucket to the leaders, whose engines begin to load it."""
+        description = self._buckets[turn].description() if self._control.is_driver else None
+        description = self._control.from_driver(description)
         if not self._fleet.leads:
             return None
-        return self._loader.submit(self._fleet.calls.load_bucket, mine)
+        return self._loader.submit(self._fleet.calls.load_bucket, description)
 
     def _settle(self, loading: Future[None] | None) -> None:
         """Wait until every engine has answered for a bucket; then it may be filled again."""

@@ -17,15 +17,22 @@ DEADLINE_SECONDS = 240
 
 
 def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
-    """Every rank's return value of `programs.<program>(**arguments)`; torchrun starts the ranks if they are several.
+    """Every rank's return value of `programs.<program>(**arguments)`; torchrun starts several ranks.
 
     Fails with the end of their output when one of them fails.
     """
+    __tracebackhide__ = True
     with tempfile.TemporaryDirectory() as folder:
         order = Path(folder) / "order"
         order.write_bytes(pickle.dumps((program, arguments)))
         # one rank takes whatever port is free
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        single = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
@@ -43,5 +50,5 @@ def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
                 code = -1
             if code != 0:
                 log.seek(0)
-                raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{log.read()[-6000:]}")
+                raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{log.read()[-3000:]}")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import pickle
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,13 +66,16 @@ class Trial:
 
 def train(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
     """Log-probs, two steps, a checkpoint, a third step, and the third again after loading; by model name."""
-    return {path.name: _train(config_for(path, layout), folder) for path, layout, folder in cases}
+    return {path.name: train_one(config_for(path, layout), folder) for path, layout, folder in cases}
 
 
-def _train(config: RunConfig, folder: Path) -> dict[str, Any]:
+def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     trial = Trial(config)
     microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
-    packings = [microbatches, *([] if config.layout.data > 1 else [[list(range(16))], [[i] for i in range(16)]])]
+    packings = [
+        microbatches,
+        *([] if config.layout.data > 1 else [[list(range(16))], [[i] for i in range(16)]]),
+    ]
     result: dict[str, Any] = {
         "holds_logits": holds_logits(),
         "microbatches": microbatches,
@@ -116,7 +120,9 @@ def gradients(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
     def measure(trial: Trial, packing: list[list[int]]) -> tuple[float, torch.Tensor]:
         loss, count, _ = trial.step_of(packing, 0.0)
         assert count == 16
-        return loss / count, torch.cat([p.main_grad.flatten().clone() for p in trial.actor.model.parameters()])
+        return loss / count, torch.cat(
+            [p.main_grad.flatten().clone() for p in trial.actor.model.parameters()]
+        )
 
     results = {name: measure(trial, packing) for name, packing in packings.items()}
     recomputing = Trial(config_for(path, actor={"recompute": "full"}))
@@ -152,6 +158,10 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     result["disk full"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
     result["disk full, first"] = _message(lambda: trial.actor.save(folder / "none", 2, {"iteration": 2}))
     checkpoint.dist_checkpointing.save = save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    result["write refused"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     result["partial left"] = [p.name for p in folder.glob("*.partial")]
     result["latest after disk full"] = checkpoint.latest(folder)
     result["complete"] = complete
@@ -191,7 +201,7 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def bf16_resume(path: Path, folder: Path) -> list[Any]:
-    """The step after a checkpoint, without and with loading it, under bf16 weights with fp32 main parameters."""
+    """The step after a checkpoint, without and with loading it: bf16 weights, fp32 main parameters."""
     trial = Trial(config_for(path, precision="bf16"))
     trial.step(STEPS[0])
     saved = trial.actor.save(folder, 1, {})

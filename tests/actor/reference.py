@@ -1,8 +1,8 @@
 """What the actor must compute, by transformers, autograd and an AdamW written out here, in float64.
 
-transformers keeps its norms, rotary angles and router softmax in fp32 whatever the model's type is: the reference is
-good to about 1e-6. It must not run in a process with the stand-ins: with them transformers initialises rotary buffers
-wrongly.
+transformers keeps its norms, rotary angles and router softmax in fp32 whatever the model's type is: the
+reference is good to about 1e-6. It must not run in a process with the stand-ins: with them transformers
+initialises rotary buffers wrongly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def compute(model_folder: Path) -> Reference:
     noise = torch.Generator().manual_seed(1)
     # an anchor that differs from the policy: the squared term of the loss counts from the first step on
     anchors = [
-        (torch.tensor(s.engine_log_probs) + 0.3 * torch.randn(len(s.response_tokens), generator=noise)).float()
+        (
+            torch.tensor(s.engine_log_probs) + 0.3 * torch.randn(len(s.response_tokens), generator=noise)
+        ).float()
         for s in samples
     ]
     optimizer = AdamW(model)
@@ -124,7 +126,10 @@ def _as_in_files(model: Any) -> dict[str, torch.Tensor]:
             for i, expert in enumerate(tensor):
                 prefix = name.replace("gate_up_proj", str(i))
                 gate, up = expert.chunk(2)
-                weights |= {f"{prefix}.gate_proj.weight": gate.clone(), f"{prefix}.up_proj.weight": up.clone()}
+                weights |= {
+                    f"{prefix}.gate_proj.weight": gate.clone(),
+                    f"{prefix}.up_proj.weight": up.clone(),
+                }
         elif name.endswith("experts.down_proj"):
             for i, expert in enumerate(tensor):
                 weights[f"{name.replace('down_proj', str(i))}.down_proj.weight"] = expert.clone()

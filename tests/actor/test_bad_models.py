@@ -1,4 +1,4 @@
-"""A model folder that is not what it should be, or does not fit the layout: which error, and that it names the culprit."""
+"""A model folder that is not whole or does not fit the layout: the error and the culprit it names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def truncate(folder: Path) -> None:
 
 
 def index_of_a_missing_file(folder: Path) -> None:
-    weight_map = {name: "model-00002-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

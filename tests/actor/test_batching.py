@@ -80,8 +80,10 @@ def test_attention_costs_as_much_as_the_linear_layers_at_the_given_length():
 
 @pytest.mark.parametrize("limit", [10_000, 12_288, 16_384, 32_768])
 def test_a_rollout_of_long_responses_fills_and_balances_32_ranks(limit):
-    """8,192 log-normal lengths, mean 4k, cut at 10k. The ranks wait for each other after every micro-batch (experts)
-    and after all of them (gradients); both waits are bounded, in operations of a model of hidden size 2,048."""
+    """8,192 log-normal lengths, mean 4k, cut at 10k, operations as of a model of hidden size 2,048.
+
+    The ranks wait for each other after every micro-batch (experts) and after all of them (gradients).
+    """
     sigma = 0.6
     draws = np.random.default_rng(0).lognormal(np.log(4000) - sigma**2 / 2, sigma, 8192)
     lengths = np.clip(draws, 1, 10_000).astype(np.int64)

@@ -34,7 +34,9 @@ def test_resuming_in_bf16_gives_the_next_step_bit_for_bit(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def faults(models, tmp_path_factory):
-    return launch("checkpoint_faults", path=models / "qwen3", folder=tmp_path_factory.mktemp("checkpoints"))[0]
+    return launch("checkpoint_faults", path=models / "qwen3", folder=tmp_path_factory.mktemp("checkpoints"))[
+        0
+    ]
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(faults):
@@ -45,6 +47,15 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(faults):
     assert faults["partial left"] == ["iteration-2.partial"]
     assert faults["latest after disk full"] == faults["complete"]
     assert faults["complete loads"] == ("", "")
+
+
+def test_a_write_that_the_system_refuses_is_reported_in_one_line(faults):
+    """A limit on a file's size stands for the disk's; torch hides the system's reason ("unexpected pos")."""
+    kind, message = faults["write refused"]
+    assert kind == "CheckpointError"
+    assert "iteration-2.partial" in message and "is the disk full?" in message
+    assert f"{faults['complete']} is complete and will be resumed from" in message
+    assert "\n" not in message
 
 
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults):
@@ -79,7 +90,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(faults, fault, named):
 
 @pytest.mark.serial
 def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, reference):
-    """The third step was not taken by the process that wrote the weights and the moments: both must have arrived."""
+    """The third step needs the weights and the moments that other processes wrote: both must have arrived."""
     pairs = [(models / LAYOUTS[name][0], trained(name)[0]["checkpoint"]) for name in LAYOUTS]
     resumed = launch("resume", pairs=pairs)[0]
     for name, (step, weights) in zip(LAYOUTS, resumed, strict=True):
@@ -93,7 +104,7 @@ def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, refere
 
 @pytest.mark.serial
 def test_tied_embeddings_lost_over_a_pipeline_are_refused_not_resumed_wrongly(tmp_path):
-    """megatron-core 0.16.1 restores wrong rows when a tied vocabulary of 509 is saved from two pipeline stages.
+    """megatron-core 0.16.1 restores wrong rows of a tied vocabulary of 509 saved from two pipeline stages.
 
     When this test fails because loading succeeds, the defect is gone and the digest stays as a safeguard.
     """

@@ -61,7 +61,11 @@ def test_weights_after_two_steps_equal_the_reference_and_one_process(case):
     for name, weight in weights.items():
         note = f"{name} differs"
         torch.testing.assert_close(
-            weight.double(), expected.steps[1].weights[name], rtol=0, atol=1e-6, msg=lambda m, n=note: f"{n}: {m}"
+            weight.double(),
+            expected.steps[1].weights[name],
+            rtol=0,
+            atol=1e-6,
+            msg=lambda m, n=note: f"{n}: {m}",
         )
         torch.testing.assert_close(
             weight, single["weights"][name], rtol=0, atol=1e-6, msg=lambda m, n=note: f"{n}: {m}"

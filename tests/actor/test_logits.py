@@ -1,4 +1,4 @@
-"""One process: the actor computes what transformers computes, and takes the step that autograd and AdamW take."""
+"""One process: the actor computes what transformers computes, and steps as autograd and AdamW do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_entropy_and_engine_difference_are_those_of_transformers_distribution(on
 
 def test_response_tokens_and_only_they_get_a_log_prob(one_process, reference):
     report, samples = one_process["llama"]["anchors"][0], reference("llama").samples
-    expected = [flag for s in samples for flag in [False] * len(s.prompt_tokens) + [True] * len(s.response_tokens)]
+    expected = [
+        flag for s in samples for flag in [False] * len(s.prompt_tokens) + [True] * len(s.response_tokens)
+    ]
     assert (~report.log_probs.isnan()).tolist() == expected
 
 
@@ -57,7 +59,11 @@ def test_two_steps_equal_autograd_and_adamw_in_float64(one_process, reference, f
         assert norm == pytest.approx(step.gradient_norm, rel=1e-5)
     for name, weight in result["weights"].items():
         torch.testing.assert_close(
-            weight.double(), expected[1].weights[name], rtol=0, atol=WEIGHT_TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+            weight.double(),
+            expected[1].weights[name],
+            rtol=0,
+            atol=WEIGHT_TOLERANCE,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

@@ -14,8 +14,8 @@ from megatron_pmd.rollout.samples import Sample
 VOCABULARY = 512
 TEMPERATURE = 0.8
 TAU = 0.5
-# Adam's step divides by √v + ε: with the usual ε a gradient that is zero but for rounding (a key's bias has one)
-# would move its weight by a whole learning rate in a random direction, and no two programs would agree.
+# Adam's step divides by √v + ε: with the usual ε a gradient that is zero but for rounding (a key's bias has
+# one) would move its weight by a whole learning rate in a random direction, and no two programs would agree.
 OPTIMIZER = c.Optimizer(
     learning_rate=2e-4, epsilon=1e-4, weight_decay=0.1, gradient_clip=5.0, beta1=0.9, beta2=0.95
 )
@@ -24,7 +24,8 @@ STEPS = [list(range(16)), list(range(7, -1, -1)), list(range(16))]
 
 COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    intermediate_size=128, max_position_embeddings=128, rms_norm_eps=1e-6, initializer_range=0.1, dtype="float32",
+    intermediate_size=128, max_position_embeddings=128, rms_norm_eps=1e-6, initializer_range=0.1,
+    dtype="float32",
 )  # fmt: skip
 QWEN3 = dict(head_dim=16, rope_theta=1e6)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,8 +78,8 @@ def rollout() -> list[Sample]:
     return [
         Sample(
             group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
-            prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=[], finish_reason="stop",
-            weight_version=0, seed=0, reward=0.0, advantage=float(rng.normal()),
+            prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=[],
+            finish_reason="stop", weight_version=0, seed=0, reward=0.0, advantage=float(rng.normal()),
         )
         for i in range(16)
     ]  # fmt: skip

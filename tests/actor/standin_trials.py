@@ -1,0 +1,166 @@
+"""Training with all stand-ins but one, in children of a process that imported everything without any.
+
+`python -m tests.actor.standin_trials MODELS OUTPUT.json`, see test_standins.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_pmd.actor.cpu import bridge_import, standins
+from megatron_pmd.rollout.cpu import stub_path
+
+CHILD_SECONDS = 90
+TWO_RANKS = {
+    # experts split over two ranks gather unequal numbers of tokens
+    "uneven_collectives": dict(tensor=2),
+    # Megatron-Bridge sends each rank its columns of a row-parallel weight
+    "contiguous_scatter": dict(tensor=2),
+}
+
+
+def in_children(action: Callable[[], object], ranks: int = 1) -> str:
+    """What goes wrong first when `ranks` forked processes run the action together; "" if nothing does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        waiting = {_fork(action, rank, ranks, port, Path(folder) / str(rank)): rank for rank in range(ranks)}
+        deadline = time.monotonic() + CHILD_SECONDS
+        outcome = ""
+        while waiting and not outcome:
+            for child, rank in list(waiting.items()):
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    del waiting[child]
+                    outcome = outcome or (Path(folder) / str(rank)).read_text()
+                    _end(child)
+            if time.monotonic() > deadline:
+                outcome = outcome or f"not done after {CHILD_SECONDS} s"
+            time.sleep(0.05)
+        for child in waiting:  # it waits for a rank that failed
+            _end(child)
+            os.waitpid(child, 0)
+    return outcome
+
+
+def _end(child: int) -> None:
+    """End what is left of a child's processes; saving a checkpoint starts some."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def _fork(action: Callable[[], object], rank: int, ranks: int, port: str, report: Path) -> int:
+    report.write_text("died without a word")
+    if child := os.fork():
+        return child
+    os.setsid()
+    numbers = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(numbers, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    try:
+        action()
+        report.write_text("")
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        report.write_text(
+            f"{type(error).__name__}: {error} [{Path(place.filename).name}:{place.lineno}]"[:2000]
+        )
+    os._exit(0)
+
+
+def train_without(name: str | None, model: Path, layout: dict[str, int]) -> None:
+    """Log-probs, two steps, save, load and a step of a tiny MoE; raises where a number is wrong."""
+    standins.install(leave_out=(name,) if name else ())
+    from tests.actor import programs
+
+    reference = torch.load(model / "reference.pt", weights_only=False)
+    with tempfile.TemporaryDirectory() as folder:
+        config = programs.config_for(model, layout)
+        shared = programs.start(config.layout).from_driver(folder)
+        result = programs.train_one(config, Path(shared))
+    if result["holds_logits"] and result["anchors"][0].max_absolute > 1e-4:
+        raise AssertionError(f"log-probs are off by {result['anchors'][0].max_absolute}")
+    for (_, _, norm), step in zip(result["steps"], reference.steps, strict=False):
+        if abs(norm / step.gradient_norm - 1) > 1e-4:
+            raise AssertionError(f"gradient norm is {norm}, should be {step.gradient_norm}")
+    for key, weight in result["weights"].items():
+        if not torch.allclose(weight.double(), reference.steps[1].weights[key], rtol=0, atol=2e-6):
+            raise AssertionError(f"{key} is wrong after two steps")
+    if result["third"][0] != result["third_resumed"][0]:
+        raise AssertionError(f"resumed: {result['third_resumed'][0]}, uninterrupted: {result['third'][0]}")
+    for key, weight in result["third"][1].items():
+        if not torch.equal(weight, result["third_resumed"][1][key]):
+            raise AssertionError(f"{key} is wrong after resuming")
+
+
+def import_before_core() -> None:
+    """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
+    sys.path.append(str(stub_path()))
+    bridge_import.CORE_MODULES = ()
+    bridge_import.import_bridge()
+
+
+def import_without_engine() -> None:
+    sys.path.append(str(stub_path()))
+    importlib.import_module("megatron.bridge")
+
+
+def rotary_base_unaided(model: Path) -> float:
+    """What Megatron-Bridge makes of a transformers 5 configuration's rope_theta."""
+    from megatron.bridge import AutoBridge
+
+    return AutoBridge.from_hf_pretrained(str(model)).to_megatron_provider(load_weights=False).rotary_base
+
+
+def raise_unless_read(model: Path) -> None:
+    base, right = rotary_base_unaided(model), 1e6
+    if base != right:
+        raise AssertionError(f"rotary base {base}, config.json has {right}")
+
+
+def trials(models: Path) -> dict[str, str]:
+    outcomes: dict[str, str] = {}
+
+    def trial(name: str, action: Callable[[], object], ranks: int = 1) -> None:
+        begin = time.monotonic()
+        outcomes[name] = in_children(action, ranks)
+        print(f"{name}: {time.monotonic() - begin:.1f} s, {outcomes[name][:200]!r}", flush=True)
+
+    trial("core modules first", import_before_core)
+    for name in bridge_import.CORE_MODULES:
+        importlib.import_module(name)
+    trial("transformer_engine", import_without_engine)
+    trial("triton", bridge_import.import_bridge)
+    sys.path.append(str(stub_path()))
+    bridge_import.import_bridge()
+    importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    trial("rope", lambda: raise_unless_read(models / "qwen3"))
+    moe = models / "qwen3moe"
+    trial("nothing left out", lambda: train_without(None, moe, {}))
+    trial("nothing left out, two ranks", lambda: train_without(None, moe, dict(tensor=2)), 2)
+    for name in standins.STAND_INS:
+        layout = TWO_RANKS.get(name, {})
+        trial(
+            name,
+            functools.partial(train_without, name, moe, layout),
+            layout.get("tensor", 1),
+        )
+    return outcomes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Path(sys.argv[2]).write_text(json.dumps(trials(Path(sys.argv[1]))))

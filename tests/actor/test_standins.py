@@ -1,0 +1,63 @@
+"""Each stand-in of megatron_pmd/actor/cpu is still needed: without it training fails or is wrong.
+
+When one of these tests fails, the defect it answers is gone from the version installed: delete the stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_pmd.actor.cpu.standins import STAND_INS
+from tests.actor.launch import DEADLINE_SECONDS, REPOSITORY
+
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without CUDA"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(models, tmp_path_factory) -> dict[str, str]:
+    """What goes wrong in each trial, "" if nothing: one process, a forked child a trial (2 to 5 s each)."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    output, log = folder / "outcomes.json", folder / "log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "tests.actor.standin_trials", models, output],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=DEADLINE_SECONDS,
+        ).returncode
+    assert code == 0, log.read_text()[-3000:]
+    return json.loads(output.read_text())
+
+
+def test_with_all_stand_ins_training_saving_and_loading_are_right(outcomes):
+    assert outcomes["nothing left out"] == ""
+    assert outcomes["nothing left out, two ranks"] == ""
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_training_is_not_right_without_the_stand_in(outcomes, name):
+    assert outcomes[name] != ""
+
+
+def test_megatron_bridge_still_imports_transformer_engine_and_triton_unasked(outcomes):
+    assert "ModuleNotFoundError: No module named 'transformer_engine'" in outcomes["transformer_engine"]
+    assert "ModuleNotFoundError: No module named 'triton'" in outcomes["triton"]
+
+
+def test_megatron_core_must_look_for_transformer_engine_before_the_stand_in_appears(outcomes):
+    assert outcomes["core modules first"] != ""
+
+
+def test_megatron_bridge_alone_still_reads_another_rotary_base_than_the_file_says(outcomes):
+    assert "rotary base" in outcomes["rope"] and "config.json has 1000000" in outcomes["rope"]

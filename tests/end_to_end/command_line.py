@@ -1,0 +1,95 @@
+"""Runs of the real command line, small enough for a test: real torchrun workers, real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PROJECT = Path(__file__).parents[2]
+DEADLINE_SECONDS = 240
+
+SMALL = [
+    "iterations=3",
+    "batch.prompts_per_rollout=8",
+    "batch.samples_per_prompt=4",
+    "batch.prompts_per_step=4",
+    "warm_start.steps=4",
+    "warm_start.problems_per_step=16",
+    "evaluation.prompts=8",
+    "data.train.size=200",
+    "data.evaluation.size=16",
+    "checkpoint.every=1",
+    "rollout.max_total_tokens=4096",
+]
+
+
+class CommandLine:
+    """`megatron-pmd train tiny_moe_cpu …` in its own session, with its runs in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, name: str, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megatron_pmd.cli", "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, name: str, *words: str, expect: int = 0) -> str:
+        """Train to the end; returns what was printed."""
+        process = self.start(name, *words)
+        try:
+            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            process.kill()
+        assert process.returncode == expect, output
+        return output
+
+    def path(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def lines(self, name: str, file: str) -> list[dict[str, Any]]:
+        path = self.path(name) / file
+        if not path.exists():
+            return []
+        text = path.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        """Metrics of every optimizer step."""
+        return [line for line in self.lines(name, "metrics.jsonl") if line["kind"] == "step"]
+
+    def phases(self, name: str) -> list[tuple[int, str]]:
+        return [(line["iteration"], line["phase"]) for line in self.lines(name, "ledger.jsonl")]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        return json.loads((self.path(name) / "summary.json").read_text())
+
+
+def wait_until(condition: Callable[[], Any], what: str, process: subprocess.Popen[str]) -> None:
+    """Poll until the condition holds; fails with the process's output when it ends first, or at the deadline."""
+    limit = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
+        assert time.monotonic() < limit, f"not within {DEADLINE_SECONDS} s: {what}"
+        time.sleep(0.05)
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def still_there(processes: list[psutil.Process], seconds: float = 20.0) -> list[str]:
+    """The command lines of those that have not ended after some seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return [" ".join(p.cmdline()) for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

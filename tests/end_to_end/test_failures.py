@@ -1,0 +1,75 @@
+"""What goes wrong on purpose: each time the run recovers, or ends with a message that names the culprit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from megatron_pmd.rollout.samples import read_rollout
+from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
+
+pytestmark = pytest.mark.serial
+
+# untrained, the model rambles to the limit: a rollout of many seconds, to be interrupted
+LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_tokens=256"]
+LONG_ROLLOUT += ["rollout.max_total_tokens=16384", "iterations=1", "batch.max_tokens_per_microbatch=2048"]
+
+
+def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_twice(
+    command_line: CommandLine,
+) -> None:
+    process = command_line.start("engine_dies", *LONG_ROLLOUT)
+    wait_until(lambda: (0, "start") in command_line.phases("engine_dies"), "the first sync", process)
+    time.sleep(1.5)
+    schedulers = [p for p in descendants(process) if "sglang::scheduler" in " ".join(p.cmdline())]
+    assert len(schedulers) == 1
+    schedulers[0].kill()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "died and were started again" in output
+    samples, _ = read_rollout(command_line.path("engine_dies") / "rollouts" / "0.parquet")
+    assert sorted((s.group, s.number) for s in samples) == [(g, n) for g in range(8) for n in range(4)]
+    assert command_line.summary("engine_dies")["status"] == "complete"
+
+
+def test_an_engine_that_never_comes_up_ends_the_run_with_its_last_words(command_line: CommandLine) -> None:
+    output = command_line.run("no_engine", 'rollout.sglang={"quantization": "nonsense"}', expect=1)
+    assert "EngineError: engine 0" in output
+    assert "nonsense" in output and "engine-0.log" in output
+
+
+def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
+    process = command_line.start("interrupted", *LONG_ROLLOUT)
+    wait_until(lambda: (0, "start") in command_line.phases("interrupted"), "the first sync", process)
+    started = descendants(process)
+    assert len([p for p in started if "megatron_pmd.worker" in " ".join(p.cmdline())]) >= 2
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted; the same command resumes it" in output
+    assert still_there(started) == []
+
+
+def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -> None:
+    process = command_line.start("launcher_killed", *LONG_ROLLOUT)
+    wait_until(lambda: (0, "start") in command_line.phases("launcher_killed"), "the first sync", process)
+    started = descendants(process)
+    process.kill()
+    process.communicate()
+    assert still_there(started) == []
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> None:
+    process = command_line.start("rank_killed", *LONG_ROLLOUT)
+    wait_until(lambda: (0, "start") in command_line.phases("rank_killed"), "the first sync", process)
+    started = descendants(process)
+    ranks = [p for p in started if p.environ().get("RANK") == "1" and "megatron_pmd.worker" in " ".join(p.cmdline())]
+    psutil.Process(ranks[0].pid).kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 failed: Signal 9 (SIGKILL)" in output
+    assert still_there(started) == []

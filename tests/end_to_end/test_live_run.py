@@ -1,0 +1,83 @@
+"""One run with real engines, looked at from all sides."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_pmd.rollout.samples import read_rollout
+from megatron_pmd.weight_sync.push import shared_memory_key
+from tests.end_to_end.command_line import CommandLine
+
+pytestmark = pytest.mark.serial
+
+
+def test_phases_follow_one_another_as_the_loop_says(live: Path, command_line: CommandLine) -> None:
+    iteration = ["rollout", "release", "anchor", "update", "save", "sync", "resume"]
+    expected = [(0, "warm_start"), (0, "start"), (0, "evaluate")]
+    expected += [(t, phase) for t in range(3) for phase in iteration]
+    assert command_line.phases("live") == [*expected, (3, "evaluate"), (3, "check"), (3, "export")]
+
+
+def test_every_sample_carries_the_weight_version_of_its_iteration(live: Path) -> None:
+    for t in range(3):
+        samples, iteration = read_rollout(live / "rollouts" / f"{t}.parquet")
+        assert iteration == t
+        assert {s.weight_version for s in samples} == {t}
+        assert sorted((s.group, s.number) for s in samples) == [(g, n) for g in range(8) for n in range(4)]
+        assert len({s.seed for s in samples}) == 32
+
+
+def test_engine_and_actor_agree_on_every_sampled_token_after_every_sync(
+    live: Path, command_line: CommandLine
+) -> None:
+    iterations = [line for line in command_line.lines("live", "metrics.jsonl") if line["kind"] == "iteration"]
+    assert len(iterations) == 3
+    for line in iterations:
+        assert line["sync/mean_abs_difference"] <= 1e-5
+        assert line["sync/max_abs_difference"] <= 1e-3
+
+
+def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weights(live: Path) -> None:
+    """Evaluation 3 was sampled from the weights that hf/iteration-3 holds: an account independent of the actor."""
+    model = AutoModelForCausalLM.from_pretrained(live / "hf" / "iteration-3", dtype=torch.float32)
+    samples, _ = read_rollout(live / "evaluations" / "3.parquet")
+    for sample in samples:
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        with torch.no_grad():
+            log_probs = model(tokens).logits.log_softmax(-1)
+        first = len(sample.prompt_tokens)
+        expected = log_probs[0, first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_exported_folder_has_its_tokenizer_and_chat_template(live: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(live / "hf" / "iteration-3")
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|end|>"
+
+
+def test_summary_says_complete_and_a_finished_run_trains_no_further(
+    live: Path, command_line: CommandLine
+) -> None:
+    summary = command_line.summary("live")
+    assert summary["status"] == "complete"
+    assert summary["iterations"] == 3
+    assert [e["iteration"] for e in summary["evaluations"]] == [0, 3]
+    assert (live / "report.html").stat().st_size > 1_000_000
+    before = command_line.lines("live", "ledger.jsonl")
+    assert "is complete: nothing is left to train" in command_line.run("live")
+    assert command_line.lines("live", "ledger.jsonl") == before
+
+
+def test_nothing_stays_in_shared_memory(live: Path) -> None:
+    key = shared_memory_key(live)
+    assert [name for name in os.listdir("/dev/shm") if key in name] == []
+
+
+def test_another_configuration_cannot_continue_the_run(live: Path, command_line: CommandLine) -> None:
+    output = command_line.run("live", "algorithm.tau=0.2", expect=1)
+    assert "algorithm.tau: 0.1 there, 0.2 here" in output

@@ -1,0 +1,87 @@
+"""Rollout files stand in for engines, so a run can be repeated exactly, and a resumed one compared with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_pmd.rollout.samples import read_rollout, write_rollout
+from tests.end_to_end.command_line import CommandLine, still_there, wait_until
+
+pytestmark = pytest.mark.serial
+
+
+@pytest.fixture(scope="module")
+def replayed(live: Path, command_line: CommandLine) -> str:
+    """The live run's rollouts, trained on again in a run of its own."""
+    command_line.run("replayed", "--replay", str(live / "rollouts"))
+    return "replayed"
+
+
+def test_replaying_a_runs_rollouts_gives_the_same_numbers(replayed: str, command_line: CommandLine) -> None:
+    assert len(command_line.steps("live")) == 6
+    assert command_line.steps(replayed) == command_line.steps("live")
+
+
+def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: CommandLine) -> None:
+    command_line.run("one_file", "--replay", str(live / "rollouts" / "0.parquet"), "iterations=1")
+    assert command_line.steps("one_file") == command_line.steps("live")[:2]
+
+
+@pytest.mark.parametrize("phase", ["anchor", "save"])
+def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
+    phase: str, live: Path, replayed: str, command_line: CommandLine
+) -> None:
+    """Killed right after `phase` of iteration 1: inside update, or between the checkpoint and the next iteration."""
+    name = f"killed_after_{phase}"
+    words = ("--replay", str(live / "rollouts"))
+    process = command_line.start(name, *words)
+    wait_until(lambda: (1, phase) in command_line.phases(name), f"{phase} of iteration 1", process)
+    workers = still_there([], 0) or _children(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert still_there(workers) == []
+    output = command_line.run(name, *words)
+    assert "resuming after" in output
+    assert command_line.steps(name) == command_line.steps(replayed)
+    assert command_line.summary(name)["iterations"] == 3
+
+
+def _children(process):  # type: ignore[no-untyped-def]
+    from tests.end_to_end.command_line import descendants
+
+    return descendants(process)
+
+
+def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
+    live: Path, command_line: CommandLine, tmp_path: Path
+) -> None:
+    samples, _ = read_rollout(live / "rollouts" / "0.parquet")
+    samples[3].engine_log_probs[0] += 0.01
+    write_rollout(tmp_path / "0.parquet", samples, 0)
+    output = command_line.run("stale", "--replay", str(tmp_path / "0.parquet"), "iterations=1", expect=1)
+    assert "StaleWeights" in output and "weight version [0]" in output
+    assert command_line.summary("stale")["status"] == "failed"
+    assert command_line.steps("stale") == []
+
+
+def test_a_rollout_of_another_iteration_or_a_broken_file_is_refused(
+    live: Path, command_line: CommandLine, tmp_path: Path
+) -> None:
+    output = command_line.run("wrong", "--replay", str(live / "rollouts" / "2.parquet"), expect=1)
+    assert "this is the rollout of iteration 2, not of 0" in output
+    whole = (live / "rollouts" / "0.parquet").read_bytes()
+    (tmp_path / "0.parquet").write_bytes(whole[: len(whole) // 2])
+    output = command_line.run("broken", "--replay", str(tmp_path), expect=1)
+    assert "0.parquet: not a rollout file" in output
+
+
+def test_stopping_after_the_rollout_leaves_a_file_and_no_training(command_line: CommandLine) -> None:
+    command_line.run("stopped", "--stop-after", "rollout", "data.evaluation=null")
+    assert pq.read_table(command_line.path("stopped") / "rollouts" / "0.parquet").num_rows == 32
+    assert command_line.summary("stopped")["status"] == "stopped"
+    assert command_line.steps("stopped") == []
