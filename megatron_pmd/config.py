@@ -1,4 +1,4 @@
-"""The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch with it."""
+"""The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Model(Frozen):
     prepare: str | None = None
     """`module:function` called with the path, once, when the folder does not exist yet; makes the model."""
     precision: Precision = "bf16"
-    """Parameters and compute of the actor and of the engines. The optimizer always keeps fp32 main parameters."""
+    """Parameters and compute of actor and engines. The optimizer always keeps fp32 main parameters."""
 
 
 class Layout(Frozen):
@@ -63,13 +63,15 @@ class Layout(Frozen):
         per_stage = self.tensor * self.data
         if per_stage % (self.expert * self.experts_tensor):
             raise LayoutError(
-                f"layout: tensor={self.tensor} x data={self.data} ({per_stage} ranks a pipeline stage) cannot hold "
-                f"expert={self.expert} x expert_tensor={self.experts_tensor}; choose them so that they divide {per_stage}"
+                f"layout: tensor={self.tensor} x data={self.data} ({per_stage} ranks a pipeline stage) "
+                f"cannot hold expert={self.expert} x expert_tensor={self.experts_tensor}; "
+                f"choose them so that they divide {per_stage}"
             )
         if self.expert == 1 and self.experts_tensor != self.tensor:
             raise LayoutError(
-                f"layout: expert_tensor={self.experts_tensor} without expert parallelism must be tensor={self.tensor}: "
-                "megatron-core would not sum the experts' gradients over the tensor-parallel ranks"
+                f"layout: expert_tensor={self.experts_tensor} without expert parallelism must be "
+                f"tensor={self.tensor}: megatron-core would not sum the experts' gradients over the "
+                "tensor-parallel ranks"
             )
         return self
 
@@ -111,7 +113,8 @@ class Batch(Frozen):
         if longest > self.max_tokens_per_microbatch:
             raise ConfigError(
                 f"batch.max_tokens_per_microbatch={self.max_tokens_per_microbatch} cannot hold one sample of "
-                f"{self.max_prompt_tokens} prompt + {self.max_response_tokens} response tokens; raise it to {longest}"
+                f"{self.max_prompt_tokens} prompt + {self.max_response_tokens} response tokens; "
+                f"raise it to {longest}"
             )
         return self
 
@@ -127,7 +130,8 @@ class Algorithm(Frozen):
     def check(self, batch: Batch) -> None:
         if self.baseline.endswith("_loo") and batch.samples_per_prompt < 2:
             raise ConfigError(
-                f"algorithm.baseline={self.baseline} leaves one response out: batch.samples_per_prompt must be at least 2"
+                f"algorithm.baseline={self.baseline} leaves one response out: "
+                "batch.samples_per_prompt must be at least 2"
             )
 
 
@@ -167,7 +171,7 @@ class Rollout(Frozen):
     max_running_requests: PositiveInt = 64
     """Requests decoded at one time, per engine."""
     max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache, per engine; None: SGLang sizes it from free memory (not on a CPU: it takes all of it)."""
+    """Size of each engine's KV cache; None: SGLang sizes it from free memory (not on a CPU: it takes all)."""
     threads_per_engine: PositiveInt = 1
     """CPU only: OpenMP threads of each engine."""
     start_timeout_seconds: PositiveFloat = 300.0
@@ -225,7 +229,7 @@ class Data(Frozen):
 
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, or `module:function` called as function(response, problem) -> float."""
+    """`math`, `reasoning_gym`, `exact`, or a `module:function`: function(response, problem) -> float."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
@@ -236,7 +240,7 @@ class Reward(Frozen):
 
 class Evaluation(Frozen):
     every: PositiveInt | None = None
-    """Iterations between evaluations; None: only before the first and after the last, if data.evaluation is given."""
+    """Iterations between evaluations; None: only before the first and after the last, with data.evaluation."""
     prompts: PositiveInt = 64
     """The first so many held-out problems."""
     samples_per_prompt: PositiveInt = 1
@@ -255,7 +259,7 @@ class Checkpoint(Frozen):
 
 
 class WarmStart(Frozen):
-    """Supervised steps on the training problems' own answers, before the first iteration, in the same actor."""
+    """Supervised steps on the training problems' answers, before the first iteration, in the same actor."""
 
     steps: PositiveInt
     learning_rate: PositiveFloat
@@ -325,7 +329,7 @@ def build(values: dict[str, Any]) -> RunConfig:
 
 
 def _explain(error: Any) -> str:
-    # a discriminated union puts its tag (`file`, `reasoning_gym`) into the location: not part of the user's key
+    # a discriminated union puts its tag (`file`, `reasoning_gym`) in the location: not part of the user's key
     key = ".".join(str(p) for p in error["loc"] if p not in ("file", "reasoning_gym"))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(RunConfig), n=1, cutoff=0.5)
@@ -334,7 +338,7 @@ def _explain(error: Any) -> str:
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """Apply `dotted.key=value` settings; a value is read as JSON where it parses as JSON, else as a string."""
+    """Apply `dotted.key=value` settings; a value is read as JSON where it is JSON, else as a string."""
     values = config.model_dump(mode="json")
     for assignment in assignments:
         key, separator, text = assignment.partition("=")

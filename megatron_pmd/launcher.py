@@ -57,7 +57,9 @@ def run_here(
         rank, failure = failed.get_first_failure()
         raise PmdError(_reason(rank, failure.message, folder)) from None
     except (KeyboardInterrupt, SignalException):
-        raise Interrupted(f"{folder}: interrupted; the same command resumes it from its last checkpoint") from None
+        raise Interrupted(
+            f"{folder}: interrupted; the same command resumes it from its last checkpoint"
+        ) from None
     finally:
         # a rank that was killed could not remove its weight buckets
         for bucket in SHARED_MEMORY.glob(f"megatron-pmd-{shared_memory_key(folder)}-*"):

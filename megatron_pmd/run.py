@@ -180,8 +180,9 @@ class Run:
         if not (mean <= mean_bound and largest <= max_bound):
             versions = sorted(set(batch.weight_versions.tolist()))
             raise StaleWeights(
-                f"the engines' log-probabilities under weight version {versions} differ from the actor's by {mean:.2e} on "
-                f"average and {largest:.2e} at most over {tokens} sampled tokens (bounds {mean_bound:g} and {max_bound:g}): "
+                f"the engines' log-probabilities under weight version {versions} differ from the actor's by "
+                f"{mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
+                f"(bounds {mean_bound:g} and {max_bound:g}): "
                 "the engines do not serve the actor's weights, or the two compute another model"
             )
         return report
@@ -282,7 +283,7 @@ class Run:
                 self.actor.save_hf(self.folder / "hf" / f"iteration-{final}")
 
     def _check_final_weights(self, final: int) -> None:
-        """No rollout follows the last sync to be compared with the actor: draw one sample of each of a few prompts."""
+        """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
         plan = None
         if self.control.is_driver:
             assert self._train is not None

@@ -1,4 +1,4 @@
-"""A short supervised stage in the same actor, so that a policy made from nothing has something to improve on."""
+"""A short supervised stage in the same actor: a policy made from nothing needs something to improve on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def warm_start(
     tokenizer: Any,
     journal: Journal | None,
 ) -> None:
-    """Next-token training on the problems' own answers. Collective; train and journal exist on the driver alone.
+    """Next-token training on the problems' own answers. Collective; only the driver has train and journal.
 
     The optimizer's moments are forgotten at the end: policy mirror descent starts its own.
     """

@@ -1,4 +1,4 @@
-"""One actor rank: `python -m megatron_pmd.worker ORDER.json`, started by torchrun. Puts a run together and trains."""
+"""One actor rank, `python -m megatron_pmd.worker ORDER.json` under torchrun: puts a run together, trains."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def _problems(
     )
     if dropped:
         console.say(
-            f"{dropped} of {len(kept) + dropped} training prompts are over {config.batch.max_prompt_tokens} tokens: dropped"
+            f"{dropped} of {len(kept) + dropped} training prompts are over "
+            f"{config.batch.max_prompt_tokens} tokens: dropped"
         )
     prompts = PromptSource(kept, config.seed, config.data.shuffle)
     if state is not None:

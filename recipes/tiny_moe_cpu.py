@@ -1,4 +1,4 @@
-"""A mixture of experts made from nothing learns to spell backward: two expert-parallel ranks, one engine, minutes."""
+"""A mixture of experts made from nothing learns to spell backward: two expert-parallel ranks, one engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_moe_cpu() -> RunConfig:
-    """Qwen3-MoE of 3.4 million parameters on reasoning-gym's spell_backward, fp32, after a short supervised start.
+    """Qwen3-MoE of 3.4 million parameters on reasoning-gym's spell_backward, fp32, a short supervised start.
 
     A wrong spelling scores the share of its letters that are right.
     """
@@ -57,7 +57,7 @@ def tiny_moe_cpu() -> RunConfig:
             train=ReasoningGymSource(task="spell_backward", size=1500, seed=1, parameters=SHORT_WORDS),
             evaluation=ReasoningGymSource(task="spell_backward", size=128, seed=2, parameters=SHORT_WORDS),
         ),
-        reward=Reward(name="reasoning_gym", workers=1),
+        reward=Reward(name="exact", workers=1),
         evaluation=Evaluation(prompts=128, samples_per_prompt=2),
         checkpoint=Checkpoint(every=10),
         warm_start=WarmStart(steps=100, learning_rate=2e-3, problems_per_step=64),
@@ -77,7 +77,8 @@ def make_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])  # one token: the prompt's letters are what matters
+    # one token: the prompt's letters are what matters
+    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ import psutil
 import typer
 
 from megatron_pmd.cli import configuration
-from megatron_pmd.config import RunConfig, load
+from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptSource, sample_seed, tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.errors import PmdError
@@ -350,7 +350,7 @@ def main(
         folder, begun = Path(name), None
         if run is None:
             run, begun = short_run(recipe, folder)
-        config = configuration(recipe, []) if begun else load(run / "config.json")
+        config = configuration(recipe, [])  # not the run's own: an older run's may not be readable any more
         measures: dict[str, Callable[[], list[Row]]] = {
             "rollout": lambda: bench_rollout(config, repetitions, folder),
             "update": lambda: bench_update(config, repetitions, folder, run / "rollouts" / "0.parquet"),

@@ -40,7 +40,7 @@ class AnchorReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: the same on every rank, but for the sequences, which each replica reports for its own."""
+    """One optimizer step: the same on every rank, but for the sequences, which each replica counts itself."""
 
     learning_rate: float
     gradient_norm: float
@@ -77,7 +77,7 @@ class Actor:
 
     @torch.no_grad()
     def log_probs(self, batch: RolloutBatch, microbatches: batching.Microbatches) -> AnchorReport:
-        """One forward pass over the micro-batches: log π of every response token under the current weights."""
+        """One forward pass over the micro-batches: log π of each response token under the current weights."""
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
 
@@ -171,7 +171,7 @@ class Actor:
         )
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's tensors under their Hugging Face names, whole, on every rank; all ranks must iterate together.
+        """The policy's tensors under their Hugging Face names, whole, on every rank; all iterate together.
 
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """

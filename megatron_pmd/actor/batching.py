@@ -14,10 +14,10 @@ Microbatches = list[list[int]]
 
 
 def attention_cost_tokens(lengths: np.ndarray, tokens_at_equal_cost: float) -> np.ndarray:
-    """A sample's forward and backward work in units of one token's linear layers: n + n² / tokens_at_equal_cost.
+    """A sample's training work in units of a token's linear layers: n + n² / tokens_at_equal_cost.
 
-    tokens_at_equal_cost: length at which causal attention costs as much as the linear layers; with hidden size h and
-    the usual 12 h² parameters a layer, 24 h² n against 2 h n² operations a layer gives 12 h.
+    tokens_at_equal_cost: length at which causal attention costs as much as the linear layers; with hidden
+    size h and the usual 12 h² parameters a layer, 24 h² n against 2 h n² operations a layer gives 12 h.
     """
     return lengths + lengths.astype(np.float64) ** 2 / tokens_at_equal_cost
 
@@ -25,10 +25,10 @@ def attention_cost_tokens(lengths: np.ndarray, tokens_at_equal_cost: float) -> n
 def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int) -> list[Microbatches]:
     """Share samples out to `ranks` equally many micro-batches each, none over `max_tokens`, costs balanced.
 
-    Megatron's schedule and expert-parallel collectives need the same number of micro-batches on every rank. For each
-    number, from the least that could do, two ways are tried: the dearest sample first into the cheapest micro-batch
-    with room, which balances best; then the longest first into the fullest with room, which wastes least.
-    The order of the samples does not matter but for ties.
+    Megatron's schedule and expert-parallel collectives need the same number of micro-batches on every rank.
+    For each number, from the least that could do, two ways are tried: the dearest sample first into the
+    cheapest micro-batch with room, which balances best; then the longest first into the fullest with room,
+    which wastes least. The order of the samples does not matter but for ties.
 
     Returns one list of micro-batches a rank. Raises ConfigError for a sample longer than `max_tokens`.
     """
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int)
 def _fill(
     order_by: np.ndarray, load: np.ndarray, lengths: np.ndarray, bins: int, capacity: int
 ) -> Microbatches | None:
-    """Each sample, the largest first, to the bin of least summed load with room; None when one finds no room."""
+    """Each sample, the largest first, to the bin of least summed load with room; None when one finds none."""
     loads, room = np.zeros(bins), np.full(bins, capacity)
     content: Microbatches = [[] for _ in range(bins)]
     for sample in np.argsort(-order_by, kind="stable").tolist():
@@ -63,7 +63,7 @@ def _fill(
 
 
 def _share(bins: Microbatches, costs: np.ndarray, ranks: int) -> list[Microbatches]:
-    """As many bins to each rank: those of like cost run at the same time, the dearest where least has gone so far."""
+    """As many bins to each rank: those of like cost run at once, the dearest where least has gone so far."""
     order = np.argsort(-costs, kind="stable")
     shares: list[Microbatches] = [[] for _ in range(ranks)]
     given = np.zeros(ranks)

@@ -24,7 +24,7 @@ from megatron_pmd.errors import CheckpointError
 # `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "run_state.json"
-# torch reports what failed in its readers and writers, a full disk too, by an exception that is not an Exception
+# torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
 
 
@@ -55,7 +55,7 @@ def save(
     control: Control,
     keep: int,
 ) -> Path:
-    """Write `folder/iteration-N` from all ranks, publish it by renaming, and delete all but the newest `keep`.
+    """Write `folder/iteration-N` from all ranks, publish it by renaming, delete all but the newest `keep`.
 
     Raises CheckpointError when writing fails (a full disk, say); earlier checkpoints stay as they were.
     """
@@ -88,7 +88,7 @@ def save(
 
 
 def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
-    """Restore weights, optimizer and this rank's random states from a checkpoint of any layout of the same model."""
+    """Restore weights, optimizer and random states from a checkpoint of any layout of the same model."""
     state = _sharded_state(model, optimizer, is_loading=True)
     try:
         same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
@@ -97,7 +97,8 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
         loaded = dist_checkpointing.load(state, str(checkpoint))
     except FAILURES as error:
         raise CheckpointError(
-            f"{checkpoint}: cannot be read: {_reason(error)}; delete this folder to resume from an earlier one"
+            f"{checkpoint}: cannot be read: {_reason(error)}; "
+            "delete this folder to resume from an earlier one"
         ) from error
     unwrap_model(model).load_state_dict(loaded["model"], strict=True)
     optimizer.load_state_dict(loaded["optimizer"])
@@ -105,8 +106,9 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
         _restore_random_state(loaded["rank"]["random"])
         if _digest(model) != loaded["rank"]["digest"]:
             raise CheckpointError(
-                f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; this layout of this model "
-                "cannot be resumed (megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
+                f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; "
+                "this layout of this model cannot be resumed "
+                "(megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
 
 

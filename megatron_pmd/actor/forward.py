@@ -1,4 +1,4 @@
-"""Packed micro-batches through the pipeline, and log-probabilities of given tokens from vocab-parallel logits."""
+"""Packed micro-batches through the pipeline; log-probabilities of given tokens from vocab-parallel logits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PackedMicrobatch:
 
 
 def pack_microbatch(batch: RolloutBatch, samples: list[int], multiple: int, device: Any) -> PackedMicrobatch:
-    """Lay samples one after another in a row whose length is a multiple of `multiple` (sequence parallelism)."""
+    """Lay samples one after another in a row, its length a multiple of `multiple` (sequence parallelism)."""
     lengths = batch.lengths[samples].tolist()
     spans = [np.arange(batch.offsets[s], batch.offsets[s + 1]) for s in samples]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -120,7 +120,7 @@ def token_log_probs(
 
 @torch.no_grad()
 def _entropy(logits: torch.Tensor, group: Any) -> torch.Tensor:
-    """Entropy of the softmax over all ranks' columns: two all-reduces of [rows], no gather of the vocabulary."""
+    """Entropy of the softmax over all ranks' columns: two all-reduces of [rows], no vocabulary gather."""
     maximum = logits.max(-1).values
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
     weights = (logits - maximum[:, None]).exp_()
@@ -139,8 +139,9 @@ def run_schedule(
 ) -> list[Any]:
     """Drive all micro-batches through megatron-core's pipeline schedule.
 
-    on_logits(microbatch, logits [row, vocabulary slice]) runs on the last stage. With forward_only it returns anything,
-    which comes back as a list; otherwise (summed loss, count, anything), and gradients are divided by the global count.
+    on_logits(microbatch, logits [row, vocabulary slice]) runs on the last stage. With forward_only it returns
+    anything, which comes back as a list; otherwise (summed loss, count, anything), and gradients are divided
+    by the global count.
     """
     config = get_model_config(model)
     device = (

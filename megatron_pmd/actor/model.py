@@ -79,8 +79,9 @@ def load_bridge(path: Path) -> Any:
 def _rope(path: Path, config: Any) -> dict[str, Any]:
     """The rotary settings, when they are ones that arrive in megatron-core; ModelError otherwise.
 
-    Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to those of
-    Llama 3.1 to 3.3; other types are dropped by some of its families. Both would give wrong logits, silently.
+    Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to
+    those of Llama 3.1 to 3.3; other types are dropped by some of its families. Both would give wrong logits,
+    silently.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
@@ -88,8 +89,8 @@ def _rope(path: Path, config: Any) -> dict[str, Any]:
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
     if "rope_theta" not in rope or not (kind == "default" or llama3):
         raise ModelError(
-            f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; what works is "
-            f"rope_type `default`, and for Llama `llama3` with {LLAMA3_ROPE}"
+            f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
+            f"what works is rope_type `default`, and for Llama `llama3` with {LLAMA3_ROPE}"
         )
     return rope
 
@@ -114,14 +115,15 @@ def tensors_in(path: Path) -> dict[str, list[int]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
+                names = tensors.keys()
+                shapes.update({name: tensors.get_slice(name).get_shape() for name in names})
         except Exception as error:  # safetensors has its own exception type, not derived from OSError
             raise ModelError(f"{file}: cannot be read: {error}; is the file complete?") from None
     return shapes
 
 
 def provider_for(bridge: Any, config: RunConfig) -> Any:
-    """The bridge's TransformerConfig for this model, with our layout and precision and the recipe's own settings."""
+    """The bridge's TransformerConfig for this model, with our layout, precision and the recipe's settings."""
     layout, dtype = config.layout, DTYPES[config.model.precision]
     provider = bridge.to_megatron_provider(load_weights=False)
     settings: dict[str, Any] = dict(

@@ -12,7 +12,7 @@ from megatron_pmd.config import Optimizer, Precision
 
 
 def build(model: Any, settings: Optimizer, precision: Precision) -> MegatronOptimizer:
-    """megatron-core's distributed Adam: fp32 main parameters and moments, shared out over the data-parallel ranks.
+    """megatron-core's distributed Adam: fp32 main parameters and moments, shared by the data-parallel ranks.
 
     Weight decay is decoupled from the gradient and leaves biases and norms alone.
     """

@@ -28,8 +28,8 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
     world = int(os.environ["WORLD_SIZE"])
     if world != layout.ranks:
         raise LayoutError(
-            f"{world} ranks were started, but tensor={layout.tensor} x pipeline={layout.pipeline} x data={layout.data} "
-            f"needs {layout.ranks}; start {layout.ranks} ranks or change layout.data"
+            f"{world} ranks were started, but tensor={layout.tensor} x pipeline={layout.pipeline} x "
+            f"data={layout.data} needs {layout.ranks}; start {layout.ranks} ranks or change layout.data"
         )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)

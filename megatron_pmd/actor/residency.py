@@ -1,7 +1,7 @@
 """What of the actor is in device memory, and when: the engines live on the same devices.
 
-On a CPU there is one memory: leaving it means handing freed pages back to the system, where the engines find them.
-The CUDA half calls megatron-core's own offloading; it is written, not run (docs/gpu.md).
+On a CPU there is one memory: leaving it means handing freed pages back to the system, where the engines find
+them. The CUDA half calls megatron-core's own offloading; it is written, not run (docs/gpu.md).
 """
 
 from __future__ import annotations

@@ -118,6 +118,10 @@ def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: this process's, less torchrun's variables, plus what a CPU engine needs."""
     environment = inherited_environment()
+    # The router keeps connections over a whole training phase. uvicorn closes them after 5 s: the first
+    # requests of the next rollout meet the closing ones, fail, and ten failures close the engine to all
+    # requests.
+    environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "86400"
     # With it on, every health check generates a token; on released memory that is a crash.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     # The loader runs inside the engine, where this package need not be installed.
@@ -197,6 +201,8 @@ class RouterProcess(ServerProcess):
             # checks.
             "cb-timeout-duration-secs": 10,
             "health-check-interval-secs": 5,
+            # An engine with a thousand new requests may take 5 s to say it is well.
+            "health-check-timeout-secs": 20,
             "health-failure-threshold": 2,
             "health-success-threshold": 1,
             "worker-startup-check-interval": 1,

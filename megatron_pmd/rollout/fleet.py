@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Fleet:
     """The engines and the router before them.
 
-    Collective: every actor rank calls every method but `any_alive`, in the same order. A failure on one leader is
-    raised on all ranks, so that none waits for ever.
+    Collective: every actor rank calls every method but `any_alive`, in the same order. A failure on one
+    leader is raised on all ranks, so that none waits for ever.
     """
 
     def __init__(self, config: RunConfig, control: Control, folder: Path, *, cpu: bool) -> None:
@@ -73,7 +73,7 @@ class Fleet:
         return {"Authorization": f"Bearer {self.key}"}
 
     def on_leaders(self, action: Callable[[EngineProcess], T]) -> list[T]:
-        """Run the action on every leader; returns their results on all ranks, or raises the first failure there."""
+        """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
         outcome: tuple[T | None, PmdError | None] = (None, None)
         if self._engine is not None:
             try:
@@ -110,7 +110,10 @@ class Fleet:
         self.on_leaders(lambda _: self.calls.flush_cache())
 
     def _hand_over(self, tags: list[Tag], call: Callable[[list[Tag]], None], *, resident: bool) -> None:
-        """Release or resume kinds of memory, one call each. An engine dies of being asked for what it has done already."""
+        """Release or resume kinds of memory, one call each.
+
+        An engine dies of being asked for what it has done already.
+        """
         for tag in tags:
             if (tag in self._resident) != resident:
                 call([tag])
@@ -134,7 +137,7 @@ class Fleet:
         self._router.wait_ready(self._config.rollout.start_timeout_seconds)
 
     def restart_dead(self) -> int:
-        """Start again every engine that has died or does not answer; returns how many. They hold no weights yet."""
+        """Start every dead or silent engine again; returns how many. They hold no weights yet."""
 
         def restart(engine: EngineProcess) -> int:
             if engine.alive() and self.calls.health():

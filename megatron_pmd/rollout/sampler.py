@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.samples import Sample
 
 RETRY_PAUSE_SECONDS = 1.0
+"""Before the first repetition of a request; doubled for each further one."""
 
 
 class EnginesLost(EngineError):
@@ -77,8 +79,9 @@ class Sampler:
     def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
         """Draw and grade what the plan still lacks.
 
-        Raises EnginesLost when no engine is left (the plan keeps what is done), EngineError when a request fails
-        `retries` times on engines that are alive, StaleWeights when a sample came from other weights than the plan's.
+        Raises EnginesLost when no engine is left (the plan keeps what is done), EngineError when a request
+        fails `retries` times on engines that are alive, StaleWeights when a sample came from other weights
+        than the plan's.
         """
         asyncio.run(self._run(plan, on_sample))
 
@@ -88,33 +91,27 @@ class Sampler:
         async with aiohttp.ClientSession(
             timeout=timeout, connector=connector, headers=self.headers
         ) as session:
-            slots = asyncio.Semaphore(self.max_in_flight or max(1, plan.total))
+            most = self.max_in_flight or max(1, plan.total)
+            transport = _Transport(session, self.router_url + "/generate", self, most)
             try:
                 async with asyncio.TaskGroup() as group:
                     for key in plan.pending:
-                        group.create_task(self._sample(session, slots, plan, key, on_sample))
+                        group.create_task(self._sample(transport, plan, key, on_sample))
             except* EngineError as failures:
                 raise failures.exceptions[0] from None
             except* StaleWeights as failures:
                 raise failures.exceptions[0] from None
 
     async def _sample(
-        self,
-        session: aiohttp.ClientSession,
-        slots: asyncio.Semaphore,
-        plan: SamplingPlan,
-        key: tuple[int, int],
-        on_sample: Callable[[], None],
+        self, transport: _Transport, plan: SamplingPlan, key: tuple[int, int], on_sample: Callable[[], None]
     ) -> None:
         group, number = key
         problem = plan.problems[group]
         seed = sample_seed(plan.run_seed, plan.iteration, group, number, plan.stream)
-        async with slots:
-            answer = await self._generate(session, plan, problem, seed)
+        answer = await transport.generate(self._request(plan, problem, seed))
         information = answer["meta_info"]
-        version = information[
-            "weight_version"
-        ]  # not a number while an engine holds a mixture of two versions
+        # not a number while an engine holds a mixture of two versions
+        version = information["weight_version"]
         if version != str(plan.weight_version):
             raise StaleWeights(f"a sample came from weight version {version}, expected {plan.weight_version}")
         tokens = answer["output_ids"]
@@ -139,11 +136,8 @@ class Sampler:
         )
         on_sample()
 
-    async def _generate(
-        self, session: aiohttp.ClientSession, plan: SamplingPlan, problem: Problem, seed: int
-    ) -> dict:
-        """One response, asked for again where an engine failed it."""
-        request = {
+    def _request(self, plan: SamplingPlan, problem: Problem, seed: int) -> dict[str, Any]:
+        return {
             "input_ids": list(problem.tokens),
             "sampling_params": {
                 "max_new_tokens": self.max_response_tokens,
@@ -154,10 +148,23 @@ class Sampler:
             },
             "return_logprob": True,
         }
+
+
+class _Transport:
+    """One rollout's requests to the engines: how many at a time, and again where an engine failed one."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, sampler: Sampler, most: int) -> None:
+        self._session, self._url = session, url
+        self._retries, self._ask = sampler.retries, sampler.any_engine_alive
+        self._slots, self._asking = asyncio.Semaphore(most), asyncio.Lock()
+        self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
+
+    async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request. Raises EnginesLost or EngineError, see Sampler.run."""
         failure = ""
-        for _ in range(self.retries + 1):
+        for attempt in range(self._retries + 1):
             try:
-                async with session.post(self.router_url + "/generate", json=request) as reply:
+                async with self._slots, self._session.post(self._url, json=request) as reply:
                     if reply.status == 200:
                         answer = await reply.json()
                         if answer["meta_info"]["finish_reason"]["type"] in ("stop", "length"):
@@ -169,10 +176,18 @@ class Sampler:
                         failure = f"HTTP {reply.status}: {(await reply.text())[:200]}"
             except (aiohttp.ClientError, TimeoutError) as error:
                 failure = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            if not await asyncio.to_thread(self.any_engine_alive):
+            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
+            if not await self._any_alive():
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
-        raise EngineError(f"a request failed {self.retries + 1} times; last failure: {failure}")
+        raise EngineError(f"a request failed {self._retries + 1} times; last failure: {failure}")
+
+    async def _any_alive(self) -> bool:
+        """Asked once for all requests that fail together."""
+        async with self._asking:
+            if time.monotonic() - self._asked >= RETRY_PAUSE_SECONDS:
+                self._alive = await asyncio.to_thread(self._ask)
+                self._asked = time.monotonic()
+            return self._alive
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:

@@ -45,7 +45,7 @@ class RolloutSource(Protocol):
 
 
 class LiveEngines:
-    """The fleet, its weights and its router, kept alive: engines that die are started again with current weights."""
+    """The fleet, its weights and its router, kept alive: dead engines start again with current weights."""
 
     def __init__(
         self,

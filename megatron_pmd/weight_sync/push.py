@@ -28,15 +28,15 @@ class PushReport:
 
 
 def shared_memory_key(folder: Path) -> str:
-    """Names a run's buckets: always the same for one run folder, so that what a killed run left can be found."""
+    """Names a run's buckets: always the same for one run folder, so that a killed run's can be found."""
     return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
 class WeightPush:
     """Two buckets in the machine's shared memory, written by the driver and read by all engines.
 
-    While the engines load one bucket the next is gathered and filled; a bucket is filled again only after every engine
-    has answered for it.
+    While the engines load one bucket the next is gathered and filled; a bucket is filled again only after
+    every engine has answered for it.
     """
 
     def __init__(self, config: RunConfig, control: Control, fleet: Fleet, run_key: str) -> None:
@@ -46,10 +46,12 @@ class WeightPush:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
     def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> PushReport:
-        """Send every tensor to every engine and confirm the version. Collective; the weights' memory must be resident.
+        """Send every tensor to every engine and confirm the version.
 
+        Collective; the weights' memory must be resident.
         tensors: the same sequence of names and shapes on every rank; the driver's values are sent.
-        Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not confirm.
+        Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
+        confirm.
         """
         self._fleet.on_leaders(lambda _: self._fleet.calls.begin_update())
         loading: list[Future[None] | None] = [None, None]

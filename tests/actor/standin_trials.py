@@ -26,8 +26,8 @@ from megatron_pmd.rollout.cpu import stub_path
 
 CHILD_SECONDS = 90
 TWO_RANKS = {
-    # experts split over two ranks gather unequal numbers of tokens
-    "uneven_collectives": dict(tensor=2),
+    # ranks exchange as many tokens as each other's experts were chosen for
+    "split_sizes": dict(expert=2, data=2),
     # Megatron-Bridge sends each rank its columns of a row-parallel weight
     "contiguous_scatter": dict(tensor=2),
 }
@@ -106,6 +106,22 @@ def train_without(name: str | None, model: Path, layout: dict[str, int]) -> None
             raise AssertionError(f"{key} is wrong after resuming")
 
 
+def exchange_unequal_parts(name: str | None) -> None:
+    """What experts do under expert_tensor=2, expert=2 (four ranks) with two ranks: 1 and 3 rows."""
+    standins.install(leave_out=(name,) if name else ())
+    from megatron.core.tensor_parallel import mappings
+
+    torch.distributed.init_process_group("gloo")
+    rank, sizes = torch.distributed.get_rank(), [1, 3]
+    rows = torch.arange(4.0)[:, None].repeat(1, 2)
+    own = slice(0, 1) if rank == 0 else slice(1, 4)
+    group = torch.distributed.group.WORLD
+    if not torch.equal(mappings._gather_along_first_dim(rows[own], group, sizes), rows):
+        raise AssertionError("the gathered rows are wrong")
+    if not torch.equal(mappings._reduce_scatter_along_first_dim(rows, group, sizes), 2 * rows[own]):
+        raise AssertionError("the scattered sums are wrong")
+
+
 def import_before_core() -> None:
     """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
     sys.path.append(str(stub_path()))
@@ -151,7 +167,11 @@ def trials(models: Path) -> dict[str, str]:
     moe = models / "qwen3moe"
     trial("nothing left out", lambda: train_without(None, moe, {}))
     trial("nothing left out, two ranks", lambda: train_without(None, moe, dict(tensor=2)), 2)
+    trial("nothing left out, unequal parts", lambda: exchange_unequal_parts(None), 2)
     for name in standins.STAND_INS:
+        if name == "uneven_collectives":
+            trial(name, lambda: exchange_unequal_parts("uneven_collectives"), 2)
+            continue
         layout = TWO_RANKS.get(name, {})
         trial(
             name,

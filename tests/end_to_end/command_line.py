@@ -38,7 +38,8 @@ class CommandLine:
         self.folder = folder
 
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "megatron_pmd.cli", "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
+        module = [sys.executable, "-m", "megatron_pmd.cli"]
+        command = [*module, "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,
@@ -77,7 +78,7 @@ class CommandLine:
 
 
 def wait_until(condition: Callable[[], Any], what: str, process: subprocess.Popen[str]) -> None:
-    """Poll until the condition holds; fails with the process's output when it ends first, or at the deadline."""
+    """Poll until the condition holds; fails with the process's output if it ends first or at the deadline."""
     limit = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert process.poll() is None, f"ended before {what}: {process.communicate()[0]}"

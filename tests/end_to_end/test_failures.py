@@ -67,7 +67,8 @@ def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> N
     process = command_line.start("rank_killed", *LONG_ROLLOUT)
     wait_until(lambda: (0, "start") in command_line.phases("rank_killed"), "the first sync", process)
     started = descendants(process)
-    ranks = [p for p in started if p.environ().get("RANK") == "1" and "megatron_pmd.worker" in " ".join(p.cmdline())]
+    ranks = [p for p in started if p.environ().get("RANK") == "1"]
+    ranks = [p for p in ranks if "megatron_pmd.worker" in " ".join(p.cmdline())]
     psutil.Process(ranks[0].pid).kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -43,7 +43,7 @@ def test_engine_and_actor_agree_on_every_sampled_token_after_every_sync(
 
 
 def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weights(live: Path) -> None:
-    """Evaluation 3 was sampled from the weights that hf/iteration-3 holds: an account independent of the actor."""
+    """Evaluation 3 was sampled from the weights in hf/iteration-3: an account independent of the actor."""
     model = AutoModelForCausalLM.from_pretrained(live / "hf" / "iteration-3", dtype=torch.float32)
     samples, _ = read_rollout(live / "evaluations" / "3.parquet")
     for sample in samples:

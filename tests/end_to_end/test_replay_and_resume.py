@@ -1,4 +1,4 @@
-"""Rollout files stand in for engines, so a run can be repeated exactly, and a resumed one compared with it."""
+"""Rollout files stand in for engines: a run can be repeated exactly, and a resumed one compared with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: Comman
 def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
     phase: str, live: Path, replayed: str, command_line: CommandLine
 ) -> None:
-    """Killed right after `phase` of iteration 1: inside update, or between the checkpoint and the next iteration."""
+    """Killed right after `phase` of iteration 1: inside update, or between checkpoint and next iteration."""
     name = f"killed_after_{phase}"
     words = ("--replay", str(live / "rollouts"))
     process = command_line.start(name, *words)

@@ -31,7 +31,7 @@ CORE_MODULES = (
 def import_bridge() -> None:
     """Import megatron.bridge with a short-lived, empty transformer_engine.
 
-    megatron/bridge/peft/utils.py imports transformer_engine.pytorch unconditionally, only to name its classes.
+    megatron/bridge/peft/utils.py imports transformer_engine.pytorch unconditionally, to name its classes.
     """
     for name in CORE_MODULES:
         importlib.import_module(name)

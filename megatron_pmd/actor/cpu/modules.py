@@ -1,7 +1,7 @@
-"""CPU modules with the names and parameters of Transformer Engine's, so that both builds share checkpoints and mappings.
+"""CPU modules with Transformer Engine's names and parameters: both builds share checkpoints and mappings.
 
-megatron-core has these only through Transformer Engine, which cannot be imported on a CPU. Megatron-Bridge tells
-column- from row-parallel weights by class name; the names below are therefore TE's.
+megatron-core has these only through Transformer Engine, which cannot be imported on a CPU. Megatron-Bridge
+tells column- from row-parallel weights by class name; the names below are therefore TE's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FP32_ATTENTION_TOKENS = 256
 class RMSNorm(torch.nn.Module):
     """RMSNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
 
-    The mark on the weight is all it takes: finalize_model_grads() then sums its gradient over the tensor-parallel ranks.
+    The mark on the weight is all it takes: finalize_model_grads() then sums its gradient over the
+    tensor-parallel ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -45,8 +46,8 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(MegatronModule):
     """Causal grouped-query attention within each packed sequence, by torch's SDPA.
 
-    The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes after every
-    real token and is therefore never attended to.
+    The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
+    after every real token and is therefore never attended to.
     """
 
     def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
@@ -68,7 +69,7 @@ class PackedAttention(MegatronModule):
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         position = torch.arange(query.size(0)) - bounds[sequence]
         longest = int(lengths.max())
-        # torch's bf16 kernel takes 3 times as long backward as its fp32 one at 62 tokens, and less than it at 512
+        # torch's bf16 kernel takes 3 times as long backward as its fp32 one at 62 tokens, less than it at 512
         dtype = torch.float32 if longest <= FP32_ATTENTION_TOKENS else query.dtype
 
         def batched(x: torch.Tensor) -> torch.Tensor:

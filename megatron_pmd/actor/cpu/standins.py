@@ -1,7 +1,7 @@
 """Stand-ins that let megatron-core 0.16.1 run on a CPU over gloo. Never installed where CUDA exists.
 
-Each function answers one place in torch or megatron-core, named in its docstring; tests/actor/test_standins.py leaves
-them out one at a time and fails when one is no longer needed.
+Each function answers one place in torch or megatron-core, named in its docstring;
+tests/actor/test_standins.py leaves them out one at a time and fails when one is no longer needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def move_to_cuda() -> None:
 
 
 def tensor_types() -> None:
-    """optimizer/optimizer.py and distrib_optimizer.py accept parameters by type name: 'torch.cuda.FloatTensor'."""
+    """optimizer.py and distrib_optimizer.py accept parameters by type name: 'torch.cuda.FloatTensor'."""
     original = torch.Tensor.type
 
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def missing_te_gemm() -> None:
 
 
 def split_sizes() -> None:
-    """moe_utils.maybe_move_tensor_to_cpu passes tensors that are on the CPU through; c10d wants plain numbers."""
+    """moe_utils.maybe_move_tensor_to_cpu passes tensors on the CPU through; c10d wants plain numbers."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -119,7 +119,7 @@ def split_sizes() -> None:
 
 
 def uneven_collectives() -> None:
-    """tensor_parallel/mappings.py gathers and scatters unequal parts (experts with expert_tensor > 1); gloo cannot."""
+    """tensor_parallel/mappings.py gathers and scatters unequal parts (expert_tensor > 1); gloo cannot."""
     from megatron.core.tensor_parallel import mappings
 
     even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -154,9 +154,10 @@ def uneven_collectives() -> None:
 def adam_state() -> None:
     """optimizer/distrib_optimizer.py expects apex's or TE's Adam; torch's AdamW differs in three ways.
 
-    It has no state before the first step, which state_dict() asserts on; it keeps `step` in the state, one tensor a
-    parameter, where loading gives all parameters the *same* tensor, so that every step counts as many (a resumed run
-    then trains wrongly, and nothing complains); and its `step` is not among the tensors that a checkpoint restores.
+    It has no state before the first step, which state_dict() asserts on; it keeps `step` in the state, one
+    tensor a parameter, where loading gives all parameters the *same* tensor, so that every step counts as
+    many (a resumed run then trains wrongly, and nothing complains); and its `step` is not among the tensors
+    that a checkpoint restores.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -193,7 +194,7 @@ def adam_state() -> None:
 
 
 def contiguous_scatter() -> None:
-    """gloo's scatter sends wrong data for non-contiguous chunks, silently: Megatron-Bridge, row-parallel weights."""
+    """gloo's scatter silently sends non-contiguous chunks wrong: Megatron-Bridge, row-parallel weights."""
     original = torch.distributed.scatter
 
     def scatter(tensor: torch.Tensor, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
