@@ -23,6 +23,8 @@ from megatron_pmd.config import (
 )
 
 SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
+TEMPERATURE = 1.5
+"""Of the policy: trained and evaluated at it. So hot, a half-taught model errs often enough to learn from its samples."""
 QUESTION = "Spell this word backward (example: sun -> nus): "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
@@ -33,17 +35,17 @@ CHAT_TEMPLATE = (
 def tiny_moe_cpu() -> RunConfig:
     """Qwen3-MoE of 3.4 million parameters on reasoning-gym's spell_backward, fp32, a short supervised start.
 
-    A wrong spelling scores the share of its letters that are right.
+    One wrong letter makes a response wrong: the answer must be exact.
     """
     return RunConfig(
         name="tiny_moe_cpu",
-        iterations=20,
+        iterations=50,
         model=Model(path="models/tiny-moe", prepare="recipes.tiny_moe_cpu:make_model", precision="fp32"),
         layout=Layout(data=2, expert=2),
         batch=Batch(
             prompts_per_rollout=64,
             samples_per_prompt=16,
-            prompts_per_step=16,
+            prompts_per_step=8,
             max_tokens_per_microbatch=4096,
             max_prompt_tokens=16,
             max_response_tokens=8,
@@ -51,16 +53,18 @@ def tiny_moe_cpu() -> RunConfig:
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
         optimizer=Optimizer(learning_rate=3e-4),
         actor=Actor(threads_per_rank=1),
-        rollout=Rollout(ranks_per_engine=2, max_total_tokens=16384, max_running_requests=128),
+        rollout=Rollout(
+            ranks_per_engine=2, temperature=TEMPERATURE, max_total_tokens=16384, max_running_requests=128
+        ),
         sync=Sync(bucket_megabytes=32),
         data=Data(
             train=ReasoningGymSource(task="spell_backward", size=1500, seed=1, parameters=SHORT_WORDS),
             evaluation=ReasoningGymSource(task="spell_backward", size=128, seed=2, parameters=SHORT_WORDS),
         ),
         reward=Reward(name="exact", workers=1),
-        evaluation=Evaluation(prompts=128, samples_per_prompt=2),
-        checkpoint=Checkpoint(every=10),
-        warm_start=WarmStart(steps=100, learning_rate=2e-3, problems_per_step=64),
+        evaluation=Evaluation(prompts=128, samples_per_prompt=4, temperature=TEMPERATURE),
+        checkpoint=Checkpoint(every=25),
+        warm_start=WarmStart(steps=135, learning_rate=2e-3, problems_per_step=64),
     )
 
 

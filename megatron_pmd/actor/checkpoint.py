@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,32 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.errors import CheckpointError
+from megatron_pmd.processes import die_with_parent
 
 # `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "run_state.json"
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
+
+
+def _writers_queue_that_dies_with_us() -> None:
+    """Give megatron-core's writers their results queue, whose server process would outlive a killed rank for ever.
+
+    Answers dist_checkpointing/strategies/filesystem_async.py: _get_write_results_queue starts a manager that nothing
+    ends but this process's orderly exit.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(die_with_parent, (signal.SIGKILL, os.getpid()))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def latest(folder: Path) -> Path | None:
@@ -66,6 +83,7 @@ def save(
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
     control.barrier()
+    _writers_queue_that_dies_with_us()
     try:
         dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial))
         if control.is_driver:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -125,8 +126,8 @@ def exchange_unequal_parts(name: str | None) -> None:
 def import_before_core() -> None:
     """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
     sys.path.append(str(stub_path()))
-    bridge_import.CORE_MODULES = ()
-    bridge_import.import_bridge()
+    with mock.patch.object(bridge_import, "CORE_MODULES", ()):
+        bridge_import.import_bridge()
 
 
 def import_without_engine() -> None:
@@ -166,18 +167,13 @@ def trials(models: Path) -> dict[str, str]:
     trial("rope", lambda: raise_unless_read(models / "qwen3"))
     moe = models / "qwen3moe"
     trial("nothing left out", lambda: train_without(None, moe, {}))
-    trial("nothing left out, two ranks", lambda: train_without(None, moe, dict(tensor=2)), 2)
+    for name, layout in TWO_RANKS.items():
+        trial(f"nothing left out, as for {name}", functools.partial(train_without, None, moe, layout), 2)
     trial("nothing left out, unequal parts", lambda: exchange_unequal_parts(None), 2)
-    for name in standins.STAND_INS:
-        if name == "uneven_collectives":
-            trial(name, lambda: exchange_unequal_parts("uneven_collectives"), 2)
-            continue
+    trial("uneven_collectives", lambda: exchange_unequal_parts("uneven_collectives"), 2)
+    for name in standins.STAND_INS.keys() - {"uneven_collectives"}:
         layout = TWO_RANKS.get(name, {})
-        trial(
-            name,
-            functools.partial(train_without, name, moe, layout),
-            layout.get("tensor", 1),
-        )
+        trial(name, functools.partial(train_without, name, moe, layout), 2 if layout else 1)
     return outcomes
 
 

@@ -41,15 +41,17 @@ def outcomes(models, tmp_path_factory) -> dict[str, str]:
 
 
 def test_with_all_stand_ins_training_saving_and_loading_are_right(outcomes):
-    assert outcomes["nothing left out"] == ""
-    assert outcomes["nothing left out, two ranks"] == ""
-    assert outcomes["nothing left out, unequal parts"] == ""
+    complete = {name: outcome for name, outcome in outcomes.items() if name.startswith("nothing left out")}
+    assert len(complete) == 4
+    assert set(complete.values()) == {""}, complete
 
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_training_is_not_right_without_the_stand_in(outcomes, name):
     assert outcomes[name] != ""
-    assert not outcomes[name].startswith("not done")
+    assert not outcomes[name].startswith(("not done", "LayoutError", "ImportError", "AttributeError")), (
+        "this is a fault of the trial"
+    )
 
 
 def test_megatron_bridge_still_imports_transformer_engine_and_triton_unasked(outcomes):

@@ -59,8 +59,8 @@ def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -
     wait_until(lambda: (0, "start") in command_line.phases("launcher_killed"), "the first sync", process)
     started = descendants(process)
     process.kill()
-    process.communicate()
     assert still_there(started) == []
+    process.communicate(timeout=60)
 
 
 def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> None:
@@ -71,6 +71,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> N
     ranks = [p for p in ranks if "megatron_pmd.worker" in " ".join(p.cmdline())]
     psutil.Process(ranks[0].pid).kill()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 1, output
     assert "rank 1 failed: Signal 9 (SIGKILL)" in output
     assert still_there(started) == []

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.rollout.samples import read_rollout, write_rollout
-from tests.end_to_end.command_line import CommandLine, still_there, wait_until
+from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.serial
 
@@ -41,20 +41,14 @@ def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
     words = ("--replay", str(live / "rollouts"))
     process = command_line.start(name, *words)
     wait_until(lambda: (1, phase) in command_line.phases(name), f"{phase} of iteration 1", process)
-    workers = still_there([], 0) or _children(process)
+    started = descendants(process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert still_there(workers) == []
+    assert still_there(started) == []
+    process.communicate(timeout=60)
     output = command_line.run(name, *words)
     assert "resuming after" in output
     assert command_line.steps(name) == command_line.steps(replayed)
     assert command_line.summary(name)["iterations"] == 3
-
-
-def _children(process):  # type: ignore[no-untyped-def]
-    from tests.end_to_end.command_line import descendants
-
-    return descendants(process)
 
 
 def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
