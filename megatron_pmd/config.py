@@ -240,7 +240,7 @@ class Reward(Frozen):
 
 class Evaluation(Frozen):
     every: PositiveInt | None = None
-    """Iterations between evaluations; None: only before the first and after the last, with data.evaluation."""
+    """Iterations between evaluations; None: before the first and after the last, with data.evaluation."""
     prompts: PositiveInt = 64
     """The first so many held-out problems."""
     samples_per_prompt: PositiveInt = 1

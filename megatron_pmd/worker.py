@@ -120,7 +120,7 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
             prompts, held_out = problems or (None, [])
             rollouts: LiveEngines | ReplayedRollouts
             if order.replay:
-                rollouts = ReplayedRollouts(Path(order.replay))
+                rollouts = ReplayedRollouts(Path(order.replay), control)
             else:
                 rewards = control.on_driver(lambda: cleanup.enter_context(RewardPool(config.reward)))
                 rollouts = LiveEngines(config, control, folder, tokenizer, rewards, console, cpu=cpu)

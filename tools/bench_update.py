@@ -2,7 +2,7 @@
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
-with the same loss, and answer every line on stdin with a line `seconds N`; the end of stdin ends them.
+with the same loss, and answer every line on stdin with a line `seconds WALL CPU`; the end of stdin ends them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ Steps = list[np.ndarray]
 """Sample indices of each optimizer step."""
 
 
-def take_turns(config: RunConfig, turns: int, folder: Path, rollout: Path) -> dict[str, list[float]]:
-    """Seconds of each turn of each side; all are alive all the time, one at a time works."""
+def take_turns(
+    config: RunConfig, turns: int, folder: Path, rollout: Path
+) -> dict[str, list[tuple[float, float]]]:
+    """Each turn of each side, as (seconds, processor seconds); all stay alive, and one at a time works."""
     (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    seconds: dict[str, list[float]] = {"ours": [], "plain": [], "plain_responses_only": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": [], "plain_responses_only": []}
     with contextlib.ExitStack() as cleanup:
         sides = {}
         for side in seconds:
@@ -50,7 +52,7 @@ def take_turns(config: RunConfig, turns: int, folder: Path, rollout: Path) -> di
 @contextlib.contextmanager
 def _side(
     side: str, launcher: list[str], threads: int, folder: Path, rollout: Path
-) -> Iterator[Callable[[], float]]:
+) -> Iterator[Callable[[], tuple[float, float]]]:
     """A side, waiting; calling what is given makes it take the steps and returns their seconds."""
     log = folder / f"{side}.log"
     with log.open("w") as errors:
@@ -62,12 +64,13 @@ def _side(
     assert process.stdin is not None and process.stdout is not None
     listening, answers = process.stdin, process.stdout
 
-    def turn() -> float:
+    def turn() -> tuple[float, float]:
         listening.write("run\n")
         listening.flush()
         for line in answers:
             if line.startswith("seconds "):
-                return float(line.split()[1])
+                wall, used = line.split()[1:]
+                return float(wall), float(used)
         raise PmdError(f"the side {side} of the update benchmark ended; its log:\n{log.read_text()[-2000:]}")
 
     try:
@@ -99,12 +102,12 @@ def steps_of(config: RunConfig, batch: RolloutBatch) -> Steps:
     return steps_of_groups(batch.groups, config.batch.prompts_per_step)
 
 
-def serve(step: Callable[[], None]) -> None:
-    """Answer every line of stdin with the seconds that the steps took."""
+def serve(step: Callable[[], float]) -> None:
+    """Answer every line of stdin with the seconds that the steps took; step returns its processor time."""
     for _ in sys.stdin:
         begun = time.perf_counter()
-        step()
-        print(f"seconds {time.perf_counter() - begun}", flush=True)
+        used = step()
+        print(f"seconds {time.perf_counter() - begun} {used}", flush=True)
 
 
 def ours(config: RunConfig, batch: RolloutBatch) -> None:
@@ -121,17 +124,18 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
     actor = Actor(config, control)
     steps, anchor = steps_of(config, batch), torch.from_numpy(batch.engine_log_probs)
 
-    def step() -> None:
+    def step() -> list[float] | None:
+        begun = time.process_time()
         for samples in steps:
             microbatches = actor.microbatches(batch, samples)
             actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
-        control.barrier()
+        return control.gather(time.process_time() - begun)
 
     if control.is_driver:
 
-        def together() -> None:
+        def together() -> float:
             control.from_driver(True)
-            step()
+            return sum(step() or ())
 
         serve(together)
         control.from_driver(False)
@@ -150,7 +154,7 @@ def objective(config: RunConfig) -> functools.partial:
     )
 
 
-def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Callable[[], None]:
+def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Callable[[], float]:
     """The steps in transformers. responses_only: logits of the last tokens alone, where all responses are."""
     from transformers import AutoModelForCausalLM
 
@@ -163,7 +167,8 @@ def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Ca
     steps = steps_of(config, batch)
     together = config.layout.data * config.batch.max_tokens_per_microbatch
 
-    def run() -> None:
+    def run() -> float:
+        begun = time.process_time()
         for samples in steps:
             rows = max(1, together // int(batch.lengths[samples].max()))
             for start in range(0, len(samples), rows):
@@ -172,6 +177,7 @@ def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Ca
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
+        return time.process_time() - begun
 
     return run
 

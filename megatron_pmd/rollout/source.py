@@ -136,16 +136,18 @@ class LiveEngines:
 class ReplayedRollouts:
     """Rollouts of an earlier run, from its file or its folder of files; there are no engines."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, control: Control) -> None:
         """path: one rollout file, or a folder with one for every iteration that will be trained."""
         if not path.exists():
             raise DataError(f"{path}: no such rollout file or folder")
-        self._path = path
+        self._path, self._control = path, control
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
         """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
-        if plan is None:
-            return []
+        return self._control.on_driver(lambda: self._read(plan)) or []
+
+    def _read(self, plan: SamplingPlan | None) -> list[Sample]:
+        assert plan is not None, "the driver draws from a plan"
         path = self._path / f"{plan.iteration}.parquet" if self._path.is_dir() else self._path
         samples, iteration = read_rollout(path)
         if iteration != plan.iteration:

@@ -39,11 +39,11 @@ def import_bridge() -> None:
     for module in (engine, pytorch):
         module.__spec__ = ModuleSpec(module.__name__, None)
         module.__path__ = []
-    engine.__version__ = "2.11.0"  # type: ignore[attr-defined]
-    engine.pytorch = pytorch  # type: ignore[attr-defined]
+    engine.__version__ = "2.11.0"
+    engine.pytorch = pytorch
     for name in TE_CLASSES:
         setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
-    pytorch.ops = types.SimpleNamespace(Sequential=torch.nn.Sequential)  # type: ignore[attr-defined]
+    pytorch.ops = types.SimpleNamespace(Sequential=torch.nn.Sequential)
     sys.modules.update({"transformer_engine": engine, "transformer_engine.pytorch": pytorch})
     try:
         importlib.import_module("megatron.bridge")
