@@ -24,7 +24,7 @@ from megatron_pmd.config import (
 
 SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
 TEMPERATURE = 1.5
-"""Of the policy, in training and evaluation: so hot, a half-taught model errs enough to learn from its samples."""
+"""Of the policy, in training and evaluation: so hot, a half-taught model errs enough to learn from it."""
 QUESTION = "Spell this word backward (example: sun -> nus): "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"

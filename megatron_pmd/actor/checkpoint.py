@@ -34,10 +34,10 @@ FAILURES = (Exception, CheckpointException)
 
 
 def _writers_queue_that_dies_with_us() -> None:
-    """Give megatron-core's writers their results queue: the server of its own outlives a killed rank for ever.
+    """Give megatron-core's writers a results queue: the server of its own outlives a killed rank for ever.
 
-    Answers dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue: nothing ends the manager it
-    starts but this process's orderly exit. tests/end_to_end: a killed run.
+    Answers dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue: nothing ends the
+    manager it starts but this process's orderly exit. Tested by killing a run, in tests/end_to_end.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
