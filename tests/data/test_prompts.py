@@ -25,7 +25,7 @@ def problems_of(count: int) -> list[Problem]:
 @pytest.fixture
 def tokenizer():
     """Bytes as tokens, with a chat template in the style of Qwen."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
