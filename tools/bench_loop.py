@@ -39,7 +39,7 @@ from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.control import EngineControl
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 from megatron_pmd.rollout.sampler import Sampler, SamplingPlan, stop_tokens
-from megatron_pmd.rollout.samples import RolloutBatch, read_rollout, write_rollout
+from megatron_pmd.rollout.samples import RolloutBatch, write_rollout
 from tools import bench_update as bench_update_sides
 
 ROOT = Path(__file__).parents[1]
@@ -188,8 +188,7 @@ async def _posted(served: Served, requests: list[Row]) -> float:
 def bench_update(config: RunConfig, repetitions: int, folder: Path, rollout: Path) -> list[Row]:
     """The actor against one transformers process on as many threads; the first turn does not count."""
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
-    tokens = int(RolloutBatch.pack(read_rollout(rollout)[0]).lengths.sum())
-    seconds = bench_update_sides.take_turns(config, repetitions + 1, folder, rollout)
+    rates = bench_update_sides.take_turns(config, 2 * repetitions + 1, folder, rollout)
     names = {
         "plain": f"transformers, {ranks * threads} threads",
         "ours": f"actor, {ranks} ranks x {threads} threads",
@@ -198,7 +197,7 @@ def bench_update(config: RunConfig, repetitions: int, folder: Path, rollout: Pat
     rows = []
     for clock, unit in enumerate(("tokens/s", "tokens/core-s")):  # the second stands also on a busy machine
         ours, plain, lean = (
-            row(names[side], [tokens / turn[clock] for turn in seconds[side][1:]], unit)
+            row(names[side], [turn[clock] for turn in rates[side][1:]], unit)
             for side in ("ours", "plain", "plain_responses_only")
         )
         rows += [*compared(ours, plain, 1.0), lean]

@@ -2,13 +2,15 @@
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
-with the same loss, and answer every line on stdin with a line `seconds WALL CPU`; the end of stdin ends them.
+with the same loss, and answer every line on stdin with one step and a line `rates A B`: tokens per second and
+per processor second. The end of stdin ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -26,34 +28,34 @@ from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch, read_rollout
 
-Steps = list[np.ndarray]
-"""Sample indices of each optimizer step."""
+Step = Callable[[np.ndarray], float]
+"""An optimizer step on these samples; returns processor seconds."""
 
 
 def take_turns(
     config: RunConfig, turns: int, folder: Path, rollout: Path
 ) -> dict[str, list[tuple[float, float]]]:
-    """Each turn of each side, as (seconds, processor seconds); all stay alive, and one at a time works."""
+    """The rates of each turn of each side; all sides stay alive, and one at a time works."""
     (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": [], "plain_responses_only": []}
+    rates: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": [], "plain_responses_only": []}
     with contextlib.ExitStack() as cleanup:
         sides = {}
-        for side in seconds:
+        for side in rates:
             launcher, omp = (torchrun, threads) if side == "ours" else ([], ranks * threads)
             sides[side] = cleanup.enter_context(_side(side, launcher, omp, folder, rollout))
         for _ in range(turns):
             for side, turn in sides.items():
-                seconds[side].append(turn())
-    return seconds
+                rates[side].append(turn())
+    return rates
 
 
 @contextlib.contextmanager
 def _side(
     side: str, launcher: list[str], threads: int, folder: Path, rollout: Path
 ) -> Iterator[Callable[[], tuple[float, float]]]:
-    """A side, waiting; calling what is given makes it take the steps and returns their seconds."""
+    """A side, waiting; calling what is given makes it take a step and returns its rates."""
     log = folder / f"{side}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -68,9 +70,9 @@ def _side(
         listening.write("run\n")
         listening.flush()
         for line in answers:
-            if line.startswith("seconds "):
-                wall, used = line.split()[1:]
-                return float(wall), float(used)
+            if line.startswith("rates "):
+                wall, processor = line.split()[1:]
+                return float(wall), float(processor)
         raise PmdError(f"the side {side} of the update benchmark ended; its log:\n{log.read_text()[-2000:]}")
 
     try:
@@ -93,21 +95,25 @@ def main(side: str, config_file: str, rollout_file: str) -> None:
     if side == "ours":
         ours(config, batch)
     else:
-        serve(plain(config, batch, responses_only=side == "plain_responses_only"))
+        serve(plain(config, batch, responses_only=side == "plain_responses_only"), config, batch)
 
 
-def steps_of(config: RunConfig, batch: RolloutBatch) -> Steps:
+def steps_of(config: RunConfig, batch: RolloutBatch) -> list[np.ndarray]:
+    """Sample indices of each optimizer step."""
     from megatron_pmd.actor.batching import steps_of_groups
 
     return steps_of_groups(batch.groups, config.batch.prompts_per_step)
 
 
-def serve(step: Callable[[], float]) -> None:
-    """Answer every line of stdin with the seconds that the steps took; step returns its processor time."""
-    for _ in sys.stdin:
+def serve(step: Step, config: RunConfig, batch: RolloutBatch) -> None:
+    """Take the next step for every line of stdin; step returns the processor seconds that it took."""
+    for samples in itertools.cycle(steps_of(config, batch)):
+        if not sys.stdin.readline():
+            return
         begun = time.perf_counter()
-        used = step()
-        print(f"seconds {time.perf_counter() - begun} {used}", flush=True)
+        used = step(samples)
+        tokens = batch.lengths[samples].sum()
+        print(f"rates {tokens / (time.perf_counter() - begun)} {tokens / used}", flush=True)
 
 
 def ours(config: RunConfig, batch: RolloutBatch) -> None:
@@ -122,26 +128,25 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     control = parallel.Control(config.actor.timeout_seconds)
     actor = Actor(config, control)
-    steps, anchor = steps_of(config, batch), torch.from_numpy(batch.engine_log_probs)
+    anchor = torch.from_numpy(batch.engine_log_probs)
 
-    def step() -> list[float] | None:
+    def step(samples: np.ndarray) -> list[float] | None:
         begun = time.process_time()
-        for samples in steps:
-            microbatches = actor.microbatches(batch, samples)
-            actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
+        microbatches = actor.microbatches(batch, samples)
+        actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
         return control.gather(time.process_time() - begun)
 
     if control.is_driver:
 
-        def together() -> float:
-            control.from_driver(True)
-            return sum(step() or ())
+        def together(samples: np.ndarray) -> float:
+            control.from_driver(samples)
+            return sum(step(samples) or ())
 
-        serve(together)
-        control.from_driver(False)
+        serve(together, config, batch)
+        control.from_driver(None)
     else:
-        while control.from_driver():
-            step()
+        while (samples := control.from_driver()) is not None:
+            step(samples)
     torch.distributed.destroy_process_group()
 
 
@@ -154,8 +159,8 @@ def objective(config: RunConfig) -> functools.partial:
     )
 
 
-def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Callable[[], float]:
-    """The steps in transformers. responses_only: logits of the last tokens alone, where all responses are."""
+def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Step:
+    """The step in transformers. responses_only: logits of the last tokens alone, where all responses are."""
     from transformers import AutoModelForCausalLM
 
     settings = config.optimizer
@@ -164,22 +169,20 @@ def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Ca
         model.parameters(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon, weight_decay=settings.weight_decay,
     )  # fmt: skip
-    steps = steps_of(config, batch)
     together = config.layout.data * config.batch.max_tokens_per_microbatch
 
-    def run() -> float:
+    def step(samples: np.ndarray) -> float:
         begun = time.process_time()
-        for samples in steps:
-            rows = max(1, together // int(batch.lengths[samples].max()))
-            for start in range(0, len(samples), rows):
-                part = samples[start : start + rows]
-                (_loss(model, config, batch, part, responses_only) / len(samples)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+        rows = max(1, together // int(batch.lengths[samples].max()))
+        for start in range(0, len(samples), rows):
+            part = samples[start : start + rows]
+            (_loss(model, config, batch, part, responses_only) / len(samples)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
         return time.process_time() - begun
 
-    return run
+    return step
 
 
 def _loss(

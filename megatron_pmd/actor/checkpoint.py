@@ -119,7 +119,7 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
             "delete this folder to resume from an earlier one"
         ) from error
     unwrap_model(model).load_state_dict(loaded["model"], strict=True)
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load_state_dict(_regrouped(loaded["optimizer"], optimizer))
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
         if _digest(model) != loaded["rank"]["digest"]:
@@ -128,6 +128,37 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
                 "this layout of this model cannot be resumed "
                 "(megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
+
+
+def _regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
+    """The optimizer's state as this layout's optimizers want it.
+
+    Expert parallelism gives the experts an optimizer of their own. The moments find their way by parameter,
+    but the groups' settings (Adam's numbers and its step count) come back under the number of the optimizer
+    that saved them.
+    """
+    parts = optimizer.chained_optimizers
+    states = [saved[key] for key in sorted(key for key in saved if isinstance(key, int))]
+    settings = [state["optimizer"] for state in (saved, *states) if "optimizer" in state]
+    if len(settings) == len(parts):
+        return saved
+    # the settings of dense and expert parameters differ in nothing but weight decay
+    groups = {group["wd_mult"]: group for part in settings for group in part["param_groups"]}
+
+    def fitted(state: dict[Any, Any], part: Any) -> dict[str, Any]:
+        own = [
+            {**groups[group["wd_mult"]], "is_expert_parallel": group["is_expert_parallel"]}
+            for group in part.optimizer.param_groups
+        ]
+        return {
+            "param_state": state["param_state"],
+            "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
+            "optimizer": {"param_groups": own},
+        }
+
+    if len(parts) == 1:
+        return fitted(saved, parts[0])
+    return {i: fitted(saved[i], part) for i, part in enumerate(parts)}
 
 
 def _reason(error: BaseException) -> str:

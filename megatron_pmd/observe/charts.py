@@ -236,8 +236,8 @@ def _scale(figure: go.Figure, values: list[float], logarithmic: bool) -> bool:
     if not values:
         return False
     least, most = min(values), max(values)
-    # a logarithmic axis leaves out zeros without a word
-    if logarithmic and least > 0:
+    # a logarithmic axis leaves out zeros without a word, and over less than a factor of 5 it may have no tick
+    if logarithmic and 0 < 5 * least <= most:
         lowest, highest = math.floor(math.log10(least)), math.ceil(math.log10(most))
         # within a decade or two, powers of ten alone would leave one tick
         marks = (1, 2, 5) if highest - lowest <= 2 else (1,)

@@ -94,11 +94,11 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     return result
 
 
-def resume(pairs: list[tuple[Path, Path]]) -> list[Any]:
-    """(model, checkpoint) pairs: the third step after loading in one process, and the weights it gives."""
+def resume(pairs: list[tuple[Path, Path]], layout: dict[str, int] | None = None) -> list[Any]:
+    """(model, checkpoint) pairs: the third step after loading, and the weights it gives."""
     results = []
     for path, saved in pairs:
-        trial = Trial(config_for(path))
+        trial = Trial(config_for(path, layout))
         trial.actor.load(saved)
         results.append((trial.step(STEPS[2]), trial.weights()))
     return results

@@ -88,17 +88,34 @@ def test_a_damaged_checkpoint_is_refused_by_name(faults, fault, named):
     assert named in message
 
 
+def assert_takes_the_third_step(ranks, third, note: str) -> None:
+    """`ranks` holds each rank's (loss sum, count, gradient norm) and weights after loading others' state."""
+    assert sum(step[0] for step, _ in ranks) / sum(step[1] for step, _ in ranks) == pytest.approx(
+        third.loss, rel=1e-5
+    ), note
+    assert ranks[0][0][2] == pytest.approx(third.gradient_norm, rel=1e-5), note
+    weights = ranks[0][1]
+    difference = {name: float((w.double() - third.weights[name]).abs().max()) for name, w in weights.items()}
+    assert max(difference.values()) < WEIGHT_TOLERANCE, (note, difference)
+
+
 @pytest.mark.serial
 def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, reference):
     """The third step needs the weights and the moments that other processes wrote: both must have arrived."""
     pairs = [(models / LAYOUTS[name][0], trained(name)[0]["checkpoint"]) for name in LAYOUTS]
     resumed = launch("resume", pairs=pairs)[0]
     for name, (step, weights) in zip(LAYOUTS, resumed, strict=True):
-        uninterrupted, third = trained(name), reference(LAYOUTS[name][0]).steps[2]
-        assert step[0] == pytest.approx(sum(rank["third"][0][0] for rank in uninterrupted), rel=1e-6), name
-        assert step[2] == pytest.approx(uninterrupted[0]["third"][0][2], rel=1e-5), name
-        difference = {k: float((w.double() - third.weights[k]).abs().max()) for k, w in weights.items()}
-        assert max(difference.values()) < WEIGHT_TOLERANCE, (name, difference)
+        uninterrupted = sum(rank["third"][0][0] for rank in trained(name))
+        assert step[0] == pytest.approx(uninterrupted, abs=1e-6), name
+        assert_takes_the_third_step([(step, weights)], reference(LAYOUTS[name][0]).steps[2], name)
+
+
+@pytest.mark.serial
+def test_a_checkpoint_of_one_process_resumes_under_expert_parallelism(one_process, models, reference):
+    """Experts then have an optimizer of their own, with moments and a step count that one optimizer saved."""
+    pairs = [(models / "qwen3moe", one_process["qwen3moe"]["checkpoint"])]
+    ranks = launch("resume", ranks=2, pairs=pairs, layout=dict(expert=2, data=2))
+    assert_takes_the_third_step([rank[0] for rank in ranks], reference("qwen3moe").steps[2], "expert=2")
 
 
 @pytest.mark.serial
