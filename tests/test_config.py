@@ -1,0 +1,83 @@
+"""A wrong configuration ends in one message that names the setting, before anything is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_pmd.cli import configuration
+from megatron_pmd.config import RunConfig, build, known_keys, override
+from megatron_pmd.errors import ConfigError, LayoutError
+from recipes import RECIPES, recipe
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return recipe("tiny_moe_cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rollout.temprature=1", "rollout.temprature is not a setting (did you mean rollout.temperature?)"),
+        ("data.train.sied=1", "data.train.sied is not a setting (did you mean data.train.size?)"),
+        ("bach.prompts_per_step=2", "bach is not a setting (did you mean batch?)"),
+        ("seed.x=1", "seed is a value, not a group of settings"),
+        ("seed", "'seed' is not of the form dotted.key=value"),
+        ("iterations=many", "iterations: Input should be a valid integer"),
+        ("algorithm.tau=0", "algorithm.tau: Input should be greater than 0"),
+        ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
+        ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
+        ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
+        ("layout.expert=3", "cannot hold expert=3"),
+        ("rollout.ranks_per_engine=3", "cannot be shared out to engines of ranks_per_engine=3"),
+        ("name=../elsewhere", "name: String should match pattern"),
+    ],
+)
+def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(config, [setting])
+    assert message in str(caught.value)
+
+
+def test_leaving_one_out_of_one_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="samples_per_prompt must be at least 2"):
+        override(config, ["algorithm.baseline=mean_loo", "batch.samples_per_prompt=1"])
+
+
+def test_experts_sharded_otherwise_than_megatron_can_sum_are_refused(config: RunConfig) -> None:
+    with pytest.raises(LayoutError, match="would not sum the experts' gradients"):
+        override(config, ["layout.expert=1", "layout.tensor=2", "layout.expert_tensor=1"])
+
+
+def test_a_resolved_configuration_reads_back_as_itself(config: RunConfig) -> None:
+    assert build(config.model_dump(mode="json")) == config
+
+
+def test_settings_are_frozen(config: RunConfig) -> None:
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]
+
+
+def test_every_recipe_builds_and_its_derived_numbers_agree() -> None:
+    for name in RECIPES:
+        batch = recipe(name).batch
+        assert batch.samples_per_rollout == batch.steps_per_rollout * batch.samples_per_step
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
+        configuration("tiny_mo_cpu", [])
+
+
+def test_known_keys_reach_into_unions_of_sources() -> None:
+    keys = known_keys(RunConfig)
+    assert "data.train.task" in keys and "data.evaluation.prompt_key" in keys
+
+
+def test_configuration_and_recipes_import_no_torch() -> None:
+    code = "import sys, megatron_pmd.cli, recipes as r; r.recipe('tiny_moe_cpu'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
