@@ -209,6 +209,7 @@ class Actor:
         self._bridge.save_hf_pretrained([self.model], folder, show_progress=False)
 
     def save(self, folder: Path, iteration: int, run_state: dict[str, Any]) -> Path:
+        residency.return_freed_memory()  # saving takes copies of the optimizer's state
         keep = self.config.checkpoint.keep
         return checkpoint.save(folder, iteration, run_state, self.model, self.optimizer, self._control, keep)
 
