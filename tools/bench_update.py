@@ -73,7 +73,11 @@ def _side(
             if line.startswith("rates "):
                 wall, processor = line.split()[1:]
                 return float(wall), float(processor)
-        raise PmdError(f"the side {side} of the update benchmark ended; its log:\n{log.read_text()[-2000:]}")
+        # torchrun's account of a rank's end is long and does not say why
+        said = [
+            line for line in log.read_text().splitlines() if "Error" in line and "ChildFailed" not in line
+        ]
+        raise PmdError(f"the side {side} of the update benchmark ended: " + "\n".join(said[-4:]))
 
     try:
         yield turn

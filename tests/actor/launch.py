@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-DEADLINE_SECONDS = 280
+DEADLINE_SECONDS = 600
 
 
 def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:

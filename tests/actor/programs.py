@@ -104,7 +104,12 @@ def resume(pairs: list[tuple[Path, Path]], layout: dict[str, int] | None = None)
     return results
 
 
-def gradients(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
+def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:
+    """By model name, see gradients_of."""
+    return {path.name: gradients_of(path) for path in paths}
+
+
+def gradients_of(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
     """Loss and whole gradient of the first step under several packings; the learning rate is 0."""
     trial = Trial(config_for(path))
     shuffled = np.random.default_rng(3).permutation(16).tolist()

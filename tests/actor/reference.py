@@ -39,6 +39,8 @@ class Reference:
 
 
 def compute(model_folder: Path) -> Reference:
+    # two threads on tensors this small wait for each other: minutes on a busy machine
+    torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
