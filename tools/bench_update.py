@@ -2,15 +2,14 @@
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
-with the same loss, and answer every line on stdin with one step and a line `rates A B`: tokens per second and
-per processor second. The end of stdin ends them.
+with the same loss, and answer a line `STEP VARIANT` on stdin with that step and a line `rates A B`: tokens per
+second and per processor second. The end of stdin ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import subprocess
@@ -28,34 +27,36 @@ from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch, read_rollout
 
-Step = Callable[[np.ndarray], float]
-"""An optimizer step on these samples; returns processor seconds."""
+Rates = tuple[float, float]
+"""Tokens per second, and per processor second."""
+Step = Callable[[np.ndarray, str], float]
+"""An optimizer step on these samples, in this variant; returns processor seconds."""
+VARIANTS = {"ours": "ours", "plain": "plain", "plain_responses_only": "plain"}
+"""What is compared -> the processes that do it."""
 
 
-def take_turns(
-    config: RunConfig, turns: int, folder: Path, rollout: Path
-) -> dict[str, list[tuple[float, float]]]:
-    """The rates of each turn of each side; all sides stay alive, and one at a time works."""
+def take_turns(config: RunConfig, turns: int, folder: Path, rollout: Path) -> dict[str, list[Rates]]:
+    """The rates of each turn of each variant; all processes stay alive, and one at a time works."""
     (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    rates: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": [], "plain_responses_only": []}
+    rates: dict[str, list[Rates]] = {variant: [] for variant in VARIANTS}
     with contextlib.ExitStack() as cleanup:
-        sides = {}
-        for side in rates:
-            launcher, omp = (torchrun, threads) if side == "ours" else ([], ranks * threads)
-            sides[side] = cleanup.enter_context(_side(side, launcher, omp, folder, rollout))
-        for _ in range(turns):
-            for side, turn in sides.items():
-                rates[side].append(turn())
+        sides = {
+            "ours": cleanup.enter_context(_side("ours", torchrun, threads, folder, rollout)),
+            "plain": cleanup.enter_context(_side("plain", [], ranks * threads, folder, rollout)),
+        }
+        for turn in range(turns):
+            for variant, side in VARIANTS.items():
+                rates[variant].append(sides[side](turn, variant))
     return rates
 
 
 @contextlib.contextmanager
 def _side(
     side: str, launcher: list[str], threads: int, folder: Path, rollout: Path
-) -> Iterator[Callable[[], tuple[float, float]]]:
-    """A side, waiting; calling what is given makes it take a step and returns its rates."""
+) -> Iterator[Callable[[int, str], Rates]]:
+    """A side, waiting; calling what is given with a step and a variant returns the rates."""
     log = folder / f"{side}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -66,8 +67,8 @@ def _side(
     assert process.stdin is not None and process.stdout is not None
     listening, answers = process.stdin, process.stdout
 
-    def turn() -> tuple[float, float]:
-        listening.write("run\n")
+    def turn(number: int, variant: str) -> Rates:
+        listening.write(f"{number} {variant}\n")
         listening.flush()
         for line in answers:
             if line.startswith("rates "):
@@ -99,7 +100,7 @@ def main(side: str, config_file: str, rollout_file: str) -> None:
     if side == "ours":
         ours(config, batch)
     else:
-        serve(plain(config, batch, responses_only=side == "plain_responses_only"), config, batch)
+        serve(plain(config, batch), config, batch)
 
 
 def steps_of(config: RunConfig, batch: RolloutBatch) -> list[np.ndarray]:
@@ -110,12 +111,13 @@ def steps_of(config: RunConfig, batch: RolloutBatch) -> list[np.ndarray]:
 
 
 def serve(step: Step, config: RunConfig, batch: RolloutBatch) -> None:
-    """Take the next step for every line of stdin; step returns the processor seconds that it took."""
-    for samples in itertools.cycle(steps_of(config, batch)):
-        if not sys.stdin.readline():
-            return
+    """Take a step for every line of stdin."""
+    steps = steps_of(config, batch)
+    while line := sys.stdin.readline():
+        number, variant = line.split()
+        samples = steps[int(number) % len(steps)]
         begun = time.perf_counter()
-        used = step(samples)
+        used = step(samples, variant)
         tokens = batch.lengths[samples].sum()
         print(f"rates {tokens / (time.perf_counter() - begun)} {tokens / used}", flush=True)
 
@@ -142,7 +144,7 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
 
     if control.is_driver:
 
-        def together(samples: np.ndarray) -> float:
+        def together(samples: np.ndarray, _: str) -> float:
             control.from_driver(samples)
             return sum(step(samples) or ())
 
@@ -163,8 +165,8 @@ def objective(config: RunConfig) -> functools.partial:
     )
 
 
-def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> Step:
-    """The step in transformers. responses_only: logits of the last tokens alone, where all responses are."""
+def plain(config: RunConfig, batch: RolloutBatch) -> Step:
+    """The step in transformers; `plain_responses_only` computes the logits of the last tokens alone."""
     from transformers import AutoModelForCausalLM
 
     settings = config.optimizer
@@ -175,8 +177,9 @@ def plain(config: RunConfig, batch: RolloutBatch, *, responses_only: bool) -> St
     )  # fmt: skip
     together = config.layout.data * config.batch.max_tokens_per_microbatch
 
-    def step(samples: np.ndarray) -> float:
+    def step(samples: np.ndarray, variant: str) -> float:
         begun = time.process_time()
+        responses_only = variant == "plain_responses_only"
         rows = max(1, together // int(batch.lengths[samples].max()))
         for start in range(0, len(samples), rows):
             part = samples[start : start + rows]

@@ -31,9 +31,10 @@ from megatron_pmd.rollout.engine import (
 )
 from megatron_pmd.weight_sync.bucket import SharedBucket
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"
-)
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
+]
 
 KEY = "a-key-nobody-else-has"
 PROMPTS = [[5, 6, 7, 8], [100, 90, 80, 70, 60, 50, 40, 30, 20, 10], [11] * 7, [300]]
