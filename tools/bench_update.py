@@ -2,8 +2,8 @@
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
-with the same loss, and answer a line `STEP VARIANT` on stdin with that step and a line `rates A B`: tokens per
-second and per processor second. The end of stdin ends them.
+with the same loss, and answer a line `STEP VARIANT` on stdin with that step and a line `rates A B`: tokens
+per second and per processor second. The end of stdin ends them.
 """
 
 from __future__ import annotations
