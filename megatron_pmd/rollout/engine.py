@@ -168,9 +168,9 @@ class RouterSpec:
     host: str = "127.0.0.1"
     api_key: str | None = None
     """The engines' key."""
-    policy: str = "cache_aware"
-    """`cache_aware` sends the samples of one prompt to the engine that has the prompt's KV cache, until it is
-    overloaded; also `round_robin`, `random`, `power_of_two`."""
+    policy: str = "round_robin"
+    """Also `cache_aware`, `random`, `power_of_two`. Cache-aware routing sends prompts that begin alike to one
+    engine until it is far ahead: with a system prompt they all do (docs/benchmarks.md)."""
 
     @property
     def url(self) -> str:

@@ -29,7 +29,7 @@ class Fleet:
     def __init__(self, config: RunConfig, control: Control, folder: Path, *, cpu: bool) -> None:
         """Starts this rank's engine, if it leads one, and returns at once; logs go to folder/logs."""
         self._config, self._control, self._folder = config, control, folder
-        self.key = control.from_driver(secrets.token_urlsafe(24) if control.is_driver else None)
+        self.key = control.from_driver(secrets.token_hex(24) if control.is_driver else None)
         self.urls: list[str] = []
         self._engine: EngineProcess | None = None
         self._calls: EngineControl | None = None
