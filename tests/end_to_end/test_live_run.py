@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_pmd.rollout.samples import read_rollout
 from megatron_pmd.weight_sync.push import shared_memory_key
+from recipes.tiny_moe_cpu import TEMPERATURE
 from tests.end_to_end.command_line import CommandLine
 
 pytestmark = pytest.mark.serial
@@ -49,7 +50,8 @@ def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weigh
     for sample in samples:
         tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
         with torch.no_grad():
-            log_probs = model(tokens).logits.log_softmax(-1)
+            # an engine's log-probabilities are those of the policy at its sampling temperature
+            log_probs = (model(tokens).logits / TEMPERATURE).log_softmax(-1)
         first = len(sample.prompt_tokens)
         expected = log_probs[0, first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
