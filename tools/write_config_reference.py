@@ -17,7 +17,7 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-Written by `make docs` from the docstrings in `megatron_pmd/config.py`; edit those.
+Written by `make docs` from the docstrings in `megatron_pmd/config/`; edit those.
 
 A recipe returns this tree; `megatron-pmd train RECIPE key=value …` changes it, with the dotted keys below.
 A value is read as JSON where it is JSON, else as a string. An unknown key is an error. The resolved tree is

@@ -1,0 +1,132 @@
+"""The whole tree, with the settings that belong to the run and to its algorithm."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_pmd.config.actor import Actor, Layout, Model, Optimizer
+from megatron_pmd.config.data import Data, Evaluation, Reward
+from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.rollout import Rollout, Sync
+from megatron_pmd.errors import ConfigError, LayoutError
+
+Baseline = Literal["mean", "mean_loo", "partition", "partition_loo"]
+Normaliser = Literal["response", "max_response", "none"]
+StopAfter = Literal["rollout"]
+"""Phases after which a run can be asked to stop."""
+
+
+class Batch(Frozen):
+    prompts_per_rollout: PositiveInt
+    """Prompts sampled per iteration, over all engines."""
+    samples_per_prompt: PositiveInt
+    """Responses to each prompt: the group size K."""
+    prompts_per_step: PositiveInt
+    """Prompts in one optimizer step, over all data-parallel ranks; divides prompts_per_rollout."""
+    max_tokens_per_microbatch: PositiveInt
+    """Prompt and response tokens packed into one forward pass, per GPU."""
+    max_prompt_tokens: PositiveInt
+    """Longer prompts are dropped and counted."""
+    max_response_tokens: PositiveInt
+    """A response is cut here; its finish reason is then `length`."""
+
+    @property
+    def samples_per_rollout(self) -> int:
+        return self.prompts_per_rollout * self.samples_per_prompt
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.prompts_per_rollout // self.prompts_per_step
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.prompts_per_rollout % self.prompts_per_step:
+            raise ConfigError(
+                f"batch.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
+                f"batch.prompts_per_step={self.prompts_per_step}: a rollout must fill whole optimizer steps"
+            )
+        longest = self.max_prompt_tokens + self.max_response_tokens
+        if longest > self.max_tokens_per_microbatch:
+            raise ConfigError(
+                f"batch.max_tokens_per_microbatch={self.max_tokens_per_microbatch} cannot hold one sample of "
+                f"{self.max_prompt_tokens} prompt + {self.max_response_tokens} response tokens; "
+                f"raise it to {longest}"
+            )
+        return self
+
+
+class Algorithm(Frozen):
+    baseline: Baseline = "mean"
+    """`mean` is PMD-mean (Kimi K1.5/K2); see docs/algorithm.md."""
+    tau: PositiveFloat = 0.1
+    """Regularisation strength τ, in reward units."""
+    normaliser: Normaliser = "response"
+    """What a sequence's loss is divided by: its own counted tokens, max_response_tokens, or 1."""
+
+    def check(self, batch: Batch) -> None:
+        if self.baseline.endswith("_loo") and batch.samples_per_prompt < 2:
+            raise ConfigError(
+                f"algorithm.baseline={self.baseline} leaves one response out: "
+                "batch.samples_per_prompt must be at least 2"
+            )
+
+
+class Checkpoint(Frozen):
+    every: PositiveInt | None = 10
+    """Iterations between checkpoints; one is always written after the last iteration. None: only that one."""
+    keep: PositiveInt = 2
+    """The newest so many are kept."""
+    hf_export: bool = True
+    """Write the final model as a Hugging Face folder, hf/iteration-N."""
+
+
+class WarmStart(Frozen):
+    """Supervised steps on the training problems' answers, before the first iteration, in the same actor."""
+
+    steps: PositiveInt
+    learning_rate: PositiveFloat
+    problems_per_step: PositiveInt
+
+
+class RunConfig(Frozen):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Folder of the run under runs/."""
+    seed: NonNegativeInt = 0
+    iterations: PositiveInt
+    model: Model
+    layout: Layout = Layout()
+    batch: Batch
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer
+    actor: Actor = Actor()
+    rollout: Rollout = Rollout()
+    sync: Sync = Sync()
+    data: Data
+    reward: Reward
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    warm_start: WarmStart | None = None
+
+    @property
+    def ranks_per_engine(self) -> int:
+        return self.rollout.ranks_per_engine or self.rollout.tensor_parallel
+
+    @property
+    def engines(self) -> int:
+        return self.layout.ranks // self.ranks_per_engine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.algorithm.check(self.batch)
+        if self.ranks_per_engine < self.rollout.tensor_parallel or self.layout.ranks % self.ranks_per_engine:
+            raise LayoutError(
+                f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
+                f"ranks_per_engine={self.ranks_per_engine} (tensor_parallel={self.rollout.tensor_parallel})"
+            )
+        return self
