@@ -16,6 +16,7 @@ from megatron_pmd.errors import EngineError
 
 POLL_SECONDS = 0.2
 LOG_TAIL_LINES = 15
+LOOPBACK = "127.0.0.1"
 WARDEN = Path(__file__).parent / "warden.py"
 
 # What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
@@ -25,22 +26,45 @@ TORCHRUN_VARIABLES = (
 )  # fmt: skip
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port(host: str = LOOPBACK) -> int:
     """A TCP port nobody listens on now; another process can still take it before the server does."""
     with socket.socket() as listener:
         listener.bind((host, 0))
         return listener.getsockname()[1]
 
 
-def inherited_environment() -> dict[str, str]:
-    """This process's environment without torchrun's variables, and with no proxy for local addresses."""
+def node_address() -> str:
+    """Where the driver, on the job's first node, reaches servers of this node; loopback on that node itself.
+
+    torchrun says which node this is and where the first is: the address is that of the interface towards it,
+    so that nothing listens on the cluster's other networks. Raises EngineError where there is no route.
+    """
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        return LOOPBACK
+    master = os.environ["MASTER_ADDR"]
+    try:
+        family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # a datagram socket sends nothing here: the kernel only picks a route
+            address = probe.getsockname()[0]
+    except OSError as error:
+        raise EngineError(f"no route to the job's first node {master} (MASTER_ADDR): {error}") from None
+    return address
+
+
+def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
+    """This process's environment without torchrun's variables, and with no proxy for local addresses.
+
+    hosts: further addresses that are called without a proxy.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     # SGLang's warm-up calls its own address over HTTP and dies when a proxy answers instead.
-    local = [environment.get("NO_PROXY") or environment.get("no_proxy") or "", "127.0.0.1", "localhost"]
+    local = [environment.get("NO_PROXY") or environment.get("no_proxy") or "", LOOPBACK, "localhost"]
+    local += sorted(set(hosts) - set(local))
     environment["NO_PROXY"] = environment["no_proxy"] = ",".join(entry for entry in local if entry)
     return environment
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.errors import ConfigError
-from megatron_pmd.rollout.child import ServerProcess, free_port, inherited_environment
+from megatron_pmd.rollout.child import LOOPBACK, ServerProcess, free_port, inherited_environment
 from megatron_pmd.rollout.cpu import stub_path
 from megatron_pmd.rollout.server_args import check_options, server_options
 
@@ -58,7 +59,7 @@ class EngineSpec:
     """Appended to; the options the engine was started with are written beside it, as `<log>.yaml`."""
     seed: int
     cpu: bool
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     """Address to listen on; one the driver's node can reach."""
     api_key: str | None = None
     """Every request must then carry `Authorization: Bearer <api_key>`."""
@@ -117,7 +118,7 @@ def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
 
 def engine_environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: this process's, less torchrun's variables, plus what a CPU engine needs."""
-    environment = inherited_environment()
+    environment = inherited_environment([spec.host])
     # The router keeps connections over a whole training phase. uvicorn closes them after 5 s: the first
     # requests of the next rollout meet the closing ones, fail, and ten failures close the engine to all
     # requests.
@@ -165,7 +166,7 @@ class RouterSpec:
     log: Path
     request_timeout_seconds: float
     """The clients' own deadline; the router's is a minute longer."""
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     api_key: str | None = None
     """The engines' key."""
     policy: str = "round_robin"
@@ -207,7 +208,7 @@ class RouterProcess(ServerProcess):
             "health-success-threshold": 1,
             "worker-startup-check-interval": 1,
             # Its default, port 29000 on all interfaces, collides with a second run on the node.
-            "prometheus-host": "127.0.0.1",
+            "prometheus-host": LOOPBACK,
             "prometheus-port": free_port(),
             "log-level": "warn",
         }
@@ -218,4 +219,5 @@ class RouterProcess(ServerProcess):
         file = spec.log.with_name(spec.log.name + ".json")
         _write_private(file, arguments)
         command = [sys.executable, "-c", START_ROUTER, str(file)]
-        super().__init__("router", command, inherited_environment(), spec.url, "/readiness", spec.log)
+        hosts = [host for url in spec.engines if (host := urlsplit(url).hostname)]
+        super().__init__("router", command, inherited_environment(hosts), spec.url, "/readiness", spec.log)

@@ -13,6 +13,7 @@ import httpx
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import PmdError
+from megatron_pmd.rollout.child import node_address
 from megatron_pmd.rollout.control import EngineControl, Tag, resident_bytes
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 
@@ -37,12 +38,13 @@ class Fleet:
         self._resident: set[Tag] = set()
         """What this leader's engine holds in memory now."""
         if control.rank % config.ranks_per_engine == 0:
-            number = control.rank // config.ranks_per_engine
+            number, host = control.rank // config.ranks_per_engine, node_address()
             spec = EngineSpec(
                 number=number,
                 model=config.model,
                 rollout=config.rollout,
-                port=free_port(),
+                host=host,
+                port=free_port(host),
                 log=folder / "logs" / f"engine-{number}.log",
                 seed=config.seed + number,
                 cpu=cpu,

@@ -1,0 +1,99 @@
+"""Blockwise FP8 of Hugging Face weights: e4m3 values and one fp32 scale for each 128x128 block.
+
+The format of DeepSeek-V3's checkpoints, which SGLang, vLLM and transformers read: `x.weight` in float8_e4m3fn
+and `x.weight_scale_inv` with weight ≈ value * scale_inv, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+BLOCK = 128
+"""Rows and columns that share a scale."""
+LARGEST = 448.0
+"""The largest finite float8_e4m3fn."""
+SCALE_SUFFIX = "_scale_inv"
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+QUANTIZED = frozenset((*ATTENTION, *LATENT_ATTENTION, *MLP))
+"""The modules whose matrices are quantised; an MLP is dense, shared, or one expert.
+
+Everything else keeps its precision, as in the published FP8 checkpoints of DeepSeek-V3, Kimi-K2 and Qwen3:
+embeddings, output layer, norms, biases, the routers (`mlp.gate`, `e_score_correction_bias`,
+`shared_expert_gate`), the projection of a multi-token-prediction layer (`eh_proj`), and whatever a new family
+brings that is not named here.
+"""
+
+
+def is_quantized(name: str) -> bool:
+    """Whether the tensor of this Hugging Face name becomes FP8; see QUANTIZED for what does not."""
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and module.rpartition(".")[2] in QUANTIZED
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of a matrix; a block at the edge may be smaller.
+
+    weight    [rows, columns], floating point
+    returns   float8_e4m3fn [rows, columns] and fp32 [⌈rows/128⌉, ⌈columns/128⌉]
+    A block's scale is its largest magnitude / 448, and 1 where the block is all zero. Computed in fp32.
+    Raises ValueError for a tensor that is not a matrix, or holds NaN or an infinity.
+    """
+    if weight.ndim != 2:
+        raise ValueError(
+            f"only matrices are quantised in blocks, not a tensor of shape {tuple(weight.shape)}"
+        )
+    rows, columns = weight.shape
+    values = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK), device=weight.device)
+    # a band of 128 rows at a time: the fp32 copies stay small beside the matrix
+    for band, first in enumerate(range(0, rows, BLOCK)):
+        source = weight[first : first + BLOCK].float()
+        padded = torch.nn.functional.pad(source, (0, -columns % BLOCK))
+        blocks = padded.view(len(source), -1, BLOCK)
+        largest = blocks.abs().amax(dim=(0, 2))
+        if not bool(largest.isfinite().all()):
+            raise ValueError(f"rows {first} to {first + len(source)} hold a value that is not finite")
+        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        scaled = (blocks / scale[None, :, None]).clamp_(-LARGEST, LARGEST).view(len(source), -1)
+        values[first : first + BLOCK] = scaled[:, :columns].to(torch.float8_e4m3fn)
+        scales[band] = scale
+    return values, scales
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The fp32 matrix that quantize's two results stand for."""
+    rows, columns = values.shape
+    spread = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return values.float() * spread
+
+
+def quantized(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors with those of QUANTIZED as FP8, each followed by its scales; others as they come.
+
+    One that is FP8 already passes unchanged: an actor that trains in FP8 sends its own values and scales.
+    """
+    for name, tensor in tensors:
+        if not is_quantized(name) or tensor.dtype is torch.float8_e4m3fn:
+            yield name, tensor
+            continue
+        values, scales = quantize(tensor)
+        yield name, values
+        yield name + SCALE_SUFFIX, scales
+
+
+def quantization_config(names: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a model of these tensors after quantized()."""
+    matrices = (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": sorted(m for m in matrices if not is_quantized(f"{m}.weight")),
+    }
