@@ -48,9 +48,11 @@ def main(order: Order) -> None:
 
         standins.install()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from megatron_pmd.actor import parallel
+    from megatron_pmd.actor import parallel, settings
 
     config = build(order.config)
+    if not cpu:
+        settings.set_environment(config)
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     # the driver may take this long in a rollout while the others wait for it
     waiting = (

@@ -33,6 +33,12 @@ def config() -> RunConfig:
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
         ("layout.expert=3", "cannot hold expert=3"),
+        ("layout.virtual_pipeline=2", "with pipeline=1 there is one stage"),
+        ("actor.recompute=selective", "recomputes the modules named"),
+        ('actor.recompute_modules=["mlp"]', "recomputes the modules named"),
+        ("actor.recompute_layers=2", "counts whole layers"),
+        ("actor.fp8.recipe=blockwise", "FP8 kernels take and give bf16; set model.precision=bf16"),
+        ("optimizer.moments=bf16", "is for models trained in bf16"),
         ("rollout.ranks_per_engine=3", "cannot be shared out to engines of ranks_per_engine=3"),
         ("name=../elsewhere", "name: String should match pattern"),
     ],
@@ -41,6 +47,36 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
     with pytest.raises(ConfigError) as caught:
         override(config, [setting])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["actor.fp8.recipe=delayed", "actor.fp8.last_layers_bf16=1"], "maxima of all layers"),
+        (
+            ["actor.fp8.recipe=tensorwise", "actor.fp8.parameter_gather=true", "optimizer.offload=1"],
+            "writes bf16 parameters, not FP8 ones",
+        ),
+        (
+            ["actor.fp8.recipe=delayed", "actor.recompute=selective", 'actor.recompute_modules=["moe_act"]'],
+            "would add to the history of maxima",
+        ),
+        (["optimizer.moments=bf16", "optimizer.offload=0.5"], "on the host keeps fp32 moments"),
+        (["actor.experts.dispatcher=deepep", "layout.expert=1"], "set layout.expert above 1"),
+        (["layout.context=2", "batch.max_tokens_per_microbatch=11"], "shared by layout.context=2 ranks"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_with_the_reason(
+    config: RunConfig, settings: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(config, ["model.precision=bf16", *settings])
+    assert reason in str(caught.value)
+
+
+def test_a_pass_holds_the_tokens_of_all_ranks_that_share_its_sequences(config: RunConfig) -> None:
+    shared = override(config, ["layout.context=2", "batch.max_tokens_per_microbatch=12"])
+    assert shared.tokens_per_pass == 24 and shared.layout.ranks == 4
 
 
 def test_leaving_one_out_of_one_is_refused(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency
+from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log_probs
 from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
 from megatron_pmd.algorithm.losses import LossInput, LossTerms
@@ -55,11 +55,14 @@ class Actor:
 
     def __init__(self, config: RunConfig, control: Control) -> None:
         """Build the model from the configuration's folder and load its weights."""
+        settings.refuse_without_cuda(config)
+        if torch.cuda.is_available():
+            settings.check_device(config)
         self.config = config
         self._control = control
         self._bridge = model.load_bridge(Path(config.model.path))
         self.model = model.build(self._bridge, config)
-        self.optimizer = optimizer.build(self.model, config.optimizer, config.model.precision)
+        self.optimizer = optimizer.build(self.model, config)
         provider = get_model_config(self.model)
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
         self._tensor_names = model.tensors_in(Path(config.model.path)).keys()

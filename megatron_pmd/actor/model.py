@@ -18,30 +18,11 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from safetensors import safe_open
 
+from megatron_pmd.actor import settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import ConfigError, LayoutError, ModelError
+from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.rollout.cpu import stub_path
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# What only CUDA has, or what differs between gloo and NCCL (shared docs: cpu.md)
-CPU_SETTINGS = dict(
-    use_cpu_initialization=True,
-    bias_activation_fusion=False,
-    bias_dropout_fusion=False,
-    masked_softmax_fusion=False,
-    gradient_accumulation_fusion=False,
-    apply_rope_fusion=False,
-    cross_entropy_loss_fusion=False,
-    persist_layer_norm=False,
-    tp_comm_overlap=False,
-    moe_permute_fusion=False,
-    moe_router_fusion=False,
-    moe_shared_expert_overlap=False,
-    # freeing a stage's output while gloo still sends it gives nondeterministic gradients
-    deallocate_pipeline_outputs=False,
-)
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -124,41 +105,13 @@ def tensors_in(path: Path) -> dict[str, list[int]]:
 
 def provider_for(bridge: Any, config: RunConfig) -> Any:
     """The bridge's TransformerConfig for this model, with our layout, precision and the recipe's settings."""
-    layout, dtype = config.layout, DTYPES[config.model.precision]
     provider = bridge.to_megatron_provider(load_weights=False)
-    settings: dict[str, Any] = dict(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.experts_tensor,
-        sequence_parallel=layout.tensor > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        fp16=False,
-        # packed micro-batches differ in length; pipeline stages tell each other the shape
-        variable_seq_lengths=True,
-        # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
-        calculate_per_token_loss=True,
-        attention_softmax_in_fp32=True,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_dtype="fp32",
-        # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-    )
-    if config.actor.recompute == "full":
-        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    if not torch.cuda.is_available():
-        settings.update(CPU_SETTINGS)
     unknown = [name for name in config.actor.megatron if not hasattr(provider, name)]
     if unknown:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
-    settings.update(config.actor.megatron)
-    for name, value in settings.items():
+    for name, value in settings.transformer_fields(config).items():
         setattr(provider, name, value)
-    _check_divides(provider, config)
+    settings.check_model(provider, config)
     if not torch.cuda.is_available():
         from megatron_pmd.actor.cpu.modules import block_spec
 
@@ -166,26 +119,6 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     provider.finalize()
     provider.finalize_model_grads_func = finalize_model_grads
     return provider
-
-
-def _check_divides(provider: Any, config: RunConfig) -> None:
-    layout = config.layout
-    rules = [
-        ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
-        ("key-value heads", provider.num_query_groups, "tensor", layout.tensor),
-        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
-        ("rows of the vocabulary", provider.vocab_size, "tensor", layout.tensor),
-        ("layers", provider.num_layers, "pipeline", layout.pipeline),
-    ]
-    if provider.num_moe_experts:
-        rules.append(("experts", provider.num_moe_experts, "expert", layout.expert))
-    elif layout.expert > 1:
-        raise LayoutError(f"layout.expert={layout.expert}, but {config.model.path} has no experts")
-    for what, count, key, size in rules:
-        if count % size:
-            raise LayoutError(
-                f"layout.{key}={size} does not divide the {count} {what} of {config.model.path}"
-            )
 
 
 def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
@@ -203,7 +136,7 @@ def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
         module.cuda()
     if provider.bf16:
         module = Float16Module(provider, module)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
     return DistributedDataParallel(provider, ddp, module)
 
 

@@ -7,33 +7,19 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from megatron_pmd.actor.model import DTYPES
-from megatron_pmd.config import Optimizer, Precision
+from megatron_pmd.actor.settings import optimizer_fields
+from megatron_pmd.config import Optimizer, RunConfig
 
 
-def build(model: Any, settings: Optimizer, precision: Precision) -> MegatronOptimizer:
+def build(model: Any, config: RunConfig) -> MegatronOptimizer:
     """megatron-core's distributed Adam: fp32 main parameters and moments, shared by the data-parallel ranks.
 
     Weight decay is decoupled from the gradient and leaves biases and norms alone.
     """
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.learning_rate,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.gradient_clip,
-            bf16=DTYPES[precision] is torch.bfloat16,
-            params_dtype=DTYPES[precision],
-            use_distributed_optimizer=True,
-        ),
-        [model],
-    )
+    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_fields(config)), [model])
     # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
     for group in optimizer.param_groups:
-        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
     return optimizer
 
 

@@ -22,6 +22,8 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
 
     Raises LayoutError when the number of ranks is not the layout's.
     """
+    if layout.context > 1 or layout.virtual_pipeline > 1:
+        raise LayoutError("layout.context and layout.virtual_pipeline: the next commit carries them out")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,6 +1,6 @@
 """The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch."""
 
-from megatron_pmd.config.actor import Actor, Layout, Model, Optimizer, Precision
+from megatron_pmd.config.actor import Actor, Experts, Fp8, Layout, Model, Optimizer, Precision
 from megatron_pmd.config.data import Data, Evaluation, FileSource, ReasoningGymSource, Reward, Source
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.reading import build, known_keys, load, override
@@ -24,7 +24,9 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Evaluation",
+    "Experts",
     "FileSource",
+    "Fp8",
     "Frozen",
     "Layout",
     "Model",

@@ -26,7 +26,7 @@ class Batch(Frozen):
     prompts_per_step: PositiveInt
     """Prompts in one optimizer step, over all data-parallel ranks; divides prompts_per_rollout."""
     max_tokens_per_microbatch: PositiveInt
-    """Prompt and response tokens packed into one forward pass, per GPU."""
+    """Prompt and response tokens packed into one forward pass, per GPU; layout.context GPUs share a pass."""
     max_prompt_tokens: PositiveInt
     """Longer prompts are dropped and counted."""
     max_response_tokens: PositiveInt
@@ -50,13 +50,6 @@ class Batch(Frozen):
             raise ConfigError(
                 f"batch.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
                 f"batch.prompts_per_step={self.prompts_per_step}: a rollout must fill whole optimizer steps"
-            )
-        longest = self.max_prompt_tokens + self.max_response_tokens
-        if longest > self.max_tokens_per_microbatch:
-            raise ConfigError(
-                f"batch.max_tokens_per_microbatch={self.max_tokens_per_microbatch} cannot hold one sample of "
-                f"{self.max_prompt_tokens} prompt + {self.max_response_tokens} response tokens; "
-                f"raise it to {longest}"
             )
         return self
 
@@ -121,6 +114,21 @@ class RunConfig(Frozen):
     def engines(self) -> int:
         return self.layout.ranks // self.ranks_per_engine
 
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens of one forward pass, over the ranks that share out its sequences."""
+        return self.batch.max_tokens_per_microbatch * self.layout.context
+
+    def needs_cuda(self) -> list[str]:
+        """The settings that nothing but CUDA can carry out, as `key=value`."""
+        settings = {
+            "actor.fp8.recipe": self.actor.fp8 and self.actor.fp8.recipe,
+            "actor.experts.dispatcher": self.actor.experts.dispatcher == "deepep" and "deepep",
+            "optimizer.offload": self.optimizer.offload,
+            "optimizer.moments": self.optimizer.moments != "fp32" and self.optimizer.moments,
+        }
+        return [f"{key}={value}" for key, value in settings.items() if value]
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.algorithm.check(self.batch)
@@ -129,4 +137,40 @@ class RunConfig(Frozen):
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
                 f"ranks_per_engine={self.ranks_per_engine} (tensor_parallel={self.rollout.tensor_parallel})"
             )
+        self._check_lengths()
+        self._check_precision()
+        if self.actor.experts.dispatcher == "deepep" and self.layout.expert == 1:
+            raise ConfigError(
+                "actor.experts.dispatcher=deepep moves tokens between expert-parallel ranks: "
+                "set layout.expert above 1, or use alltoall"
+            )
         return self
+
+    def _check_lengths(self) -> None:
+        batch, context, multiple = self.batch, self.layout.context, self.layout.sequence_multiple
+        longest = -(-(batch.max_prompt_tokens + batch.max_response_tokens) // multiple) * multiple
+        if longest > self.tokens_per_pass:
+            raise ConfigError(
+                f"batch.max_tokens_per_microbatch={batch.max_tokens_per_microbatch} cannot hold one sample "
+                f"of {batch.max_prompt_tokens} prompt + {batch.max_response_tokens} response tokens"
+                + (f" shared by layout.context={context} ranks" if context > 1 else "")
+                + f"; raise it to {-(-longest // context)}"
+            )
+
+    def _check_precision(self) -> None:
+        fp8, precision = self.actor.fp8, self.model.precision
+        if fp8 and precision != "bf16":
+            raise ConfigError(
+                f"actor.fp8 with model.precision={precision}: FP8 kernels take and give bf16; "
+                "set model.precision=bf16"
+            )
+        if fp8 and fp8.parameter_gather and self.optimizer.offload:
+            raise ConfigError(
+                f"actor.fp8.parameter_gather with optimizer.offload={self.optimizer.offload:g}: the Adam on "
+                "the host writes bf16 parameters, not FP8 ones; turn one of them off"
+            )
+        if self.optimizer.moments == "bf16" and precision != "bf16":
+            raise ConfigError(
+                f"optimizer.moments=bf16 with model.precision={precision}: megatron-core's precision-aware "
+                "optimizer is for models trained in bf16"
+            )

@@ -1,0 +1,278 @@
+"""From this project's settings to those of megatron-core and Transformer Engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megatron_pmd.config import Actor, Experts, RunConfig
+from megatron_pmd.errors import ConfigError, LayoutError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What only CUDA has, or what differs between gloo and NCCL
+CPU_FIELDS = dict(
+    use_cpu_initialization=True,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    gradient_accumulation_fusion=False,
+    apply_rope_fusion=False,
+    cross_entropy_loss_fusion=False,
+    persist_layer_norm=False,
+    tp_comm_overlap=False,
+    moe_permute_fusion=False,
+    moe_router_fusion=False,
+    moe_shared_expert_overlap=False,
+    # freeing a stage's output while gloo still sends it gives nondeterministic gradients
+    deallocate_pipeline_outputs=False,
+)
+
+# Fields of TransformerConfig that a setting of ours decides: setting them in actor.megatron too would set the
+# model against the ranks' groups, the optimizer or the engines
+DECIDED_BY = {
+    "tensor_model_parallel_size": "layout.tensor",
+    "sequence_parallel": "layout.tensor",
+    "context_parallel_size": "layout.context",
+    "pipeline_model_parallel_size": "layout.pipeline",
+    "virtual_pipeline_model_parallel_size": "layout.virtual_pipeline",
+    "expert_model_parallel_size": "layout.expert",
+    "expert_tensor_parallel_size": "layout.expert_tensor",
+    "params_dtype": "model.precision",
+    "pipeline_dtype": "model.precision",
+    "autocast_dtype": "model.precision",
+    "bf16": "model.precision",
+    "fp16": "model.precision",
+    "fp8": "actor.fp8.recipe",
+    "fp8_recipe": "actor.fp8.recipe",
+    "fp8_param": "actor.fp8.parameter_gather",
+    "first_last_layers_bf16": "actor.fp8.first_layers_bf16",
+    "num_layers_at_start_in_bf16": "actor.fp8.first_layers_bf16",
+    "num_layers_at_end_in_bf16": "actor.fp8.last_layers_bf16",
+    "recompute_granularity": "actor.recompute",
+    "recompute_modules": "actor.recompute_modules",
+    "recompute_num_layers": "actor.recompute_layers",
+    "moe_token_dispatcher_type": "actor.experts.dispatcher",
+    "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
+}
+
+
+def refuse_without_cuda(config: RunConfig) -> None:
+    """Raise ConfigError for settings that would do nothing on this machine."""
+    settings = config.needs_cuda()
+    if settings and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{', '.join(settings)}: needs CUDA, and this machine has none; leave it at its default"
+        )
+
+
+def transformer_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig; raises ConfigError for one in actor.megatron that is decided elsewhere."""
+    layout, dtype = config.layout, DTYPES[config.model.precision]
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=layout.tensor,
+        context_parallel_size=layout.context,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.experts_tensor,
+        sequence_parallel=layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=False,
+        # packed micro-batches differ in length; pipeline stages tell each other the shape
+        variable_seq_lengths=True,
+        # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
+        calculate_per_token_loss=True,
+        attention_softmax_in_fp32=True,
+        moe_router_dtype="fp32",
+        # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        **_recompute_fields(config.actor),
+        **_fp8_fields(config.actor),
+        **_expert_fields(config.actor.experts),
+    )
+    if layout.virtual_pipeline > 1:
+        # batched sends and receives of two stages cross each other over gloo: gradients are wrong, silently
+        fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
+    if not torch.cuda.is_available():
+        fields.update(CPU_FIELDS)
+    for name in config.actor.megatron:
+        if name in DECIDED_BY:
+            raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")
+    return fields | config.actor.megatron
+
+
+def _recompute_fields(actor: Actor) -> dict[str, Any]:
+    if actor.recompute == "none":
+        return {}
+    if actor.recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=list(actor.recompute_modules))
+    if actor.recompute_layers:
+        return dict(
+            recompute_granularity="full",
+            recompute_method="block",
+            recompute_num_layers=actor.recompute_layers,
+        )
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+def _fp8_fields(actor: Actor) -> dict[str, Any]:
+    """The FP8 fields, with the numbers of Megatron-Bridge's recipes (training/mixed_precision.py)."""
+    fp8 = actor.fp8
+    if fp8 is None:
+        return {}
+    fields: dict[str, Any] = dict(
+        fp8="e4m3" if fp8.recipe == "mxfp8" else "hybrid",
+        fp8_recipe=fp8.recipe,
+        fp8_param=fp8.parameter_gather,
+        fp8_dot_product_attention=False,
+        fp8_multi_head_attention=False,
+        first_last_layers_bf16=bool(fp8.first_layers_bf16 or fp8.last_layers_bf16),
+        num_layers_at_start_in_bf16=fp8.first_layers_bf16,
+        num_layers_at_end_in_bf16=fp8.last_layers_bf16,
+    )
+    if fp8.recipe == "delayed":
+        fields.update(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
+    return fields
+
+
+def _expert_fields(experts: Experts) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(
+        moe_token_dispatcher_type="alltoall", moe_router_bias_update_rate=experts.bias_update_rate
+    )
+    if experts.dispatcher == "deepep":
+        fields.update(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
+    return fields
+
+
+def row_multiple(config: RunConfig) -> int:
+    """A packed row's length is a multiple of this on each context-parallel rank.
+
+    Sequence parallelism shards the row; Transformer Engine's FP8 kernels take multiples of 16 tokens, of 32
+    for mxfp8 (megatron-core's fp8_utils.get_fp8_align_size), of 128 for 128x128 blocks.
+    """
+    kernels = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+    return config.layout.tensor * (kernels[config.actor.fp8.recipe] if config.actor.fp8 else 1)
+
+
+def data_parallel_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of DistributedDataParallelConfig."""
+    fp8 = config.actor.fp8
+    gather = bool(fp8 and fp8.parameter_gather)
+    return dict(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        fp8_param_gather=gather,
+        reuse_grad_buf_for_mxfp8_param_ag=gather and fp8.recipe == "mxfp8" if fp8 else False,
+    )
+
+
+def optimizer_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of OptimizerConfig."""
+    settings, precision, actor = config.optimizer, config.model.precision, config.actor
+    fields: dict[str, Any] = dict(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.gradient_clip,
+        bf16=DTYPES[precision] is torch.bfloat16,
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=True,
+    )
+    if actor.fp8:
+        fields.update(
+            fp8_recipe=actor.fp8.recipe,
+            reuse_grad_buf_for_mxfp8_param_ag=actor.fp8.recipe == "mxfp8" and actor.fp8.parameter_gather,
+        )
+    if settings.moments == "bf16":
+        fields.update(
+            use_precision_aware_optimizer=True, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16
+        )
+    if settings.offload:
+        fields.update(
+            optimizer_cpu_offload=True,
+            optimizer_offload_fraction=settings.offload,
+            overlap_cpu_optimizer_d2h_h2d=True,
+        )
+    return fields
+
+
+def set_environment(config: RunConfig) -> None:
+    """Set what Transformer Engine and NCCL read from the environment; ConfigError where it says otherwise.
+
+    CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of communication and compute on devices before Blackwell, on
+    which tensor and context parallelism rely. NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 lets blocks have the fp32
+    scales that SGLang's blockwise kernels use; without it Transformer Engine rounds them to powers of two.
+    """
+    wanted = {}
+    if torch.cuda.get_device_capability()[0] < 10 and config.layout.tensor * config.layout.context > 1:
+        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if config.actor.fp8 and config.actor.fp8.recipe == "blockwise":
+        wanted["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
+    for name, value in wanted.items():
+        if os.environ.setdefault(name, value) != value:
+            raise ConfigError(
+                f"{name}={os.environ[name]} in the environment; this configuration needs {value}"
+            )
+
+
+def check_device(config: RunConfig) -> None:
+    """Raise ConfigError for an FP8 recipe that this GPU has no kernels for."""
+    fp8 = config.actor.fp8
+    if fp8 is None:
+        return
+    major, minor = torch.cuda.get_device_capability()
+    least = {"blockwise": (9, 0), "mxfp8": (10, 0)}.get(fp8.recipe, (8, 9))
+    if (major, minor) < least:
+        raise ConfigError(
+            f"actor.fp8.recipe={fp8.recipe} needs compute capability {least[0]}.{least[1]}; "
+            f"{torch.cuda.get_device_name()} has {major}.{minor}"
+        )
+
+
+def check_model(provider: Any, config: RunConfig) -> None:
+    """Raise LayoutError or ConfigError where layout or settings do not fit the model."""
+    layout, path, actor = config.layout, config.model.path, config.actor
+    stages = layout.pipeline * layout.virtual_pipeline
+    rules = [
+        ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
+        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
+        ("rows of the vocabulary", provider.vocab_size, "tensor", layout.tensor),
+        (
+            "layers",
+            provider.num_layers,
+            "pipeline x virtual_pipeline" if stages > layout.pipeline else "pipeline",
+            stages,
+        ),
+    ]
+    latent = getattr(provider, "multi_latent_attention", False)
+    if not latent:
+        rules.append(("key-value heads", provider.num_query_groups, "tensor", layout.tensor))
+    if provider.num_moe_experts:
+        rules.append(("experts", provider.num_moe_experts, "expert", layout.expert))
+    elif layout.expert > 1:
+        raise LayoutError(f"layout.expert={layout.expert}, but {path} has no experts")
+    for what, count, key, size in rules:
+        if count % size:
+            raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {path}")
+    if not provider.num_moe_experts and actor.experts != Experts():
+        raise ConfigError(f"actor.experts is set, but {path} has no experts")
+    if actor.experts.bias_update_rate and not provider.moe_router_enable_expert_bias:
+        raise ConfigError(
+            f"actor.experts.bias_update_rate={actor.experts.bias_update_rate:g}, but the router of {path} "
+            "has no expert bias (models of the DeepSeek-V3 family have one)"
+        )
+    for module in actor.recompute_modules:
+        there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}
+        there["shared_experts"] = provider.moe_shared_expert_intermediate_size
+        if not there.get(module, True):
+            raise ConfigError(f"actor.recompute_modules: {path} has no {module} to recompute")

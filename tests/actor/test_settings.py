@@ -1,0 +1,77 @@
+"""Settings arrive in megatron-core under names it has, and none does nothing without a word."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_pmd.actor import settings
+from megatron_pmd.config import RunConfig, override
+from megatron_pmd.errors import ConfigError
+from tests.actor.tiny_models import config_for
+
+FP8 = ["model.precision=bf16", "actor.fp8.recipe=tensorwise"]
+
+
+def configured(*assignments: str) -> RunConfig:
+    return override(config_for(Path("model")), list(assignments))
+
+
+def names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def test_every_field_that_we_set_is_one_of_megatron_core() -> None:
+    full = configured(
+        *FP8, "actor.fp8.parameter_gather=true", "actor.fp8.first_layers_bf16=1", "layout.expert=2",
+        "layout.data=2", "layout.pipeline=2", "layout.virtual_pipeline=2", "actor.experts.dispatcher=deepep",
+        "actor.recompute=selective", 'actor.recompute_modules=["mlp"]', "optimizer.moments=bf16",
+    )  # fmt: skip
+    # Megatron-Bridge's provider has autocast_dtype, the fused cross entropy, and what is left of GPTModel
+    beyond = {"cross_entropy_loss_fusion"}
+    assert settings.transformer_fields(full).keys() - names(TransformerConfig) <= beyond
+    assert settings.DECIDED_BY.keys() <= names(TransformerConfig)
+    assert settings.optimizer_fields(full).keys() <= names(OptimizerConfig)
+    assert settings.data_parallel_fields(full).keys() <= names(DistributedDataParallelConfig)
+
+
+def test_megatron_core_accepts_the_fp8_settings_that_we_let_through() -> None:
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        chosen = configured("model.precision=bf16", f"actor.fp8.recipe={recipe}", "layout.tensor=2")
+        fields = settings.transformer_fields(chosen)
+        core = TransformerConfig(
+            num_layers=4, hidden_size=64, num_attention_heads=4,
+            **{name: value for name, value in fields.items() if name in names(TransformerConfig)},
+        )  # fmt: skip
+        assert core.fp8_recipe == recipe and not core.fp8_dot_product_attention
+        assert settings.row_multiple(chosen) % (2 * 16) == 0
+
+
+def test_a_field_that_a_setting_of_ours_decides_is_refused_beside_it() -> None:
+    with pytest.raises(ConfigError, match=r"decided by layout\.tensor: set that"):
+        settings.transformer_fields(configured('actor.megatron={"tensor_model_parallel_size": 2}'))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA answers")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "actor.fp8.recipe=mxfp8",
+        "optimizer.offload=0.5",
+        "optimizer.moments=bf16",
+        "actor.experts.dispatcher=deepep",
+    ],
+)
+def test_what_only_cuda_can_do_is_refused_without_it(setting: str) -> None:
+    chosen = configured("model.precision=bf16", "layout.data=2", "layout.expert=2", setting)
+    with pytest.raises(ConfigError, match="needs CUDA, and this machine has none") as caught:
+        settings.refuse_without_cuda(chosen)
+    assert setting in str(caught.value)
+    settings.refuse_without_cuda(configured("model.precision=bf16"))
