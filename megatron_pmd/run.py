@@ -136,7 +136,7 @@ class Run:
             set_advantages(samples, self.config)
             write_rollout(self.folder / "rollouts" / f"{t}.parquet", samples, t)
             self._note_rollout(samples)
-            batch = RolloutBatch.pack(samples)
+            batch = RolloutBatch.pack(samples, weight_version=t)
         batch = self.control.from_driver(batch)
         if self._stop_after == "rollout":
             raise StopRequested
@@ -154,7 +154,8 @@ class Run:
         }
 
     def schedule(self, batch: RolloutBatch) -> list[batching.Microbatches]:
-        """This rank's micro-batches of each optimizer step."""
+        """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
+        batch.refuse_undeclared_versions(max_staleness=0)
         steps = batching.steps_of_groups(batch.groups, self.config.batch.prompts_per_step)
         return [self.actor.microbatches(batch, samples) for samples in steps]
 
@@ -168,20 +169,19 @@ class Run:
             (report.tokens, report.sum_absolute, report.max_absolute, report.entropy_sum)
         )
         tokens = sum(part[0] for part in parts)
-        mean, largest = sum(part[1] for part in parts) / tokens, max(part[2] for part in parts)
+        mean, largest = sum(part[1] for part in parts) / max(tokens, 1), max(part[2] for part in parts)
         self._iteration_values |= {
             "sync/mean_abs_difference": mean,
             "sync/max_abs_difference": largest,
-            "entropy": sum(part[3] for part in parts) / tokens,
+            "entropy": sum(part[3] for part in parts) / max(tokens, 1),
         }
         defaults = LOG_PROB_BOUNDS[self.config.model.precision]
         mean_bound = self.config.sync.mean_log_prob_difference or defaults[0]
         max_bound = self.config.sync.max_log_prob_difference or defaults[1]
         if not (mean <= mean_bound and largest <= max_bound):
-            versions = sorted(set(batch.weight_versions.tolist()))
             raise StaleWeights(
-                f"the engines' log-probabilities under weight version {versions} differ from the actor's by "
-                f"{mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
+                f"the engines' log-probabilities under weight version {batch.weight_version} differ from the "
+                f"actor's by {mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
                 f"(bounds {mean_bound:g} and {max_bound:g}): "
                 "the engines do not serve the actor's weights, or the two compute another model"
             )

@@ -27,7 +27,8 @@ class AnchorReport:
     """log π_t of the sampled tokens that this rank trains on, and how far the engine's are from them.
 
     log_probs    fp32 [tokens of the rollout], NaN where another rank computes them
-    sum_absolute, max_absolute   over |log π_t − log π_b| of this rank's response tokens; tokens counts them
+    sum_absolute, max_absolute   over |log π_t − log π_b| of those of this rank's response tokens that the
+                 engines sampled under the batch's weight version; tokens counts them
     entropy_sum  of the same tokens, nats
     """
 
@@ -83,15 +84,18 @@ class Actor:
         """One forward pass over the micro-batches: log π of each response token under the current weights."""
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
+        current = torch.from_numpy(batch.token_versions == batch.weight_version)
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
             log_probs, entropy = self._token_log_probs(microbatch, logits)
-            result[microbatch.source.cpu()] = log_probs.cpu()
-            entropy_sum.add_(entropy.sum().cpu())
+            source = microbatch.source.cpu()
+            result[source] = log_probs.cpu()
+            entropy_sum.add_(entropy.cpu()[current[source]].sum())
 
         run_schedule(self.model, batch, microbatches, keep, forward_only=True)
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
-        difference = (result - torch.from_numpy(batch.engine_log_probs))[computed].abs().double()
+        compared = computed & current
+        difference = (result - torch.from_numpy(batch.engine_log_probs))[compared].abs().double()
         return AnchorReport(
             log_probs=result,
             sum_absolute=float(difference.sum()),
@@ -113,6 +117,7 @@ class Actor:
         Raises NonFiniteLoss on all ranks; what is saved of the run is then its last checkpoint.
         """
         engine = torch.from_numpy(batch.engine_log_probs)
+        counted = torch.from_numpy(batch.counted)
         advantages = torch.from_numpy(batch.advantages).float()
         reports: list[tuple[PackedMicrobatch, LossTerms]] = []
 
@@ -126,7 +131,7 @@ class Actor:
                     log_probs=log_probs,
                     anchor_log_probs=anchor[source].to(logits.device),
                     engine_log_probs=engine[source].to(logits.device),
-                    mask=torch.ones_like(log_probs),
+                    mask=counted[source].to(logits.device),
                     sequence=microbatch.sequence,
                     advantages=advantages[microbatch.samples].to(logits.device),
                 )

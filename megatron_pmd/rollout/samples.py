@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_pmd.errors import DataError
+from megatron_pmd.errors import DataError, StaleWeights
+
+NOT_SAMPLED = -1
+"""In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive response tokens of one origin."""
+
+    tokens: int
+    """How many."""
+    weight_version: int
+    """The weights that sampled them; NOT_SAMPLED for inserted ones."""
+    counted: bool = True
+    """Whether they count in the loss: not those that were inserted, nor what a setting excludes."""
 
 
 @dataclass
@@ -32,15 +47,22 @@ class Sample:
     prompt_tokens: list[int]
     response_tokens: list[int]
     engine_log_probs: list[float]
-    """log π_b of each response token at the sampling temperature."""
+    """log π_b of each response token at the sampling temperature; 0 for inserted ones."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop`, `length` or `repetition`."""
     weight_version: int
+    """The weights that sampled its last token."""
     seed: int
     reward: float = 0.0
     advantage: float = 0.0
     reward_error: str | None = None
     """Why the reward is 0 although the grader gave no verdict."""
+    segments: list[Segment] = field(default_factory=list)
+    """The response in order; if none are given, one: sampled under weight_version, all of it counted."""
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            self.segments = [Segment(len(self.response_tokens), self.weight_version)]
 
 
 SCHEMA = pa.schema(
@@ -60,6 +82,12 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
         ("reward_error", pa.string()),
+        (
+            "segments",
+            pa.list_(
+                pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64()), ("counted", pa.bool_())])
+            ),
+        ),
     ]
 )
 
@@ -79,7 +107,8 @@ def read_rollout(path: Path) -> tuple[list[Sample], int]:
     try:
         table = pq.read_table(path)
         iteration = json.loads(table.schema.metadata[b"iteration"])
-        samples = [Sample(**row) for row in table.to_pylist()]
+        rows = table.to_pylist()
+        samples = [Sample(**row | {"segments": [Segment(**s) for s in row["segments"]]}) for row in rows]
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a rollout file of this program: {error}") from None
     if not samples:
@@ -97,7 +126,9 @@ class RolloutBatch:
     prompt_lengths   int64   [samples]
     groups           int64   [samples]
     rewards, advantages float64 [samples]
-    weight_versions  int64   [samples]
+    weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
+    token_versions   int32   [tokens]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
+    counted          bool    [tokens]  whether it counts in the loss; False at prompt tokens
     """
 
     tokens: np.ndarray
@@ -107,7 +138,9 @@ class RolloutBatch:
     groups: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
-    weight_versions: np.ndarray
+    weight_version: int
+    token_versions: np.ndarray
+    counted: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -122,8 +155,15 @@ class RolloutBatch:
         return self.lengths - self.prompt_lengths
 
     @classmethod
-    def pack(cls, samples: list[Sample]) -> RolloutBatch:
+    def pack(cls, samples: list[Sample], weight_version: int | None = None) -> RolloutBatch:
+        """weight_version: see there; None: the newest that any sample has."""
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
+        pieces = [
+            piece
+            for s in samples
+            for piece in (Segment(len(s.prompt_tokens), NOT_SAMPLED, counted=False), *s.segments)
+        ]
+        piece_lengths = [piece.tokens for piece in pieces]
         return cls(
             tokens=np.concatenate(
                 [np.asarray(s.prompt_tokens + s.response_tokens, np.int32) for s in samples]
@@ -136,5 +176,24 @@ class RolloutBatch:
             groups=np.array([s.group for s in samples], np.int64),
             rewards=np.array([s.reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
-            weight_versions=np.array([s.weight_version for s in samples], np.int64),
+            weight_version=(
+                max(s.weight_version for s in samples) if weight_version is None else weight_version
+            ),
+            token_versions=np.repeat(np.array([p.weight_version for p in pieces], np.int32), piece_lengths),
+            counted=np.repeat(np.array([p.counted for p in pieces], bool), piece_lengths),
         )
+
+    def refuse_undeclared_versions(self, max_staleness: int) -> None:
+        """StaleWeights unless every sampled token is of the batch's weights or of at most so many before."""
+        sampled = self.token_versions[self.token_versions != NOT_SAMPLED]
+        oldest = self.weight_version - max_staleness
+        found = sorted(set(sampled[(sampled < oldest) | (sampled > self.weight_version)].tolist()))
+        if found:
+            raise StaleWeights(
+                f"the rollout of weight version {self.weight_version} has tokens sampled under {found}; "
+                + (
+                    f"rollout.partial.max_staleness={max_staleness} declares {oldest} the oldest"
+                    if max_staleness
+                    else "without rollout.partial all of it must be of one version"
+                )
+            )
