@@ -1,0 +1,186 @@
+"""A model's shape and its parameters, from the fields of a Hugging Face config.json. Imports no torch.
+
+The shapes of the recipes' models are data, models.json: a login node has neither the weights nor the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_pmd.errors import ModelError
+
+MODELS = Path(__file__).with_name("models.json")
+
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Parameters of one layer's attention by how tensor parallelism treats them, and what it caches."""
+
+    split: int
+    """Parameters that tensor parallelism divides."""
+    replicated: int
+    """Parameters that every tensor-parallel rank holds: norms, and the down-projections of latent attention."""
+    cached_values: int
+    """Numbers the KV cache keeps for one token in this layer, over all heads."""
+    cache_heads: int
+    """Into how many parts those can be divided among ranks: key-value heads; 1 for latent attention."""
+    query_values: int
+    """Width of the attention's output before its last projection: heads x value width."""
+    score_width: int
+    """heads x (query-key width + value width): operations of one token with one other are twice this."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory and its arithmetic."""
+
+    name: str
+    source: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    attention: Attention
+    dense_intermediate: int
+    """Width of the feed-forward part of layers without experts."""
+    dense_layers: int
+    """The first so many layers have no experts."""
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    shared_intermediate: int
+    """Width of the experts that see every token, together."""
+    tied_embeddings: bool
+    context_limit: int
+    """Positions the model was made for."""
+
+    def feed_forward(self, layer: int) -> tuple[int, int, int]:
+        """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
+        if layer < self.dense_layers:
+            return 3 * self.hidden * self.dense_intermediate, 0, 0
+        return 3 * self.hidden * self.shared_intermediate, self.hidden * self.experts, self.routed
+
+    @property
+    def routed(self) -> int:
+        """Parameters of one layer's routed experts."""
+        return self.experts * 3 * self.hidden * self.expert_intermediate
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+    def layer(self, number: int) -> tuple[int, int, int]:
+        """(split, replicated, routed experts') parameters of a whole layer, its two norms included."""
+        split, replicated, routed = self.feed_forward(number)
+        return (
+            split + self.attention.split,
+            replicated + self.attention.replicated + 2 * self.hidden,
+            routed,
+        )
+
+    @property
+    def total(self) -> int:
+        """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
+        return ends + sum(sum(self.layer(number)) for number in range(self.layers))
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token passes: all but the experts it is not routed to."""
+        if not self.experts:
+            return self.total
+        idle = self.routed * (self.experts - self.experts_per_token) // self.experts
+        return self.total - idle * (self.layers - self.dense_layers)
+
+
+def shape_of(path: str) -> Shape:
+    """The shape of the model at model.path: its config.json where the folder exists, else from models.json.
+
+    Raises ModelError for a model that is neither there nor known, or of a family this module cannot count.
+    """
+    file, name = Path(path) / "config.json", Path(path).name
+    if file.is_file():
+        return from_config(name, str(file), json.loads(file.read_text()))
+    known = json.loads(MODELS.read_text())
+    if name not in known:
+        raise ModelError(
+            f"{path}: no such model folder, and no known shape is called {name} (there are: {', '.join(known)}); "
+            "put the model's config.json there"
+        )
+    return from_config(name, known[name]["source"], known[name]["config"])
+
+
+def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
+    """Read the fields of a Hugging Face config.json. Raises ModelError for a family it cannot count."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"{source}: cannot count a model of type {family}; known: {', '.join(FAMILIES)}")
+    latent = family in ("deepseek_v3", "kimi_k2")
+    experts = config.get("n_routed_experts" if latent else "num_experts") or 0
+    if not latent and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise ModelError(f"{source}: layers without experts between layers with experts cannot be counted")
+    shared = (config.get("n_shared_experts") or 0) * config.get("moe_intermediate_size", 0)
+    layers = config["num_hidden_layers"]
+    return Shape(
+        name=name,
+        source=source,
+        vocabulary=config["vocab_size"],
+        hidden=config["hidden_size"],
+        layers=layers,
+        heads=config["num_attention_heads"],
+        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        attention=_latent_attention(config) if latent else _grouped_attention(family, config),
+        dense_intermediate=config["intermediate_size"],
+        dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
+        experts=experts,
+        experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+        expert_intermediate=config.get("moe_intermediate_size", 0) if experts else 0,
+        shared_intermediate=shared,
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        context_limit=config.get("max_position_embeddings", 0),
+    )
+
+
+def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim") or hidden // heads
+    projections = hidden * width * (heads + 2 * groups) + heads * width * hidden
+    biases = width * (heads + 2 * groups) if family == "qwen2" or config.get("attention_bias") else 0
+    if config.get("attention_bias") and family != "qwen2":
+        biases += hidden  # the output projection has one too
+    return Attention(
+        split=projections + biases,
+        replicated=2 * width if family.startswith("qwen3") else 0,
+        cached_values=2 * groups * width,
+        cache_heads=groups,
+        query_values=heads * width,
+        score_width=2 * heads * width,
+    )
+
+
+def _latent_attention(config: dict[str, Any]) -> Attention:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    latent, compressed = config["kv_lora_rank"], config.get("q_lora_rank")
+    down = hidden * (latent + config["qk_rope_head_dim"])
+    up = latent * heads * (config["qk_nope_head_dim"] + config["v_head_dim"])
+    out = heads * config["v_head_dim"] * hidden
+    if compressed:
+        query_split, query_replicated = compressed * heads * key, hidden * compressed + compressed
+    else:
+        query_split, query_replicated = hidden * heads * key, 0
+    return Attention(
+        split=query_split + up + out,
+        replicated=query_replicated + down + latent,
+        cached_values=latent + config["qk_rope_head_dim"],
+        cache_heads=1,
+        query_values=heads * config["v_head_dim"],
+        score_width=heads * (key + config["v_head_dim"]),
+    )
