@@ -1,4 +1,4 @@
-"""The command line: megatron-pmd train · evaluate · report · doctor."""
+"""The command line: megatron-pmd train · evaluate · plan · report · doctor."""
 
 from __future__ import annotations
 
@@ -77,6 +77,22 @@ def evaluate(
     from megatron_pmd.evaluate import Asked, main
 
     main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a recipe's name, or a config.json written by a run")],
+    settings: Settings = None,
+    cluster: Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")] = "h100",
+) -> None:
+    """What a run needs of a cluster, before it queues: memory, KV cache, checkpoint, time. Exit 1 if it cannot fit."""
+    from megatron_pmd.launch.cluster import load_cluster
+    from megatron_pmd.plan.planning import check, make_plan
+    from megatron_pmd.plan.table import show
+
+    made = make_plan(configuration(recipe, settings or []), load_cluster(cluster).machines)
+    show(made)
+    check(made)
 
 
 @app.command()

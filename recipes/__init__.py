@@ -9,6 +9,16 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 
 RECIPES: dict[str, str] = {
+    "deepseek_v3_256xh100": "recipes.deepseek_v3_256xh100:deepseek_v3_256xh100",
+    "kimi_k2_1t_512xh100": "recipes.kimi_k2_1t_512xh100:kimi_k2_1t_512xh100",
+    "moonlight_16b_a3b_16xh100": "recipes.moonlight_16b_a3b_16xh100:moonlight_16b_a3b_16xh100",
+    "qwen2_5_7b_dapo_8xh100": "recipes.qwen2_5_7b_dapo_8xh100:qwen2_5_7b_dapo_8xh100",
+    "qwen3_235b_a22b_128xh100": "recipes.qwen3_235b_a22b_128xh100:qwen3_235b_a22b_128xh100",
+    "qwen3_30b_a3b_dapo_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_dapo_32xh100",
+    "qwen3_30b_a3b_dapo_tau005_32xh100": (
+        "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_dapo_tau005_32xh100"
+    ),
+    "qwen3_30b_a3b_fp8_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_fp8_32xh100",
     "smollm2_135m_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_cpu",
     "tiny_moe_cpu": "recipes.tiny_moe_cpu:tiny_moe_cpu",
 }

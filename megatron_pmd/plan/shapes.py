@@ -24,7 +24,7 @@ class Attention:
     split: int
     """Parameters that tensor parallelism divides."""
     replicated: int
-    """Parameters that every tensor-parallel rank holds: norms, and the down-projections of latent attention."""
+    """Parameters that every tensor-parallel rank holds: norms, down-projections of latent attention."""
     cached_values: int
     """Numbers the KV cache keeps for one token in this layer, over all heads."""
     cache_heads: int
@@ -110,7 +110,8 @@ def shape_of(path: str) -> Shape:
     known = json.loads(MODELS.read_text())
     if name not in known:
         raise ModelError(
-            f"{path}: no such model folder, and no known shape is called {name} (there are: {', '.join(known)}); "
+            f"{path}: no such model folder, and no known shape is called {name} "
+            f"(there are: {', '.join(known)}); "
             "put the model's config.json there"
         )
     return from_config(name, known[name]["source"], known[name]["config"])

@@ -1,0 +1,74 @@
+"""What a plan assumes of the machines: data-sheet figures, and the shares of them that programs reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator. Peak figures are the maker's, dense, without sparsity."""
+
+    name: str
+    memory_bytes: int
+    bf16_flops: float
+    fp8_flops: float
+    memory_bytes_per_second: float
+    host_bytes_per_second: float
+    """Between device and pinned host memory, one direction."""
+
+
+# H100 SXM5 data sheet (NVIDIA, 2023); memory as nvidia-smi reports it, 81,559 MiB; PCIe 5 x16: about 50 GB/s
+H100 = Device("H100", 81_559 * 2**20, 989e12, 1979e12, 3.35e12, 50e9)
+# H200 SXM data sheet (NVIDIA, 2024); 143,771 MiB
+H200 = Device("H200", 143_771 * 2**20, 989e12, 1979e12, 4.8e12, 50e9)
+# one core of a server processor: an order of magnitude
+CPU = Device("CPU core", 0, 5e10, 5e10, 1e10, 1e10)
+
+DEVICES = {"h100": H100, "h200": H200, "cpu": CPU}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The nodes a run gets."""
+
+    device: Device
+    devices_per_node: int
+    host_memory_bytes: int
+    """Of one node."""
+    storage_bytes_per_second: float
+    """Written to the shared folder by one node."""
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether actors and engines live in the node's own memory: there is no accelerator."""
+        return self.device.memory_bytes == 0
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Everything the plan takes for granted; printed with it."""
+
+    train_efficiency: float = 0.35
+    """Share of peak FLOP/s in the update; published MoE runs on H100 reach 0.2 to 0.4 (docs/recipes.md)."""
+    forward_efficiency: float = 0.40
+    decode_bandwidth_share: float = 0.6
+    """Of memory bandwidth, while decoding."""
+    decode_overhead_seconds: float = 0.004
+    """For each decoding step: launches, sampling, scheduling."""
+    response_share: float = 0.5
+    """Mean response as a share of batch.max_response_tokens."""
+    sync_bytes_per_second: float = 10e9
+    """At which all of the weights pass from actors to engines, gathering included."""
+    actor_left_over_bytes: float = 5e9
+    """CUDA context, NCCL buffers and fragments that stay while engines generate."""
+    engine_left_over_bytes: float = 3e9
+    """CUDA context, graphs and NCCL buffers that stay while actors train."""
+    expert_imbalance: float = 1.5
+    """Tokens of the busiest expert-parallel rank over their mean."""
+    process_host_bytes: float = 8e9
+    """Host memory of one actor rank and its share of an engine, without what is offloaded."""
+    cpu_process_bytes: float = 2.2e9
+    """The same without CUDA's libraries."""
+    safety: float = 0.95
+    """Of a memory, the share a plan may fill."""

@@ -1,0 +1,34 @@
+"""What the mathematics recipes share: DAPO-Math-17k for training, AIME 2024 and 2025 held out, a reward of ±1.
+
+`tools/prepare_dapo.py` writes both files from local copies of the published ones.
+"""
+
+from __future__ import annotations
+
+from megatron_pmd.config import Data, Evaluation, FileSource, Reward
+from megatron_pmd.data.problems import Problem
+
+
+def mathematics() -> Data:
+    """Prompts as DAPO published them: the question with its instruction is one user message."""
+    return Data(
+        train=FileSource(path="data/dapo-math-17k.jsonl"),
+        evaluation=FileSource(path="data/aime-2024-2025.jsonl"),
+    )
+
+
+def plus_minus_one() -> Reward:
+    """The rule reward of the paper (arXiv 2602.05933): 1 for a right answer, -1 for a wrong one."""
+    return Reward(name="recipes.dapo:signed_score", answer="whole", workers=16, timeout_seconds=10.0)
+
+
+def mean_of_32() -> Evaluation:
+    """60 problems, 32 answers each, every 10 iterations, sampled as in training."""
+    return Evaluation(every=10, prompts=60, samples_per_prompt=32)
+
+
+def signed_score(response: str, problem: Problem) -> float:
+    """1 if the last expression of the response equals the answer, else -1."""
+    from megatron_pmd.rewards.mathematics import score
+
+    return 2 * score(response, problem) - 1
