@@ -85,7 +85,7 @@ def plan(
     settings: Settings = None,
     cluster: Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")] = "h100",
 ) -> None:
-    """What a run needs of a cluster, before it queues: memory, KV cache, checkpoint, time. Exit 1 if it cannot fit."""
+    """What a run needs of a cluster, before it queues; exit code 1 when it cannot fit."""
     from megatron_pmd.launch.cluster import load_cluster
     from megatron_pmd.plan.planning import check, make_plan
     from megatron_pmd.plan.table import show

@@ -1,4 +1,4 @@
-"""What the mathematics recipes share: DAPO-Math-17k for training, AIME 2024 and 2025 held out, a reward of ±1.
+"""What the mathematics recipes share: DAPO-Math-17k to train on, AIME 2024 and 2025 held out, rewards of ±1.
 
 `tools/prepare_dapo.py` writes both files from local copies of the published ones.
 """

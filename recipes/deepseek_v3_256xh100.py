@@ -20,8 +20,9 @@ from recipes.dapo import mathematics, mean_of_32, plus_minus_one
 def deepseek_v3_256xh100() -> RunConfig:
     """DeepSeek-V3-Base on DAPO-Math-17k: 32 nodes of 8 H100.
 
-    Pipeline stages of 8 layers, 7 in the first, 6 in the last beside the logits; expert 32 as in Megatron-Bridge's
-    recipe for 32 nodes. An engine in FP8, as the model was published, spans 4 nodes, its attention data-parallel 8 ways.
+    Pipeline stages of 8 layers, 7 in the first, 6 in the last beside the logits; expert 32 as in
+    Megatron-Bridge's recipe for 32 nodes. An engine in FP8, as the model was published, spans 4 nodes, its
+    attention data-parallel 8 ways.
     """
     return RunConfig(
         name="deepseek_v3_256xh100",

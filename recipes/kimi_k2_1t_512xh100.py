@@ -21,7 +21,8 @@ def kimi_k2_1t_512xh100() -> RunConfig:
     """Kimi-K2-Base on DAPO-Math-17k: 64 nodes of 8 H100, the size that the K2 report trained on.
 
     Pipeline stages of 4 layers, 3 in the first, 2 in the last beside the logits, and expert 32, after
-    Megatron-Bridge's recipe. An engine in FP8, as the model was published, spans 4 nodes, its attention data-parallel 8 ways.
+    Megatron-Bridge's recipe. An engine in FP8, as the model was published, spans 4 nodes,
+    its attention data-parallel 8 ways.
     """
     return RunConfig(
         name="kimi_k2_1t_512xh100",

@@ -18,9 +18,10 @@ from recipes.dapo import mathematics, mean_of_32, plus_minus_one
 
 
 def moonlight_16b_a3b_16xh100() -> RunConfig:
-    """Moonlight-16B-A3B on DAPO-Math-17k: 2 nodes of 8 H100. Tensor 2 and expert 8 as in Megatron-Bridge's recipe.
+    """Moonlight-16B-A3B on DAPO-Math-17k: 2 nodes of 8 H100.
 
-    The model was made for 8k positions: 1k of prompt and 7k of response fill them.
+    Tensor 2 and expert 8 as in Megatron-Bridge's recipe. The model was
+    made for 8k positions: 1k of prompt and 7k of response fill them.
     """
     return RunConfig(
         name="moonlight_16b_a3b_16xh100",

@@ -20,8 +20,8 @@ from recipes.dapo import mathematics, mean_of_32, plus_minus_one
 def qwen2_5_7b_dapo_8xh100() -> RunConfig:
     """Qwen2.5-7B on DAPO-Math-17k: one node of 8 H100, four engines of two.
 
-    The algorithm's settings are those of qwen3_30b_a3b_dapo_32xh100, with a quarter of its prompts. The context
-    follows the 4k limit that the base model's RL runs of the DAPO line commonly use.
+    The algorithm's settings are those of qwen3_30b_a3b_dapo_32xh100, with a quarter of its prompts and half
+    its response length.
     """
     return RunConfig(
         name="qwen2_5_7b_dapo_8xh100",

@@ -40,8 +40,8 @@ class Container(Frozen):
 
 class Network(Frozen):
     socket_interfaces: list[str] = []
-    """Tried in this order on every node; the first that exists carries rendezvous, control and HTTP. Empty: the
-    interface of the route to the first node."""
+    """Tried in this order on every node; the first that exists carries rendezvous, control and HTTP. Empty:
+    the interface of the route to the first node."""
     environment: dict[VariableName, str] = {}
     """NCCL's own variables."""
 

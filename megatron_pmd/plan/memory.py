@@ -17,7 +17,7 @@ Owners = dict[str, float]
 """Bytes by owner."""
 
 CACHE_SHARE = 0.85
-"""What an engine takes of a device for weights and KV cache, unless rollout.sglang has mem_fraction_static."""
+"""Of a device, for an engine's weights and KV cache, unless rollout.sglang has mem_fraction_static."""
 ROLLOUT_TOKEN_BYTES = 64
 """A sampled token on the driver: ids, log-probabilities and text, in the plan of samples and packed."""
 

@@ -123,7 +123,9 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
     if family not in FAMILIES:
         raise ModelError(f"{source}: cannot count a model of type {family}; known: {', '.join(FAMILIES)}")
     latent = family in ("deepseek_v3", "kimi_k2")
-    experts = config.get("n_routed_experts" if latent else "num_experts") or 0
+    # transformers 5 writes num_local_experts where the published files of Qwen say num_experts
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    experts = next((config[name] for name in names if config.get(name)), 0)
     if not latent and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ModelError(f"{source}: layers without experts between layers with experts cannot be counted")
     shared = (config.get("n_shared_experts") or 0) * config.get("moe_intermediate_size", 0)
