@@ -247,13 +247,14 @@ def check_model(provider: Any, config: RunConfig) -> None:
         ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
         # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
         ("rows of the vocabulary", provider.vocab_size, "tensor", layout.tensor),
-        (
-            "layers",
-            provider.num_layers,
-            "pipeline x virtual_pipeline" if stages > layout.pipeline else "pipeline",
-            stages,
-        ),
     ]
+    # megatron-core itself checks the rest when the first or last stage has a number of layers of its own
+    if (
+        not {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+        & actor.megatron.keys()
+    ):
+        key = "pipeline x virtual_pipeline" if stages > layout.pipeline else "pipeline"
+        rules.append(("layers", provider.num_layers, key, stages))
     latent = getattr(provider, "multi_latent_attention", False)
     if not latent:
         rules.append(("key-value heads", provider.num_query_groups, "tensor", layout.tensor))

@@ -59,8 +59,8 @@ def cost(
     tokens = batch.samples_per_rollout * length
     forward = tokens * forward_flops_per_token(shape, length / 2)
     update = forward * (4 if config.actor.recompute == "full" else 3)
-    bubble = 1 + (config.layout.pipeline - 1) / microbatches_per_step(config)
-    peak = ranks * device.bf16_flops
+    bubble = 1 + (config.layout.pipeline - 1) / config.layout.virtual_pipeline / microbatches_per_step(config)
+    peak = ranks * (device.fp8_flops if config.actor.fp8 else device.bf16_flops)
     moved = max(stage.weight_bytes + stage.optimizer_bytes for stage in all_stages)
     nodes = -(-ranks // machines.devices_per_node)
     weight_bytes = shape.total * BYTES[config.model.precision]

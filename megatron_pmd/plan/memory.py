@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_pmd.config import RunConfig
 from megatron_pmd.plan.hardware import Assumptions, Machines
 from megatron_pmd.plan.shapes import Shape
-from megatron_pmd.plan.sharding import BYTES, OPTIMIZER_BYTES, Stage
+from megatron_pmd.plan.sharding import BYTES, Stage, optimizer_bytes_each
 
 Owners = dict[str, float]
 """Bytes by owner."""
@@ -43,12 +43,16 @@ def activation_bytes(shape: Shape, config: RunConfig, stage: Stage, assume: Assu
     tokens, width = config.batch.max_tokens_per_microbatch, BYTES[config.model.precision]
     inputs = tokens * shape.hidden * width / config.layout.tensor  # sequence parallelism shares it out
     whole = max((_layer_bytes(shape, config, layer, assume) for layer in stage.layers), default=0.0)
-    in_flight = min(config.layout.pipeline - stage.number, microbatches_per_step(config))
+    pipeline, chunks, layers = config.layout.pipeline, config.layout.virtual_pipeline, len(stage.layers)
+    in_flight = float(min(pipeline - stage.number, microbatches_per_step(config)))
+    if chunks > 1:  # interleaved stages hold more: arXiv 2205.05198, section 4.2.3
+        in_flight *= 1 + (pipeline - 1) / (pipeline * chunks)
     if config.actor.recompute == "full":
-        # inputs of all layers in flight, and one layer computed again with its gradients
-        kept = in_flight * len(stage.layers) * inputs + 2 * whole
+        # inputs of all layers in flight, those not computed again, and one layer with its gradients
+        again = min(layers, (config.actor.recompute_layers or layers) * chunks)
+        kept = in_flight * (layers * inputs + (layers - again) * whole) + 2 * whole
     else:
-        kept = in_flight * len(stage.layers) * (whole + inputs)
+        kept = in_flight * layers * (whole + inputs)
     return kept + (_logits_bytes(shape, config) if stage.holds_logits else 0.0)
 
 
@@ -62,11 +66,15 @@ def _layer_bytes(shape: Shape, config: RunConfig, layer: int, assume: Assumption
     attention = shape.attention
     residual = 4 * shape.hidden / tensor  # two norms' inputs and outputs
     heads = (attention.score_width + attention.query_values + 2 * attention.cached_values) / tensor
-    dense = 3 * (shape.dense_intermediate if layer < shape.dense_layers else shape.shared_intermediate)
+    again, has_experts = config.actor.recompute_modules, layer >= shape.dense_layers
+    dense = 3 * (shape.shared_intermediate if has_experts else shape.dense_intermediate)
+    if ("shared_experts" if has_experts else "mlp") in again:
+        dense = 0
     values = residual + heads + dense / tensor
-    if layer >= shape.dense_layers:
+    if has_experts and "moe" not in again:
         # tokens arrive once for each expert chosen; input, gate and up, product, output
-        routed = 2 * shape.hidden + 3 * shape.expert_intermediate / config.layout.experts_tensor
+        widths = 2 if "moe_act" in again else 3
+        routed = 2 * shape.hidden + widths * shape.expert_intermediate / config.layout.experts_tensor
         values += assume.expert_imbalance * shape.experts_per_token / tensor * routed
     return tokens * values * width
 
@@ -143,7 +151,7 @@ def device_phases(
         return {
             "actor weights": stage.weight_bytes,
             "gradients": stage.gradient_bytes,
-            "optimizer": stage.optimizer_bytes,
+            "optimizer": stage.optimizer_bytes * (1 - config.optimizer.offload),
             "activations": activation_bytes(shape, config, stage, assume),
             "left-overs": actor_left + engine_left,
         }
@@ -192,4 +200,4 @@ def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
     """One sharded checkpoint: weights, and the optimizer's moments with its fp32 main parameters."""
     precision = config.model.precision
     main = 0 if precision == "bf16" else 4  # with fp32 the main copy is written beside the same weights
-    return shape.total * (BYTES[precision] + OPTIMIZER_BYTES[precision] + main)
+    return shape.total * (BYTES[precision] + optimizer_bytes_each(config) + main)

@@ -164,14 +164,14 @@ def _candidates(plan: Plan, growth: int) -> list[tuple[float, dict]]:
     powers = [2**i for i in range(int(math.log2(ranks)) + 1)]
     tensors = [size for size in powers if size <= per_node]
     engines = sorted({config.rollout.tensor_parallel, *powers})
-    recompute = sorted({config.actor.recompute, "full"}, key=lambda value: value != config.actor.recompute)
+    recompute = [config.actor.recompute, *(["full"] if config.actor.recompute != "full" else [])]
     experts = powers if plan.shape.experts else [1]
     found = []
     sizes = itertools.product(tensors, sorted({layout.pipeline, *powers}), experts, engines, recompute)
     for tensor, pipeline, expert, engine, again in sizes:
-        if ranks % (tensor * pipeline) or ranks % engine:
+        if ranks % (tensor * pipeline * layout.context) or ranks % engine:
             continue
-        data = ranks // (tensor * pipeline)
+        data = ranks // (tensor * pipeline * layout.context)
         pairs = [
             (tensor, layout.tensor),
             (pipeline, layout.pipeline),
@@ -182,6 +182,7 @@ def _candidates(plan: Plan, growth: int) -> list[tuple[float, dict]]:
         values = config.model_dump(mode="json")
         values["layout"] |= {"tensor": tensor, "pipeline": pipeline, "expert": expert, "data": data}
         values["rollout"]["tensor_parallel"] = engine
-        values["actor"]["recompute"] = again
+        if again != config.actor.recompute:
+            values["actor"] |= {"recompute": again, "recompute_modules": []}
         found.append((distance, values))
     return found

@@ -47,6 +47,7 @@ class Shape:
     heads: int
     key_value_heads: int
     attention: Attention
+    latent_attention: bool
     dense_intermediate: int
     """Width of the feed-forward part of layers without experts."""
     dense_layers: int
@@ -138,6 +139,7 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
         layers=layers,
         heads=config["num_attention_heads"],
         key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        latent_attention=latent,
         attention=_latent_attention(config) if latent else _grouped_attention(family, config),
         dense_intermediate=config["intermediate_size"],
         dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,

@@ -10,10 +10,19 @@ from megatron_pmd.plan.shapes import Shape
 
 BYTES = {"fp32": 4, "bf16": 2}
 
-# fp32 moments, and with bf16 parameters their fp32 main copy; fp32 parameters are their own main copy
-OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
 GRADIENT_BYTES = 4
 """Gradients are summed in fp32 (grad_reduce_in_fp32)."""
+
+
+def optimizer_bytes_each(config: RunConfig) -> int:
+    """Of one parameter: two moments, and for bf16 parameters an fp32 main copy. fp32 ones are their own."""
+    return 2 * BYTES[config.optimizer.moments] + (4 if config.model.precision == "bf16" else 0)
+
+
+def weight_bytes_each(config: RunConfig) -> int:
+    """Of one parameter on a device."""
+    fp8 = config.actor.fp8
+    return 1 if fp8 and fp8.parameter_gather else BYTES[config.model.precision]
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,9 @@ class Stage:
     """Ranks that share out the optimizer state of the dense parameters."""
     expert_shards: int
     holds_logits: bool
-    precision: str
+    bytes_each: int
+    """Of a weight."""
+    optimizer_bytes_each: int
 
     @property
     def parameters(self) -> int:
@@ -38,7 +49,7 @@ class Stage:
 
     @property
     def weight_bytes(self) -> int:
-        return self.parameters * BYTES[self.precision]
+        return self.parameters * self.bytes_each
 
     @property
     def gradient_bytes(self) -> int:
@@ -48,7 +59,7 @@ class Stage:
     def optimizer_bytes(self) -> float:
         """Mean over the ranks that share it; one rank's part differs by less than its padding."""
         share = self.dense / self.dense_shards + self.experts / self.expert_shards
-        return share * OPTIMIZER_BYTES[self.precision]
+        return share * self.optimizer_bytes_each
 
 
 def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
@@ -56,14 +67,15 @@ def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
 
     Raises LayoutError when the layers cannot be dealt out.
     """
-    stages, settings = config.layout.pipeline, config.actor.megatron
+    stages, chunks, settings = config.layout.pipeline, config.layout.virtual_pipeline, config.actor.megatron
     first = settings.get("num_layers_in_first_pipeline_stage")
     last = settings.get("num_layers_in_last_pipeline_stage")
     rest = layers - (first or 0) - (last or 0)
     middle = stages - (first is not None) - (last is not None)
-    if rest < 0 or (rest % middle if middle > 0 else rest):
+    if rest < 0 or (rest % (middle * chunks) if middle > 0 else rest):
+        virtual = f" x virtual_pipeline={chunks}" if chunks > 1 else ""
         raise LayoutError(
-            f"layout.pipeline={stages} does not divide the {layers} layers; choose another, or set "
+            f"layout.pipeline={stages}{virtual} does not divide the {layers} layers; choose another, or set "
             "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage in actor.megatron"
         )
     counts = [rest // middle if middle > 0 else 0] * stages
@@ -80,9 +92,10 @@ def check_divides(shape: Shape, config: RunConfig) -> None:
     layout = config.layout
     rules = [
         ("attention heads", shape.heads, "tensor", layout.tensor),
-        ("key-value heads", shape.key_value_heads, "tensor", layout.tensor),
         ("rows of the vocabulary", shape.vocabulary, "tensor", layout.tensor),
     ]
+    if not shape.latent_attention:
+        rules.append(("key-value heads", shape.key_value_heads, "tensor", layout.tensor))
     if shape.experts:
         rules.append(("experts", shape.experts, "expert", layout.expert))
     elif layout.expert > 1:
@@ -116,7 +129,8 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
                 dense_shards=layout.ranks // (layout.pipeline * layout.tensor),
                 expert_shards=layout.ranks // (layout.pipeline * layout.expert * layout.experts_tensor),
                 holds_logits=last,
-                precision=config.model.precision,
+                bytes_each=weight_bytes_each(config),
+                optimizer_bytes_each=optimizer_bytes_each(config),
             )
         )
     return result
