@@ -37,5 +37,9 @@ class NonFiniteLoss(PmdError):
     """A loss or gradient norm is NaN or infinite; names iteration and step."""
 
 
+class LaunchError(PmdError):
+    """A job cannot be submitted, or a node of it cannot take part; names the node."""
+
+
 class Interrupted(PmdError):
     """The user or the system asked the run to end; it can be resumed."""

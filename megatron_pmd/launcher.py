@@ -1,10 +1,11 @@
-"""Starting the actor ranks of one machine: what `torchrun` does, with an error a person can read."""
+"""Starting the actor ranks of a node: what `torchrun` does, with an error a person can read."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig, StopAfter
@@ -14,10 +15,38 @@ from megatron_pmd.weight_sync.push import shared_memory_key
 from megatron_pmd.worker import Order
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a job, and which of them this is."""
+
+    count: int
+    rank: int
+    ranks_per_node: int
+    rendezvous: str
+    """host:port on the job's first node, where torch's agents meet."""
+    attempt: int | None = None
+    """Which start of the run this is; each has logs of its own. None: not counted."""
+    address: str | None = None
+    """This node's, on the interface that the ranks talk over; None: its host name's."""
+
+
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
 ) -> None:
-    """Train on this machine, one process a rank, until all have ended.
+    """Train on this machine alone; see run_ranks."""
+    nodes = Nodes(1, 0, config.layout.ranks, "localhost:0")
+    run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+
+
+def run_ranks(
+    config: RunConfig,
+    folder: Path,
+    nodes: Nodes,
+    *,
+    replay: Path | None = None,
+    stop_after: StopAfter | None = None,
+) -> None:
+    """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
     The driver writes to this terminal, the others to folder/logs. Raises PmdError with the failing rank's own
     words, Interrupted after Ctrl-C or SIGTERM.
@@ -28,8 +57,9 @@ def run_here(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    order = folder / "logs" / "order.json"
+    logs = folder / "logs" / (f"attempt-{nodes.attempt}" if nodes.attempt else "")
+    logs.mkdir(parents=True, exist_ok=True)
+    order = logs / f"order-{nodes.rank}.json"
     Order(
         config=config.model_dump(mode="json"),
         folder=str(folder),
@@ -37,18 +67,19 @@ def run_here(
         stop_after=stop_after,
     ).write(order)
     os.environ["OMP_NUM_THREADS"] = str(config.actor.threads_per_rank)
-    ranks = config.layout.ranks
+    shown = 1 if nodes.rank == 0 else 0
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=nodes.ranks_per_node,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=config.name,
+        rdzv_endpoint=nodes.rendezvous,
+        run_id=f"{config.name}-{nodes.attempt}",
         max_restarts=0,
         monitor_interval=0.2,
+        local_addr=nodes.address,
         logs_specs=DefaultLogsSpecs(
-            log_dir=str(folder / "logs"), redirects=dict.fromkeys(range(1, ranks), Std.ALL)
+            log_dir=str(logs), redirects=dict.fromkeys(range(shown, nodes.ranks_per_node), Std.ALL)
         ),
     )
     try:
