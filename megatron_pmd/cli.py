@@ -1,4 +1,4 @@
-"""The command line: megatron-pmd train · evaluate · plan · report · doctor."""
+"""The command line: megatron-pmd train · evaluate · report · doctor, and those of launch/commands.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from megatron_pmd.config import RunConfig, StopAfter, load, override
-from megatron_pmd.errors import ConfigError, Interrupted, PmdError
+from megatron_pmd.config import StopAfter
+from megatron_pmd.errors import Interrupted, PmdError
+from megatron_pmd.launch import commands
+from recipes import configuration
 
 app = typer.Typer(
     help="Post-train language models by policy mirror descent.", no_args_is_help=True, add_completion=False,
@@ -18,20 +20,6 @@ app = typer.Typer(
 
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
 AnswerPart = Literal["whole", "last_integer", "last_line"]
-
-
-def configuration(recipe: str, settings: list[str]) -> RunConfig:
-    """The configuration a recipe's name or a config.json stands for, with the settings applied.
-
-    Raises ConfigError for an unknown recipe, naming those there are.
-    """
-    if recipe.endswith(".json"):
-        if not Path(recipe).is_file():
-            raise ConfigError(f"{recipe}: no such file")
-        return override(load(Path(recipe)), settings)
-    from recipes import recipe as by_name
-
-    return override(by_name(recipe), settings)
 
 
 @app.command()
@@ -80,22 +68,6 @@ def evaluate(
 
 
 @app.command()
-def plan(
-    recipe: Annotated[str, typer.Argument(help="a recipe's name, or a config.json written by a run")],
-    settings: Settings = None,
-    cluster: Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")] = "h100",
-) -> None:
-    """What a run needs of a cluster, before it queues; exit code 1 when it cannot fit."""
-    from megatron_pmd.launch.cluster import load_cluster
-    from megatron_pmd.plan.planning import check, make_plan
-    from megatron_pmd.plan.table import show
-
-    made = make_plan(configuration(recipe, settings or []), load_cluster(cluster).machines)
-    show(made)
-    check(made)
-
-
-@app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write RUN/report.html: curves, phase ledger, samples, configuration, in one file."""
     from megatron_pmd.observe.report import write_report
@@ -109,6 +81,10 @@ def doctor() -> None:
     from megatron_pmd import doctor as checks
 
     raise typer.Exit(checks.main())
+
+
+for command in (commands.plan, commands.launch, commands.status, commands.logs, commands.cancel):
+    app.command()(command)
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ def run_ranks(
 ) -> None:
     """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
-    The driver writes to this terminal, the others to folder/logs. Raises PmdError with the failing rank's own
-    words, Interrupted after Ctrl-C or SIGTERM.
+    The first rank of the node writes to this terminal, the others to folder/logs. Raises PmdError with the
+    failing rank's own words, Interrupted after Ctrl-C or SIGTERM.
     """
     # the agent's own account of a failure is longer than the failure, which is shown below
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
@@ -67,7 +67,6 @@ def run_ranks(
         stop_after=stop_after,
     ).write(order)
     os.environ["OMP_NUM_THREADS"] = str(config.actor.threads_per_rank)
-    shown = 1 if nodes.rank == 0 else 0
     launch = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -79,7 +78,7 @@ def run_ranks(
         monitor_interval=0.2,
         local_addr=nodes.address,
         logs_specs=DefaultLogsSpecs(
-            log_dir=str(logs), redirects=dict.fromkeys(range(shown, nodes.ranks_per_node), Std.ALL)
+            log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
     )
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from pathlib import Path
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, load, override
 from megatron_pmd.errors import ConfigError
 
 RECIPES: dict[str, str] = {
@@ -33,3 +34,15 @@ def recipe(name: str) -> RunConfig:
         raise ConfigError(f"{name} is not a recipe{hint}; there are: {', '.join(sorted(RECIPES))}")
     module, _, function = RECIPES[name].partition(":")
     return getattr(importlib.import_module(module), function)()
+
+
+def configuration(name_or_file: str, settings: list[str]) -> RunConfig:
+    """The configuration that a recipe's name or a config.json stands for, with settings applied.
+
+    Raises ConfigError for an unknown recipe, naming those there are.
+    """
+    if not name_or_file.endswith(".json"):
+        return override(recipe(name_or_file), settings)
+    if not Path(name_or_file).is_file():
+        raise ConfigError(f"{name_or_file}: no such file")
+    return override(load(Path(name_or_file)), settings)

@@ -8,10 +8,9 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from megatron_pmd.cli import configuration
 from megatron_pmd.config import RunConfig, build, known_keys, override
 from megatron_pmd.errors import ConfigError, LayoutError
-from recipes import RECIPES, recipe
+from recipes import RECIPES, configuration, recipe
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ import numpy as np
 import psutil
 import typer
 
-from megatron_pmd.cli import configuration
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptSource, sample_seed, tokenize
 from megatron_pmd.data.sources import load_problems
@@ -40,6 +39,7 @@ from megatron_pmd.rollout.control import EngineControl
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 from megatron_pmd.rollout.sampler import Sampler, SamplingPlan, stop_tokens
 from megatron_pmd.rollout.samples import RolloutBatch, write_rollout
+from recipes import configuration
 from tools import bench_update as bench_update_sides
 
 ROOT = Path(__file__).parents[1]

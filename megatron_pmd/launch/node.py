@@ -1,7 +1,7 @@
 """One node of a Slurm job, `python -m megatron_pmd.launch.node`: checks it, then starts its ranks.
 
-slurm/train.sbatch sets the environment that says what to run; the outcome goes into files it reads:
-outcome (complete, saved, failed or refused), reason (the first failure's words), bad_nodes (hosts to leave out).
+slurm/train.sbatch sets the environment that says what to run; the outcome goes into files that it reads:
+`outcome` (complete, saved, failed or refused), `reason` (the first failure's words), `bad_nodes`.
 """
 
 from __future__ import annotations
@@ -12,47 +12,14 @@ import shlex
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, DataError, LayoutError, ModelError, PmdError
+from megatron_pmd.launch.place import Place
 
 # what a person has to mend: starting again would end the same way
 REFUSALS = (ConfigError, DataError, ModelError)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this node stands in its job, as Slurm and the batch script tell."""
-
-    host: str
-    rank: int
-    nodes: int
-    ranks_per_node: int
-    attempt: int
-    state: Path
-    """Folder runs/NAME/launch."""
-    master: str
-    port: int
-
-    @classmethod
-    def from_environment(cls) -> Place:
-        env = os.environ
-        return cls(
-            host=env.get("SLURMD_NODENAME", socket.gethostname()),
-            rank=int(env["SLURM_NODEID"]),
-            nodes=int(env["SLURM_NNODES"]),
-            ranks_per_node=int(env["PMD_RANKS_PER_NODE"]),
-            attempt=int(env["PMD_ATTEMPT"]),
-            state=Path(env["PMD_STATE"]),
-            master=env["MASTER_ADDR"],
-            port=int(env["MASTER_PORT"]),
-        )
-
-    @property
-    def rendezvous(self) -> str:
-        return f"{self.master}:{self.port}"
 
 
 def main() -> int:
@@ -70,9 +37,9 @@ def main() -> int:
 
 
 def _run(place: Place) -> str:
-    from megatron_pmd.cli import configuration
     from megatron_pmd.launch import preflight
     from megatron_pmd.launcher import Nodes, is_complete, run_ranks
+    from recipes import configuration
 
     config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
     folder = Path(os.environ["PMD_RUNS"]) / config.name
@@ -98,9 +65,9 @@ def _check(config: RunConfig, folder: Path, place: Place) -> None:
     ranks = place.nodes * place.ranks_per_node
     if config.layout.ranks != ranks:
         raise LayoutError(
-            f"{place.nodes} nodes x {place.ranks_per_node} ranks are {ranks} ranks; the layout of {config.name} "
-            f"needs {config.layout.ranks}: ask for {-(-config.layout.ranks // place.ranks_per_node)} nodes, or "
-            "change layout.data"
+            f"{place.nodes} nodes x {place.ranks_per_node} ranks are {ranks} ranks; the layout of "
+            f"{config.name} needs {config.layout.ranks}: ask for "
+            f"{-(-config.layout.ranks // place.ranks_per_node)} nodes, or change layout.data"
         )
 
 

@@ -1,7 +1,7 @@
 """Checks of every node of a job before its ranks start; a node that fails is named.
 
-Each node writes a report into the shared run folder, which proves that it sees it and can write to it, waits for those of
-the others, and judges all of them alike. Measuring the network is bandwidth.py: it needs the ranks.
+Each node writes a report into the shared run folder, which proves that it sees it and can write to it, waits
+for those of the others, and judges all of them alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
-from megatron_pmd.launch.node import Place
+from megatron_pmd.launch.place import Place
 from megatron_pmd.observe.versions import versions
 
 POLL_SECONDS = 0.2

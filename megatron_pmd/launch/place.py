@@ -1,0 +1,41 @@
+"""Where a node stands in its Slurm job."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this node stands in its job, as Slurm and the batch script tell."""
+
+    host: str
+    rank: int
+    nodes: int
+    ranks_per_node: int
+    attempt: int
+    state: Path
+    """Folder runs/NAME/launch."""
+    master: str
+    port: int
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        env = os.environ
+        return cls(
+            host=env.get("SLURMD_NODENAME", socket.gethostname()),
+            rank=int(env["SLURM_NODEID"]),
+            nodes=int(env["SLURM_NNODES"]),
+            ranks_per_node=int(env["PMD_RANKS_PER_NODE"]),
+            attempt=int(env["PMD_ATTEMPT"]),
+            state=Path(env["PMD_STATE"]),
+            master=env["MASTER_ADDR"],
+            port=int(env["MASTER_PORT"]),
+        )
+
+    @property
+    def rendezvous(self) -> str:
+        return f"{self.master}:{self.port}"

@@ -1,0 +1,149 @@
+"""The batch script of a run: options and variables from the configuration and the profile, then the one body.
+
+The body is slurm/train.sbatch from its dividing line on; nemo-run's script gets the same (nemo.py).
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import ConfigError, LayoutError
+from megatron_pmd.launch.cluster import Cluster
+
+TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+DIVIDING_LINE = "# --- from here on"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission."""
+
+    config: RunConfig
+    cluster: Cluster
+    root: PurePosixPath
+    """The shared folder, absolute: repository, models/, data/, runs/."""
+    replay: str | None = None
+    excluded_nodes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> PurePosixPath:
+        return self.root / "runs" / self.config.name
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.cluster.gpus_per_node, self.config.layout.ranks)
+
+    @property
+    def nodes(self) -> int:
+        return self.config.layout.ranks // self.ranks_per_node
+
+
+def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: str | None = None) -> Job:
+    """The job of a run. Raises LayoutError when its ranks do not fill nodes."""
+    job = Job(config, cluster, root, replay)
+    if config.layout.ranks % job.ranks_per_node:
+        raise LayoutError(
+            f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "
+            f"(gpus_per_node of cluster {cluster.name}); change layout.data"
+        )
+    mounts = [mount.split(":")[1] for mount in cluster.container.mounts if ":" in mount]
+    inside = any(root == PurePosixPath(m) or PurePosixPath(m) in root.parents for m in mounts)
+    if cluster.container.runtime != "none" and not inside:
+        raise ConfigError(
+            f"cluster {cluster.name}: the shared folder {root} is under none of container.mounts' targets "
+            f"({', '.join(mounts) or 'there are none'})"
+        )
+    return job
+
+
+def options(job: Job) -> dict[str, str | None]:
+    """sbatch's options by long name; None for one without a value."""
+    cluster = job.cluster
+    gpus = (
+        {"gres": f"{cluster.gres}:{job.ranks_per_node}"}
+        if cluster.gres
+        else {"gpus-per-node": str(job.ranks_per_node)}
+    )
+    found: dict[str, str | None] = {
+        "job-name": job.config.name,
+        **{
+            name: value
+            for name in ("account", "partition", "qos", "constraint")
+            if (value := getattr(cluster, name))
+        },
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(cluster.cpus_per_node),
+        **(gpus if cluster.has_gpus else {}),
+        **({"exclusive": None} if cluster.exclusive else {}),
+        "mem": "0",
+        "time": cluster.time,
+        "requeue": None,
+        "open-mode": "append",
+        "signal": f"USR1@{cluster.signal_seconds}",
+        "output": f"{job.run}/logs/slurm-%j.log",
+    }
+    if job.excluded_nodes:
+        found["exclude"] = ",".join(job.excluded_nodes)
+    for option in cluster.extra_sbatch:
+        name, _, value = option.removeprefix("--").partition("=")
+        found[name] = value or None
+    return found
+
+
+def variables(job: Job) -> dict[str, str]:
+    """The environment that the body reads, and what the profile sets for all processes."""
+    cluster, container = job.cluster, job.cluster.container
+    own = {
+        "PMD_RECIPE": f"{job.run}/launch/config.json",
+        "PMD_NAME": job.config.name,
+        "PMD_RUNS": f"{job.root}/runs",
+        "PMD_ROOT": str(job.root),
+        "PMD_PYTHON": cluster.python,
+        "PMD_RANKS_PER_NODE": str(job.ranks_per_node),
+        "PMD_GPU": cluster.gpu,
+        "PMD_SETUP": " && ".join(cluster.setup) or "true",
+        "PMD_MAX_ATTEMPTS": str(cluster.max_attempts),
+        "PMD_MAX_CRASHES": str(cluster.max_crashes),
+        "PMD_INTERFACES": " ".join(cluster.network.socket_interfaces),
+        "PMD_PREFLIGHT": cluster.preflight.model_dump_json(exclude_defaults=True),
+        "PMD_CONTAINER_RUNTIME": container.runtime,
+        "PMD_CONTAINER_IMAGE": container.image or "",
+        "PMD_CONTAINER_MOUNTS": ",".join(container.mounts),
+        "PMD_SCRATCH": cluster.scratch or "",
+        "PMD_REPLAY": job.replay or "",
+    }
+    caches = {}
+    if cluster.scratch:
+        caches = {name: f"{cluster.scratch}/{folder}" for name, folder in CACHES.items()}
+    return own | caches | cluster.network.environment | cluster.environment
+
+
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+"""Compiled kernels: many nodes that write one folder of a shared file system wait for each other."""
+
+
+def exports(job: Job) -> str:
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables(job).items() if value)
+
+
+def body() -> str:
+    """What becomes of the job, and what every node runs."""
+    text = TEMPLATE.read_text()
+    return text[text.index(DIVIDING_LINE) :]
+
+
+def render(job: Job) -> str:
+    """The whole script for sbatch."""
+    header = "".join(
+        f"#SBATCH --{name}" + ("" if value is None else f"={value}") + "\n"
+        for name, value in options(job).items()
+    )
+    return f"#!/bin/bash\n{header}\n{exports(job)}\n{body()}"

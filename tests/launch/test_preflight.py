@@ -1,0 +1,119 @@
+"""What the pre-flight holds against a node, and that it names it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_pmd.errors import LaunchError
+from megatron_pmd.launch.cluster import Preflight
+from megatron_pmd.launch.place import Place
+from megatron_pmd.launch.preflight import (
+    Report,
+    choose_interface,
+    disk_problems,
+    exchange,
+    gpu_problems,
+    judge,
+    refuse,
+)
+
+SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.21"}, "commit": "abc"}
+HEALTHY = "\n".join(f"{i}, 580.65.06, 0, 4, 81559" for i in range(8))
+
+
+def place(folder: Path, rank: int = 0, nodes: int = 2) -> Place:
+    return Place(f"n{rank + 1}", rank, nodes, 1, 1, folder, "n1", 20000)
+
+
+def report(host: str, **values: object) -> Report:
+    return Report(host, software=SOFTWARE, **values)  # type: ignore[arg-type]
+
+
+def test_nodes_alike_pass() -> None:
+    assert judge([report("n1"), report("n2")], 5.0) == {}
+
+
+def test_another_version_or_commit_than_most_nodes_have_is_named() -> None:
+    odd = Report(
+        "n2", software=SOFTWARE | {"packages": {"torch": "2.12.0", "sglang": "0.5.21"}, "commit": "def"}
+    )
+    assert judge([report("n1"), odd, report("n3")], 5.0) == {
+        "n2": ["commit is def, elsewhere abc", "torch is 2.12.0, elsewhere 2.13.0"]
+    }
+
+
+def test_a_clock_that_is_off_is_named() -> None:
+    reports = [report("n1", clock_offset_seconds=0.1), report("n2", clock_offset_seconds=0.0)]
+    reports.append(report("n3", clock_offset_seconds=-42.0))
+    assert judge(reports, 5.0) == {"n3": ["its clock is -42.0 s off the others'"]}
+
+
+def test_the_failing_nodes_are_listed_for_the_batch_script(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"(?s)1 node\(s\) cannot take part.*node n2: 7 GPUs answer"):
+        refuse({"n2": ["7 GPUs answer, 8 wanted"]}, place(tmp_path))
+    assert (tmp_path / "bad_nodes").read_text() == "n2\n"
+
+
+def test_reports_pass_through_the_shared_folder(tmp_path: Path) -> None:
+    both: dict[int, list[Report]] = {}
+
+    def meet(rank: int) -> None:
+        own = report(f"n{rank + 1}", problems=[f"of {rank}"])
+        both[rank] = exchange(own, tmp_path / "meeting", place(tmp_path, rank), 20.0)
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [r.problems for r in both[0]] == [r.problems for r in both[1]] == [["of 0"], ["of 1"]]
+
+
+def test_a_node_that_does_not_report_is_named_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMD_NODES", "n1 n2")
+    with pytest.raises(LaunchError, match=r"node n2: no report in .* is the folder mounted there\?"):
+        exchange(report("n1"), tmp_path / "meeting", place(tmp_path), 0.3)
+
+
+def test_a_wrong_interface_is_answered_with_those_tried_and_those_there_are() -> None:
+    with pytest.raises(LaunchError, match=r"ib0, ib1 has an IPv4 address; there are .*lo \(127\.0\.0\.1\)"):
+        choose_interface(["ib0", "ib1"], "127.0.0.1")
+
+
+def test_the_first_interface_that_exists_is_taken() -> None:
+    assert choose_interface(["ib0", "lo"], "127.0.0.1") == ("lo", "127.0.0.1")
+    assert choose_interface([], "127.0.0.1") == ("lo", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (HEALTHY.rpartition("\n")[0], "7 GPUs answer, 8 wanted"),
+        ("", "0 GPUs answer, 8 wanted"),
+        (HEALTHY.replace("3, 580.65.06", "3, 525.1"), "GPU 3: driver 525.1, 535 or newer wanted"),
+        (HEALTHY.replace("5, 580.65.06, 0", "5, 580.65.06, 2"), "GPU 5: 2 uncorrected memory errors"),
+        (
+            HEALTHY.replace("0, 580.65.06, 0, 4,", "0, 580.65.06, 0, 60000,"),
+            "GPU 0: 60000 of 81559 MiB in use",
+        ),
+    ],
+)
+def test_a_gpu_that_is_not_well_is_named(answer: str, problem: str) -> None:
+    assert problem in " ".join(gpu_problems(answer, 8, "535"))
+
+
+def test_healthy_gpus_pass_also_where_error_counts_are_not_kept() -> None:
+    assert gpu_problems(HEALTHY, 8, "535") == []
+    assert gpu_problems(HEALTHY.replace(", 0, 4", ", [N/A], 4"), 8, None) == []
+
+
+def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:
+    limits = Preflight(free_disk_gigabytes=10**6)
+    assert "1000000 wanted" in disk_problems(limits, [tmp_path])[0]
+    assert "No such file" in disk_problems(limits, [tmp_path / "scratch"])[0]
+    assert disk_problems(Preflight(free_disk_gigabytes=0), [tmp_path]) == []

@@ -1,0 +1,105 @@
+"""Batch scripts: of all recipes on both profiles, word for word; what bash says of them; and without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from megatron_pmd.config import override
+from megatron_pmd.errors import ConfigError, LaunchError, LayoutError
+from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.launch.script import TEMPLATE, Job, body, job_for, render
+from megatron_pmd.launch.submit import slurm
+from recipes import RECIPES, recipe
+
+GOLDEN = Path(__file__).parent / "golden"
+PROJECT = Path(__file__).parents[2]
+
+
+def job(name: str, profile: str) -> Job:
+    return job_for(recipe(name), load_cluster(profile), PurePosixPath("/shared/pmd"))
+
+
+def head(name: str, profile: str) -> str:
+    """The script up to the body, which is the same file for all."""
+    script = render(job(name, profile))
+    assert script.endswith(body())
+    return script.removesuffix(body())
+
+
+@pytest.mark.parametrize("profile", ["h100", "lab"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_scripts_are_those_that_were_reviewed(name: str, profile: str) -> None:
+    """After a change on purpose: python -m tests.launch.test_script, and read the difference."""
+    assert head(name, profile) == (GOLDEN / f"{name}.{profile}.sbatch").read_text()
+
+
+def test_bash_accepts_the_script() -> None:
+    for text in (TEMPLATE.read_text(), render(job("tiny_moe_cpu", "lab"))):
+        assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_values_with_spaces_and_quotes_reach_the_environment_unharmed() -> None:
+    cluster = load_cluster("lab").model_copy(update={"setup": ["module load 'cuda 12'", 'echo "$HOME"']})
+    text = render(job_for(recipe("tiny_moe_cpu"), cluster, PurePosixPath("/shared/p")))
+    exports = [line for line in text.splitlines() if line.startswith("export PMD_SETUP=")]
+    command = ["bash", "-c", f'{exports[0]}; printf %s "$PMD_SETUP"']
+    done = subprocess.run(command, text=True, capture_output=True, check=True)
+    assert done.stdout == "module load 'cuda 12' && echo \"$HOME\""
+
+
+def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
+    config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=6"])
+    with pytest.raises(LayoutError, match="12 ranks do not fill nodes of 8"):
+        job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
+
+
+def test_a_shared_folder_outside_the_container_is_refused() -> None:
+    with pytest.raises(ConfigError, match="/home/me is under none of container.mounts' targets"):
+        job_for(recipe("qwen2_5_7b_dapo_8xh100"), load_cluster("h100"), PurePosixPath("/home/me"))
+
+
+def test_nodes_that_failed_before_are_left_out() -> None:
+    excluding = Job(
+        recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath("/s"), excluded_nodes=("n1", "n7")
+    )
+    assert "#SBATCH --exclude=n1,n7\n" in render(excluding)
+
+
+def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'psutil', 'transformers', 'megatron', 'sglang'): sys.modules[name] = None\n"
+        "sys.argv = ['megatron-pmd', 'launch', 'kimi_k2_1t_512xh100', '--dry-run', 'algorithm.tau=0.05']\n"
+        "from megatron_pmd.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": "/nonexistent", "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"tau": 0.05' in done.stdout
+    assert "optimizer steps per rollout  16 of 512 samples" in done.stdout
+    assert "#SBATCH --nodes=64" in done.stdout
+
+
+def test_without_slurm_the_error_says_where_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(LaunchError, match="sbatch is not here: run this on a login node"):
+        slurm("sbatch", "x")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in RECIPES:
+        for profile in ("h100", "lab"):
+            (GOLDEN / f"{name}.{profile}.sbatch").write_text(head(name, profile))
