@@ -1,4 +1,4 @@
-"""Batch scripts: of all recipes on both profiles, word for word; what bash says of them; and without torch."""
+"""Batch scripts: of all recipes on both profiles, word for word; what bash says of them; without torch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
 
 
 def test_a_shared_folder_outside_the_container_is_refused() -> None:
-    with pytest.raises(ConfigError, match="/home/me is under none of container.mounts' targets"):
+    with pytest.raises(ConfigError, match=r"/home/me is under none of container\.mounts' targets"):
         job_for(recipe("qwen2_5_7b_dapo_8xh100"), load_cluster("h100"), PurePosixPath("/home/me"))
 
 
@@ -73,7 +73,8 @@ def test_nodes_that_failed_before_are_left_out() -> None:
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "for name in ('torch', 'numpy', 'psutil', 'transformers', 'megatron', 'sglang'): sys.modules[name] = None\n"
+        "for name in ('torch', 'numpy', 'psutil', 'transformers', 'megatron', 'sglang'):\n"
+        "    sys.modules[name] = None\n"
         "sys.argv = ['megatron-pmd', 'launch', 'kimi_k2_1t_512xh100', '--dry-run', 'algorithm.tau=0.05']\n"
         "from megatron_pmd.cli import main\n"
         "main()\n"
