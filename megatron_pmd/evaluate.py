@@ -282,7 +282,7 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
 
 
 def _record(task: Task, samples: list[Sample], dropped: int) -> Evaluation:
-    result = evaluate(samples)
+    result = evaluate(samples, task.reward.correct)
     write_rollout(task.folder / "samples.parquet", samples, task.iteration)
     settings = {
         key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value

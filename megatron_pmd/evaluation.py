@@ -23,7 +23,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a sample of reward ≥ 1."""
+    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a correct sample."""
 
     k: int
     prompts: int
@@ -49,8 +49,11 @@ class Evaluation:
         }
 
 
-def evaluate(samples: Sequence[Sample]) -> Evaluation:
-    """Score samples of k responses to each prompt. Prompts, not samples, are the independent draws."""
+def evaluate(samples: Sequence[Sample], correct: float = 1.0) -> Evaluation:
+    """Score samples of k responses to each prompt; a reward of at least `correct` passes.
+
+    Prompts, not samples, are the independent draws.
+    """
     rewards: dict[int, list[float]] = defaultdict(list)
     for sample in samples:
         rewards[sample.group].append(sample.reward)
@@ -58,7 +61,7 @@ def evaluate(samples: Sequence[Sample]) -> Evaluation:
         k=max(map(len, rewards.values())),
         prompts=len(rewards),
         mean_at_k=_mean([float(np.mean(r)) for r in rewards.values()]),
-        pass_at_k=_share([max(r) >= 1.0 for r in rewards.values()]),
+        pass_at_k=_share([max(r) >= correct for r in rewards.values()]),
         response_tokens=float(np.mean([len(s.response_tokens) for s in samples])),
         truncated_share=float(np.mean([s.finish_reason == "length" for s in samples])),
         reward_errors=sum(s.reward_error is not None for s in samples),

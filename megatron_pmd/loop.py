@@ -26,6 +26,7 @@ def train(run: Run) -> None:
         with run.phase("update"):
             for k, microbatches in enumerate(run.progress(steps)):
                 run.update(batch, microbatches, anchor, iteration=t, step=k)
+        run.check_alarms(t)
         if run.checkpoint_is_due(t + 1):
             with run.phase("save"):
                 run.save(t + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,28 +10,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import torch
 
 from megatron_pmd.actor import batching
-from megatron_pmd.actor.actor import Actor, AnchorReport, StepReport
+from megatron_pmd.actor.actor import Actor, AnchorReport, Examples
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.actor.parallel import Control
-from megatron_pmd.algorithm.diagnostics import diagnostics
-from megatron_pmd.algorithm.losses import pmd
+from megatron_pmd.algorithm.alarms import raised
+from megatron_pmd.algorithm.diagnostics import histogram_quantile, over_iteration
 from megatron_pmd.config import RunConfig, StopAfter
-from megatron_pmd.data.problems import Problem
-from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import StaleWeights
+from megatron_pmd.data.demonstrations import demonstrations
+from megatron_pmd.data.problem_sets import ProblemSets
+from megatron_pmd.errors import AlarmStop, StaleWeights
 from megatron_pmd.evaluation import evaluate
+from megatron_pmd.measures import rollout_values, step_values, success_rates
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal, Phase
 from megatron_pmd.rollout.samples import RolloutBatch, Sample, write_rollout
-from megatron_pmd.rollout.source import (
-    LiveEngines,
-    ReplayedRollouts,
-    evaluation_plan,
-    set_advantages,
-    train_plan,
-)
+from megatron_pmd.rollout.source import RolloutSource, evaluation_plan, train_plan
+from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.warm_start import warm_start
 
 T = TypeVar("T")
@@ -46,7 +42,7 @@ class StopRequested(Exception):
 
 
 class Run:
-    """State of a run; every rank has one. journal, train and held_out exist on the driver alone."""
+    """State of a run; every rank has one. journal and problems exist on the driver alone."""
 
     def __init__(
         self,
@@ -54,33 +50,33 @@ class Run:
         folder: Path,
         control: Control,
         actor: Actor,
-        rollouts: LiveEngines | ReplayedRollouts,
+        rollouts: RolloutSource,
         console: Console,
         *,
         journal: Journal | None,
-        train: PromptSource | None,
-        held_out: list[Problem],
+        problems: ProblemSets | None,
         tokenizer: Any,
         first_iteration: int,
         stop_after: StopAfter | None,
     ) -> None:
         self.config, self.folder, self.control = config, folder, control
         self.actor, self.rollouts = actor, rollouts
-        self._console, self._journal, self._train, self._held_out = console, journal, train, held_out
+        self._console, self._journal, self._problems = console, journal, problems
         self._tokenizer, self._first, self._stop_after = tokenizer, first_iteration, stop_after
         self._iteration_values: dict[str, float] = {}
+        self._steps: list[dict[str, float]] = []
         self._seconds: dict[str, float] = {}
-        self._objective = functools.partial(
-            pmd,
-            tau=config.algorithm.tau,
-            normaliser=config.algorithm.normaliser,
-            max_response_tokens=config.batch.max_response_tokens,
-        )
+        self._alarm_to_stop: str | None = None
 
     @property
     def journal(self) -> Journal:
         assert self._journal is not None, "only the driver keeps a journal"
         return self._journal
+
+    @property
+    def problems(self) -> ProblemSets:
+        assert self._problems is not None, "only the driver draws problems"
+        return self._problems
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -107,8 +103,9 @@ class Run:
     def start(self) -> None:
         """Warm start if the recipe asks for one, then the engines take the actor's weights."""
         if self.config.warm_start and self._first == 0:
+            train = self._problems.train if self._problems else None
             with self.phase("warm_start"):
-                warm_start(self.actor, self.control, self.config, self._train, self._tokenizer, self._journal)
+                warm_start(self.actor, self.control, self.config, train, self._tokenizer, self._journal)
         with self.phase("start"):
             self.actor.release_optimizer()
             self.rollouts.load(self.actor, version=self._first)
@@ -120,59 +117,67 @@ class Run:
         for t in range(self._first, self.config.iterations):
             if self._journal:
                 self._journal.iteration(t)
-            self._iteration_values = {}
+            self._iteration_values, self._steps = {}, []
             yield t
 
     def collect(self, t: int) -> RolloutBatch:
         """Draw and grade the rollout of iteration t; every rank gets it as packed arrays."""
         plan = None
         if self.control.is_driver:
-            assert self._train is not None
-            problems = self._train.take(self.config.batch.prompts_per_rollout)
+            problems = self.problems.train.take(self.config.batch.prompts_per_rollout)
             plan = train_plan(self.config, problems, t)
         samples = self.rollouts.draw(plan, self.actor, "rollout")
         batch: RolloutBatch | None = None
         if self.control.is_driver:
-            set_advantages(samples, self.config)
+            subproblem = Subproblem(self.config, t)
+            subproblem.grade(samples)
             write_rollout(self.folder / "rollouts" / f"{t}.parquet", samples, t)
-            self._note_rollout(samples)
-            batch = RolloutBatch.pack(samples, weight_version=t)
+            if not subproblem.supervised:
+                self.problems.train.record(success_rates(samples, self.config.reward.correct))
+                self._iteration_values |= rollout_values(samples)
+            batch = RolloutBatch.pack(
+                samples, subproblem.temperature, examples=self._examples(), weight_version=t
+            )
         batch = self.control.from_driver(batch)
         if self._stop_after == "rollout":
             raise StopRequested
         return batch
 
-    def _note_rollout(self, samples: list[Sample]) -> None:
-        lengths = [len(s.response_tokens) for s in samples]
-        self._iteration_values |= {
-            "reward": float(np.mean([s.reward for s in samples])),
-            "reward_deviation": float(np.std([s.reward for s in samples])),
-            "response_tokens": float(np.mean(lengths)),
-            "response_tokens/max": float(np.max(lengths)),
-            "truncated_share": float(np.mean([s.finish_reason == "length" for s in samples])),
-            "reward_errors": sum(s.reward_error is not None for s in samples),
-        }
+    def _examples(self) -> list[Sample]:
+        """The iteration's supervised examples."""
+        ptx, source = self.config.algorithm.ptx, self.problems.supervised
+        if ptx is None or source is None:
+            return []
+        count = ptx.examples_per_step * self.config.batch.steps_per_rollout
+        return demonstrations(source.take(count), self._tokenizer)
 
     def schedule(self, batch: RolloutBatch) -> list[batching.Microbatches]:
         """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
         batch.refuse_undeclared_versions(max_staleness=0)
-        steps = batching.steps_of_groups(batch.groups, self.config.batch.prompts_per_step)
+        groups = batch.groups[: batch.sampled]
+        steps = batching.steps_of_groups(groups, self.config.batch.prompts_per_step)
         return [self.actor.microbatches(batch, samples) for samples in steps]
 
     def anchor(self, batch: RolloutBatch, steps: list[batching.Microbatches]) -> AnchorReport:
         """log π_t of every sampled token; compares it with what the engines computed for the same weights.
 
+        With algorithm.anchor=engine it is what the engines computed, and only the first step's is compared.
         Raises StaleWeights on all ranks when the difference is more than numerics explain.
         """
-        report = self.actor.log_probs(batch, [microbatch for step in steps for microbatch in step])
+        if self.config.algorithm.objective == "sft":
+            return AnchorReport.absent(len(batch.tokens))
+        engine = self.config.algorithm.anchor == "engine"
+        compared = steps[:1] if engine else steps
+        report = self.actor.log_probs(batch, [microbatch for step in compared for microbatch in step])
         parts = self.control.all_gather(
-            (report.tokens, report.sum_absolute, report.max_absolute, report.entropy_sum)
+            (report.tokens, report.sum_absolute, report.max_absolute, report.entropy_sum, report.histogram)
         )
         tokens = sum(part[0] for part in parts)
         mean, largest = sum(part[1] for part in parts) / max(tokens, 1), max(part[2] for part in parts)
         self._iteration_values |= {
             "sync/mean_abs_difference": mean,
             "sync/max_abs_difference": largest,
+            "mismatch/p99_abs": histogram_quantile(np.sum([part[4] for part in parts], axis=0), 0.99),
             "entropy": sum(part[3] for part in parts) / max(tokens, 1),
         }
         defaults = LOG_PROB_BOUNDS[self.config.model.precision]
@@ -185,6 +190,8 @@ class Run:
                 f"(bounds {mean_bound:g} and {max_bound:g}): "
                 "the engines do not serve the actor's weights, or the two compute another model"
             )
+        if engine:
+            return dataclasses.replace(report, log_probs=torch.from_numpy(batch.engine_log_probs))
         return report
 
     def update(
@@ -196,74 +203,97 @@ class Run:
         iteration: int,
         step: int,
     ) -> None:
-        """One optimizer step on the PMD loss, and its diagnostics."""
+        """One optimizer step on the objective, and its diagnostics."""
+        if step == 0 and self.config.optimizer.reset_every_iteration:
+            self.actor.reset_optimizer()
+        subproblem = Subproblem(self.config, iteration)
         global_step = iteration * self.config.batch.steps_per_rollout + step
         rate = learning_rate(self.config.optimizer, global_step)
-        report = self.actor.update(batch, microbatches, anchor.log_probs, self._objective, rate)
+        examples = self._examples_of(batch, subproblem, step)
+        report = self.actor.update(
+            batch, microbatches, anchor.log_probs, subproblem.objective, rate, examples
+        )
         reports = self.control.gather(report)
         if reports is not None:
-            values = self._step_values(batch, reports)
+            values = step_values(batch, reports, subproblem)
+            self._steps.append(values)
             self.journal.log("step", {"step": step, "global_step": global_step, **values})
 
-    def _step_values(self, batch: RolloutBatch, reports: list[StepReport]) -> dict[str, float]:
-        reporting = [r for r in reports if len(r.samples)]
-        samples = np.concatenate([r.samples for r in reporting])
-        per_sequence = {
-            name: np.concatenate([r.per_sequence[name] for r in reporting])
-            for name in reporting[0].per_sequence
-        }
-        return {
-            "loss": sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports),
-            "gradient_norm": reports[0].gradient_norm,
-            "learning_rate": reports[0].learning_rate,
-            **diagnostics(
-                per_sequence,
-                advantage=batch.advantages[samples],
-                reward=batch.rewards[samples],
-                group=batch.groups[samples],
-                baseline=self.config.algorithm.baseline,
-                tau=self.config.algorithm.tau,
-            ),
-        }
+    def _examples_of(self, batch: RolloutBatch, subproblem: Subproblem, step: int) -> Examples | None:
+        """This rank's supervised examples of one optimizer step."""
+        ptx = self.config.algorithm.ptx
+        if ptx is None:
+            return None
+        first = batch.sampled + step * ptx.examples_per_step
+        examples = np.arange(first, first + ptx.examples_per_step)
+        per_step = self.config.batch.samples_per_step
+        responses = np.arange(step * per_step, (step + 1) * per_step)
+        mean = 1 / int(batch.response_lengths[examples].sum())
+        return Examples(
+            microbatches=self.actor.microbatches(batch, examples),
+            scale=ptx.weight * mean * subproblem.count(batch, responses),
+        )
+
+    def check_alarms(self, t: int) -> None:
+        """Compare iteration t with those before it; collective, since an alarm may end the run.
+
+        Called before the checkpoint: a run that is to stop writes one.
+        """
+        stopping = None
+        if self.control.is_driver:
+            self._iteration_values |= over_iteration(self._steps)
+            earlier = self.journal.iterations_before(t)
+            alarms = raised(self._iteration_values, earlier, self.config.alarms.thresholds())
+            for name, reason in alarms.items():
+                self._console.say(f"alarm {name}: {reason}")
+                if self.config.alarms.stops(name):
+                    stopping = f"alarm {name} in iteration {t}: {reason}"
+            self._iteration_values["alarms"] = len(alarms)
+        self._alarm_to_stop = self.control.from_driver(stopping)
 
     def evaluation_is_due(self, t: int) -> bool:
         """Before the first iteration, every so many, and after the last (t = iterations)."""
-        if self.config.data.evaluation is None or isinstance(self.rollouts, ReplayedRollouts):
+        if self.config.data.evaluation is None or not self.rollouts.live:
             return False
         every = self.config.evaluation.every
         return t in (0, self.config.iterations) or (every is not None and t % every == 0)
 
     def evaluate(self, t: int) -> None:
         """Sample the held-out problems under weight version t, and keep the samples."""
-        plan = evaluation_plan(self.config, self._held_out, t) if self.control.is_driver else None
+        plan = evaluation_plan(self.config, self.problems.held_out, t) if self.control.is_driver else None
         samples = self.rollouts.draw(plan, self.actor, "evaluation")
         if self.control.is_driver:
             write_rollout(self.folder / "evaluations" / f"{t}.parquet", samples, t)
-            self.journal.log("evaluation", evaluate(samples).metrics())
+            self.journal.log("evaluation", evaluate(samples, self.config.reward.correct).metrics())
 
     def checkpoint_is_due(self, completed: int) -> bool:
         every = self.config.checkpoint.every
-        return completed == self.config.iterations or (every is not None and completed % every == 0)
+        due = completed == self.config.iterations or (every is not None and completed % every == 0)
+        return due or self._alarm_to_stop is not None
 
     def save(self, completed: int) -> None:
         """Checkpoint after `completed` iterations; weight version and iteration are the same number."""
-        prompts = self._train.state() if self._train else None
-        state = self.control.from_driver({"iteration": completed, "prompts": prompts})
+        state = {"iteration": completed, **(self._problems.state() if self._problems else {})}
+        state = self.control.from_driver(state)
         self.actor.save(self.folder / "checkpoints", completed, state)
 
     def end_iteration(self, t: int, batch: RolloutBatch) -> None:
-        """Log what the iteration came to and show it."""
-        if not self.control.is_driver:
-            return
-        seconds = self._seconds
-        self._iteration_values |= {
-            "weight_version": t,
-            "rollout/tokens_per_second": int(batch.response_lengths.sum()) / seconds["rollout"],
-            "anchor/tokens_per_second": len(batch.tokens) / seconds["anchor"],
-            "update/tokens_per_second": len(batch.tokens) / seconds["update"],
-        }
-        self.journal.log("iteration", self._iteration_values)
-        self._console.iteration(self.journal.record(t))
+        """Log what the iteration came to and show it. Raises AlarmStop if an alarm is to end the run."""
+        if self.control.is_driver:
+            seconds = self._seconds
+            self._iteration_values |= {
+                "weight_version": t,
+                "rollout/tokens_per_second": int(batch.response_lengths.sum()) / seconds["rollout"],
+                "anchor/tokens_per_second": len(batch.tokens) / seconds["anchor"],
+                "update/tokens_per_second": len(batch.tokens) / seconds["update"],
+            }
+            self.journal.log("iteration", self._iteration_values)
+            self._console.iteration(self.journal.record(t))
+        if self._alarm_to_stop is not None:
+            raise AlarmStop(
+                f"{self._alarm_to_stop}; a checkpoint was written. To go on from it, run the same command "
+                "with another threshold or action of this alarm"
+            )
 
     def finish(self) -> None:
         """Evaluate and check the final weights, and export them."""
@@ -273,7 +303,7 @@ class Run:
         if self.evaluation_is_due(final):
             with self.phase("evaluate"):
                 self.evaluate(final)
-        if isinstance(self.rollouts, LiveEngines):
+        if self.rollouts.live:
             with self.phase("check"):
                 self._check_final_weights(final)
         else:
@@ -286,13 +316,13 @@ class Run:
         """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
         plan = None
         if self.control.is_driver:
-            assert self._train is not None
-            problems = self._train.peek(min(8, self.config.batch.prompts_per_rollout))
+            problems = self.problems.train.peek(min(8, self.config.batch.prompts_per_rollout))
             plan = dataclasses.replace(
                 train_plan(self.config, problems, final), samples_per_prompt=1, stream="check"
             )
         samples = self.rollouts.draw(plan, self.actor, "check of the final weights")
-        batch = self.control.from_driver(RolloutBatch.pack(samples) if samples else None)
+        temperature = Subproblem(self.config, final).temperature
+        batch = self.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)
         self.rollouts.release()
         self.actor.wake()
         self.anchor(batch, [self.actor.microbatches(batch, np.arange(len(batch)))])

@@ -10,10 +10,10 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.algorithm.losses import sft
 from megatron_pmd.config import RunConfig
-from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.observe.journal import Journal
-from megatron_pmd.rollout.samples import RolloutBatch, Sample
+from megatron_pmd.rollout.samples import RolloutBatch
 
 
 def warm_start(
@@ -31,9 +31,11 @@ def warm_start(
     settings = config.warm_start
     assert settings is not None, "called only when the recipe asks for it"
     for step in range(settings.steps):
-        batch = control.from_driver(
-            _demonstrations(train.take(settings.problems_per_step), tokenizer) if train else None
-        )
+        batch = None
+        if train:
+            samples = demonstrations(train.take(settings.problems_per_step), tokenizer)
+            batch = RolloutBatch.pack(samples, config.rollout.temperature)
+        batch = control.from_driver(batch)
         microbatches = actor.microbatches(batch, torch.arange(len(batch)).numpy())
         no_anchor = torch.zeros(len(batch.tokens))
         report = actor.update(batch, microbatches, no_anchor, sft, settings.learning_rate)
@@ -42,26 +44,3 @@ def warm_start(
             loss = sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports)
             journal.log("warm_start", {"step": step, "loss": loss, "gradient_norm": report.gradient_norm})
     actor.reset_optimizer()
-
-
-def _demonstrations(problems: list[Problem], tokenizer: Any) -> RolloutBatch:
-    samples = []
-    for group, problem in enumerate(problems):
-        response = [*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id]
-        samples.append(
-            Sample(
-                group=group,
-                number=0,
-                problem=problem.index,
-                prompt="",
-                response=problem.answer,
-                answer=problem.answer,
-                prompt_tokens=list(problem.tokens),
-                response_tokens=response,
-                engine_log_probs=[0.0] * len(response),
-                finish_reason="stop",
-                weight_version=0,
-                seed=0,
-            )
-        )
-    return RolloutBatch.pack(samples)

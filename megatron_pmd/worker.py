@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
-from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.errors import AlarmStop, ModelError, PmdError
 from megatron_pmd.processes import die_with_parent
 
 
@@ -100,13 +100,13 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.journal import Journal
     from megatron_pmd.rewards.pool import RewardPool
-    from megatron_pmd.rollout.source import LiveEngines, ReplayedRollouts
+    from megatron_pmd.rollout.source import Demonstrations, LiveEngines, ReplayedRollouts, RolloutSource
     from megatron_pmd.run import Run, StopRequested
 
     folder, console = Path(order.folder), Console()
     control.on_driver(lambda: _prepare_model(config))
     resume_from = control.from_driver(checkpoint.latest(folder / "checkpoints"))
-    state: dict[str, Any] = {"iteration": 0, "prompts": None}
+    state: dict[str, Any] = {"iteration": 0}
     if resume_from:
         state = checkpoint.read_run_state(resume_from)
     journal = control.on_driver(lambda: Journal.open(folder, config, state["iteration"]))
@@ -118,11 +118,12 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     with ExitStack() as cleanup:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-            problems = control.on_driver(lambda: _problems(config, tokenizer, console, state["prompts"]))
-            prompts, held_out = problems or (None, [])
-            rollouts: LiveEngines | ReplayedRollouts
+            problems = control.on_driver(lambda: _problems(config, tokenizer, console, state))
+            rollouts: RolloutSource
             if order.replay:
                 rollouts = ReplayedRollouts(Path(order.replay), control)
+            elif config.algorithm.objective == "sft":
+                rollouts = Demonstrations(control, tokenizer)
             else:
                 rewards = control.on_driver(lambda: cleanup.enter_context(RewardPool(config.reward)))
                 rollouts = LiveEngines(config, control, folder, tokenizer, rewards, console, cpu=cpu)
@@ -132,13 +133,16 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 actor.load(resume_from)
             run = Run(
                 config, folder, control, actor, rollouts, console,
-                journal=journal, train=prompts, held_out=held_out, tokenizer=tokenizer,
+                journal=journal, problems=problems, tokenizer=tokenizer,
                 first_iteration=state["iteration"], stop_after=order.stop_after,
             )  # fmt: skip
             train(run)
             status = "complete"
         except StopRequested:
             status = "stopped"
+        except AlarmStop as alarm:
+            status, error = "stopped", str(alarm)
+            raise
         except BaseException as failure:
             error = f"{type(failure).__name__}: {failure}"
             raise
@@ -147,33 +151,14 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 journal.finish(status, error)
 
 
-def _problems(
-    config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any] | None
-) -> tuple[Any, list[Any]]:
-    """The training prompts, where the run stands in them, and the held-out problems."""
-    from megatron_pmd.data.prompts import PromptSource, tokenize
-    from megatron_pmd.data.sources import load_problems
+def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any]) -> Any:
+    """The run's problems, where it stands in them."""
+    from megatron_pmd.data.problem_sets import ProblemSets
 
-    kept, dropped = tokenize(
-        load_problems(config.data.train, config.data), tokenizer, config.batch.max_prompt_tokens
-    )
-    if dropped:
-        console.say(
-            f"{dropped} of {len(kept) + dropped} training prompts are over "
-            f"{config.batch.max_prompt_tokens} tokens: dropped"
-        )
-    prompts = PromptSource(kept, config.seed, config.data.shuffle)
-    if state is not None:
-        prompts.load_state(state)
-    held_out: list[Any] = []
-    if config.data.evaluation is not None:
-        problems = load_problems(config.data.evaluation, config.data)
-        held_out, dropped = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
-        if dropped:
-            console.say(
-                f"{dropped} evaluation prompts are over {config.batch.max_prompt_tokens} tokens: dropped"
-            )
-    return prompts, held_out
+    problems = ProblemSets.load(config, tokenizer, console.say)
+    if "prompts" in state:
+        problems.load_state(state)
+    return problems
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def test_every_key_that_takes_a_value_has_a_line_of_its_own():
 def test_bounds_and_defaults_are_written_as_the_command_line_takes_them():
     page = reference()
     assert "| `rollout.top_p` | number, > 0, ≤ 1 | `1.0` |" in page
-    assert "| `data.shuffle` | true or false | `true` |" in page
+    assert "| `data.shuffle`" not in page
+    assert "| `reward.length.warmup_iterations` | integer, ≥ 0 | `0` |" in page
     assert "| `layout.expert_tensor` | integer, > 0 or null | `null` |" in page
     assert "| `batch.prompts_per_rollout` | integer, > 0 | required |" in page

@@ -29,7 +29,7 @@ import psutil
 import typer
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.data.prompts import PromptSource, sample_seed, tokenize
+from megatron_pmd.data.prompts import prompt_source, sample_seed, tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.folder import read_records
@@ -115,7 +115,7 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     problems = load_problems(config.data.train, config.data)
     kept, _ = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
-    chosen = PromptSource(kept, config.seed, config.data.shuffle).take(config.batch.prompts_per_rollout)
+    chosen = prompt_source(kept, config.seed, config.data.sampling).take(config.batch.prompts_per_rollout)
     stops = stop_tokens(tokenizer, config.model.path)
     loop, bare = [], []
     with served(config, folder) as engines, RewardPool(config.reward) as rewards:
@@ -147,7 +147,7 @@ def _through_the_loop(sampler: Sampler, plan: SamplingPlan, file: Path) -> float
     begun = time.perf_counter()
     sampler.run(plan)
     write_rollout(file, plan.samples, plan.iteration)
-    batch = RolloutBatch.pack(plan.samples)
+    batch = RolloutBatch.pack(plan.samples, plan.temperature)
     return float(batch.response_lengths.sum()) / (time.perf_counter() - begun)
 
 

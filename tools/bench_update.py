@@ -96,7 +96,7 @@ def main(side: str, config_file: str, rollout_file: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config = load(Path(config_file))
-    batch = RolloutBatch.pack(read_rollout(Path(rollout_file))[0])
+    batch = RolloutBatch.pack(read_rollout(Path(rollout_file))[0], config.rollout.temperature)
     if side == "ours":
         ours(config, batch)
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from megatron.core.utils import get_model_config
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log_probs
 from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
-from megatron_pmd.algorithm.losses import LossInput, LossTerms
+from megatron_pmd.algorithm.diagnostics import magnitude_histogram
+from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ModelError, NonFiniteLoss
 from megatron_pmd.rollout.samples import RolloutBatch
-
-Objective = Callable[[LossInput], LossTerms]
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,41 @@ class AnchorReport:
     log_probs    fp32 [tokens of the rollout], NaN where another rank computes them
     sum_absolute, max_absolute   over |log π_t − log π_b| of those of this rank's response tokens that the
                  engines sampled under the batch's weight version; tokens counts them
+    histogram    of the same differences, see diagnostics.magnitude_histogram
     entropy_sum  of the same tokens, nats
     """
 
     log_probs: torch.Tensor
     sum_absolute: float
     max_absolute: float
+    histogram: np.ndarray
     entropy_sum: float
     tokens: int
+
+    @classmethod
+    def absent(cls, tokens: int) -> AnchorReport:
+        """Of a batch that no policy was sampled for."""
+        return cls(torch.zeros(tokens), 0.0, 0.0, magnitude_histogram([]), 0.0, 0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Supervised examples beside the sampled responses of one optimizer step.
+
+    scale: their summed next-token loss is multiplied by this before the step's global count divides it.
+    """
+
+    microbatches: batching.Microbatches
+    scale: float
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: the same on every rank, but for the sequences, which each replica counts itself."""
+    """One optimizer step: the same on every rank, but for the sequences, which each replica counts itself.
+
+    entropy_sum, tokens          over the response tokens of this replica; nats
+    example_loss_sum, example_tokens   next-token loss of its supervised examples, unscaled
+    """
 
     learning_rate: float
     gradient_norm: float
@@ -49,6 +70,21 @@ class StepReport:
     loss_count: int
     samples: np.ndarray
     per_sequence: dict[str, np.ndarray]
+    entropy_sum: float
+    tokens: int
+    example_loss_sum: float
+    example_tokens: int
+
+
+@dataclass
+class _StepSums:
+    """What one optimizer step adds up over its micro-batches."""
+
+    reports: list[tuple[PackedMicrobatch, LossTerms]] = field(default_factory=list)
+    entropy: float = 0.0
+    tokens: int = 0
+    example_loss: float = 0.0
+    example_tokens: int = 0
 
 
 class Actor:
@@ -87,7 +123,7 @@ class Actor:
         current = torch.from_numpy(batch.token_versions == batch.weight_version)
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
-            log_probs, entropy = self._token_log_probs(microbatch, logits)
+            log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
             source = microbatch.source.cpu()
             result[source] = log_probs.cpu()
             entropy_sum.add_(entropy.cpu()[current[source]].sum())
@@ -100,6 +136,7 @@ class Actor:
             log_probs=result,
             sum_absolute=float(difference.sum()),
             max_absolute=float(difference.max()) if len(difference) else 0.0,
+            histogram=magnitude_histogram(difference.numpy()),
             entropy_sum=float(entropy_sum),
             tokens=len(difference),
         )
@@ -111,6 +148,7 @@ class Actor:
         anchor: torch.Tensor,
         objective: Objective,
         learning_rate: float,
+        examples: Examples | None = None,
     ) -> StepReport:
         """One optimizer step on the objective, its gradient divided by the global count of what it counts.
 
@@ -119,32 +157,39 @@ class Actor:
         engine = torch.from_numpy(batch.engine_log_probs)
         counted = torch.from_numpy(batch.counted)
         advantages = torch.from_numpy(batch.advantages).float()
-        reports: list[tuple[PackedMicrobatch, LossTerms]] = []
+        sums = _StepSums()
 
         def loss(
             microbatch: PackedMicrobatch, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, None]:
-            log_probs, _ = self._token_log_probs(microbatch, logits)
+            log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
             source = microbatch.source.cpu()
-            terms = objective(
-                LossInput(
-                    log_probs=log_probs,
-                    anchor_log_probs=anchor[source].to(logits.device),
-                    engine_log_probs=engine[source].to(logits.device),
-                    mask=counted[source].to(logits.device),
-                    sequence=microbatch.sequence,
-                    advantages=advantages[microbatch.samples].to(logits.device),
-                )
+            x = LossInput(
+                log_probs=log_probs,
+                anchor_log_probs=anchor[source].to(logits.device),
+                engine_log_probs=engine[source].to(logits.device),
+                mask=counted[source].to(logits.device),
+                sequence=microbatch.sequence,
+                advantages=advantages[microbatch.samples].to(logits.device),
             )
-            reports.append((microbatch, terms))
+            if examples and microbatch.samples and microbatch.samples[0] >= batch.sampled:
+                terms = sft(x)
+                sums.example_loss += float(terms.sum)
+                sums.example_tokens += int(terms.count)
+                return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None
+            terms = objective(x)
+            sums.reports.append((microbatch, terms))
+            sums.entropy += float(entropy.sum())
+            sums.tokens += len(entropy)
             return terms.sum, terms.count.to(torch.int), None
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        run_schedule(self.model, batch, microbatches, loss, forward_only=False)
-        return self._apply(reports, learning_rate)
+        work = microbatches + (examples.microbatches if examples else [])
+        run_schedule(self.model, batch, work, loss, forward_only=False)
+        return self._apply(sums, learning_rate)
 
-    def _apply(self, reports: list[tuple[PackedMicrobatch, LossTerms]], learning_rate: float) -> StepReport:
+    def _apply(self, sums: _StepSums, learning_rate: float) -> StepReport:
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         gradient_norm = float(norm)
@@ -153,7 +198,8 @@ class Actor:
                 f"the gradient norm is {gradient_norm}: the weights of this process are spoilt"
             )
         if not holds_logits():
-            reports = []
+            sums = _StepSums()
+        reports = sums.reports
         names = reports[0][1].per_sequence if reports else {}
         return StepReport(
             learning_rate=learning_rate,
@@ -165,16 +211,20 @@ class Actor:
                 name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy()
                 for name in names
             },
+            entropy_sum=sums.entropy,
+            tokens=sums.tokens,
+            example_loss_sum=sums.example_loss,
+            example_tokens=sums.example_tokens,
         )
 
     def _token_log_probs(
-        self, microbatch: PackedMicrobatch, logits: torch.Tensor
+        self, batch: RolloutBatch, microbatch: PackedMicrobatch, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return token_log_probs(
             logits,
             microbatch.rows,
             microbatch.targets,
-            temperature=self.config.rollout.temperature,
+            temperature=batch.temperature,
             chunk_tokens=self.config.actor.log_prob_chunk_tokens,
         )
 

@@ -42,3 +42,7 @@ def reset_state(optimizer: MegatronOptimizer) -> None:
             for value in state.values():
                 if torch.is_tensor(value):
                     value.zero_()
+        # Transformer Engine's and apex's fused Adam count steps per group, torch's per parameter
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0

@@ -18,12 +18,14 @@ NEGLIGIBLE_NATS = 1e-3
 
 
 def mismatch_growth(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
-    """|log π_t − log π_b| per token over `threshold` times its median so far: engine and trainer drift apart."""
+    """|log π_t − log π_b| per token over `threshold` times its median so far: engine and trainer drift
+    apart."""
     return _grown("mismatch/mean_abs", now, earlier, threshold)
 
 
 def kl_jump(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
-    """KL(π_t ‖ π_θ) at the iteration's last step over `threshold` times its median so far: an update too large."""
+    """KL(π_t ‖ π_θ) at the iteration's last step over `threshold` times its median so far: an update too
+    large."""
     return _grown("pmd/kl_anchor_k3", now, earlier, threshold)
 
 

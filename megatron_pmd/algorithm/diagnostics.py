@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_pmd.algorithm.baselines import Floats, advantages, rows_by_size
 from megatron_pmd.algorithm.closed_form import optimum_mean
+
+OF_THE_ROLLOUT = frozenset({"pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups"})
+"""Diagnostics that do not depend on the policy being trained."""
 
 
 def diagnostics(
@@ -35,6 +38,8 @@ def diagnostics(
     pmd/chi2_weight           λ, mean over groups; 0 for the partition baselines, which have no χ² term
     pmd/log_z_gap             τ log Z of the group's samples − their mean reward, mean over groups; ≥ 0
     pmd/log_ratio_p05, p50, p95        quantiles of s
+    pmd/drift                 mean |s|, nats: how far the steps before this one moved responses it has not
+    seen
     pmd/zero_advantage_groups          share of groups in which every advantage is 0
     mismatch/mean_abs, max_abs         |log π_t − log π_b| per token
     mismatch/sequence_sum_abs          |Σ (log π_t − log π_b)|, mean over sequences
@@ -61,6 +66,7 @@ def diagnostics(
         "pmd/chi2_weight": float(chi2_weights.mean()),
         **_groups(a, r, labels, tau),
         **{f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)},
+        "pmd/drift": float(np.abs(s).mean()),
         "mismatch/mean_abs": _ratio(values["mismatch_abs_sum"].sum(), tokens),
         "mismatch/max_abs": float(values["mismatch_abs_max"].max()),
         "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
@@ -70,6 +76,49 @@ def diagnostics(
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
         result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)
     return result
+
+
+def over_iteration(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """An iteration's diagnostics from those of its optimizer steps, first to last.
+
+    What grows with the steps is taken from the last one; means over the steps are what describes the rollout;
+    of mismatch/max_abs it is the largest. pmd/drift_per_step is the growth of pmd/drift from the first
+    step to
+    the last, over the steps in between; it needs two steps. Returns {} for no steps.
+    """
+    if not steps:
+        return {}
+    result: dict[str, float] = {}
+    for key, last in steps[-1].items():
+        if key == "mismatch/max_abs":
+            result[key] = max(step[key] for step in steps)
+        elif key.startswith("mismatch/") or key in OF_THE_ROLLOUT:
+            result[key] = float(np.mean([step[key] for step in steps]))
+        elif key.startswith("pmd/"):
+            result[key] = last
+    if len(steps) > 1 and "pmd/drift" in result:
+        result["pmd/drift_per_step"] = (steps[-1]["pmd/drift"] - steps[0]["pmd/drift"]) / (len(steps) - 1)
+    return result
+
+
+HISTOGRAM_EDGES = np.logspace(-9, 2, 11 * 40 + 1)
+"""40 bins a decade: a quantile read from them is at most 6 % too large."""
+
+
+def magnitude_histogram(values: ArrayLike) -> NDArray[np.int64]:
+    """How many |values| lie in each bin of HISTOGRAM_EDGES; what is beyond counts in the outermost bin.
+
+    Histograms of several ranks add up, quantiles do not.
+    """
+    inside = np.clip(np.abs(np.asarray(values, np.float64)), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    return np.histogram(inside, HISTOGRAM_EDGES)[0]
+
+
+def histogram_quantile(counts: NDArray[np.int64], share: float) -> float:
+    """Upper edge of the bin in which the `share`-quantile of the counted magnitudes lies; 0 for no values."""
+    if not counts.sum():
+        return 0.0
+    return float(HISTOGRAM_EDGES[1 + np.searchsorted(counts.cumsum(), share * counts.sum())])
 
 
 def targets(

@@ -117,6 +117,10 @@ class LossTerms:
     """
 
 
+Objective = Callable[[LossInput], LossTerms]
+"""A loss with its settings given."""
+
+
 def pmd(
     x: LossInput,
     *,

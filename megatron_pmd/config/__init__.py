@@ -1,16 +1,33 @@
 """The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch."""
 
 from megatron_pmd.config.actor import Actor, Experts, Fp8, Layout, Model, Optimizer, Precision
-from megatron_pmd.config.data import Data, Evaluation, FileSource, ReasoningGymSource, Reward, Source
+from megatron_pmd.config.algorithm import (
+    Alarm,
+    Alarms,
+    Algorithm,
+    Baseline,
+    MismatchWeight,
+    Normaliser,
+    Objective,
+    Ptx,
+    Schedule,
+)
+from megatron_pmd.config.data import (
+    Data,
+    Evaluation,
+    FileSource,
+    LengthReward,
+    ReasoningGymSource,
+    Reward,
+    Sampling,
+    Source,
+)
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.reading import build, known_keys, load, override
 from megatron_pmd.config.rollout import Rollout, Sync
 from megatron_pmd.config.run import (
-    Algorithm,
-    Baseline,
     Batch,
     Checkpoint,
-    Normaliser,
     RunConfig,
     StopAfter,
     WarmStart,
@@ -18,6 +35,8 @@ from megatron_pmd.config.run import (
 
 __all__ = [
     "Actor",
+    "Alarm",
+    "Alarms",
     "Algorithm",
     "Baseline",
     "Batch",
@@ -29,14 +48,20 @@ __all__ = [
     "Fp8",
     "Frozen",
     "Layout",
+    "LengthReward",
+    "MismatchWeight",
     "Model",
     "Normaliser",
+    "Objective",
     "Optimizer",
     "Precision",
+    "Ptx",
     "ReasoningGymSource",
     "Reward",
     "Rollout",
     "RunConfig",
+    "Sampling",
+    "Schedule",
     "Source",
     "StopAfter",
     "Sync",

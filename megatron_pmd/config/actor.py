@@ -86,6 +86,9 @@ class Optimizer(Frozen):
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
+    reset_every_iteration: bool = False
+    """Forget the moments before each iteration's first step (Kimi K1.5); the learning rate's schedule goes
+    on."""
     moments: Precision = "fp32"
     """Needs CUDA and Transformer Engine unless fp32. `bf16` halves Adam's moments in memory (megatron-core's
     precision-aware optimizer)."""

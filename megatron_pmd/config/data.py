@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.errors import ConfigError
 
 
 class FileSource(Frozen):
@@ -16,6 +17,10 @@ class FileSource(Frozen):
     prompt_key: str = "prompt"
     """A string, or a list of chat messages with role and content."""
     answer_key: str = "answer"
+    difficulty_key: str | None = None
+    """A number, the larger the harder; data.sampling=curriculum orders by it."""
+    token_budget_key: str | None = None
+    """Longest response to this problem, in tokens; batch.max_response_tokens where it is null."""
 
 
 class ReasoningGymSource(Frozen):
@@ -28,6 +33,7 @@ class ReasoningGymSource(Frozen):
     """The task's own settings, e.g. min_digits."""
 
 
+Sampling = Literal["uniform", "in_order", "curriculum", "prioritised"]
 Source = Annotated[FileSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
@@ -39,7 +45,28 @@ class Data(Frozen):
     """None: what the model's chat template adds by itself."""
     prompt_suffix: str = ""
     """Appended to every problem's text, e.g. how to format the answer."""
-    shuffle: bool = True
+    sampling: Sampling = "uniform"
+    """`uniform`: every epoch in a new random order. `in_order`: as in the file. `curriculum`: the first
+    epoch from
+    easy to hard, then uniform. `prioritised`: drawn with probability ∝ 1 − success rate so far."""
+
+    @model_validator(mode="after")
+    def _difficulty(self) -> Self:
+        has_one = isinstance(self.train, FileSource) and self.train.difficulty_key is not None
+        if self.sampling == "curriculum" and not has_one:
+            raise ConfigError(
+                "data.sampling=curriculum needs data.train.difficulty_key, a column of the file"
+            )
+        return self
+
+
+class LengthReward(Frozen):
+    weight: PositiveFloat
+    """Of Kimi K1.5's group length reward: up to half of this is added for a short correct response, taken
+    for a
+    long one."""
+    warmup_iterations: NonNegativeInt = 0
+    """Iterations before it starts."""
 
 
 class Reward(Frozen):
@@ -51,6 +78,12 @@ class Reward(Frozen):
     """For one sample; a reward that takes longer counts as 0."""
     workers: PositiveInt = 2
     """Processes."""
+    correct: float = 1.0
+    """A response with at least this reward is correct: for pass@k, the length reward and prioritised
+    prompts."""
+    length: LengthReward | None = None
+    truncation_penalty: NonNegativeFloat = 0.0
+    """Taken from the reward of a response that was cut at its token budget."""
 
 
 class Evaluation(Frozen):

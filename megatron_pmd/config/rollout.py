@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_pmd.config.algorithm import Schedule
 from megatron_pmd.config.frozen import Frozen
 
 
@@ -16,6 +17,8 @@ class Rollout(Frozen):
     """Consecutive actor ranks that share one engine; None: tensor_parallel."""
     temperature: PositiveFloat = 1.0
     """Also divides the actor's logits: π is the policy at this temperature."""
+    temperature_schedule: Schedule | None = None
+    """Temperature over the iterations, from rollout.temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     max_running_requests: PositiveInt = 64
     """Requests decoded at one time, per engine."""

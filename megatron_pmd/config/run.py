@@ -1,4 +1,4 @@
-"""The whole tree, with the settings that belong to the run and to its algorithm."""
+"""The whole tree, with the settings that belong to the run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.actor import Actor, Layout, Model, Optimizer
+from megatron_pmd.config.algorithm import Alarms, Algorithm
 from megatron_pmd.config.data import Data, Evaluation, Reward
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.rollout import Rollout, Sync
 from megatron_pmd.errors import ConfigError, LayoutError
 
-Baseline = Literal["mean", "mean_loo", "partition", "partition_loo"]
-Normaliser = Literal["response", "max_response", "none"]
 StopAfter = Literal["rollout"]
 """Phases after which a run can be asked to stop."""
 
@@ -54,22 +53,6 @@ class Batch(Frozen):
         return self
 
 
-class Algorithm(Frozen):
-    baseline: Baseline = "mean"
-    """`mean` is PMD-mean (Kimi K1.5/K2); see docs/algorithm.md."""
-    tau: PositiveFloat = 0.1
-    """Regularisation strength τ, in reward units."""
-    normaliser: Normaliser = "response"
-    """What a sequence's loss is divided by: its own counted tokens, max_response_tokens, or 1."""
-
-    def check(self, batch: Batch) -> None:
-        if self.baseline.endswith("_loo") and batch.samples_per_prompt < 2:
-            raise ConfigError(
-                f"algorithm.baseline={self.baseline} leaves one response out: "
-                "batch.samples_per_prompt must be at least 2"
-            )
-
-
 class Checkpoint(Frozen):
     every: PositiveInt | None = 10
     """Iterations between checkpoints; one is always written after the last iteration. None: only that one."""
@@ -103,6 +86,7 @@ class RunConfig(Frozen):
     data: Data
     reward: Reward
     evaluation: Evaluation = Evaluation()
+    alarms: Alarms = Alarms()
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
 
@@ -131,7 +115,8 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self.algorithm.check(self.batch)
+        self.algorithm.check(self.batch.samples_per_prompt)
+        self._check_supervision()
         if self.ranks_per_engine < self.rollout.tensor_parallel or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
@@ -173,4 +158,18 @@ class RunConfig(Frozen):
             raise ConfigError(
                 f"optimizer.moments=bf16 with model.precision={precision}: megatron-core's precision-aware "
                 "optimizer is for models trained in bf16"
+            )
+
+    def _check_supervision(self) -> None:
+        if self.algorithm.objective != "sft":
+            return
+        for name, given in (("warm_start", self.warm_start), ("algorithm.ptx", self.algorithm.ptx)):
+            if given is not None:
+                raise ConfigError(
+                    f"{name} is supervised training beside a rollout; algorithm.objective=sft has none"
+                )
+        if self.batch.samples_per_prompt != 1:
+            raise ConfigError(
+                f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with algorithm.objective=sft a "
+                "problem has one response, its answer; set it to 1"
             )

@@ -19,3 +19,7 @@ class Problem:
     """Further columns of the file, or the reasoning-gym entry."""
     tokens: tuple[int, ...] = ()
     """The rendered chat, ready for generation."""
+    difficulty: float | None = None
+    """The larger the harder; None where the source has no such column."""
+    token_budget: int | None = None
+    """Longest response, in tokens; None: the run's own limit."""

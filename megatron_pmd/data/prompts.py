@@ -8,6 +8,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from megatron_pmd.config import Sampling
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import DataError
 
@@ -53,15 +54,25 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
 
 
 class PromptSource:
-    """An endless, reproducible sequence of problems; each epoch is shuffled anew, from (seed, epoch)."""
+    """An endless, reproducible sequence of problems, epoch after epoch; `sampling` is their order."""
 
-    def __init__(self, problems: list[Problem], seed: int, shuffle: bool = True) -> None:
-        """Start at epoch 0; shuffle=False keeps the order given in every epoch. DataError if it is empty."""
+    def __init__(self, problems: list[Problem], seed: int, sampling: Sampling = "uniform") -> None:
+        """Start at epoch 0.
+
+        uniform      each epoch is shuffled anew, from (seed, epoch)
+        in_order     every epoch in the order given
+        curriculum   epoch 0 by problem.difficulty, easiest first, equals shuffled; later epochs as uniform
+
+        Raises DataError if there is no problem, or one without the difficulty that a curriculum needs.
+        """
         if not problems:
             raise DataError("a prompt source needs at least one problem")
+        if sampling == "curriculum" and any(p.difficulty is None for p in problems):
+            lacking = next(p.index for p in problems if p.difficulty is None)
+            raise DataError(f"problem {lacking} has no difficulty: data.sampling=curriculum cannot place it")
         self._problems = list(problems)
         self._seed = seed
-        self._shuffle = shuffle
+        self._sampling = sampling
         self._epoch = 0
         self._cursor = 0
         self._order = self._order_of(0)
@@ -95,29 +106,16 @@ class PromptSource:
         finally:
             self.load_state(state)
 
+    def record(self, successes: dict[int, float]) -> None:
+        """How problems went: success rate in [0, 1] by problem index. These orders do not depend on it."""
+
     def state(self) -> dict[str, Any]:
         """Where the sequence stands, in JSON values: epoch, cursor (problems taken of it), of which data."""
-        return {
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "problems": len(self._problems),
-            "fingerprint": self._fingerprint,
-        }
+        return {"epoch": self._epoch, "cursor": self._cursor, **self._identity()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. DataError if it is of other problems, seed or shuffle."""
-        here = self.state()
-        if missing := [key for key in here if key not in state]:
-            raise DataError(f"the saved prompt order lacks {', '.join(missing)}; it is not of this program")
-        for key in ("problems", "seed", "shuffle", "fingerprint"):
-            if state[key] != here[key]:
-                raise DataError(
-                    f"the saved prompt order has {key}={state[key]}, this run {here[key]}: the "
-                    "data, the tokenizer, data.shuffle or the seed changed; restore them, or start a run "
-                    "under another name"
-                )
+        """Go on where `state` was taken. DataError if it is of other problems, seed or sampling."""
+        self._refuse_another(state)
         epoch, cursor = state["epoch"], state["cursor"]
         if not (
             type(epoch) is int and epoch >= 0 and type(cursor) is int and 0 <= cursor < len(self._problems)
@@ -128,14 +126,38 @@ class PromptSource:
         self._epoch, self._cursor = epoch, cursor
         self._order = self._order_of(epoch)
 
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state must have been taken of."""
+        return {
+            "seed": self._seed,
+            "sampling": self._sampling,
+            "problems": len(self._problems),
+            "fingerprint": self._fingerprint,
+        }
+
+    def _refuse_another(self, state: dict[str, Any]) -> None:
+        if missing := [key for key in self.state() if key not in state]:
+            raise DataError(f"the saved prompt order lacks {', '.join(missing)}; it is not of this program")
+        for key, here in self._identity().items():
+            if state[key] != here:
+                raise DataError(
+                    f"the saved prompt order has {key}={state[key]}, this run {here}: the "
+                    "data, the tokenizer, data.sampling or the seed changed; restore them, or start a run "
+                    "under another name"
+                )
+
     def _order_of(self, epoch: int) -> np.ndarray:
         import numpy as np
 
-        if not self._shuffle:
+        if self._sampling == "in_order":
             return np.arange(len(self._problems))
-        return np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(
+        shuffled = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(
             len(self._problems)
         )
+        if self._sampling == "curriculum" and epoch == 0:
+            difficulty = np.array([p.difficulty for p in self._problems], np.float64)
+            return shuffled[np.argsort(difficulty[shuffled], kind="stable")]
+        return shuffled
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -143,6 +165,59 @@ class PromptSource:
         for p in self._problems:
             digest.update(json.dumps([p.index, p.messages, p.answer, p.tokens]).encode())
         return digest.hexdigest()
+
+
+class PrioritisedPrompts(PromptSource):
+    """Problems drawn with probability ∝ 1 − success rate: what is solved comes back no more (Kimi K1.5).
+
+    The success rate is that of the problem's latest group; a problem not tried yet counts as never solved.
+    """
+
+    def __init__(self, problems: list[Problem], seed: int) -> None:
+        super().__init__(problems, seed, "prioritised")
+        self._draws = 0
+        self._place = {p.index: place for place, p in enumerate(self._problems)}
+        self._success = [0.0] * len(self._problems)
+
+    @property
+    def epoch(self) -> int:
+        """Draws over the number of problems: there are no passes."""
+        return self._draws // len(self._problems)
+
+    def take(self, n: int) -> list[Problem]:
+        """n problems, none twice while others with weight are left; the solved ones only when all are."""
+        import numpy as np
+
+        rng = np.random.default_rng(np.random.SeedSequence([self._seed, self._draws]))
+        weight = 1.0 - np.array(self._success)
+        unsolved, solved = np.flatnonzero(weight > 0), np.flatnonzero(weight <= 0)
+        chances = weight[unsolved] / weight[unsolved].sum()
+        first = rng.choice(unsolved, min(n, len(unsolved)), replace=False, p=chances)
+        order = np.resize(np.concatenate([first, rng.permutation(solved)]), n)
+        taken = [self._problems[i] for i in order]
+        self._draws += n
+        return taken
+
+    def record(self, successes: dict[int, float]) -> None:
+        for index, rate in successes.items():
+            self._success[self._place[index]] = rate
+
+    def state(self) -> dict[str, Any]:
+        """How many were drawn, and every problem's success rate."""
+        return {"draws": self._draws, "success": list(self._success), **self._identity()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._refuse_another(state)
+        if len(state["success"]) != len(self._problems):
+            raise DataError(f"the saved prompt order has {len(state['success'])} success rates")
+        self._draws, self._success = state["draws"], list(state["success"])
+
+
+def prompt_source(problems: list[Problem], seed: int, sampling: Sampling) -> PromptSource:
+    """The source of training prompts that `data.sampling` names."""
+    if sampling == "prioritised":
+        return PrioritisedPrompts(problems, seed)
+    return PromptSource(problems, seed, sampling)
 
 
 def sample_seed(run_seed: int, iteration: int, prompt: int, sample: int, stream: str = "train") -> int:

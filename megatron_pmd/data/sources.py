@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,33 @@ def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, d
         raise DataError(
             f"{where}: {source.answer_key!r} is a {_kind(answer)}; a string or a number is expected"
         )
+    budget = _number(row, source.token_budget_key, where)
+    if budget is not None and (budget < 1 or budget != int(budget)):
+        raise DataError(
+            f"{where}: {source.token_budget_key!r} is {budget:g}; a whole number of tokens is expected"
+        )
     return Problem(
         index=index,
         messages=_chat(row[source.prompt_key], f"{where}: {source.prompt_key!r}", data),
         answer=str(answer),
         metadata={k: v for k, v in row.items() if k not in (source.prompt_key, source.answer_key)},
+        difficulty=_number(row, source.difficulty_key, where),
+        token_budget=None if budget is None else int(budget),
     )
+
+
+def _number(row: dict[str, Any], key: str | None, where: str) -> float | None:
+    """The row's number under `key`; None where no key is asked for, or the row has null there."""
+    if key is None:
+        return None
+    if key not in row:
+        raise DataError(f"{where}: no {key!r}, only {', '.join(sorted(row))}")
+    value = row[key]
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: {key!r} is {value!r}; a number is expected")
+    return float(value)
 
 
 def _chat(prompt: Any, where: str, data: Data) -> tuple[dict[str, str], ...]:

@@ -186,6 +186,10 @@ class Journal:
             evaluation=self._evaluations[-1] if self._evaluations else None,
         )
 
+    def iterations_before(self, t: int) -> list[Record]:
+        """The `iteration` lines of the iterations before t, oldest first."""
+        return [m for m in self._iterations if m["iteration"] < t]
+
     def finish(self, status: Status, error: str | None = None) -> Record:
         """Write summary.json and close every file; returns the summary."""
         rewards = [m.get("reward") for m in self._iterations]
@@ -272,11 +276,13 @@ def _refuse_differences(folder: Path, recorded: Record, given: Record) -> None:
     keys = [k for k in {**there, **here} if there.get(k, ...) != here.get(k, ...)]
     if "iterations" in keys and here["iterations"] > there.get("iterations", 0):
         keys.remove("iterations")
+    keys = [k for k in keys if not k.startswith("alarms.")]
     if keys:
         listed = "\n".join(f"  {k}: {_shown(there, k)} there, {_shown(here, k)} here" for k in keys)
         raise ConfigError(
             f"{folder / 'config.json'} is of a run with another configuration:\n{listed}\n"
-            "give this run another name, or the recorded values to resume (only iterations may grow)"
+            "give this run another name, or the recorded values to resume "
+            "(only iterations may grow, and alarms change)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -140,7 +141,7 @@ class Sampler:
         return {
             "input_ids": list(problem.tokens),
             "sampling_params": {
-                "max_new_tokens": self.max_response_tokens,
+                "max_new_tokens": min(problem.token_budget or math.inf, self.max_response_tokens),
                 "temperature": plan.temperature,
                 "top_p": plan.top_p,
                 "stop_token_ids": self.stop_tokens,

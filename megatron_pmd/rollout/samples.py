@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,8 @@ class Sample:
     """The weights that sampled its last token."""
     seed: int
     reward: float = 0.0
+    shaped_reward: float = 0.0
+    """The reward with what length and truncation add or take; the advantage is measured in it."""
     advantage: float = 0.0
     reward_error: str | None = None
     """Why the reward is 0 although the grader gave no verdict."""
@@ -80,6 +83,7 @@ SCHEMA = pa.schema(
         ("weight_version", pa.int64()),
         ("seed", pa.int64()),
         ("reward", pa.float64()),
+        ("shaped_reward", pa.float64()),
         ("advantage", pa.float64()),
         ("reward_error", pa.string()),
         (
@@ -125,10 +129,12 @@ class RolloutBatch:
     offsets          int64   [samples + 1]
     prompt_lengths   int64   [samples]
     groups           int64   [samples]
-    rewards, advantages float64 [samples]
+    rewards, advantages float64 [samples]  rewards are the shaped ones
     weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
     token_versions   int32   [tokens]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
     counted          bool    [tokens]  whether it counts in the loss; False at prompt tokens
+    temperature      of the policy that all log-probabilities are of
+    examples         the last so many samples are supervised examples, not sampled responses
     """
 
     tokens: np.ndarray
@@ -141,9 +147,16 @@ class RolloutBatch:
     weight_version: int
     token_versions: np.ndarray
     counted: np.ndarray
+    temperature: float
+    examples: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @property
+    def sampled(self) -> int:
+        """Responses of the policy: samples before the supervised examples."""
+        return len(self) - self.examples
 
     @property
     def lengths(self) -> np.ndarray:
@@ -155,8 +168,19 @@ class RolloutBatch:
         return self.lengths - self.prompt_lengths
 
     @classmethod
-    def pack(cls, samples: list[Sample], weight_version: int | None = None) -> RolloutBatch:
-        """weight_version: see there; None: the newest that any sample has."""
+    def pack(
+        cls,
+        samples: list[Sample],
+        temperature: float,
+        *,
+        examples: Sequence[Sample] = (),
+        weight_version: int | None = None,
+    ) -> RolloutBatch:
+        """Sampled responses, then supervised examples, as arrays.
+
+        weight_version: see there; None: the newest that any sample has.
+        """
+        samples = [*samples, *examples]
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
         pieces = [
             piece
@@ -174,13 +198,15 @@ class RolloutBatch:
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             prompt_lengths=np.array([len(s.prompt_tokens) for s in samples], np.int64),
             groups=np.array([s.group for s in samples], np.int64),
-            rewards=np.array([s.reward for s in samples], np.float64),
+            rewards=np.array([s.shaped_reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
             weight_version=(
                 max(s.weight_version for s in samples) if weight_version is None else weight_version
             ),
             token_versions=np.repeat(np.array([p.weight_version for p in pieces], np.int32), piece_lengths),
             counted=np.repeat(np.array([p.counted for p in pieces], bool), piece_lengths),
+            temperature=temperature,
+            examples=len(examples),
         )
 
     def refuse_undeclared_versions(self, max_staleness: int) -> None:

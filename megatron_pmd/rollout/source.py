@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control
-from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.config import RunConfig
+from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import DataError, PmdError
 from megatron_pmd.observe.console import Console
@@ -16,11 +16,15 @@ from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.fleet import Fleet
 from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan, stop_tokens
 from megatron_pmd.rollout.samples import Sample, read_rollout
+from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
 
 
 class RolloutSource(Protocol):
     """What the loop asks for samples. Collective: every rank calls, the driver alone gets samples back."""
+
+    live: bool
+    """Whether there are engines: only they can be evaluated, and have weights to be checked."""
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
         """Samples for the plan, graded; [] on ranks other than the driver, whose plan is None.
@@ -46,6 +50,8 @@ class RolloutSource(Protocol):
 
 class LiveEngines:
     """The fleet, its weights and its router, kept alive: dead engines start again with current weights."""
+
+    live = True
 
     def __init__(
         self,
@@ -133,8 +139,26 @@ class LiveEngines:
         self.fleet.stop()
 
 
-class ReplayedRollouts:
-    """Rollouts of an earlier run, from its file or its folder of files; there are no engines."""
+class WithoutEngines:
+    """What a source does in the phases of engines that it does not have."""
+
+    live = False
+
+    def release(self) -> None: ...
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        return PushReport(tensors=0, bytes=0, buckets=0)
+
+    def resume(self) -> None: ...
+
+    def engine_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+class ReplayedRollouts(WithoutEngines):
+    """Rollouts of an earlier run, from its file or its folder of files."""
 
     def __init__(self, path: Path, control: Control) -> None:
         """path: one rollout file, or a folder with one for every iteration that will be trained."""
@@ -154,29 +178,15 @@ class ReplayedRollouts:
             raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {plan.iteration}")
         return samples
 
-    def release(self) -> None: ...
 
-    def load(self, actor: Actor, version: int) -> PushReport:
-        return PushReport(tensors=0, bytes=0, buckets=0)
+class Demonstrations(WithoutEngines):
+    """The problems' own answers: supervised training (algorithm.objective=sft)."""
 
-    def resume(self) -> None: ...
+    def __init__(self, control: Control, tokenizer: Any) -> None:
+        self._control, self._tokenizer = control, tokenizer
 
-    def engine_bytes(self) -> int:
-        return 0
-
-    def close(self) -> None: ...
-
-
-def set_advantages(samples: list[Sample], config: RunConfig) -> None:
-    """Reward minus baseline, for every sample of a rollout."""
-    values = advantages(
-        [s.reward for s in samples],
-        [s.group for s in samples],
-        baseline=config.algorithm.baseline,
-        tau=config.algorithm.tau,
-    )
-    for sample, value in zip(samples, values, strict=True):
-        sample.advantage = float(value)
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        return demonstrations(plan.problems, self._tokenizer) if plan else []
 
 
 def train_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
@@ -186,7 +196,7 @@ def train_plan(config: RunConfig, problems: list[Problem], iteration: int) -> Sa
         samples_per_prompt=config.batch.samples_per_prompt,
         iteration=iteration,
         weight_version=iteration,
-        temperature=config.rollout.temperature,
+        temperature=Subproblem(config, iteration).temperature,
         top_p=config.rollout.top_p,
         run_seed=config.seed,
     )

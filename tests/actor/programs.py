@@ -48,7 +48,7 @@ class Trial:
         self.control = start(config.layout)
         self.actor = Actor(config, self.control)
         reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
-        self.batch, self.anchor = RolloutBatch.pack(reference.samples), reference.anchor
+        self.batch, self.anchor = RolloutBatch.pack(reference.samples, 1.0), reference.anchor
 
     def step(self, samples: list[int], rate: float = OPTIMIZER.learning_rate) -> tuple[float, int, float]:
         """This rank's loss sum and count, and the gradient norm."""

@@ -23,7 +23,7 @@ def measured(models) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_equal_transformers_after_loading(one_process, reference, family, packing):
     report = one_process[family]["anchors"][packing]
-    batch = RolloutBatch.pack(reference(family).samples)
+    batch = RolloutBatch.pack(reference(family).samples, 1.0)
     assert report.tokens == batch.response_lengths.sum()
     response = ~report.log_probs.isnan()
     assert int(response.sum()) == report.tokens

@@ -8,7 +8,13 @@ from scipy.special import lambertw
 
 from megatron_pmd.algorithm import diagnostics as module
 from megatron_pmd.algorithm.baselines import BASELINES, advantages
-from megatron_pmd.algorithm.diagnostics import diagnostics, targets
+from megatron_pmd.algorithm.diagnostics import (
+    diagnostics,
+    histogram_quantile,
+    magnitude_histogram,
+    over_iteration,
+    targets,
+)
 from megatron_pmd.algorithm.losses import LossInput, pmd
 
 GROUPS = np.repeat([5, -2, 9], 4)
@@ -21,6 +27,7 @@ KEYS = {
     "pmd/log_z_gap",
     *(f"pmd/log_ratio_{p}" for p in ("p05", "p50", "p95")),
     "pmd/zero_advantage_groups",
+    "pmd/drift",
     "mismatch/mean_abs",
     "mismatch/max_abs",
     "mismatch/sequence_sum_abs",
@@ -153,6 +160,7 @@ def test_means_quantiles_and_sample_size_equal_their_definitions():
         "pmd/log_ratio_p05": np.quantile(s, 0.05),
         "pmd/log_ratio_p50": np.median(s),
         "pmd/log_ratio_p95": np.quantile(s, 0.95),
+        "pmd/drift": np.abs(s).mean(),
         "mismatch/mean_abs": absolute.sum() / length.sum(),
         "mismatch/max_abs": largest.max(),
         "mismatch/sequence_sum_abs": np.abs(total).mean(),
@@ -213,3 +221,28 @@ def test_a_step_without_sequences_is_refused():
             baseline="mean",
             tau=0.1,
         )
+
+
+def test_an_iteration_takes_the_last_of_what_grows_and_the_mean_of_what_describes_the_rollout():
+    first = dict.fromkeys(KEYS, 1.0) | {"loss": 9.0, "mismatch/max_abs": 7.0}
+    last = dict.fromkeys(KEYS, 2.0) | {"loss": 9.0, "mismatch/max_abs": 3.0, "pmd/drift": 5.0}
+    result = over_iteration([first, last | {"pmd/drift": 2.0}, last])
+    mean = {"pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups"}
+    mean |= {"mismatch/mean_abs", "mismatch/sequence_sum_abs", "mismatch/effective_sample_size"}
+    assert result.keys() == KEYS | {"pmd/drift_per_step"}
+    assert {k: result[k] for k in mean} == pytest.approx(dict.fromkeys(mean, 5 / 3))
+    assert result["mismatch/max_abs"] == 7.0
+    assert result["pmd/drift"] == 5.0 and result["pmd/drift_per_step"] == 2.0
+    others = KEYS - mean - {"mismatch/max_abs", "pmd/drift"}
+    assert {k: result[k] for k in others} == dict.fromkeys(others, 2.0)
+    assert over_iteration([]) == {}
+
+
+def test_a_quantile_of_several_ranks_histograms_is_that_of_all_values_to_six_per_cent():
+    values = np.abs(np.random.default_rng(0).standard_cauchy(20_000)) * 1e-3
+    counts = np.sum([magnitude_histogram(part) for part in np.split(values, [100, 7000])], axis=0)
+    for share in (0.5, 0.9, 0.99):
+        exact = np.quantile(values, share)
+        assert 0.999 * exact <= histogram_quantile(counts, share) <= 1.06 * exact
+    assert histogram_quantile(magnitude_histogram([]), 0.99) == 0.0
+    assert histogram_quantile(magnitude_histogram([0.0, 0.0]), 0.99) <= 1.07e-9

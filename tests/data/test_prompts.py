@@ -1,6 +1,7 @@
 """Rendering to tokens, the order over epochs and its resumption, and the seeds of samples."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.data.prompts import PromptSource, sample_seed, tokenize
+from megatron_pmd.data.prompts import PrioritisedPrompts, PromptSource, prompt_source, sample_seed, tokenize
 from megatron_pmd.errors import DataError
 
 TEMPLATE = (
@@ -93,13 +94,20 @@ def test_every_epoch_is_a_permutation_however_the_prompts_are_taken(count, seed,
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(before=st.integers(0, 40), after=st.integers(0, 40), shuffle=st.booleans())
-def test_a_resumed_order_equals_the_uninterrupted_one(before, after, shuffle):
-    interrupted, whole = (PromptSource(problems_of(7), seed=3, shuffle=shuffle) for _ in range(2))
-    first = indices(interrupted, before)
-    resumed = PromptSource(problems_of(7), seed=3, shuffle=shuffle)
+@given(
+    before=st.integers(0, 40),
+    after=st.integers(0, 40),
+    sampling=st.sampled_from(["uniform", "in_order", "curriculum", "prioritised"]),
+)
+def test_a_resumed_order_equals_the_uninterrupted_one(before, after, sampling):
+    rated = [replace(p, difficulty=-p.index) for p in problems_of(7)]
+    interrupted, whole = (prompt_source(rated, 3, sampling) for _ in range(2))
+    first, same = indices(interrupted, before), indices(whole, before)
+    for source in (interrupted, whole):
+        source.record({1: 1.0, 2: 0.5})
+    resumed = prompt_source(rated, 3, sampling)
     resumed.load_state(json.loads(json.dumps(interrupted.state())))
-    assert first + indices(resumed, after) == indices(whole, before + after)
+    assert first + indices(resumed, after) == same + indices(whole, after)
     assert resumed.state() == whole.state()
 
 
@@ -116,9 +124,45 @@ def test_epochs_and_seeds_differ():
 
 
 def test_without_shuffling_the_order_of_the_file_repeats():
-    source = PromptSource(problems_of(3), seed=0, shuffle=False)
+    source = PromptSource(problems_of(3), seed=0, sampling="in_order")
     assert indices(source, 7) == [0, 1, 2, 0, 1, 2, 0]
     assert (source.epoch, source.state()["cursor"]) == (2, 1)
+
+
+def test_a_curriculum_begins_with_the_easiest_and_is_uniform_from_the_second_epoch_on():
+    levels = [2.0, 0.0, 1.0, 0.0, 2.0, 1.0]
+    rated = [replace(p, difficulty=d) for p, d in zip(problems_of(6), levels, strict=True)]
+    source = PromptSource(rated, seed=0, sampling="curriculum")
+    assert [levels[i] for i in indices(source, 6)] == sorted(levels)
+    assert indices(source, 6) == indices(PromptSource(rated, seed=0), 12)[6:]
+
+
+def test_a_curriculum_without_difficulties_names_the_problem():
+    with pytest.raises(DataError, match="problem 0 has no difficulty"):
+        PromptSource(problems_of(2), seed=0, sampling="curriculum")
+
+
+def test_prioritised_prompts_come_in_proportion_to_their_failures():
+    """Two problems at failure rates 0.9 and 0.3: the first comes first in 3 of 4 draws of one."""
+    source = PrioritisedPrompts(problems_of(2), seed=0)
+    source.record({0: 0.1, 1: 0.7})
+    share = np.mean([indices(source, 1) == [0] for _ in range(4000)])
+    assert share == pytest.approx(0.75, abs=0.03)  # four standard errors
+
+
+def test_solved_problems_come_only_when_nothing_else_is_left_and_none_twice_before():
+    source = PrioritisedPrompts(problems_of(5), seed=0)
+    source.record({0: 1.0, 3: 1.0})
+    assert sorted(indices(source, 3)) == [1, 2, 4]
+    drawn = indices(source, 5)
+    assert sorted(drawn[:3]) == [1, 2, 4] and sorted(drawn[3:]) == [0, 3]
+    assert len(indices(source, 12)) == 12
+
+
+def test_draws_of_several_problems_never_repeat_one():
+    source = PrioritisedPrompts(problems_of(30), seed=1)
+    for _ in range(20):
+        assert len(set(indices(source, 20))) == 20
 
 
 @pytest.mark.parametrize(
@@ -127,7 +171,7 @@ def test_without_shuffling_the_order_of_the_file_repeats():
         (PromptSource(problems_of(6), seed=0), "problems=7, this run 6"),
         (PromptSource(problems_of(7)[::-1], seed=0), "fingerprint"),
         (PromptSource(problems_of(7), seed=1), "seed=0, this run 1"),
-        (PromptSource(problems_of(7), seed=0, shuffle=False), "shuffle=True, this run False"),
+        (PromptSource(problems_of(7), seed=0, sampling="in_order"), "sampling=uniform, this run in_order"),
     ],
 )
 def test_resuming_with_other_data_is_an_error(other, message):

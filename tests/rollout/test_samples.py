@@ -30,7 +30,7 @@ MIXED = [Segment(2, 5, counted=False), Segment(1, NOT_SAMPLED, counted=False), S
 
 
 def test_packed_tokens_carry_version_and_count_of_their_segment():
-    batch = RolloutBatch.pack([sample(4, segments=MIXED), sample(3, number=1)])
+    batch = RolloutBatch.pack([sample(4, segments=MIXED), sample(3, number=1)], 1.0)
     assert batch.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10, 11, 12]
     assert batch.token_versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
     assert batch.counted.tolist() == [False] * 5 + [True] + [False] * 2 + [True] * 3
@@ -44,7 +44,7 @@ def test_a_rollout_file_keeps_the_segments(tmp_path):
 
 
 def test_mixed_versions_are_refused_unless_declared_and_named():
-    batch = RolloutBatch.pack([sample(4, segments=MIXED)])
+    batch = RolloutBatch.pack([sample(4, segments=MIXED)], 1.0)
     with pytest.raises(
         StaleWeights, match=r"version 7 has tokens sampled under \[5\]; without rollout\.part"
     ):
@@ -52,6 +52,6 @@ def test_mixed_versions_are_refused_unless_declared_and_named():
     with pytest.raises(StaleWeights, match=r"under \[5\].*max_staleness=1 declares 6 the oldest"):
         batch.refuse_undeclared_versions(1)
     batch.refuse_undeclared_versions(2)
-    newer = RolloutBatch.pack([sample(3)], weight_version=6)
+    newer = RolloutBatch.pack([sample(3)], 1.0, weight_version=6)
     with pytest.raises(StaleWeights, match=r"\[7\]"):
         newer.refuse_undeclared_versions(2)

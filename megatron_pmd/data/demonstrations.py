@@ -1,0 +1,33 @@
+"""Supervised examples: the problems' own answers in the place of sampled responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample, Segment
+
+
+def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:
+    """One sample a problem, its response the answer and the end-of-sequence token."""
+    samples = []
+    for group, problem in enumerate(problems):
+        response = [*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id]
+        samples.append(
+            Sample(
+                group=group,
+                number=0,
+                problem=problem.index,
+                prompt=tokenizer.decode(problem.tokens),
+                response=problem.answer,
+                answer=problem.answer,
+                prompt_tokens=list(problem.tokens),
+                response_tokens=response,
+                engine_log_probs=[0.0] * len(response),
+                finish_reason="stop",
+                weight_version=NOT_SAMPLED,
+                seed=0,
+                segments=[Segment(len(response), NOT_SAMPLED)],
+            )
+        )
+    return samples
