@@ -27,7 +27,8 @@ from megatron_pmd.algorithm.losses import pmd
 from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, config_for
+from tests.actor import objective_gradients
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, config_for
 
 OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
 _control: list[Control] = []
@@ -48,7 +49,7 @@ class Trial:
         self.control = start(config.layout)
         self.actor = Actor(config, self.control)
         reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
-        self.batch, self.anchor = RolloutBatch.pack(reference.samples, 1.0), reference.anchor
+        self.batch, self.anchor = RolloutBatch.pack(reference.samples, TEMPERATURE), reference.anchor
 
     def step(self, samples: list[int], rate: float = OPTIMIZER.learning_rate) -> tuple[float, int, float]:
         """This rank's loss sum and count, and the gradient norm."""
@@ -133,6 +134,27 @@ def gradients_of(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
     recomputing = Trial(config_for(path, actor={"recompute": "full"}))
     results["recomputed activations"] = measure(recomputing, packings["the actor's own"])
     return results
+
+
+def objectives(path: Path, layout: dict[str, int]) -> objective_gradients.Gradients:
+    """See objective_gradients.all_gradients; unclipped."""
+    config = config_for(path, layout)
+    unclipped = config.optimizer.model_copy(update={"gradient_clip": 1e9})
+    return objective_gradients.all_gradients(Trial(config.model_copy(update={"optimizer": unclipped})))
+
+
+def resets(path: Path) -> dict[str, Any]:
+    """The second step after the first one's moments were forgotten, and as the first step of a new
+    optimizer."""
+    trial = Trial(config_for(path))
+    trial.step(STEPS[0])
+    moved = [p.detach().clone() for p in trial.actor.model.parameters()]
+    trial.actor.reset_optimizer()
+    after_reset = [trial.step(STEPS[1]), trial.weights()]
+    fresh = Trial(config_for(path))
+    for parameter, weight in zip(fresh.actor.model.parameters(), moved, strict=True):
+        parameter.data.copy_(weight)
+    return {"after reset": after_reset, "fresh": [fresh.step(STEPS[1]), fresh.weights()]}
 
 
 def _message(action: Any) -> tuple[str, str]:

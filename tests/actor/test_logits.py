@@ -9,7 +9,7 @@ import torch
 
 from megatron_pmd.rollout.samples import RolloutBatch
 from tests.actor.launch import launch
-from tests.actor.tiny_models import FAMILIES, OPTIMIZER, STEPS, WEIGHT_TOLERANCE
+from tests.actor.tiny_models import FAMILIES, OPTIMIZER, STEPS, TEMPERATURE, WEIGHT_TOLERANCE
 
 PACKINGS = ["the actor's own", "all samples in one micro-batch", "one sample each"]
 
@@ -23,7 +23,7 @@ def measured(models) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_equal_transformers_after_loading(one_process, reference, family, packing):
     report = one_process[family]["anchors"][packing]
-    batch = RolloutBatch.pack(reference(family).samples, 1.0)
+    batch = RolloutBatch.pack(reference(family).samples, TEMPERATURE)
     assert report.tokens == batch.response_lengths.sum()
     response = ~report.log_probs.isnan()
     assert int(response.sum()) == report.tokens
