@@ -31,7 +31,8 @@ def parallel(request, models: Path):
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_are_those_of_one_process(name, single, parallel):
     (loss, gradient), (loss_there, gradient_there) = single[name], parallel[name]
-    assert loss_there == pytest.approx(loss, rel=1e-5)
+    # absolute too: a sequence adds ±0.1 to a policy gradient's loss, and most of it cancels
+    assert loss_there == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert gradient.keys() == gradient_there.keys()
     for key, expected in gradient.items():
         difference = (gradient_there[key] - expected).abs().max() / expected.abs().max()
