@@ -39,6 +39,8 @@ class NonFiniteLoss(PmdError):
 
 class LaunchError(PmdError):
     """A job cannot be submitted, or a node of it cannot take part; names the node."""
+
+
 class AlarmStop(PmdError):
     """An alarm that is configured to stop the run has; a checkpoint was written."""
 
