@@ -83,6 +83,7 @@ class Run:
         """Time a phase and note what is in memory at its end."""
         with self._journal.phase(name) if self._journal else nullcontext(Phase(name)) as record:
             yield record
+            self.actor.publish_checkpoint(wait=False)
             memory = self.control.gather((psutil.Process().memory_info().rss, self.rollouts.engine_bytes()))
             if memory:
                 record.actor_bytes, record.engine_bytes = (
@@ -139,6 +140,8 @@ class Run:
                 samples, subproblem.temperature, examples=self._examples(), weight_version=t
             )
         batch = self.control.from_driver(batch)
+        if self.config.actor.experts.replay_routing:
+            batch.check_routing(self.actor.routing_width)
         if self._stop_after == "rollout":
             raise StopRequested
         return batch
@@ -272,7 +275,7 @@ class Run:
         return due or self._alarm_to_stop is not None
 
     def save(self, completed: int) -> None:
-        """Checkpoint after `completed` iterations; weight version and iteration are the same number."""
+        """Begin a checkpoint after `completed` iterations: the number is the weight version's too."""
         state = {"iteration": completed, **(self._problems.state() if self._problems else {})}
         state = self.control.from_driver(state)
         self.actor.save(self.folder / "checkpoints", completed, state)
@@ -311,6 +314,8 @@ class Run:
         if self.config.checkpoint.hf_export:
             with self.phase("export"):
                 self.actor.save_hf(self.folder / "hf" / f"iteration-{final}")
+        with self.phase("save"):
+            self.actor.publish_checkpoint(wait=True)
 
     def _check_final_weights(self, final: int) -> None:
         """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""

@@ -62,6 +62,13 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
         ),
         (["optimizer.moments=bf16", "optimizer.offload=0.5"], "on the host keeps fp32 moments"),
         (["actor.experts.dispatcher=deepep", "layout.expert=1"], "set layout.expert above 1"),
+        (
+            [
+                "actor.experts.replay_routing=true",
+                'algorithm.ptx={"weight":1, "examples_per_step":4, "source":{"path":"x", "kind":"file"}}',
+            ],
+            "no engine has chosen experts for the examples",
+        ),
         (["layout.context=2", "batch.max_tokens_per_microbatch=11"], "shared by layout.context=2 ranks"),
     ],
 )

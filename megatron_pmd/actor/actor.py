@@ -12,8 +12,15 @@ import torch
 from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
-from megatron_pmd.actor.forward import PackedMicrobatch, run_schedule, token_log_probs
-from megatron_pmd.actor.parallel import Control, data_parallel_position, holds_logits
+from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
+from megatron_pmd.actor.packing import PackedMicrobatch, Row
+from megatron_pmd.actor.parallel import (
+    Control,
+    context_parallel_position,
+    data_parallel_position,
+    holds_logits,
+)
+from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
 from megatron_pmd.config import RunConfig
@@ -96,22 +103,34 @@ class Actor:
         if torch.cuda.is_available():
             settings.check_device(config)
         self.config = config
-        self._control = control
         self._bridge = model.load_bridge(Path(config.model.path))
-        self.model = model.build(self._bridge, config)
-        self.optimizer = optimizer.build(self.model, config)
-        provider = get_model_config(self.model)
+        self.chunks = model.build(self._bridge, config)
+        self.optimizer = optimizer.build(self.chunks, config)
+        provider = get_model_config(self.chunks[0])
+        rank, size = context_parallel_position()
+        self._row = Row(settings.row_multiple(config), rank, size)
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
-        self._tensor_names = model.tensors_in(Path(config.model.path)).keys()
+        self._tensor_names = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
         self._export_tasks: Any = None
+        self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
+        self.routing_width: int = provider.num_layers * provider.moe_router_topk
+        """Experts that one token goes to, over all layers."""
+        self._saver = checkpoint.Saver(
+            control, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
         """This rank's micro-batches of the given samples; every rank of a replica gets the same."""
         rank, size = data_parallel_position()
-        lengths = batch.lengths[samples]
+        layout, lengths = self.config.layout, self._row.padded(batch.lengths[samples])
         costs = batching.attention_cost_tokens(lengths, self._tokens_at_equal_cost)
         shares = batching.pack(
-            lengths, costs, ranks=size, max_tokens=self.config.batch.max_tokens_per_microbatch
+            lengths,
+            costs,
+            ranks=size,
+            max_tokens=self.config.tokens_per_pass,
+            # an interleaved pipeline moves micro-batches in groups of as many as it has stages
+            multiple=layout.pipeline if layout.virtual_pipeline > 1 else 1,
         )
         return [[int(samples[i]) for i in bin_] for bin_ in shares[rank]]
 
@@ -128,7 +147,7 @@ class Actor:
             result[source] = log_probs.cpu()
             entropy_sum.add_(entropy.cpu()[current[source]].sum())
 
-        run_schedule(self.model, batch, microbatches, keep, forward_only=True)
+        self._run(batch, microbatches, keep, forward_only=True)
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
         compared = computed & current
         difference = (result - torch.from_numpy(batch.engine_log_probs))[compared].abs().double()
@@ -137,7 +156,7 @@ class Actor:
             sum_absolute=float(difference.sum()),
             max_absolute=float(difference.max()) if len(difference) else 0.0,
             histogram=magnitude_histogram(difference.numpy()),
-            entropy_sum=float(entropy_sum),
+            entropy_sum=float(entropy_sum) if holds_logits() else 0.0,
             tokens=len(difference),
         )
 
@@ -181,12 +200,15 @@ class Actor:
             sums.reports.append((microbatch, terms))
             sums.entropy += float(entropy.sum())
             sums.tokens += len(entropy)
-            return terms.sum, terms.count.to(torch.int), None
+            # the ranks that share out the sequences compute one loss: one of them counts it
+            count = terms.count if self._row.rank == 0 else torch.zeros_like(terms.count)
+            return terms.sum, count.to(torch.int), None
 
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         work = microbatches + (examples.microbatches if examples else [])
-        run_schedule(self.model, batch, work, loss, forward_only=False)
+        self._run(batch, work, loss, forward_only=False)
         return self._apply(sums, learning_rate)
 
     def _apply(self, sums: _StepSums, learning_rate: float) -> StepReport:
@@ -217,13 +239,26 @@ class Actor:
             example_tokens=sums.example_tokens,
         )
 
+    def _run(
+        self,
+        batch: RolloutBatch,
+        microbatches: batching.Microbatches,
+        on_logits: Any,
+        *,
+        forward_only: bool,
+    ) -> None:
+        # demonstrations have no recorded routing: routers choose by themselves
+        replay = self._replay if batch.routed_experts is not None else None
+        run_schedule(
+            self.chunks, batch, microbatches, self._row, on_logits, forward_only=forward_only, replay=replay
+        )
+
     def _token_log_probs(
         self, batch: RolloutBatch, microbatch: PackedMicrobatch, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_log_probs(
+        return microbatch_log_probs(
+            microbatch,
             logits,
-            microbatch.rows,
-            microbatch.targets,
             temperature=batch.temperature,
             chunk_tokens=self.config.actor.log_prob_chunk_tokens,
         )
@@ -234,10 +269,10 @@ class Actor:
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """
         if self._export_tasks is None:
-            self._export_tasks = self._bridge.get_conversion_tasks([self.model])
+            self._export_tasks = self._bridge.get_conversion_tasks(self.chunks)
         waiting = set(self._tensor_names)
         for name, tensor in self._bridge.export_hf_weights(
-            [self.model],
+            self.chunks,
             cpu=False,
             show_progress=False,
             conversion_tasks=self._export_tasks,
@@ -252,7 +287,7 @@ class Actor:
 
     def wake(self) -> None:
         """Take the device back from the engines."""
-        residency.wake(self.model, self.optimizer)
+        residency.wake(self.chunks, self.optimizer)
 
     def release_optimizer(self) -> None:
         """Make room for the engines' weights; the parameters stay, to be exported."""
@@ -260,19 +295,22 @@ class Actor:
 
     def release_parameters(self) -> None:
         """Make room for the engines' KV cache."""
-        residency.release_parameters(self.model)
+        residency.release_parameters(self.chunks)
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""
-        self._bridge.save_hf_pretrained([self.model], folder, show_progress=False)
+        self._bridge.save_hf_pretrained(self.chunks, folder, show_progress=False)
 
     def save(self, folder: Path, iteration: int, run_state: dict[str, Any]) -> Path:
+        """Begin a checkpoint; it appears when publish_checkpoint finds it complete. See checkpoint.Saver."""
         residency.return_freed_memory()  # saving takes copies of the optimizer's state
-        keep = self.config.checkpoint.keep
-        return checkpoint.save(folder, iteration, run_state, self.model, self.optimizer, self._control, keep)
+        return self._saver.save(folder, iteration, run_state, self.chunks, self.optimizer)
+
+    def publish_checkpoint(self, *, wait: bool) -> None:
+        self._saver.publish(wait=wait)
 
     def load(self, path: Path) -> None:
-        checkpoint.load(path, self.model, self.optimizer)
+        checkpoint.load(path, self.chunks, self.optimizer)
 
     def reset_optimizer(self) -> None:
         """Forget the moments: the next phase of training starts its own."""

@@ -22,13 +22,16 @@ def attention_cost_tokens(lengths: np.ndarray, tokens_at_equal_cost: float) -> n
     return lengths + lengths.astype(np.float64) ** 2 / tokens_at_equal_cost
 
 
-def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int) -> list[Microbatches]:
+def pack(
+    lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int, multiple: int = 1
+) -> list[Microbatches]:
     """Share samples out to `ranks` equally many micro-batches each, none over `max_tokens`, costs balanced.
 
     Megatron's schedule and expert-parallel collectives need the same number of micro-batches on every rank.
     For each number, from the least that could do, two ways are tried: the dearest sample first into the
     cheapest micro-batch with room, which balances best; then the longest first into the fullest with room,
-    which wastes least. The order of the samples does not matter but for ties.
+    which wastes least. The order of the samples does not matter but for ties. The number on a rank is a
+    multiple of `multiple`.
 
     Returns one list of micro-batches a rank. Raises ConfigError for a sample longer than `max_tokens`.
     """
@@ -36,10 +39,10 @@ def pack(lengths: np.ndarray, costs: np.ndarray, *, ranks: int, max_tokens: int)
         raise ConfigError(
             f"a sample of {lengths.max()} tokens does not fit batch.max_tokens_per_microbatch={max_tokens}"
         )
-    least = max(1, math.ceil(lengths.sum() / (ranks * max_tokens)))
+    least = max(1, math.ceil(lengths.sum() / (ranks * max_tokens * multiple))) * multiple
     bins = next(
         content
-        for count in itertools.count(least)
+        for count in itertools.count(least, multiple)
         for order_by, load in ((costs, costs), (lengths, -lengths))
         if (content := _fill(order_by, load, lengths, ranks * count, max_tokens)) is not None
     )

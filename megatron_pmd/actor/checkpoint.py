@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.processes import die_with_parent
@@ -63,51 +69,110 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
-def save(
-    folder: Path,
-    iteration: int,
-    run_state: dict[str, Any],
-    model: Any,
-    optimizer: Any,
-    control: Control,
-    keep: int,
-) -> Path:
-    """Write `folder/iteration-N` from all ranks, publish it by renaming, delete all but the newest `keep`.
+class Saver:
+    """Writes checkpoints while training goes on; one at a time is on its way to the disk.
 
-    Raises CheckpointError when writing fails (a full disk, say); earlier checkpoints stay as they were.
+    All methods are collective, and raise CheckpointError when writing fails (a full disk, say); earlier
+    checkpoints then stay as they were.
     """
-    final = folder / f"iteration-{iteration}"
-    partial = final.with_suffix(".partial")
-    if control.is_driver:
-        for stale in folder.glob("*.partial"):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
-    control.barrier()
-    _writers_queue_that_dies_with_us()
-    try:
-        dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial))
-        if control.is_driver:
+
+    def __init__(self, control: Control, *, keep: int, asynchronous: bool) -> None:
+        self._control, self._keep, self._asynchronous = control, keep, asynchronous
+        self._queue = AsyncCallsQueue()
+        self._pending: tuple[Path, dict[str, Any]] | None = None
+
+    def save(
+        self, folder: Path, iteration: int, run_state: dict[str, Any], chunks: list[Any], optimizer: Any
+    ) -> Path:
+        """Begin to write `folder/iteration-N` from all ranks, after what is still being written is published.
+
+        Returns the checkpoint's path, where it will be once published; not asynchronous: where it is.
+        """
+        self.publish(wait=True)
+        final = folder / f"iteration-{iteration}"
+        partial = final.with_suffix(".partial")
+        if self._control.is_driver:
+            for stale in folder.glob("*.partial"):
+                shutil.rmtree(stale)
+            partial.mkdir(parents=True)
+        self._control.barrier()
+        _writers_queue_that_dies_with_us()
+        # the replicas hold the same tensors: each writes its share of them
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        try:
+            request = dist_checkpointing.save(
+                _sharded_state(chunks, optimizer, is_loading=False),
+                str(partial),
+                strategy,
+                async_sharded_save=True,
+            )
+        except FAILURES as error:
+            raise _not_written(partial, error) from error
+        if request.async_fn is not None:
+            write = functools.partial(_write_in_background, os.getpid(), request.async_fn)
+            request = request._replace(async_fn=write)
+        # fork: the writer sees the tensors as they are now, whatever training does to them
+        self._queue.schedule_async_request(request)
+        self._pending = final, run_state
+        if not self._asynchronous:
+            self.publish(wait=True)
+        return final
+
+    def publish(self, *, wait: bool) -> None:
+        """Once all ranks' files are complete: make them a checkpoint by a rename, delete all but the newest.
+
+        wait: until they are; otherwise nothing happens when they are not.
+        """
+        if self._pending is None:
+            return
+        final, run_state = self._pending
+        partial = final.with_suffix(".partial")
+        try:
+            if not self._queue.maybe_finalize_async_calls(blocking=wait):
+                return
+        except FAILURES as error:
+            self._pending = None
+            raise _not_written(partial, error) from error
+        self._pending = None
+        self._control.on_driver(lambda: self._rename(partial, final, run_state))
+
+    def _rename(self, partial: Path, final: Path, run_state: dict[str, Any]) -> None:
+        try:
             _write_durably(partial / STATE_FILE, json.dumps(run_state))
-    except FAILURES as error:
-        kept = latest(folder)
-        raise CheckpointError(
-            f"{partial}: could not be written (is the disk full?): {_reason(error)}; "
-            + (f"{kept} is complete and will be resumed from" if kept else "there is no earlier checkpoint")
-        ) from error
-    control.barrier()
-    if control.is_driver:
+        except OSError as error:
+            raise _not_written(partial, error) from error
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        done = sorted(folder.glob("iteration-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in done[:-keep]:
+        done = sorted(final.parent.glob("iteration-*"), key=lambda path: int(path.name.split("-")[1]))
+        for old in done[: -self._keep]:
             shutil.rmtree(old)
-    control.barrier()
-    return final
 
 
-def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
+def _write_in_background(parent: int, write: Callable[..., None], *arguments: Any) -> None:
+    """Run megatron-core's writer, a forked process, so that it yields to training and ends with its rank.
+
+    A writer that outlived a killed rank would write into the folder that the next run deletes.
+    """
+    die_with_parent(parent=parent)
+    os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
+    os.nice(10)
+    write(*arguments)
+
+
+def _not_written(partial: Path, error: BaseException) -> CheckpointError:
+    kept = latest(partial.parent)
+    return CheckpointError(
+        f"{partial}: could not be written (is the disk full?): {_reason(error)}; "
+        + (f"{kept} is complete and will be resumed from" if kept else "there is no earlier checkpoint")
+    )
+
+
+def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     """Restore weights, optimizer and random states from a checkpoint of any layout of the same model."""
-    state = _sharded_state(model, optimizer, is_loading=True)
+    state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
         same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
         if not same_layout:  # a rank's own state has no meaning where another rank holds its part
@@ -118,11 +183,12 @@ def load(checkpoint: Path, model: Any, optimizer: Any) -> None:
             f"{checkpoint}: cannot be read: {_reason(error)}; "
             "delete this folder to resume from an earlier one"
         ) from error
-    unwrap_model(model).load_state_dict(loaded["model"], strict=True)
+    for name, chunk in _named(chunks).items():
+        chunk.load_state_dict(loaded["model"][name], strict=True)
     optimizer.load_state_dict(_regrouped(loaded["optimizer"], optimizer))
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
-        if _digest(model) != loaded["rank"]["digest"]:
+        if _digest(chunks) != loaded["rank"]["digest"]:
             raise CheckpointError(
                 f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; "
                 "this layout of this model cannot be resumed "
@@ -169,19 +235,21 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: list[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    tensors = unwrap_model(model).sharded_state_dict(metadata=metadata)
+    tensors = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         "model": tensors,
         "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=OPTIMIZER_FORMAT),
         "rank": ShardedObject(
-            "rank", {"random": _random_state(), "digest": _digest(model)}, (world,), (rank,)
+            "rank", {"random": _random_state(), "digest": _digest(chunks)}, (world,), (rank,)
         ),
         "layout": {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "context": parallel_state.get_context_parallel_world_size(),
             "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+            "virtual_pipeline": len(chunks),
             "expert": parallel_state.get_expert_model_parallel_world_size(),
             "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
             "ranks": world,
@@ -189,11 +257,18 @@ def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str,
     }
 
 
-def _digest(model: Any) -> int:
-    """Sum of all parameter bits: a wrong byte anywhere changes it."""
+def _named(chunks: list[Any]) -> dict[str, Any]:
+    """The bare modules; the names stay inside this rank, tensors are filed under their place in the model."""
+    return {str(i): unwrap_model(chunk) for i, chunk in enumerate(chunks)}
+
+
+def _digest(chunks: list[Any]) -> int:
+    """Sum of all bits of parameters and expert biases: a wrong byte anywhere changes it."""
     integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
     return sum(
-        int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters()
+        int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64))
+        for chunk in chunks
+        for p in (*chunk.parameters(), *expert_biases(chunk).values())
     )
 
 

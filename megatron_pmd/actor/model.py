@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.transformer.module import Float16Module
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from megatron_pmd.actor import settings
 from megatron_pmd.actor.cpu import bridge_import
@@ -25,6 +27,11 @@ from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.rollout.cpu import stub_path
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+YARN_ROPE = {
+    "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
+}  # fmt: skip
 
 
 def load_bridge(path: Path) -> Any:
@@ -47,17 +54,20 @@ def load_bridge(path: Path) -> Any:
     except ValueError as error:
         raise ModelError(f"{path}: Megatron-Bridge cannot map this model: {error}") from None
     config = bridge.hf_pretrained.config
-    rope = _rope(path, config)
+    rope = rope_of(path, config)
     # Megatron-Bridge 0.3.1 reads transformers 4's rope_theta and rope_scaling. In transformers 5 both live in
     # rope_parameters: without this the weights load bit for bit and the logits are wrong, silently.
     config.rope_theta = rope["rope_theta"]
     if rope.get("rope_type", "default") == "default":
         config.rope_scaling = None
         config.rope_parameters = None
+    if config.model_type == "deepseek_v3" and not hasattr(config, "scoring_func"):
+        # transformers' DeepseekV3 scores by sigmoid always, and does not write it; the bridge assumes softmax
+        config.scoring_func = "sigmoid"
     return bridge
 
 
-def _rope(path: Path, config: Any) -> dict[str, Any]:
+def rope_of(path: Path, config: Any) -> dict[str, Any]:
     """The rotary settings, when they are ones that arrive in megatron-core; ModelError otherwise.
 
     Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to
@@ -68,12 +78,28 @@ def _rope(path: Path, config: Any) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
-    if "rope_theta" not in rope or not (kind == "default" or llama3):
+    yarn = config.model_type == "deepseek_v3" and kind == "yarn" and rope.keys() >= YARN_ROPE
+    if "rope_theta" not in rope or not (kind == "default" or llama3 or yarn):
         raise ModelError(
             f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
-            f"what works is rope_type `default`, and for Llama `llama3` with {LLAMA3_ROPE}"
+            f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, and for the "
+            f"DeepSeek-V3 family `yarn` with {', '.join(sorted(YARN_ROPE))}"
         )
     return rope
+
+
+def _latent_attention_fields(path: Path) -> dict[str, Any]:
+    """Fields of MLATransformerConfig that Megatron-Bridge 0.3.1 leaves at megatron-core's defaults.
+
+    It takes the rotary ones from transformers 4's names, and passes on no rank that is None.
+    """
+    config = AutoConfig.from_pretrained(path)
+    rope = rope_of(path, config)
+    fields = dict(q_lora_rank=config.q_lora_rank, rotary_base=rope["rope_theta"])
+    if rope.get("rope_type", "default") == "default":
+        return fields | dict(rope_type="rope", rotary_scaling_factor=1.0)
+    same = {key: rope[key] for key in YARN_ROPE - {"factor"}}
+    return fields | same | dict(rope_type="yarn", rotary_scaling_factor=rope["factor"])
 
 
 def _check_files(path: Path) -> None:
@@ -109,7 +135,10 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     unknown = [name for name in config.actor.megatron if not hasattr(provider, name)]
     if unknown:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
-    for name, value in settings.transformer_fields(config).items():
+    fields = settings.transformer_fields(config)
+    if provider.multi_latent_attention:
+        fields = _latent_attention_fields(Path(config.model.path)) | fields
+    for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
     if not torch.cuda.is_available():
@@ -121,41 +150,64 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     return provider
 
 
-def build(bridge: Any, config: RunConfig) -> DistributedDataParallel:
+def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
     """This rank's part of the policy, with the folder's weights, wrapped for data parallelism.
 
-    Raises ModelError naming a tensor that is missing or has the wrong shape.
+    One module, or as many as an interleaved pipeline gives a stage. Raises ModelError naming a tensor that is
+    missing or has the wrong shape.
     """
     provider = provider_for(bridge, config)
-    module = provider.provide(
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    load_weights(bridge, module, Path(config.model.path))
-    if torch.cuda.is_available():
-        module.cuda()
-    if provider.bf16:
-        module = Float16Module(provider, module)
+    virtual = config.layout.virtual_pipeline
+    chunks = [
+        provider.provide(
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage if virtual > 1 else None,
+        )
+        for stage in range(virtual)
+    ]
+    load_weights(bridge, chunks, Path(config.model.path))
     ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
-    return DistributedDataParallel(provider, ddp, module)
+    wrapped = []
+    for chunk in chunks:
+        if torch.cuda.is_available():
+            chunk.cuda()
+        biases = {name: bias.clone() for name, bias in expert_biases(chunk).items()}
+        module = Float16Module(provider, chunk) if provider.bf16 else chunk
+        for name, bias in expert_biases(chunk).items():
+            bias.data = biases[name]  # rounded to bf16 by Float16Module; they decide between experts in fp32
+        wrapped.append(DistributedDataParallel(provider, ddp, module))
+    return wrapped
 
 
-def load_weights(bridge: Any, module: torch.nn.Module, path: Path) -> None:
-    """Copy the folder's tensors into the module, after checking that every one it needs is there."""
+def expert_biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The routers' biases (balancing without auxiliary loss): buffers, which no optimizer knows."""
+    return {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
+
+
+def tensors_of_policy(path: Path, layers: int) -> set[str]:
+    """Names of the folder's tensors but for those of DeepSeek's layers that predict further tokens."""
+    names = tensors_in(path).keys()
+    extra = {name for name in names if (found := LAYER.match(name)) and int(found[1]) >= layers}
+    return names - extra
+
+
+def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
+    """Copy the folder's tensors into the modules, after checking that every one it needs is there."""
     present = tensors_in(path)
     needed: set[str] = set()
-    for task in bridge.get_conversion_tasks([module]):
+    for task in bridge.get_conversion_tasks(chunks):
         names = task.mapping.hf_param
         needed.update(names.values() if isinstance(names, dict) else [names])
     missing = sorted(needed - present.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     _check_shapes(bridge, path, present)
-    bridge.load_hf_weights([module])
+    bridge.load_hf_weights(chunks)
 
 
 def _check_shapes(bridge: Any, path: Path, present: dict[str, list[int]]) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):

@@ -11,12 +11,12 @@ from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import Optimizer, RunConfig
 
 
-def build(model: Any, config: RunConfig) -> MegatronOptimizer:
+def build(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     """megatron-core's distributed Adam: fp32 main parameters and moments, shared by the data-parallel ranks.
 
     Weight decay is decoupled from the gradient and leaves biases and norms alone.
     """
-    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_fields(config)), [model])
+    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_fields(config)), chunks)
     # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
     for group in optimizer.param_groups:
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]

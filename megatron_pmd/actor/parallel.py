@@ -22,23 +22,29 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
 
     Raises LayoutError when the number of ranks is not the layout's.
     """
-    if layout.context > 1 or layout.virtual_pipeline > 1:
-        raise LayoutError("layout.context and layout.virtual_pipeline: the next commit carries them out")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     world = int(os.environ["WORLD_SIZE"])
     if world != layout.ranks:
         raise LayoutError(
-            f"{world} ranks were started, but tensor={layout.tensor} x pipeline={layout.pipeline} x "
-            f"data={layout.data} needs {layout.ranks}; start {layout.ranks} ranks or change layout.data"
+            f"{world} ranks were started, but tensor={layout.tensor} x context={layout.context} x "
+            f"pipeline={layout.pipeline} x data={layout.data} needs {layout.ranks}; "
+            f"start {layout.ranks} ranks or change layout.data"
         )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
+    form_groups(layout, seed=seed, timeout_seconds=timeout_seconds)
+
+
+def form_groups(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
+    """megatron-core's groups of the ranks that have joined, and its random states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.experts_tensor,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
@@ -99,9 +105,22 @@ class Control:
 
 def holds_logits() -> bool:
     """Whether this rank is the one of its replica that reports what the last pipeline stage computes."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    return parallel_state.is_pipeline_last_stage() and is_first_of_stage()
+
+
+def is_first_of_stage() -> bool:
+    """Whether this rank is the first of those that share out a stage's tensors and sequences."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
 
 
 def data_parallel_position() -> tuple[int, int]:
     """(rank, size) among the replicas that share out the samples."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def context_parallel_position() -> tuple[int, int]:
+    """(rank, size) among the ranks that share out the tokens of a sequence."""
+    return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()

@@ -28,17 +28,21 @@ def release_optimizer(optimizer: Any) -> None:
     return_freed_memory()
 
 
-def release_parameters(model: Any) -> None:
+def release_parameters(chunks: list[Any]) -> None:
     """After the export: parameters and gradient buffers leave, and the device belongs to the engines."""
     if torch.cuda.is_available():
-        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        for buffer in _buffers(chunks):
             buffer.offload_to_cpu(move_params=True, move_grads=True)
         return_freed_memory()
 
 
-def wake(model: Any, optimizer: Any) -> None:
+def _buffers(chunks: list[Any]) -> list[Any]:
+    return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+def wake(chunks: list[Any], optimizer: Any) -> None:
     """Everything back on the device, after the engines have released it."""
     if torch.cuda.is_available():
-        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        for buffer in _buffers(chunks):
             buffer.reload_from_cpu(move_params=True, move_grads=True)
         optimizer.restore_from_cpu()

@@ -55,6 +55,7 @@ DECIDED_BY = {
     "recompute_modules": "actor.recompute_modules",
     "recompute_num_layers": "actor.recompute_layers",
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
+    "moe_enable_routing_replay": "actor.experts.replay_routing",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
 }
 
@@ -144,7 +145,9 @@ def _fp8_fields(actor: Actor) -> dict[str, Any]:
 
 def _expert_fields(experts: Experts) -> dict[str, Any]:
     fields: dict[str, Any] = dict(
-        moe_token_dispatcher_type="alltoall", moe_router_bias_update_rate=experts.bias_update_rate
+        moe_token_dispatcher_type="alltoall",
+        moe_router_bias_update_rate=experts.bias_update_rate,
+        moe_enable_routing_replay=experts.replay_routing,
     )
     if experts.dispatcher == "deepep":
         fields.update(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
@@ -265,6 +268,12 @@ def check_model(provider: Any, config: RunConfig) -> None:
     for what, count, key, size in rules:
         if count % size:
             raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {path}")
+    if layout.virtual_pipeline > 1 and provider.share_embeddings_and_output_weights:
+        raise LayoutError(
+            f"layout.virtual_pipeline={layout.virtual_pipeline}, but {path} ties its output layer to its "
+            "embedding: Megatron-Bridge 0.3.1 looks for both in a stage's first chunk; "
+            "use layout.virtual_pipeline=1"
+        )
     if not provider.num_moe_experts and actor.experts != Experts():
         raise ConfigError(f"actor.experts is set, but {path} has no experts")
     if actor.experts.bias_update_rate and not provider.moe_router_enable_expert_bias:

@@ -133,6 +133,9 @@ class Experts(Frozen):
 
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """How tokens reach their experts' ranks. `deepep` needs CUDA, DeepEP and layout.expert > 1."""
+    replay_routing: bool = False
+    """The engines record which experts each token went to, and the actor sends it to the same: in the anchor
+    and update passes. 2 bytes a token, layer and chosen expert."""
     bias_update_rate: NonNegativeFloat = 0.0
     """Balancing without auxiliary loss (DeepSeek-V3): after each optimizer step the bias of an expert
     that got fewer tokens than the mean rises by this, of one that got more falls. 0: they stay as loaded."""
@@ -144,7 +147,7 @@ class Actor(Frozen):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again: of `recompute_modules`, or of whole layers."""
     recompute_modules: list[RecomputedModule] = []
-    """With `selective`: which, in megatron-core's words."""
+    """With `selective`: which, in megatron-core's words. `moe_act` and `mla_up_proj` need CUDA."""
     recompute_layers: PositiveInt | None = None
     """With `full`: only the first so many layers of each pipeline stage's chunk; null: all."""
     fp8: Fp8 | None = None

@@ -56,6 +56,9 @@ class Batch(Frozen):
 class Checkpoint(Frozen):
     every: PositiveInt | None = 10
     """Iterations between checkpoints; one is always written after the last iteration. None: only that one."""
+    asynchronous: bool = True
+    """Written while training goes on; it is there once all its files are. It costs host memory: a copy of
+    what the next steps change."""
     keep: PositiveInt = 2
     """The newest so many are kept."""
     hf_export: bool = True
@@ -105,7 +108,10 @@ class RunConfig(Frozen):
 
     def needs_cuda(self) -> list[str]:
         """The settings that nothing but CUDA can carry out, as `key=value`."""
+        # megatron-core checkpoints these two through a function that asks Transformer Engine for its state
+        through_te = [m for m in self.actor.recompute_modules if m in ("moe_act", "mla_up_proj")]
         settings = {
+            "actor.recompute_modules": ", ".join(through_te),
             "actor.fp8.recipe": self.actor.fp8 and self.actor.fp8.recipe,
             "actor.experts.dispatcher": self.actor.experts.dispatcher == "deepep" and "deepep",
             "optimizer.offload": self.optimizer.offload,
@@ -124,6 +130,11 @@ class RunConfig(Frozen):
             )
         self._check_lengths()
         self._check_precision()
+        if self.actor.experts.replay_routing and self.algorithm.ptx:
+            raise ConfigError(
+                "actor.experts.replay_routing with algorithm.ptx: no engine has chosen experts for the "
+                "examples; turn one of them off"
+            )
         if self.actor.experts.dispatcher == "deepep" and self.layout.expert == 1:
             raise ConfigError(
                 "actor.experts.dispatcher=deepep moves tokens between expert-parallel ranks: "

@@ -43,6 +43,7 @@ OUR_OPTIONS = {
     "weight_version": "this program",
     "custom_weight_loader": "this program",
     "enable_memory_saver": "this program",
+    "enable_return_routed_experts": "actor.experts.replay_routing",
 }
 
 
@@ -65,6 +66,8 @@ class EngineSpec:
     """Every request must then carry `Authorization: Bearer <api_key>`."""
     first_gpu: int = 0
     """The first of its tensor_parallel devices, counted among the visible ones."""
+    record_routing: bool = False
+    """A request may ask which experts each token went to."""
     load_model_weights: bool = False
     """Read the weights in model.path; False: the actor sends them before the first use."""
 
@@ -92,6 +95,8 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
     }
     if spec.api_key is not None:
         options["api_key"] = spec.api_key
+    if spec.record_routing:
+        options["enable_return_routed_experts"] = True
     if spec.rollout.max_total_tokens is not None:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
     options |= (

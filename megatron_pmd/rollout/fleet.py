@@ -49,6 +49,7 @@ class Fleet:
                 seed=config.seed + number,
                 cpu=cpu,
                 api_key=self.key,
+                record_routing=config.actor.experts.replay_routing,
                 first_gpu=int(os.environ.get("LOCAL_RANK", "0")),
             )
             self._engine, self._resident = EngineProcess(spec), {"kv_cache", "weights"}

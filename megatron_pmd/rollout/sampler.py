@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
+import numpy as np
 
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import sample_seed
@@ -74,6 +76,8 @@ class Sampler:
     retries: int
     grader: Grader
     any_engine_alive: Callable[[], bool]
+    record_routing: bool = False
+    """Ask which experts each token went to."""
     max_in_flight: int | None = None
     """Requests sent at one time; their deadline runs only then. None: all at once."""
 
@@ -134,6 +138,7 @@ class Sampler:
             seed=seed,
             reward=verdict.reward,
             reward_error=verdict.error,
+            routed_experts=_routed_experts(information),
         )
         on_sample()
 
@@ -148,7 +153,16 @@ class Sampler:
                 "sampling_seed": seed,
             },
             "return_logprob": True,
+            "return_routed_experts": self.record_routing,
         }
+
+
+def _routed_experts(information: dict[str, Any]) -> bytes | None:
+    """From SGLang's base64 of int32 [prompt + response − 1, layers, top-k] to Sample's bytes."""
+    encoded = information.get("routed_experts")
+    if encoded is None:
+        return None
+    return np.frombuffer(base64.b64decode(encoded), np.int32).astype(np.uint16).tobytes()
 
 
 class _Transport:

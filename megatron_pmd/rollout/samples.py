@@ -62,6 +62,8 @@ class Sample:
     """Why the reward is 0 although the grader gave no verdict."""
     segments: list[Segment] = field(default_factory=list)
     """The response in order; if none are given, one: sampled under weight_version, all of it counted."""
+    routed_experts: bytes | None = None
+    """Which experts each token but the last went to: uint16 [prompt + response − 1, layers, top-k]."""
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -92,6 +94,7 @@ SCHEMA = pa.schema(
                 pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64()), ("counted", pa.bool_())])
             ),
         ),
+        ("routed_experts", pa.binary()),
     ]
 )
 
@@ -135,6 +138,8 @@ class RolloutBatch:
     counted          bool    [tokens]  whether it counts in the loss; False at prompt tokens
     temperature      of the policy that all log-probabilities are of
     examples         the last so many samples are supervised examples, not sampled responses
+    routed_experts   uint16  [tokens, layers · top-k]  None: not recorded. A sample's last token, which goes
+                             nowhere in the engine, has its predecessor's
     """
 
     tokens: np.ndarray
@@ -149,6 +154,7 @@ class RolloutBatch:
     counted: np.ndarray
     temperature: float
     examples: int = 0
+    routed_experts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -207,7 +213,17 @@ class RolloutBatch:
             counted=np.repeat(np.array([p.counted for p in pieces], bool), piece_lengths),
             temperature=temperature,
             examples=len(examples),
+            routed_experts=_routing(samples, lengths),
         )
+
+    def check_routing(self, width: int) -> None:
+        """DataError unless each token has `width` recorded experts: layers · top-k."""
+        found = 0 if self.routed_experts is None else self.routed_experts.shape[1]
+        if found != width:
+            raise DataError(
+                f"actor.experts.replay_routing: the rollout has {found} recorded experts a token, "
+                f"this model chooses {width}; was it drawn with the setting on, by the same model?"
+            )
 
     def refuse_undeclared_versions(self, max_staleness: int) -> None:
         """StaleWeights unless every sampled token is of the batch's weights or of at most so many before."""
@@ -223,3 +239,15 @@ class RolloutBatch:
                     else "without rollout.partial all of it must be of one version"
                 )
             )
+
+
+def _routing(samples: list[Sample], lengths: list[int]) -> np.ndarray | None:
+    """The samples' recorded experts, a row a token; None if any sample has none."""
+    parts = []
+    for sample, length in zip(samples, lengths, strict=True):
+        recorded = np.frombuffer(sample.routed_experts or b"", np.uint16)
+        if not len(recorded) or len(recorded) % (length - 1):
+            return None
+        rows = recorded.reshape(length - 1, -1)
+        parts += [rows, rows[-1:]]
+    return np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else None

@@ -95,6 +95,7 @@ class LiveEngines:
             retries=sampling.retries,
             grader=self._rewards,  # type: ignore[arg-type]
             any_engine_alive=self.fleet.any_alive,
+            record_routing=self._config.actor.experts.replay_routing,
         )
         try:
             with self._console.progress(title, plan.total - len(plan.done)) as advance:

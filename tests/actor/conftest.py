@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.config import Layout
 from tests.actor.launch import launch
 from tests.actor.reference import Reference, compute
 from tests.actor.tiny_models import FAMILIES, write_model
@@ -19,10 +20,35 @@ LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "dense, tensor=2": ("qwen2", dict(tensor=2)),
     "dense, pipeline=2": ("qwen3", dict(pipeline=2)),
     "dense, data=2": ("llama", dict(data=2)),
+    "dense, context=2": ("qwen2", dict(context=2)),
+    "dense, pipeline=2, virtual_pipeline=2": ("llama", dict(pipeline=2, virtual_pipeline=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
+    "moe, tensor=2, expert=2": ("qwen3moe", dict(tensor=2, expert=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+    "latent, pipeline=2": ("moonlight", dict(pipeline=2)),
+    "latent, context=2, expert=2": ("deepseek", dict(context=2, expert=2)),
+    "dense, tensor=2, pipeline=2": ("qwen3", dict(tensor=2, pipeline=2)),
+    "dense, tensor=2, pipeline=2, virtual_pipeline=2": (
+        "llama",
+        dict(tensor=2, pipeline=2, virtual_pipeline=2),
+    ),
+    "dense, tensor=2, data=2": ("llama", dict(tensor=2, data=2)),
+    "dense, tensor=2, context=2": ("qwen2", dict(tensor=2, context=2)),
+    "dense, context=2, data=2": ("qwen3", dict(context=2, data=2)),
     "moe, tensor=2, expert=2, data=2": ("qwen3moe", dict(tensor=2, expert=2, data=2)),
+    "moe, expert_tensor=2": ("qwen3moe", dict(tensor=2, expert=2, expert_tensor=2, data=2)),
+    "moe, pipeline=2, expert=2, data=2": ("qwen3moe", dict(pipeline=2, expert=2, data=2)),
+    "moe, pipeline=2, virtual_pipeline=2, expert=2": (
+        "qwen3moe",
+        dict(tensor=2, pipeline=2, virtual_pipeline=2, expert=2),
+    ),
 }
+
+
+def ranks_of(name: str) -> int:
+    return Layout(**LAYOUTS[name][1]).ranks
 
 
 @pytest.fixture(scope="session")
@@ -52,21 +78,24 @@ def reference(models: Path) -> Callable[[str], Reference]:
 def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """programs.train's result for every family, all in one process."""
     folder = tmp_path_factory.mktemp("one-process")
-    return launch("train", cases=[(models / f, {}, folder / f) for f in FAMILIES])[0]
+    return launch("train", cases={f: (models / f, {}, folder / f) for f in FAMILIES})[0]
 
 
 @pytest.fixture(scope="session")
 def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """Every rank's result of programs.train under one of LAYOUTS; each is launched once."""
-    done: dict[str, list[dict[str, Any]]] = {}
+    """Every rank's result of programs.train under one of LAYOUTS; one launch for all of as many ranks."""
+    done: dict[int, list[dict[str, Any]]] = {}
 
     def run(name: str) -> list[dict[str, Any]]:
-        if name not in done:
-            family, layout = LAYOUTS[name]
-            ranks = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
-            checkpoints = tmp_path_factory.mktemp("layout")
-            results = launch("train", ranks=ranks, cases=[(models / family, layout, checkpoints)])
-            done[name] = [result[family] for result in results]
-        return done[name]
+        ranks = ranks_of(name)
+        if ranks not in done:
+            checkpoints = tmp_path_factory.mktemp(f"layouts-of-{ranks}")
+            cases = {
+                other: (models / family, layout, checkpoints / str(i))
+                for i, (other, (family, layout)) in enumerate(LAYOUTS.items())
+                if ranks_of(other) == ranks
+            }
+            done[ranks] = launch("train", ranks=ranks, cases=cases)
+        return [result[name] for result in done[ranks]]
 
     return run

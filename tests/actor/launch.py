@@ -50,5 +50,5 @@ def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
                 code = -1
             if code != 0:
                 log.seek(0)
-                raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{log.read()[-3000:]}")
+                raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{log.read()[-6000:]}")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import pickle
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from megatron_pmd.actor.cpu import standins
@@ -20,26 +24,33 @@ from megatron_pmd.actor.cpu import standins
 if __name__ == "__main__":
     standins.install()
 
+from megatron.core import parallel_state
+
 from megatron_pmd.actor import checkpoint, model
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.parallel import Control, holds_logits, initialize
+from megatron_pmd.actor.parallel import Control, form_groups, holds_logits, initialize
 from megatron_pmd.algorithm.losses import pmd
 from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch
 from tests.actor import objective_gradients
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, config_for
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, config_for, with_routing
 
 OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
-_control: list[Control] = []
+_started: list[tuple[Control, Layout]] = []
 
 
 def start(layout: Layout) -> Control:
-    """Join the ranks, once; every model of one process has the same layout."""
-    if not _control:
+    """Join the ranks, once; form megatron-core's groups anew for another layout of as many ranks."""
+    if not _started:
         initialize(layout, seed=0, timeout_seconds=60)
-        _control.append(Control(60))
-    return _control[0]
+        _started.append((Control(60), layout))
+    control, last = _started[0]
+    if layout != last:
+        parallel_state.destroy_model_parallel()
+        form_groups(layout, seed=0, timeout_seconds=60)
+        _started[0] = control, layout
+    return control
 
 
 class Trial:
@@ -59,24 +70,31 @@ class Trial:
         report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
         return report.loss_sum, report.loss_count, report.gradient_norm
 
+    def save(self, folder: Path, iteration: int = 1) -> Path:
+        """A published checkpoint."""
+        saved = self.actor.save(folder, iteration, {"iteration": iteration})
+        self.actor.publish_checkpoint(wait=True)
+        return saved
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The exported tensors, whole, on rank 0; the export is collective."""
         tensors = {name: tensor.detach().clone() for name, tensor in self.actor.export()}
         return tensors if self.control.is_driver else {}
 
 
-def train(cases: list[tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
-    """Log-probs, two steps, a checkpoint, a third step, and the third again after loading; by model name."""
-    return {path.name: train_one(config_for(path, layout), folder) for path, layout, folder in cases}
+def train(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
+    """Log-probs, two steps, a checkpoint, a third step, and the third again after loading; by case."""
+    return {
+        name: train_one(config_for(path, layout), folder) for name, (path, layout, folder) in cases.items()
+    }
 
 
 def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     trial = Trial(config)
     microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
-    packings = [
-        microbatches,
-        *([] if config.layout.data > 1 else [[list(range(16))], [[i] for i in range(16)]]),
-    ]
+    packings = [microbatches]
+    if config.layout.ranks == 1:
+        packings += [[list(range(16))], [[i] for i in range(16)]]
     result: dict[str, Any] = {
         "holds_logits": holds_logits(),
         "microbatches": microbatches,
@@ -88,17 +106,19 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     result["steps"] = [trial.step(samples) for samples in STEPS[:2]]
     result["weights"] = trial.weights()
+    # the third step runs, and changes every tensor, while the checkpoint is being written
     result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
     result["third"] = [trial.step(STEPS[2]), trial.weights()]
+    trial.actor.publish_checkpoint(wait=True)
     trial.actor.load(result["checkpoint"])
     result["third_resumed"] = [trial.step(STEPS[2]), trial.weights()]
     return result
 
 
-def resume(pairs: list[tuple[Path, Path]], layout: dict[str, int] | None = None) -> list[Any]:
-    """(model, checkpoint) pairs: the third step after loading, and the weights it gives."""
+def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
+    """(model, checkpoint, layout to load under): the third step after loading, and the weights it gives."""
     results = []
-    for path, saved in pairs:
+    for path, saved, layout in cases:
         trial = Trial(config_for(path, layout))
         trial.actor.load(saved)
         results.append((trial.step(STEPS[2]), trial.weights()))
@@ -127,12 +147,18 @@ def gradients_of(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
         loss, count, _ = trial.step_of(packing, 0.0)
         assert count == 16
         return loss / count, torch.cat(
-            [p.main_grad.flatten().clone() for p in trial.actor.model.parameters()]
+            [p.main_grad.flatten().clone() for p in trial.actor.chunks[0].parameters()]
         )
 
     results = {name: measure(trial, packing) for name, packing in packings.items()}
-    recomputing = Trial(config_for(path, actor={"recompute": "full"}))
-    results["recomputed activations"] = measure(recomputing, packings["the actor's own"])
+    modules = ["core_attn", "moe"] if "moe" in path.name else ["core_attn", "mlp"]
+    for name, actor in {
+        "recomputed layers": {"recompute": "full"},
+        "two recomputed layers": {"recompute": "full", "recompute_layers": 2},
+        "recomputed modules": {"recompute": "selective", "recompute_modules": modules},
+    }.items():
+        recomputing = Trial(config_for(path, actor=actor))
+        results[name] = measure(recomputing, packings["the actor's own"])
     return results
 
 
@@ -148,13 +174,46 @@ def resets(path: Path) -> dict[str, Any]:
     optimizer."""
     trial = Trial(config_for(path))
     trial.step(STEPS[0])
-    moved = [p.detach().clone() for p in trial.actor.model.parameters()]
+    moved = [p.detach().clone() for p in trial.actor.chunks[0].parameters()]
     trial.actor.reset_optimizer()
     after_reset = [trial.step(STEPS[1]), trial.weights()]
     fresh = Trial(config_for(path))
-    for parameter, weight in zip(fresh.actor.model.parameters(), moved, strict=True):
+    for parameter, weight in zip(fresh.actor.chunks[0].parameters(), moved, strict=True):
         parameter.data.copy_(weight)
     return {"after reset": after_reset, "fresh": [fresh.step(STEPS[1]), fresh.weights()]}
+
+
+def replayed(cases: dict[str, tuple[Path, dict[str, int], dict[str, Any]]]) -> dict[str, Any]:
+    """Log-probs and the first step with with_routing's experts, by case: (model, layout, actor settings)."""
+    results = {}
+    for name, (path, layout, actor) in cases.items():
+        trial = Trial(config_for(path, layout, actor={"experts": {"replay_routing": True}, **actor}))
+        reference = torch.load(path / "reference.pt", weights_only=False)
+        trial.batch = RolloutBatch.pack(with_routing(reference.samples), TEMPERATURE)
+        report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
+        own = report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan)
+        results[name] = own, trial.step(STEPS[0])
+    return results
+
+
+def expert_bias(path: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The routers' biases as loaded, after a step that moves nothing else, and after loading a checkpoint."""
+
+    def biases(trial: Trial) -> dict[str, torch.Tensor]:
+        return {name: bias for name, bias in trial.weights().items() if "correction_bias" in name}
+
+    trial = Trial(config_for(path, actor={"experts": {"bias_update_rate": 0.01}}))
+    result = {"loaded": biases(trial)}
+    trial.step(STEPS[0], rate=0.0)
+    result["updated"] = biases(trial)
+    saved = trial.save(folder)
+    fresh = Trial(config_for(path))
+    fresh.actor.load(saved)
+    result["resumed"] = biases(fresh)
+    fresh.step(STEPS[0], rate=0.0)
+    result["rate 0"] = biases(fresh)
+    result["bf16"] = biases(Trial(config_for(path, precision="bf16")))
+    return result
 
 
 def _message(action: Any) -> tuple[str, str]:
@@ -172,13 +231,11 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     """What saving and loading do when the disk is full, or files are not what was written."""
     trial = Trial(config_for(path))
     result: dict[str, Any] = {}
-    complete = trial.actor.save(folder, 1, {"iteration": 1})
+    complete = trial.save(folder, 1)
     save = checkpoint.dist_checkpointing.save
 
-    def disk_full(state: Any, target: str) -> None:
-        save(state, target)
-        largest = max(Path(target).iterdir(), key=lambda file: file.stat().st_size)
-        os.truncate(largest, largest.stat().st_size // 2)
+    def disk_full(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoint.dist_checkpointing.save = disk_full
@@ -187,7 +244,8 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     checkpoint.dist_checkpointing.save = save
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    result["write refused"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    result["write begun"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    result["write refused"] = _message(lambda: trial.actor.publish_checkpoint(wait=True))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     result["partial left"] = [p.name for p in folder.glob("*.partial")]
     result["latest after disk full"] = checkpoint.latest(folder)
@@ -203,14 +261,14 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     unfinished.rmdir()
 
     for iteration in (2, 3, 10):
-        trial.actor.save(folder, iteration, {"iteration": iteration})
+        trial.save(folder, iteration)
     result["kept"] = sorted(p.name for p in folder.iterdir())
     result["latest of kept"] = checkpoint.latest(folder)
     result["run state"] = checkpoint.read_run_state(folder / "iteration-10")
 
     (folder / "iteration-10" / checkpoint.STATE_FILE).write_text("{")
     result["broken run state"] = _message(lambda: checkpoint.read_run_state(folder / "iteration-10"))
-    weight = next(p for p in trial.actor.model.parameters() if p.ndim == 2)
+    weight = next(p for p in trial.actor.chunks[0].parameters() if p.ndim == 2)
     needle = weight.detach().numpy().tobytes()[:64]
     for shard in (folder / "iteration-3").glob("*.distcp"):
         data = bytearray(shard.read_bytes())
@@ -227,11 +285,30 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     return result
 
 
+def killed_while_saving(path: Path, folder: Path, pids: Path) -> None:
+    """One complete checkpoint, a second begun, and the end of this process by SIGKILL."""
+    trial = Trial(config_for(path))
+    trial.save(folder, 1)
+    write = checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def never_done(*arguments: Any, **options: Any) -> None:
+        time.sleep(600)
+        write(*arguments, **options)
+
+    checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(never_done)
+    trial.actor.save(folder, 2, {"iteration": 2})
+    trial.actor.publish_checkpoint(wait=False)
+    time.sleep(2)
+    children = psutil.Process().children(recursive=True)
+    pids.write_text(json.dumps({child.pid: child.create_time() for child in children}))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def bf16_resume(path: Path, folder: Path) -> list[Any]:
     """The step after a checkpoint, without and with loading it: bf16 weights, fp32 main parameters."""
     trial = Trial(config_for(path, precision="bf16"))
     trial.step(STEPS[0])
-    saved = trial.actor.save(folder, 1, {})
+    saved = trial.save(folder)
     results = [(trial.step(STEPS[1]), trial.weights())]
     trial.actor.load(saved)
     return [*results, (trial.step(STEPS[1]), trial.weights())]
@@ -240,7 +317,7 @@ def bf16_resume(path: Path, folder: Path) -> list[Any]:
 def save_and_load(path: Path, layout: dict[str, int], folder: Path) -> tuple[str, str]:
     trial = Trial(config_for(path, layout))
     trial.step(STEPS[0])
-    saved = trial.actor.save(folder, 1, {})
+    saved = trial.save(folder)
     trial.step(STEPS[1])
     return _message(lambda: trial.actor.load(saved))
 

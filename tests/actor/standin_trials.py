@@ -31,7 +31,10 @@ TWO_RANKS = {
     "split_sizes": dict(expert=2, data=2),
     # Megatron-Bridge sends each rank its columns of a row-parallel weight
     "contiguous_scatter": dict(tensor=2),
+    "pinned_memory": dict(context=2),
 }
+LATENT = ("latent_linear", "pinned_memory")
+"""Stand-ins that a model with latent attention needs."""
 
 
 def in_children(action: Callable[[], object], ranks: int = 1) -> str:
@@ -83,7 +86,7 @@ def _fork(action: Callable[[], object], rank: int, ranks: int, port: str, report
 
 
 def train_without(name: str | None, model: Path, layout: dict[str, int]) -> None:
-    """Log-probs, two steps, save, load and a step of a tiny MoE; raises where a number is wrong."""
+    """Log-probs, two steps, save, load and a step of a tiny model; raises where a number is wrong."""
     standins.install(leave_out=(name,) if name else ())
     from tests.actor import programs
 
@@ -165,15 +168,19 @@ def trials(models: Path) -> dict[str, str]:
     bridge_import.import_bridge()
     importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     trial("rope", lambda: raise_unless_read(models / "qwen3"))
-    moe = models / "qwen3moe"
+    moe, latent = models / "qwen3moe", models / "deepseek"
+    model_for = dict.fromkeys(standins.STAND_INS, moe) | dict.fromkeys(LATENT, latent)
     trial("nothing left out", lambda: train_without(None, moe, {}))
+    trial("nothing left out, latent attention", lambda: train_without(None, latent, {}))
     for name, layout in TWO_RANKS.items():
-        trial(f"nothing left out, as for {name}", functools.partial(train_without, None, moe, layout), 2)
+        action = functools.partial(train_without, None, model_for[name], layout)
+        trial(f"nothing left out, as for {name}", action, 2)
     trial("nothing left out, unequal parts", lambda: exchange_unequal_parts(None), 2)
     trial("uneven_collectives", lambda: exchange_unequal_parts("uneven_collectives"), 2)
     for name in standins.STAND_INS.keys() - {"uneven_collectives"}:
         layout = TWO_RANKS.get(name, {})
-        trial(name, functools.partial(train_without, name, moe, layout), 2 if layout else 1)
+        action = functools.partial(train_without, name, model_for[name], layout)
+        trial(name, action, 2 if layout else 1)
     return outcomes
 
 

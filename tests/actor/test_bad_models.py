@@ -175,6 +175,36 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         "LayoutError",
         ["layout.tensor=2", "509 rows of the vocabulary"],
     ),
+    "chunks": (
+        "llama",
+        dict(layout=dict(pipeline=2, virtual_pipeline=3)),
+        "LayoutError",
+        ["layout.pipeline x virtual_pipeline=6", "4 layers"],
+    ),
+    "tied embeddings over an interleaved pipeline": (
+        "qwen3",
+        dict(layout=dict(pipeline=2, virtual_pipeline=2)),
+        "LayoutError",
+        ["layout.virtual_pipeline=2", "ties its output layer"],
+    ),
+    "expert bias of a router without": (
+        "qwen3moe",
+        dict(actor={"experts": {"bias_update_rate": 1e-3}}),
+        "ConfigError",
+        ["actor.experts.bias_update_rate=0.001", "has no expert bias"],
+    ),
+    "settings of experts of a dense model": (
+        "qwen3",
+        dict(actor={"experts": {"bias_update_rate": 1e-3}}),
+        "ConfigError",
+        ["actor.experts", "has no experts"],
+    ),
+    "recomputing experts of a dense model": (
+        "qwen3",
+        dict(actor={"recompute": "selective", "recompute_modules": ["moe"]}),
+        "ConfigError",
+        ["actor.recompute_modules", "has no moe to recompute"],
+    ),
     "a field that megatron-core does not have": (
         "qwen3",
         dict(actor={"megatron": {"attention_dropuot": 0.1}}),

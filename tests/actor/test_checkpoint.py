@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -49,8 +52,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(faults):
     assert faults["complete loads"] == ("", "")
 
 
-def test_a_write_that_the_system_refuses_is_reported_in_one_line(faults):
+def test_a_write_that_the_system_refuses_is_reported_in_one_line_when_it_is_waited_for(faults):
     """A limit on a file's size stands for the disk's; torch hides the system's reason ("unexpected pos")."""
+    assert faults["write begun"] == ("", "")
     kind, message = faults["write refused"]
     assert kind == "CheckpointError"
     assert "iteration-2.partial" in message and "is the disk full?" in message
@@ -61,6 +65,27 @@ def test_a_write_that_the_system_refuses_is_reported_in_one_line(faults):
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults):
     kind, message = faults["disk full, first"]
     assert kind == "CheckpointError" and "there is no earlier checkpoint" in message
+
+
+def test_a_rank_killed_while_saving_leaves_the_previous_checkpoint_and_no_writer(models, tmp_path):
+    folder, pids = tmp_path / "checkpoints", tmp_path / "pids"
+    with pytest.raises(AssertionError, match="ended with -9"):
+        launch("killed_while_saving", path=models / "qwen3", folder=folder, pids=pids)
+    assert sorted(path.name for path in folder.iterdir()) == ["iteration-1", "iteration-2.partial"]
+    writers = {int(pid): started for pid, started in json.loads(pids.read_text()).items()}
+    assert len(writers) >= 3, "the manager, the writer and a process for each file"
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid, started in writers.items() if _runs(pid, started)]:
+        assert time.monotonic() < deadline, f"processes {alive} outlived their rank"
+        time.sleep(0.1)
+
+
+def _runs(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_partial_folder_is_never_resumed_from(faults):
@@ -102,8 +127,9 @@ def assert_takes_the_third_step(ranks, third, note: str) -> None:
 @pytest.mark.serial
 def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, reference):
     """The third step needs the weights and the moments that other processes wrote: both must have arrived."""
-    pairs = [(models / LAYOUTS[name][0], trained(name)[0]["checkpoint"]) for name in LAYOUTS]
-    resumed = launch("resume", pairs=pairs)[0]
+    one: dict[str, int] = {}
+    cases = [(models / LAYOUTS[name][0], trained(name)[0]["checkpoint"], one) for name in LAYOUTS]
+    resumed = launch("resume", cases=cases)[0]
     for name, (step, weights) in zip(LAYOUTS, resumed, strict=True):
         uninterrupted = sum(rank["third"][0][0] for rank in trained(name))
         assert step[0] == pytest.approx(uninterrupted, abs=1e-6), name
@@ -113,9 +139,42 @@ def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, refere
 @pytest.mark.serial
 def test_a_checkpoint_of_one_process_resumes_under_expert_parallelism(one_process, models, reference):
     """Experts then have an optimizer of their own, with moments and a step count that one optimizer saved."""
-    pairs = [(models / "qwen3moe", one_process["qwen3moe"]["checkpoint"])]
-    ranks = launch("resume", ranks=2, pairs=pairs, layout=dict(expert=2, data=2))
+    cases = [(models / "qwen3moe", one_process["qwen3moe"]["checkpoint"], dict(expert=2, data=2))]
+    ranks = launch("resume", ranks=2, cases=cases)
     assert_takes_the_third_step([rank[0] for rank in ranks], reference("qwen3moe").steps[2], "expert=2")
+
+
+OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    2: {
+        "dense, tensor=2": dict(pipeline=2),
+        "dense, context=2": dict(tensor=2),
+        "dense, pipeline=2, virtual_pipeline=2": dict(pipeline=2),
+        "moe, expert=2, data=2": dict(tensor=2),
+        "moe, tensor=2, expert=2, data=2": dict(expert=2, data=2),
+        "moe, pipeline=2, expert=2, data=2": dict(tensor=2, expert=2),
+        "latent, tensor=2, expert=2": dict(pipeline=2),
+    },
+    4: {
+        "dense, data=2": dict(tensor=2, pipeline=2),
+        "moe, tensor=2": dict(tensor=2, expert=2, data=2),
+    },
+}
+"""Ranks to load with: layout that saved -> layout that loads."""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
+def test_a_checkpoint_resumes_under_another_layout_of_as_many_fewer_or_more_ranks(
+    trained, models, reference, ranks
+):
+    cases = [
+        (models / LAYOUTS[name][0], trained(name)[0]["checkpoint"], layout)
+        for name, layout in OTHER_LAYOUTS[ranks].items()
+    ]
+    results = launch("resume", ranks=ranks, cases=cases)
+    for i, name in enumerate(OTHER_LAYOUTS[ranks]):
+        third = reference(LAYOUTS[name][0]).steps[2]
+        assert_takes_the_third_step([rank[i] for rank in results], third, name)
 
 
 @pytest.mark.serial

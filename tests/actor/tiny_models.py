@@ -30,6 +30,11 @@ COMMON: dict[str, Any] = dict(
     dtype="float32",
 )  # fmt: skip
 QWEN3 = dict(head_dim=16, rope_theta=1e6)
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+    topk_group=1, first_k_dense_replace=1, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    v_head_dim=12, head_dim=8, routed_scaling_factor=2.5, norm_topk_prob=True, num_nextn_predict_layers=0,
+)  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(rope_theta=5e5, tie_word_embeddings=False)),
     "llama3": (
@@ -47,8 +52,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3moe": (
         "Qwen3Moe",
         dict(
-            QWEN3, num_hidden_layers=2, tie_word_embeddings=False, moe_intermediate_size=32, num_experts=4,
+            QWEN3, tie_word_embeddings=False, moe_intermediate_size=32, num_experts=4,
             num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1,
+        ),
+    ),
+    # Moonlight-16B-A3B's shape
+    "moonlight": ("DeepseekV3", dict(LATENT, q_lora_rank=None, n_shared_experts=2, rope_theta=5e4)),
+    # DeepSeek-V3's, and with one group Kimi-K2's
+    "deepseek": (
+        "DeepseekV3",
+        dict(
+            LATENT, q_lora_rank=32, n_group=2, topk_group=1, n_shared_experts=1,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=1e4, factor=40.0, beta_fast=32, beta_slow=1, mscale=1.0,
+                mscale_all_dim=0.8, original_max_position_embeddings=16,
+            ),
         ),
     ),
 }  # fmt: skip
@@ -67,6 +85,9 @@ def write_model(folder: Path, family: str, **changes: Any) -> None:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             assert parameter.std() > 0, key
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.05)
     model.save_pretrained(folder)
 
 
@@ -85,6 +106,16 @@ def rollout() -> list[Sample]:
         )
         for i in range(16)
     ]  # fmt: skip
+
+
+def with_routing(samples: list[Sample]) -> list[Sample]:
+    """The samples as if an engine had sent each token to two of four experts at random, in four layers."""
+    rng = np.random.default_rng(4)
+    for sample in samples:
+        tokens = len(sample.prompt_tokens) + len(sample.response_tokens) - 1
+        chosen = rng.random((tokens, 4, 4)).argsort(-1)[..., :2].astype(np.uint16)
+        sample.routed_experts = chosen.tobytes()
+    return samples
 
 
 def config_for(model: Path, layout: dict[str, int] | None = None, **changes: Any) -> c.RunConfig:

@@ -21,7 +21,13 @@ def test_phases_follow_one_another_as_the_loop_says(live: Path, command_line: Co
     iteration = ["rollout", "release", "anchor", "update", "save", "sync", "resume"]
     expected = [(0, "warm_start"), (0, "start"), (0, "evaluate")]
     expected += [(t, phase) for t in range(3) for phase in iteration]
-    assert command_line.phases("live") == [*expected, (3, "evaluate"), (3, "check"), (3, "export")]
+    assert command_line.phases("live") == [
+        *expected,
+        (3, "evaluate"),
+        (3, "check"),
+        (3, "export"),
+        (3, "save"),
+    ]
 
 
 def test_every_sample_carries_the_weight_version_of_its_iteration(live: Path) -> None:

@@ -22,8 +22,8 @@ from recipes import recipe
 
 def measure(actor: Actor) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on this rank, of elements that are a parameter's."""
-    parameters = list(actor.model.parameters())
-    actor.model.zero_grad_buffer()
+    parameters = list(actor.chunks[0].parameters())
+    actor.chunks[0].zero_grad_buffer()
     actor.optimizer.step()  # Adam makes its moments in the first step
     own = {p.untyped_storage().data_ptr() for p in parameters}
     states: list[torch.Tensor] = []

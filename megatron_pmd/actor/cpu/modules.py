@@ -6,10 +6,13 @@ tells column- from row-parallel weights by class name; the names below are there
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
@@ -21,6 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_pmd.actor.packing import Row
 
 FP32_ATTENTION_TOKENS = 256
 """Up to this length of the longest sequence attention runs in fp32."""
@@ -43,16 +48,38 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class _GatherTokens(torch.autograd.Function):
+    """All context-parallel ranks' tokens, one after another; each gets the sum of its tokens' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        whole = part.new_empty((part.size(0) * group.size(), *part.shape[1:]))
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = gradients[0].contiguous()
+        part = whole.new_empty((whole.size(0) // ctx.group.size(), *whole.shape[1:]))
+        dist.reduce_scatter_tensor(part, whole, group=ctx.group)
+        return part, None
+
+
 class PackedAttention(MegatronModule):
-    """Causal grouped-query attention within each packed sequence, by torch's SDPA.
+    """Causal attention within each packed sequence, by torch's SDPA.
 
     The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
-    after every real token and is therefore never attended to.
+    after every real token and is therefore never attended to. Under context parallelism each rank gathers
+    the keys and values of all ranks for its own queries.
     """
 
-    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -67,19 +94,39 @@ class PackedAttention(MegatronModule):
         bounds = packed_seq_params.cu_seqlens_q.long()
         lengths = bounds.diff()
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        position = torch.arange(query.size(0)) - bounds[sequence]
+        position = torch.arange(len(sequence)) - bounds[sequence]
         longest = int(lengths.max())
         # torch's bf16 kernel takes 3 times as long backward as its fp32 one at 62 tokens, less than it at 512
         dtype = torch.float32 if longest <= FP32_ATTENTION_TOKENS else query.dtype
 
-        def batched(x: torch.Tensor) -> torch.Tensor:
-            padded = x.new_zeros((len(lengths), longest, *x.shape[1:]), dtype=dtype)
-            return padded.index_put((sequence, position), x.to(dtype)).transpose(1, 2)
+        def batched(x: torch.Tensor, sequence: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
+            padded = x.new_zeros((len(lengths), width, *x.shape[1:]), dtype=dtype)
+            return padded.index_put((sequence, place), x.to(dtype)).transpose(1, 2)
 
+        asked, place, width = sequence, position, longest
+        mask: dict[str, Any] = {"is_causal": True}
+        if self.context.size() > 1:
+            row = Row(size=self.context.size())
+            held = [
+                torch.from_numpy(replace(row, rank=rank).held(bounds.numpy())) for rank in range(row.size)
+            ]
+            order = torch.cat(held).argsort()
+            key, value = (_GatherTokens.apply(x, self.context)[order] for x in (key, value))
+            own = held[self.context.rank()]
+            asked, width = sequence[own], longest // row.size
+            place = torch.arange(len(own)) - bounds[asked] // row.size
+            # a place without a query sees every key: a row of nothing but masked keys would give NaN
+            seen = torch.full((len(lengths), width), longest).index_put((asked, place), position[own])
+            mask = {"attn_mask": (seen[:, :, None] >= torch.arange(longest))[:, None]}
         output = F.scaled_dot_product_attention(
-            batched(query), batched(key), batched(value), is_causal=True, scale=self.scale, enable_gqa=True
+            batched(query, asked, place, width),
+            batched(key, sequence, position, longest),
+            batched(value, sequence, position, longest),
+            scale=self.scale,
+            enable_gqa=True,
+            **mask,
         )
-        return output.transpose(1, 2)[sequence, position].flatten(1).to(query.dtype)
+        return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -99,6 +146,31 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+class TELinear(torch.nn.Module):
+    """A linear whose weight every tensor-parallel rank holds whole: MLA's projections to its latent spaces.
+
+    Under sequence parallelism each rank applies it to its own tokens; the mark makes finalize_model_grads()
+    sum the weight's gradient. With the column-parallel linear of megatron-core's local spec in this place
+    part of the rotary key's gradient is lost when tensor > 1: what multi_latent_attention.py gathers, its
+    backward pass only splits.
+    """
+
+    parallel_mode = "duplicated"
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return F.linear(x, self.weight), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
 
 class _GroupedLinear(torch.nn.Module):
@@ -163,17 +235,25 @@ class TERowParallelGroupedLinear(_GroupedLinear):
 
 def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
     """megatron-core's local layer spec with the modules above where Transformer Engine's would stand."""
+    latent = config.multi_latent_attention
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=latent,
         normalization="RMSNorm",
     )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if latent:
+        layer.input_layernorm = RMSNorm
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = TELinear
+        attention.linear_q_up_proj = attention.linear_kv_up_proj = TELayerNormColumnParallelLinear
+        attention.q_layernorm = attention.kv_layernorm = IdentityOp
+    else:
+        layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     if is_moe:
         layer.pre_mlp_layernorm = RMSNorm
         experts = layer.mlp.submodules.experts

@@ -38,6 +38,17 @@ def cuda_literals() -> None:
         setattr(torch, name, redirected(getattr(torch, name)))
 
 
+def pinned_memory() -> None:
+    """models/common/embeddings/rope_utils.py pins an index under context parallelism: only CUDA can."""
+    original = torch.tensor
+
+    def pageable(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        return original(*args, **kwargs)
+
+    torch.tensor = functools.wraps(original)(pageable)
+
+
 def move_to_cuda() -> None:
     """`tensor.cuda()` in megatron-core's data movement: a tensor on the CPU is where it should be."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
@@ -106,6 +117,18 @@ def missing_te_gemm() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def latent_linear() -> None:
+    """transformer/multi_latent_attention.py asks isinstance(…, TELinear), a mock without Transformer Engine.
+
+    It also tells by this name which linear of a layer spec is whole on every tensor-parallel rank.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    from megatron_pmd.actor.cpu.modules import TELinear
+
+    multi_latent_attention.TELinear = TELinear
 
 
 def split_sizes() -> None:
@@ -209,12 +232,14 @@ STAND_INS: dict[str, Callable[[], None]] = {
     for function in (
         current_device,
         cuda_literals,
+        pinned_memory,
         move_to_cuda,
         tensor_types,
         synchronisation,
         random_state,
         streams,
         missing_te_gemm,
+        latent_linear,
         split_sizes,
         uneven_collectives,
         adam_state,

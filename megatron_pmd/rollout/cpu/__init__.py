@@ -1,4 +1,4 @@
-"""What SGLang needs at import time where there is no CUDA: three import-only packages in one folder, `stubs`.
+"""What SGLang needs where there is no CUDA: import-only packages and a plugin, in one folder, `stubs`.
 
 The folder is not a package: it is put on the PYTHONPATH of the engine, and on sys.path of the trainer before
 it imports megatron-bridge (which imports triton). Each package's docstring says why it is there.

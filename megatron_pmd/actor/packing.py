@@ -1,0 +1,131 @@
+"""Samples laid out in one row for a forward pass, and the part of it that a context-parallel rank holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_pmd.rollout.samples import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Row:
+    """How rows are laid out on a rank.
+
+    multiple    each rank's part of a row has a length that is a multiple of this
+    rank, size  this rank's place among those that share out a row's sequences (context parallelism)
+    """
+
+    multiple: int = 1
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        return 2 * self.size if self.size > 1 else 1
+
+    def padded(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens that samples of these lengths take in a row."""
+        return -(-lengths // self.sequence_multiple) * self.sequence_multiple
+
+    def held(self, bounds: np.ndarray) -> np.ndarray:
+        """Where the tokens of this rank stand in the whole row, in the order it holds them.
+
+        Of 2·size equal chunks of each sequence rank r holds the r-th from either end, so that causal
+        attention costs all ranks the same; this is the order that megatron-core's rotary embedding and
+        Transformer Engine's attention expect.
+        """
+        parts = []
+        for start, end in itertools.pairwise(bounds.tolist()):
+            chunk = (end - start) // (2 * self.size)
+            for first in (start + self.rank * chunk, end - (self.rank + 1) * chunk):
+                parts.append(np.arange(first, first + chunk))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class PackedMicrobatch:
+    """One forward pass: several samples in one row, without attention between them.
+
+    tokens, positions   [1, row on this rank]  the row may end in padding, a sequence of its own
+    bounds              int32 [sequences + 1]  of the whole row; a sequence may end in padding
+    rows                [response tokens here]  where in this rank's row the logits of a response token are
+    here                [response tokens here]  which of the response tokens those are
+    targets             [response tokens]  the response tokens
+    sequence            [response tokens]  index of the token's sample in `samples`
+    source              [response tokens]  index of the token in the rollout's flat arrays
+    experts             [row on this rank, layers · top-k]  as recorded, None where nothing was; at padding
+                        those of the rollout's first token
+    """
+
+    samples: list[int]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    bounds: torch.Tensor
+    rows: torch.Tensor
+    here: torch.Tensor
+    targets: torch.Tensor
+    sequence: torch.Tensor
+    source: torch.Tensor
+    experts: torch.Tensor | None
+
+    @property
+    def attention(self) -> PackedSeqParams:
+        longest = int(self.bounds.diff().max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.bounds,
+            cu_seqlens_kv=self.bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+
+def pack_microbatch(batch: RolloutBatch, samples: list[int], row: Row, device: Any) -> PackedMicrobatch:
+    """Lay samples one after another in a row, each and the row padded as `row` asks."""
+    lengths = batch.lengths[samples]
+    starts = np.concatenate([[0], np.cumsum(row.padded(lengths))]).astype(np.int64)
+    total, multiple = int(starts[-1]), math.lcm(row.multiple * row.size, row.sequence_multiple)
+    padding = -total % multiple if total else multiple
+    bounds = np.append(starts, total + padding) if padding else starts
+    tokens, positions = np.zeros(total + padding, np.int64), np.zeros(total + padding, np.int64)
+    # where in the rollout's arrays a token of the row comes from
+    origin = np.zeros(total + padding, np.int64)
+    # where in the row, and where in the rollout's arrays, each sample's response stands
+    empty = np.zeros(0, np.int64)
+    answers, sources = [empty], [empty]
+    for sample, start, length in zip(samples, starts.tolist(), lengths.tolist(), strict=False):
+        offset, prompt = int(batch.offsets[sample]), int(batch.prompt_lengths[sample])
+        tokens[start : start + length] = batch.tokens[offset : offset + length]
+        positions[start : start + length] = np.arange(length)
+        origin[start : start + length] = np.arange(offset, offset + length)
+        answers.append(np.arange(start + prompt, start + length))
+        sources.append(np.arange(offset + prompt, offset + length))
+    held = row.held(bounds) if row.size > 1 else np.arange(total + padding)
+    place = np.full(total + padding, -1)
+    place[held] = np.arange(len(held))
+    # the logits that predict a token stand one position before it
+    rows = place[np.concatenate(answers) - 1]
+    here = np.flatnonzero(rows >= 0)
+
+    def tensor(array: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.as_tensor(array, dtype=dtype, device=device)
+
+    return PackedMicrobatch(
+        samples=samples,
+        tokens=tensor(tokens[held])[None],
+        positions=tensor(positions[held])[None],
+        bounds=tensor(bounds, torch.int32),
+        rows=tensor(rows[here]),
+        here=tensor(here),
+        targets=tensor(tokens[np.concatenate(answers)]),
+        sequence=tensor(np.repeat(np.arange(len(samples)), [len(a) for a in answers[1:]])),
+        source=tensor(np.concatenate(sources)),
+        experts=None if batch.routed_experts is None else tensor(batch.routed_experts[origin[held]]),
+    )

@@ -1,0 +1,53 @@
+"""How samples are laid out in a row, and which part of it each context-parallel rank holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_pmd.actor.packing import Row, pack_microbatch
+from megatron_pmd.rollout.samples import RolloutBatch
+from tests.actor.tiny_models import TEMPERATURE, rollout
+
+
+@pytest.fixture
+def batch() -> RolloutBatch:
+    samples = rollout()
+    for sample in samples:
+        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+    return RolloutBatch.pack(samples, TEMPERATURE)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("samples", [[3, 0, 9], [7], []])
+def test_context_ranks_hold_every_token_once_and_as_many_each(batch, size, samples):
+    parts = [pack_microbatch(batch, samples, Row(4, rank, size), "cpu") for rank in range(size)]
+    assert len({part.tokens.shape for part in parts}) == 1
+    assert parts[0].tokens.size(1) % 4 == 0
+    real = sum(int(batch.lengths[s]) for s in samples)
+    held = np.concatenate([part.tokens[0].numpy() for part in parts])
+    whole = np.concatenate(
+        [batch.tokens[batch.offsets[s] : batch.offsets[s + 1]] for s in samples] or [np.zeros(0, np.int64)]
+    )
+    assert sorted(held[held > 0]) == sorted(whole[whole > 0]) and len(held) >= real
+    assert parts[0].bounds[-1] == len(held)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_logits_of_each_response_token_are_on_one_rank_where_its_predecessor_is(batch, size):
+    samples = [5, 11, 2]
+    parts = [pack_microbatch(batch, samples, Row(1, rank, size), "cpu") for rank in range(size)]
+    found = {}
+    for part in parts:
+        for row, which in zip(part.rows.tolist(), part.here.tolist(), strict=True):
+            assert which not in found
+            source = int(part.source[which])
+            found[which] = (int(part.tokens[0, row]), int(part.targets[which]))
+            assert found[which] == (batch.tokens[source - 1], batch.tokens[source])
+    assert len(found) == batch.response_lengths[samples].sum()
+
+
+def test_two_ranks_hold_the_outer_and_the_inner_quarters_of_a_sequence():
+    bounds = np.array([0, 8, 12])
+    assert Row(rank=0, size=2).held(bounds).tolist() == [0, 1, 6, 7, 8, 11]
+    assert Row(rank=1, size=2).held(bounds).tolist() == [2, 3, 4, 5, 9, 10]

@@ -1,0 +1,126 @@
+"""Experts that someone else chose: the actor's numbers are transformers' with its routers forced to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_pmd.errors import DataError
+from megatron_pmd.rollout.samples import RolloutBatch, read_rollout, write_rollout
+from tests.actor.launch import launch
+from tests.actor.tiny_models import STEPS, TAU, TEMPERATURE, rollout, with_routing
+
+SINGLE: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "one process": ({}, {}),
+    "recomputed layers": ({}, {"recompute": "full"}),
+}
+TWO_RANKS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "tensor=2, expert=2": (dict(tensor=2, expert=2), {"recompute": "full"}),
+    "context=2, expert=2": (dict(context=2, expert=2), {}),
+    "pipeline=2, virtual_pipeline=2": (dict(pipeline=2, virtual_pipeline=2), {"recompute": "full"}),
+    "data=2, expert=2": (dict(data=2, expert=2), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def forced(models, reference) -> tuple[torch.Tensor, float, float]:
+    """Log-probs of all tokens (NaN at prompts), loss and gradient norm of the first step, by transformers."""
+    return transformers_with_forced_routers(models / "qwen3moe", reference("qwen3moe"))
+
+
+def transformers_with_forced_routers(folder: Path, expected: Any) -> tuple[torch.Tensor, float, float]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    samples = with_routing(expected.samples)
+    batch = RolloutBatch.pack(samples, TEMPERATURE)
+    chosen: dict[int, torch.Tensor] = {}
+
+    def forward(gate: Any, layer: int) -> Any:
+        def route(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+            weights = logits.softmax(-1).gather(1, chosen[layer])
+            return logits, weights / weights.sum(-1, keepdim=True), chosen[layer]
+
+        return route
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate.forward = forward(layer.mlp.gate, number)
+    whole, losses = [], []
+    assert batch.routed_experts is not None
+    for i, sample in enumerate(samples):
+        start, end = batch.offsets[i : i + 2]
+        experts = torch.from_numpy(batch.routed_experts[start:end].astype(np.int64)).view(-1, 4, 2)
+        chosen |= {number: experts[:, number] for number in range(4)}
+        tokens = torch.from_numpy(batch.tokens[start:end].astype(np.int64))
+        logits = model(tokens[None]).logits[0] / TEMPERATURE
+        first = len(sample.prompt_tokens)
+        log_probs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
+        whole += [torch.full((first,), torch.nan), log_probs.detach().float()]
+        ratio = (log_probs - expected.anchor[start + first : end].double()).sum()
+        losses.append(TAU / 2 * (ratio - sample.advantage / TAU) ** 2 / len(log_probs))
+    loss = torch.stack([losses[i] for i in STEPS[0]]).mean()
+    loss.backward()
+    norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    return torch.cat(whole), float(loss.detach()), norm
+
+
+@pytest.fixture(scope="module")
+def replayed(models) -> dict[str, list[Any]]:
+    """Every rank's (log-probs, step), by case."""
+    results: dict[str, list[Any]] = {}
+    for ranks, cases in ((1, SINGLE), (2, TWO_RANKS)):
+        orders = {name: (models / "qwen3moe", *case) for name, case in cases.items()}
+        outcomes = launch("replayed", ranks=ranks, cases=orders)
+        results |= {name: [outcome[name] for outcome in outcomes] for name in cases}
+    return results
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("name", [*SINGLE, *TWO_RANKS])
+def test_log_probs_and_gradient_are_those_of_transformers_with_the_same_experts(replayed, forced, name):
+    log_probs, loss, norm = forced
+    whole = torch.full_like(log_probs, torch.nan)
+    for own, _ in replayed[name]:
+        whole = torch.where(own.isnan(), whole, own)
+    torch.testing.assert_close(whole, log_probs, rtol=0, atol=1e-5, equal_nan=True)
+    steps = [step for _, step in replayed[name]]
+    assert sum(step[0] for step in steps) / sum(step[1] for step in steps) == pytest.approx(loss, rel=1e-5)
+    assert steps[0][2] == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_experts_drawn_are_not_those_that_the_model_would_choose(forced, reference):
+    expected = reference("qwen3moe")
+    own = torch.cat([torch.tensor(sample.engine_log_probs) for sample in expected.samples])
+    assert (forced[0][~forced[0].isnan()] - own).abs().max() > 0.1
+
+
+def test_recorded_experts_survive_the_rollout_file(tmp_path):
+    samples = with_routing(rollout())
+    for sample in samples:
+        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+    write_rollout(tmp_path / "0.parquet", samples, 0)
+    read, _ = read_rollout(tmp_path / "0.parquet")
+    assert [sample.routed_experts for sample in read] == [sample.routed_experts for sample in samples]
+    packed = RolloutBatch.pack(read, TEMPERATURE)
+    packed.check_routing(8)
+    first = np.frombuffer(samples[0].routed_experts or b"", np.uint16).reshape(-1, 8)
+    assert packed.routed_experts is not None
+    assert np.array_equal(packed.routed_experts[: len(first)], first)
+
+
+def test_a_rollout_without_recorded_experts_is_refused_where_they_are_to_be_replayed():
+    samples = with_routing(rollout())
+    for sample in samples:
+        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+    with pytest.raises(DataError, match="has 8 recorded experts a token, this model chooses 16"):
+        RolloutBatch.pack(samples, TEMPERATURE).check_routing(16)
+    samples[3].routed_experts = None
+    with pytest.raises(DataError, match="has 0 recorded experts a token, this model chooses 8"):
+        RolloutBatch.pack(samples, TEMPERATURE).check_routing(8)
