@@ -1,0 +1,297 @@
+"""First contact with a GPU: what of the actor's CUDA half works here, one table, one JSON file.
+
+    python -m tools.gpu_check [--output gpu_check.json]
+
+Each check is a process of its own, so that one that crashes ends alone. A check that this machine cannot do
+is listed as skipped, with the reason. Without CUDA the checks that need none run on small shapes, which shows
+that the tool works, nothing about a GPU. Engines are not checked: `megatron-pmd doctor`, then a recipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_pmd.config import RunConfig, build, override
+
+LIMIT_SECONDS = 600
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+CHECKS = ["log-probs against transformers", "packed against alone", "step in bf16"]
+CHECKS += [f"step in fp8, {recipe}" for recipe in RECIPES]
+CHECKS += ["step with bf16 moments", "step with the optimizer on the host", "offload and return"]
+SKIPPED = "skipped"
+
+
+def configuration(folder: Path, cuda: bool) -> RunConfig:
+    """A random Qwen3-MoE of realistic width on CUDA, a tiny one without; one rank, bf16."""
+    tokens = 512 if cuda else 24
+    return build(
+        {
+            "name": "gpu_check",
+            "iterations": 1,
+            "model": {"path": str(folder / "model"), "precision": "bf16"},
+            "batch": {
+                "prompts_per_rollout": 4,
+                "samples_per_prompt": 4,
+                "prompts_per_step": 4,
+                "max_tokens_per_microbatch": 8 * tokens,
+                "max_prompt_tokens": tokens // 2,
+                "max_response_tokens": tokens // 2,
+            },
+            "optimizer": {"learning_rate": 1e-5},
+            "data": {"train": {"kind": "reasoning_gym", "task": "chain_sum", "size": 1}},
+            "reward": {"name": "exact"},
+        }
+    )
+
+
+def make_model(folder: Path, cuda: bool) -> None:
+    """Weights of seed 0, and the log-probabilities that transformers gives the samples' responses."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = dict(
+        hidden_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, vocab_size=512
+    )
+    large = dict(
+        hidden_size=4096, moe_intermediate_size=1536, num_experts=32, num_experts_per_tok=8, vocab_size=32_768
+    )
+    shape = large if cuda else small
+    config = Qwen3MoeConfig(
+        num_hidden_layers=4, num_attention_heads=shape["hidden_size"] // 16 if not cuda else 32,
+        num_key_value_heads=2 if not cuda else 4, head_dim=16 if not cuda else 128, norm_topk_prob=True,
+        intermediate_size=shape["hidden_size"], tie_word_embeddings=False, dtype="bfloat16", **shape,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+    model.save_pretrained(folder / "model")
+    model.to("cuda" if cuda else "cpu")
+    result = []
+    for sample in samples(configuration(folder, cuda), shape["vocab_size"]):
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens], device=model.device)
+        with torch.no_grad():
+            logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
+        chosen = tokens[0, len(sample.prompt_tokens) :, None]
+        result.append(logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist())
+    (folder / "reference.json").write_text(json.dumps(result))
+
+
+def samples(config: RunConfig, vocabulary: int) -> list[Any]:
+    from megatron_pmd.rollout.samples import Sample
+
+    rng = np.random.default_rng(0)
+    longest = config.batch.max_response_tokens
+    return [
+        Sample(
+            group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
+            prompt_tokens=rng.integers(0, vocabulary, rng.integers(2, longest)).tolist(),
+            response_tokens=(response := rng.integers(0, vocabulary, rng.integers(2, longest)).tolist()),
+            engine_log_probs=[0.0] * len(response), finish_reason="stop", weight_version=0, seed=0,
+            advantage=float(rng.normal()),
+        )
+        for i in range(16)
+    ]  # fmt: skip
+
+
+class Trial:
+    """One actor and its samples."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        config = override(configuration(folder, cuda), list(settings))
+        if not cuda:
+            from megatron_pmd.actor.cpu import standins
+
+            standins.install()
+        from megatron_pmd.actor.actor import Actor
+        from megatron_pmd.actor.parallel import Control, initialize
+        from megatron_pmd.actor.settings import set_environment
+        from megatron_pmd.rollout.samples import RolloutBatch
+
+        if cuda:
+            set_environment(config)
+        single = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(single)
+        initialize(config.layout, seed=0, timeout_seconds=300)
+        self.actor = Actor(config, Control(300))
+        reference = json.loads((folder / "reference.json").read_text())
+        vocabulary = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
+        drawn = samples(config, vocabulary)
+        for sample, log_probs in zip(drawn, reference, strict=True):
+            sample.engine_log_probs = log_probs
+        self.batch = RolloutBatch.pack(drawn, 1.0)
+        self.microbatches = self.actor.microbatches(self.batch, np.arange(16))
+
+    def log_probs(self, microbatches: list[list[int]]) -> Any:
+        return self.actor.log_probs(self.batch, microbatches)
+
+    def steps(self, count: int) -> dict[str, float]:
+        """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
+        from megatron_pmd.algorithm.losses import pmd
+
+        anchor = self.log_probs(self.microbatches).log_probs
+        objective = functools.partial(pmd, tau=0.1, normaliser="response")
+        seconds, reports = [], []
+        for _ in range(count):
+            begin = time.monotonic()
+            reports.append(self.actor.update(self.batch, self.microbatches, anchor, objective, 0.0))
+            seconds.append(time.monotonic() - begin)
+        first = reports[0]
+        return {
+            "loss": first.loss_sum / first.loss_count,
+            "gradient norm": first.gradient_norm,
+            "seconds": float(np.median(seconds)),
+        }
+
+
+def against_transformers(folder: Path) -> dict[str, float]:
+    report = Trial(folder).log_probs([list(range(16))])
+    return {"mean difference": report.sum_absolute / report.tokens, "largest": report.max_absolute}
+
+
+def packed_against_alone(folder: Path) -> dict[str, float]:
+    trial = Trial(folder)
+    packed = trial.log_probs([list(range(16))]).log_probs
+    alone = trial.log_probs([[i] for i in range(16)]).log_probs
+    difference = (packed - alone).abs()
+    return {"mean difference": float(difference.nanmean()), "largest": float(difference.nan_to_num().max())}
+
+
+def offload_and_return(folder: Path) -> dict[str, float]:
+    """Everything off the device and back; what stays behind is the allocator's own account."""
+    import torch
+
+    trial = Trial(folder)
+    trial.steps(1)
+    torch.cuda.synchronize()
+    resident, begin = torch.cuda.memory_allocated(), time.monotonic()
+    trial.actor.release_optimizer()
+    trial.actor.release_parameters()
+    torch.cuda.synchronize()
+    left, away = torch.cuda.memory_allocated(), time.monotonic()
+    trial.actor.wake()
+    torch.cuda.synchronize()
+    moved = (resident - left) / 1e9
+    return {
+        "GB moved": moved,
+        "GB left": left / 1e9,
+        "GB/s away": moved / (away - begin),
+        "GB/s back": moved / (time.monotonic() - away),
+        "loss after": trial.steps(1)["loss"],
+    }
+
+
+def check(name: str, folder: Path) -> dict[str, float]:
+    """Run one of CHECKS in this process. Raises ConfigError where this machine cannot."""
+    from megatron_pmd.errors import ConfigError
+
+    settings = {
+        "step in bf16": [],
+        "step with bf16 moments": ["optimizer.moments=bf16"],
+        "step with the optimizer on the host": ["optimizer.offload=1"],
+    } | {f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES}
+    if name in settings:
+        return Trial(folder, *settings[name]).steps(5)
+    if name == "offload and return":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("there is one memory on a CPU: nothing to leave or to return to")
+        return offload_and_return(folder)
+    actions: dict[str, Callable[[Path], dict[str, float]]] = {
+        "log-probs against transformers": against_transformers,
+        "packed against alone": packed_against_alone,
+    }
+    return actions[name](folder)
+
+
+def run_check(name: str, folder: Path) -> dict[str, Any]:
+    """Status and figures of one check, from a process of its own."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tools.gpu_check",
+        "--check",
+        name,
+        "--folder",
+        str(folder),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "why": f"not done after {LIMIT_SECONDS} s"}
+    result = folder / "result.json"
+    if result.exists():
+        outcome = json.loads(result.read_text())
+        result.unlink()
+        return outcome
+    lines = (done.stderr or done.stdout).strip().splitlines() or [""]
+    return {"status": "failed", "why": lines[-1][:500]}
+
+
+def relative_to_bf16(results: dict[str, dict[str, Any]]) -> None:
+    """Add, to each step, its loss, gradient norm and speed relative to the bf16 step's."""
+    base = results["step in bf16"].get("figures")
+    for name, result in results.items():
+        if base and name.startswith("step") and "figures" in result and name != "step in bf16":
+            own = result["figures"]
+            own["loss error"] = abs(own["loss"] / base["loss"] - 1)
+            own["gradient norm error"] = abs(own["gradient norm"] / base["gradient norm"] - 1)
+            own["speed-up"] = base["seconds"] / own["seconds"]
+
+
+def main(
+    output: Path = Path("gpu_check.json"),
+    check_name: str = typer.Option("", "--check"),
+    folder: Path = Path(),
+) -> None:
+    """Run all checks; --check and --folder are for the processes that this starts."""
+    from megatron_pmd.errors import PmdError
+
+    if check_name:
+        try:
+            outcome: dict[str, Any] = {"status": "ran", "figures": check(check_name, folder)}
+        except PmdError as error:
+            outcome = {"status": SKIPPED, "why": str(error)}
+        (folder / "result.json").write_text(json.dumps(outcome))
+        return
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "no CUDA device: small shapes on the CPU"
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        make_model(Path(temporary), cuda)
+        for name in CHECKS:
+            results[name] = run_check(name, Path(temporary))
+    relative_to_bf16(results)
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
+    output.write_text(json.dumps({"versions": versions, "checks": results}, indent=1))
+    table = Table("check", "status", "figures, or why not", title=f"{device}, torch {torch.__version__}")
+    for name, result in results.items():
+        figures = ", ".join(f"{key} {value:.3g}" for key, value in result.get("figures", {}).items())
+        table.add_row(name, result["status"], figures or result["why"])
+    Console().print(table)
+    if any(result["status"] == "failed" for result in results.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
