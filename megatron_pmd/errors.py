@@ -25,6 +25,10 @@ class EngineError(PmdError):
     """A rollout engine did not start, died, or missed a deadline; carries its log's last lines."""
 
 
+class RolloutError(PmdError):
+    """A rollout function failed, or responses were lost or counted twice between two iterations."""
+
+
 class StaleWeights(PmdError):
     """An engine serves other weights than the actor holds."""
 

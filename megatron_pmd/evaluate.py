@@ -23,11 +23,14 @@ from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.folder import read_object, write_whole
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
-from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rewards.remote import grading
 from megatron_pmd.rollout.control import EngineControl
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, free_port
-from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan, stop_tokens
+from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.rollout.samples import Sample, write_rollout
+from megatron_pmd.rollout.transport import Endpoint, EnginesLost
 
 DEFAULT_RESPONSE_TOKENS = 1024
 CPU_CACHE_TOKENS = 16384
@@ -219,18 +222,24 @@ def run(task: Task, console: Console) -> Evaluation:
         run_seed=task.seed,
         stream="evaluation",
     )
-    with RewardPool(task.reward) as rewards:
+    with grading(task.reward) as rewards:
         sampler = Sampler(
-            router_url="",  # there is one engine: it is asked without a router
-            headers={},
+            endpoint=Endpoint(
+                router_url="",  # there is one engine: it is asked without a router
+                engine_urls=(),
+                headers={},
+                request_timeout_seconds=task.rollout.request_timeout_seconds,
+                retries=task.rollout.retries,
+                any_engine_alive=lambda: False,
+                max_in_flight=REQUESTS_PER_SLOT * task.rollout.max_running_requests,
+            ),
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, task.model.path),
             max_response_tokens=task.max_response_tokens,
-            request_timeout_seconds=task.rollout.request_timeout_seconds,
-            retries=task.rollout.retries,
             grader=rewards,
-            any_engine_alive=lambda: False,
-            max_in_flight=REQUESTS_PER_SLOT * task.rollout.max_running_requests,
+            max_turns=task.rollout.max_turns,
+            repetition=task.rollout.repetition,
+            function=rollout_function(task.rollout.function),
         )
         console.say(f"starting an engine for {task.model.path}; log: {task.log}")
         samples = _sample(task, plan, sampler, console)
@@ -264,16 +273,16 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
                 # must carry. Samples of an engine that was never given one are refused.
                 control.begin_update()
                 control.end_update(plan.weight_version)
-            ours = replace(
-                sampler, router_url=spec.url, headers={"Authorization": f"Bearer {spec.api_key}"},
-                any_engine_alive=engine.ready,
+            endpoint = replace(
+                sampler.endpoint, router_url=spec.url, any_engine_alive=engine.ready,
+                headers={"Authorization": f"Bearer {spec.api_key}"},
             )  # fmt: skip
-            with console.progress("evaluation", plan.total - len(plan.done)) as advance:
-                ours.run(plan, advance)
-            return plan.samples
+            with console.progress("evaluation", plan.total - plan.finished) as advance:
+                replace(sampler, endpoint=endpoint).run(plan, advance)
+            return plan.samples(sampler.tokenizer)
         except EnginesLost:
             console.say(
-                f"the engine died after {len(plan.done)} of {plan.total} samples ({attempt + 1} times)"
+                f"the engine died after {plan.finished} of {plan.total} samples ({attempt + 1} times)"
             )
             ended = engine.log_tail()
         finally:

@@ -13,21 +13,6 @@ from megatron_pmd.rollout.samples import RolloutBatch, Sample
 from megatron_pmd.subproblem import Subproblem
 
 
-def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rewards, lengths and failures of one rollout."""
-    lengths = [len(s.response_tokens) for s in samples]
-    rewards, shaped = [s.reward for s in samples], [s.shaped_reward for s in samples]
-    return {
-        "reward": float(np.mean(rewards)),
-        "reward_deviation": float(np.std(rewards)),
-        **({"shaped_reward": float(np.mean(shaped))} if shaped != rewards else {}),
-        "response_tokens": float(np.mean(lengths)),
-        "response_tokens/max": float(np.max(lengths)),
-        "truncated_share": float(np.mean([s.finish_reason == "length" for s in samples])),
-        "reward_errors": sum(s.reward_error is not None for s in samples),
-    }
-
-
 def success_rates(samples: Sequence[Sample], correct: float) -> dict[int, float]:
     """Share of each problem's responses with a reward of at least `correct`, by problem index."""
     verdicts: dict[int, list[bool]] = defaultdict(list)

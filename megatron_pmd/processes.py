@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 _PR_SET_PDEATHSIG = 1
@@ -24,3 +25,13 @@ def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG, {signal_number}): {os.strerror(code)}")
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal_number)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, and that of processes it starts, as far as it may.
+
+    A rollout's requests are thousands of connections, in the driver and again in the router; the usual limit
+    is 1,024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

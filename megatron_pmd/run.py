@@ -23,11 +23,14 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.errors import AlarmStop, StaleWeights
 from megatron_pmd.evaluation import evaluate
-from megatron_pmd.measures import rollout_values, step_values, success_rates
+from megatron_pmd.measures import step_values, success_rates
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal, Phase
+from megatron_pmd.rollout.kept import write_kept
+from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
+from megatron_pmd.rollout.plan import Group
 from megatron_pmd.rollout.samples import RolloutBatch, Sample, write_rollout
-from megatron_pmd.rollout.source import RolloutSource, evaluation_plan, train_plan
+from megatron_pmd.rollout.source import RolloutSource, check_plan, evaluation_plan, train_plan
 from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.warm_start import warm_start
 
@@ -56,12 +59,14 @@ class Run:
         journal: Journal | None,
         problems: ProblemSets | None,
         tokenizer: Any,
+        kept: list[Group],
         first_iteration: int,
         stop_after: StopAfter | None,
     ) -> None:
         self.config, self.folder, self.control = config, folder, control
         self.actor, self.rollouts = actor, rollouts
         self._console, self._journal, self._problems = console, journal, problems
+        self._kept = kept  # responses that the next rollout continues
         self._tokenizer, self._first, self._stop_after = tokenizer, first_iteration, stop_after
         self._iteration_values: dict[str, float] = {}
         self._steps: list[dict[str, float]] = []
@@ -125,16 +130,19 @@ class Run:
         """Draw and grade the rollout of iteration t; every rank gets it as packed arrays."""
         plan = None
         if self.control.is_driver:
-            problems = self.problems.train.take(self.config.batch.prompts_per_rollout)
-            plan = train_plan(self.config, problems, t)
+            plan = train_plan(self.config, self.problems.train, t, self._kept)
         samples = self.rollouts.draw(plan, self.actor, "rollout")
         batch: RolloutBatch | None = None
-        if self.control.is_driver:
+        if plan is not None:
+            if self.rollouts.live:
+                self._kept = plan.kept
+                self._iteration_values |= plan_metrics(plan)
             subproblem = Subproblem(self.config, t)
             subproblem.grade(samples)
             write_rollout(self.folder / "rollouts" / f"{t}.parquet", samples, t)
             if not subproblem.supervised:
-                self.problems.train.record(success_rates(samples, self.config.reward.correct))
+                drawn = [*samples, *plan.dropped_samples(self._tokenizer)]
+                self.problems.train.record(success_rates(drawn, self.config.reward.correct))
                 self._iteration_values |= rollout_values(samples)
             batch = RolloutBatch.pack(
                 samples, subproblem.temperature, examples=self._examples(), weight_version=t
@@ -156,7 +164,8 @@ class Run:
 
     def schedule(self, batch: RolloutBatch) -> list[batching.Microbatches]:
         """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
-        batch.refuse_undeclared_versions(max_staleness=0)
+        partial = self.config.rollout.partial
+        batch.refuse_undeclared_versions(partial.max_staleness if partial else 0)
         groups = batch.groups[: batch.sampled]
         steps = batching.steps_of_groups(groups, self.config.batch.prompts_per_step)
         return [self.actor.microbatches(batch, samples) for samples in steps]
@@ -278,7 +287,9 @@ class Run:
         """Begin a checkpoint after `completed` iterations: the number is the weight version's too."""
         state = {"iteration": completed, **(self._problems.state() if self._problems else {})}
         state = self.control.from_driver(state)
-        self.actor.save(self.folder / "checkpoints", completed, state)
+        self.actor.save(
+            self.folder / "checkpoints", completed, state, lambda folder: write_kept(folder, self._kept)
+        )
 
     def end_iteration(self, t: int, batch: RolloutBatch) -> None:
         """Log what the iteration came to and show it. Raises AlarmStop if an alarm is to end the run."""
@@ -322,9 +333,7 @@ class Run:
         plan = None
         if self.control.is_driver:
             problems = self.problems.train.peek(min(8, self.config.batch.prompts_per_rollout))
-            plan = dataclasses.replace(
-                train_plan(self.config, problems, final), samples_per_prompt=1, stream="check"
-            )
+            plan = check_plan(self.config, problems, final)
         samples = self.rollouts.draw(plan, self.actor, "check of the final weights")
         temperature = Subproblem(self.config, final).temperature
         batch = self.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)

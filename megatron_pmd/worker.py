@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import AlarmStop, ModelError, PmdError
-from megatron_pmd.processes import die_with_parent
+from megatron_pmd.processes import allow_many_files, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ def main(order: Order) -> None:
         settings.set_environment(config)
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     # the driver may take this long in a rollout while the others wait for it
-    waiting = (
-        config.rollout.request_timeout_seconds * (config.rollout.retries + 1) + config.actor.timeout_seconds
-    )
+    waiting = config.longest_rollout_seconds + config.actor.timeout_seconds
     control = parallel.Control(waiting)
     try:
         _train(config, order, control, cpu=cpu)
@@ -99,7 +97,8 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     from megatron_pmd.loop import train
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.journal import Journal
-    from megatron_pmd.rewards.pool import RewardPool
+    from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.rollout.kept import read_kept
     from megatron_pmd.rollout.source import Demonstrations, LiveEngines, ReplayedRollouts, RolloutSource
     from megatron_pmd.run import Run, StopRequested
 
@@ -119,13 +118,14 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
             problems = control.on_driver(lambda: _problems(config, tokenizer, console, state))
+            kept = read_kept(resume_from, problems.train.problem) if resume_from and problems else []
             rollouts: RolloutSource
             if order.replay:
                 rollouts = ReplayedRollouts(Path(order.replay), control)
             elif config.algorithm.objective == "sft":
                 rollouts = Demonstrations(control, tokenizer)
             else:
-                rewards = control.on_driver(lambda: cleanup.enter_context(RewardPool(config.reward)))
+                rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
                 rollouts = LiveEngines(config, control, folder, tokenizer, rewards, console, cpu=cpu)
                 cleanup.callback(rollouts.close)
             actor = Actor(config, control)
@@ -133,7 +133,7 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 actor.load(resume_from)
             run = Run(
                 config, folder, control, actor, rollouts, console,
-                journal=journal, problems=problems, tokenizer=tokenizer,
+                journal=journal, problems=problems, tokenizer=tokenizer, kept=kept,
                 first_iteration=state["iteration"], stop_after=order.stop_after,
             )  # fmt: skip
             train(run)
@@ -167,6 +167,7 @@ if __name__ == "__main__":
     # at once, also while blocked in a collective; engines notice (rollout/warden.py), the launcher tidies up
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent(parent=os.getppid())
+    allow_many_files()
     try:
         record(main)(Order.read(Path(sys.argv[1])))
     except PmdError:

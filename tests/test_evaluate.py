@@ -25,8 +25,10 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
 from megatron_pmd.evaluate import Asked, task
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.sampler import Sampler, SamplingPlan
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.samples import read_rollout
+from megatron_pmd.rollout.transport import Endpoint
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
 
 ROOT = Path(__file__).parents[1]
@@ -155,10 +157,8 @@ def answering(version: str, most: list[int]) -> Iterator[str]:
 
 
 def sampler_for(url: str, **changes: Any) -> Sampler:
-    return Sampler(
-        router_url=url, headers={}, tokenizer=Letters(), stop_tokens=[0], max_response_tokens=1,
-        request_timeout_seconds=20.0, retries=0, grader=Letters(), any_engine_alive=lambda: True, **changes,
-    )  # fmt: skip
+    endpoint = Endpoint(url, (), {}, 20.0, retries=0, any_engine_alive=lambda: True, **changes)
+    return Sampler(endpoint, Letters(), stop_tokens=[0], max_response_tokens=1, grader=Letters())
 
 
 def small_plan() -> SamplingPlan:
@@ -171,7 +171,7 @@ def test_samples_of_any_other_weight_version_are_refused(served):
     plan = small_plan()
     with answering(served, [0]) as url, pytest.raises(StaleWeights, match=f"version {served}, expected 7"):
         sampler_for(url).run(plan)
-    assert plan.samples == []
+    assert plan.finished == 0 and plan.samples(Letters()) == []
 
 
 def test_no_more_requests_are_sent_at_one_time_than_asked_for():
@@ -179,7 +179,7 @@ def test_no_more_requests_are_sent_at_one_time_than_asked_for():
     with answering("7", most) as url:
         sampler_for(url, max_in_flight=3).run(plan)
     assert most[0] == 3
-    assert [s.weight_version for s in plan.samples] == [7] * 16
+    assert [s.weight_version for s in plan.samples(Letters())] == [7] * 16
 
 
 def command(*arguments: str | Path) -> list[str]:

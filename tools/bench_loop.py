@@ -29,7 +29,7 @@ import psutil
 import typer
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.data.prompts import prompt_source, sample_seed, tokenize
+from megatron_pmd.data.prompts import prompt_source, tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.folder import read_records
@@ -37,8 +37,10 @@ from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.control import EngineControl
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
-from megatron_pmd.rollout.sampler import Sampler, SamplingPlan, stop_tokens
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.rollout.samples import RolloutBatch, write_rollout
+from megatron_pmd.rollout.transport import Endpoint
 from recipes import configuration
 from tools import bench_update as bench_update_sides
 
@@ -120,9 +122,8 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
     loop, bare = [], []
     with served(config, folder) as engines, RewardPool(config.reward) as rewards:
         sampler = Sampler(
-            router_url=engines.router.url, headers=engines.headers, tokenizer=tokenizer, stop_tokens=stops,
-            max_response_tokens=config.batch.max_response_tokens, request_timeout_seconds=600.0, retries=0,
-            grader=rewards, any_engine_alive=lambda: True,
+            Endpoint(engines.router.url, (), engines.headers, 600.0, 0, any_engine_alive=lambda: True),
+            tokenizer, stops, config.batch.max_response_tokens, rewards,
         )  # fmt: skip
         for turn in range(repetitions + 1):
             plan = SamplingPlan(
@@ -146,23 +147,25 @@ def _through_the_loop(sampler: Sampler, plan: SamplingPlan, file: Path) -> float
     """Tokens per second of what the driver does in the rollout phase."""
     begun = time.perf_counter()
     sampler.run(plan)
-    write_rollout(file, plan.samples, plan.iteration)
-    batch = RolloutBatch.pack(plan.samples, plan.temperature)
+    samples = plan.samples(sampler.tokenizer)
+    write_rollout(file, samples, plan.iteration)
+    batch = RolloutBatch.pack(samples, plan.temperature)
     return float(batch.response_lengths.sum()) / (time.perf_counter() - begun)
 
 
 def _requests(plan: SamplingPlan, stops: list[int], max_tokens: int) -> list[Row]:
     return [
         {
-            "input_ids": list(plan.problems[group].tokens),
+            "input_ids": member.tokens,
             "sampling_params": {
                 "max_new_tokens": max_tokens, "temperature": plan.temperature, "top_p": plan.top_p,
                 "stop_token_ids": stops,
-                "sampling_seed": sample_seed(plan.run_seed, plan.iteration, group, number),
+                "sampling_seed": member.seed,
             },
             "return_logprob": True,
         }
-        for group, number in plan.pending
+        for group in plan.groups
+        for member in group.members
     ]  # fmt: skip
 
 

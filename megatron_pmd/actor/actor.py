@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,10 +301,16 @@ class Actor:
         """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""
         self._bridge.save_hf_pretrained(self.chunks, folder, show_progress=False)
 
-    def save(self, folder: Path, iteration: int, run_state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        folder: Path,
+        iteration: int,
+        run_state: dict[str, Any],
+        write_more: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
         """Begin a checkpoint; it appears when publish_checkpoint finds it complete. See checkpoint.Saver."""
         residency.return_freed_memory()  # saving takes copies of the optimizer's state
-        return self._saver.save(folder, iteration, run_state, self.chunks, self.optimizer)
+        return self._saver.save(folder, iteration, run_state, self.chunks, self.optimizer, write_more)
 
     def publish_checkpoint(self, *, wait: bool) -> None:
         self._saver.publish(wait=wait)

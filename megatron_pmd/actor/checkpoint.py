@@ -82,10 +82,17 @@ class Saver:
         self._pending: tuple[Path, dict[str, Any]] | None = None
 
     def save(
-        self, folder: Path, iteration: int, run_state: dict[str, Any], chunks: list[Any], optimizer: Any
+        self,
+        folder: Path,
+        iteration: int,
+        run_state: dict[str, Any],
+        chunks: list[Any],
+        optimizer: Any,
+        write_more: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
         """Begin to write `folder/iteration-N` from all ranks, after what is still being written is published.
 
+        write_more: what the driver adds to the folder; it is done when this returns.
         Returns the checkpoint's path, where it will be once published; not asynchronous: where it is.
         """
         self.publish(wait=True)
@@ -111,6 +118,7 @@ class Saver:
             )
         except FAILURES as error:
             raise _not_written(partial, error) from error
+        self._control.on_driver(lambda: _written(partial, write_more))
         if request.async_fn is not None:
             write = functools.partial(_write_in_background, os.getpid(), request.async_fn)
             request = request._replace(async_fn=write)
@@ -160,6 +168,13 @@ def _write_in_background(parent: int, write: Callable[..., None], *arguments: An
     os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
     os.nice(10)
     write(*arguments)
+
+
+def _written(partial: Path, write_more: Callable[[Path], None]) -> None:
+    try:
+        write_more(partial)
+    except OSError as error:
+        raise _not_written(partial, error) from error
 
 
 def _not_written(partial: Path, error: BaseException) -> CheckpointError:

@@ -18,13 +18,14 @@ from megatron_pmd.config.data import (
     FileSource,
     LengthReward,
     ReasoningGymSource,
+    RemoteReward,
     Reward,
     Sampling,
     Source,
 )
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.reading import build, known_keys, load, override
-from megatron_pmd.config.rollout import Rollout, Sync
+from megatron_pmd.config.rollout import GroupFilter, PartialRollouts, Repetition, Rollout, Sync
 from megatron_pmd.config.run import (
     Batch,
     Checkpoint,
@@ -47,6 +48,7 @@ __all__ = [
     "FileSource",
     "Fp8",
     "Frozen",
+    "GroupFilter",
     "Layout",
     "LengthReward",
     "MismatchWeight",
@@ -54,9 +56,12 @@ __all__ = [
     "Normaliser",
     "Objective",
     "Optimizer",
+    "PartialRollouts",
     "Precision",
     "Ptx",
     "ReasoningGymSource",
+    "RemoteReward",
+    "Repetition",
     "Reward",
     "Rollout",
     "RunConfig",

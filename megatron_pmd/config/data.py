@@ -69,21 +69,45 @@ class LengthReward(Frozen):
     """Iterations before it starts."""
 
 
+class RemoteReward(Frozen):
+    """A service that grades over HTTP (docs/rollout.md)."""
+
+    url: str = Field(pattern=r"^https?://")
+    """Gets a POST for each sample."""
+    retries: NonNegativeInt = 6
+    """Times a request is sent again when the service fails, waiting 0.5 s, 1 s, 2 s, …"""
+    max_in_flight: PositiveInt = 64
+    """Requests at one time."""
+
+
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, or a `module:function`: function(response, problem) -> float."""
+    """`math`, `reasoning_gym`, `exact`, `remote`, or `module:function`: (response, problem) -> float."""
+    remote: RemoteReward | None = None
+    """The service, for `remote`."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
     """For one sample; a reward that takes longer counts as 0."""
     workers: PositiveInt = 2
-    """Processes."""
+    """Processes; `remote` has none."""
     correct: float = 1.0
     """A response with at least this reward is correct: for pass@k, the length reward and prioritised
     prompts."""
     length: LengthReward | None = None
     truncation_penalty: NonNegativeFloat = 0.0
     """Taken from the reward of a response that was cut at its token budget."""
+
+    @model_validator(mode="after")
+    def _remote_has_a_service(self) -> Self:
+        if (self.name == "remote") != (self.remote is not None):
+            raise ConfigError(
+                "reward.name=remote needs reward.remote.url"
+                if self.remote is None
+                else f"reward.remote is set but reward.name is {self.name!r}, which does not use it; "
+                "set reward.name=remote"
+            )
+        return self
 
 
 class Evaluation(Frozen):

@@ -98,6 +98,18 @@ class RunConfig(Frozen):
         return self.rollout.ranks_per_engine or self.rollout.tensor_parallel
 
     @property
+    def longest_rollout_seconds(self) -> float:
+        """What the deadlines of requests allow a rollout to take at the very most."""
+        sampling, rounds = self.rollout, 1
+        if sampling.function:
+            rounds *= sampling.max_turns
+        if sampling.repetition:
+            rounds += self.batch.max_response_tokens // sampling.repetition.window_tokens
+        if sampling.group_filter:
+            rounds *= 1 + sampling.group_filter.max_dropped
+        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1)
+
+    @property
     def engines(self) -> int:
         return self.layout.ranks // self.ranks_per_engine
 
@@ -179,6 +191,9 @@ class RunConfig(Frozen):
                 raise ConfigError(
                     f"{name} is supervised training beside a rollout; algorithm.objective=sft has none"
                 )
+        for name in ("group_filter", "partial", "repetition", "function"):
+            if getattr(self.rollout, name) is not None:
+                raise ConfigError(f"rollout.{name} is set, but algorithm.objective=sft draws no responses")
         if self.batch.samples_per_prompt != 1:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with algorithm.objective=sft a "

@@ -98,6 +98,13 @@ class PromptSource:
                 self._order = self._order_of(self._epoch)
         return taken
 
+    def problem(self, index: int) -> Problem:
+        """The problem with this index in its source. DataError if it is not among these."""
+        found = self._by_index.get(index)
+        if found is None:
+            raise DataError(f"problem {index} is not among the {len(self)} of this run's data")
+        return found
+
     def peek(self, n: int) -> list[Problem]:
         """The next n problems, which take() will give again."""
         state = self.state()
@@ -158,6 +165,10 @@ class PromptSource:
             difficulty = np.array([p.difficulty for p in self._problems], np.float64)
             return shuffled[np.argsort(difficulty[shuffled], kind="stable")]
         return shuffled
+
+    @functools.cached_property
+    def _by_index(self) -> dict[int, Problem]:
+        return {problem.index: problem for problem in self._problems}
 
     @functools.cached_property
     def _fingerprint(self) -> str:

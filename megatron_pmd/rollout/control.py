@@ -53,7 +53,11 @@ class EngineControl:
         self.close()
 
     def release(self, tags: Sequence[Tag]) -> None:
-        """Free the engine's memory of these kinds, which must be resident; the engine must be idle."""
+        """Free the engine's memory of these kinds, which must be resident; waits until the engine is idle."""
+        if "kv_cache" in tags:
+            # Right after its last answer the scheduler still holds the batch, and dies of an assertion if it
+            # is told to release then (SGLang, scheduler.py: is_fully_idle). A flush waits until it is idle.
+            self.flush_cache()
         self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
 
     def resume(self, tags: Sequence[Tag]) -> None:

@@ -1,208 +1,181 @@
-"""Drawing samples: thousands of requests in flight through the router, graded as they come back."""
+"""Drawing a plan's samples: thousands of requests in flight, graded as they come, ended when it is time."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import math
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiohttp
-import numpy as np
+import uvloop
 
+from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.data.prompts import sample_seed
-from megatron_pmd.errors import EngineError, StaleWeights
+from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.samples import Sample
+from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
+from megatron_pmd.rollout.plan import Group, SamplingPlan
+from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.rollout.transport import Endpoint, Stopped, Transport
 
-RETRY_PAUSE_SECONDS = 1.0
-"""Before the first repetition of a request; doubled for each further one."""
-
-
-class EnginesLost(EngineError):
-    """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
+DEADLINE, ENOUGH_GROUPS = "deadline", "enough_groups"
+"""Why responses are stopped all at once."""
 
 
 class Grader(Protocol):
     def submit(self, response: str, problem: Problem) -> Future[Verdict]: ...
 
 
-@dataclass
-class SamplingPlan:
-    """What to draw, and what has been drawn so far; survives the loss of engines."""
-
-    problems: list[Problem]
-    samples_per_prompt: int
-    iteration: int
-    weight_version: int
-    temperature: float
-    top_p: float
-    run_seed: int
-    stream: str = "train"
-    """Separates the seeds of training and evaluation."""
-    done: dict[tuple[int, int], Sample] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        return len(self.problems) * self.samples_per_prompt
-
-    @property
-    def pending(self) -> list[tuple[int, int]]:
-        """Missing samples; those of one prompt stand together, so that an engine can share their prefix."""
-        everything = ((g, n) for g in range(len(self.problems)) for n in range(self.samples_per_prompt))
-        return [key for key in everything if key not in self.done]
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [self.done[key] for key in sorted(self.done)]
-
-
 @dataclass(frozen=True)
 class Sampler:
     """The driver's client of the engines."""
 
-    router_url: str
-    headers: dict[str, str]
+    endpoint: Endpoint
     tokenizer: Any
     stop_tokens: list[int]
     max_response_tokens: int
-    request_timeout_seconds: float
-    retries: int
     grader: Grader
-    any_engine_alive: Callable[[], bool]
     record_routing: bool = False
     """Ask which experts each token went to."""
-    max_in_flight: int | None = None
-    """Requests sent at one time; their deadline runs only then. None: all at once."""
+    max_turns: int = 1
+    repetition: Repetition | None = None
+    function: RolloutFunction = single_turn
 
     def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
-        """Draw and grade what the plan still lacks.
+        """Draw and grade what the plan still lacks; on_sample is called for each response that is finished.
 
         Raises EnginesLost when no engine is left (the plan keeps what is done), EngineError when a request
         fails `retries` times on engines that are alive, StaleWeights when a sample came from other weights
-        than the plan's.
+        than the plan's, RolloutError when the rollout function fails or the accounts do not add up.
         """
-        asyncio.run(self._run(plan, on_sample))
+        # asyncio's own loop takes a fifth more processor time for thousands of connections
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run(plan, on_sample))
+        plan.check()
 
     async def _run(self, plan: SamplingPlan, on_sample: Callable[[], None]) -> None:
-        timeout = aiohttp.ClientTimeout(total=self.request_timeout_seconds)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(
-            timeout=timeout, connector=connector, headers=self.headers
-        ) as session:
-            most = self.max_in_flight or max(1, plan.total)
-            transport = _Transport(session, self.router_url + "/generate", self, most)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for key in plan.pending:
-                        group.create_task(self._sample(transport, plan, key, on_sample))
-            except* EngineError as failures:
-                raise failures.exceptions[0] from None
-            except* StaleWeights as failures:
-                raise failures.exceptions[0] from None
+        budget = plan.partial.max_new_tokens if plan.partial else None
+        draw = _Draw(self, plan, on_sample, budget)
+        await draw.run()
+        while (
+            not plan.may_end
+        ):  # all that is unfinished has used up its budget, and no optimizer step is full
+            await _Draw(self, plan, on_sample, None).run()
 
-    async def _sample(
-        self, transport: _Transport, plan: SamplingPlan, key: tuple[int, int], on_sample: Callable[[], None]
+
+class _Draw:
+    """All open responses of a plan at once, until they are finished, stopped, or over their budget."""
+
+    def __init__(
+        self, sampler: Sampler, plan: SamplingPlan, on_sample: Callable[[], None], max_new_tokens: int | None
     ) -> None:
-        group, number = key
-        problem = plan.problems[group]
-        seed = sample_seed(plan.run_seed, plan.iteration, group, number, plan.stream)
-        answer = await transport.generate(self._request(plan, problem, seed))
-        information = answer["meta_info"]
-        # not a number while an engine holds a mixture of two versions
-        version = information["weight_version"]
-        if version != str(plan.weight_version):
-            raise StaleWeights(f"a sample came from weight version {version}, expected {plan.weight_version}")
-        tokens = answer["output_ids"]
-        response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        verdict = await asyncio.wrap_future(self.grader.submit(response, problem))
-        # the one place where a sample is recorded: an attempt that failed half-way leaves nothing behind
-        plan.done[key] = Sample(
-            group=group,
-            number=number,
-            problem=problem.index,
-            prompt=self.tokenizer.decode(problem.tokens),
-            response=response,
-            answer=problem.answer,
-            prompt_tokens=list(problem.tokens),
-            response_tokens=tokens,
-            engine_log_probs=[entry[0] for entry in information["output_token_logprobs"]],
-            finish_reason=information["finish_reason"]["type"],
+        self._sampler, self._plan, self._on_sample = sampler, plan, on_sample
+        self._sampling = Sampling(
             weight_version=plan.weight_version,
-            seed=seed,
-            reward=verdict.reward,
-            reward_error=verdict.error,
-            routed_experts=_routed_experts(information),
+            temperature=plan.temperature,
+            top_p=plan.top_p,
+            stop_tokens=sampler.stop_tokens,
+            max_response_tokens=sampler.max_response_tokens,
+            max_turns=sampler.max_turns,
+            max_new_tokens=max_new_tokens,
+            repetition=sampler.repetition,
+            record_routing=sampler.record_routing,
         )
-        on_sample()
+        self._working = 0
+        self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    def _request(self, plan: SamplingPlan, problem: Problem, seed: int) -> dict[str, Any]:
-        return {
-            "input_ids": list(problem.tokens),
-            "sampling_params": {
-                "max_new_tokens": min(problem.token_budget or math.inf, self.max_response_tokens),
-                "temperature": plan.temperature,
-                "top_p": plan.top_p,
-                "stop_token_ids": self.stop_tokens,
-                "sampling_seed": seed,
-            },
-            "return_logprob": True,
-            "return_routed_experts": self.record_routing,
-        }
+    record_routing: bool = False
+    """Ask which experts each token went to."""
 
-
-def _routed_experts(information: dict[str, Any]) -> bytes | None:
-    """From SGLang's base64 of int32 [prompt + response − 1, layers, top-k] to Sample's bytes."""
-    encoded = information.get("routed_experts")
-    if encoded is None:
-        return None
-    return np.frombuffer(base64.b64decode(encoded), np.int32).astype(np.uint16).tobytes()
-
-
-class _Transport:
-    """One rollout's requests to the engines: how many at a time, and again where an engine failed one."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, sampler: Sampler, most: int) -> None:
-        self._session, self._url = session, url
-        self._retries, self._ask = sampler.retries, sampler.any_engine_alive
-        self._slots, self._asking = asyncio.Semaphore(most), asyncio.Lock()
-        self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
-
-    async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request. Raises EnginesLost or EngineError, see Sampler.run."""
-        failure = ""
-        for attempt in range(self._retries + 1):
+    async def run(self) -> None:
+        async with Transport(self._sampler.endpoint) as self._transport:
             try:
-                async with self._slots, self._session.post(self._url, json=request) as reply:
-                    if reply.status == 200:
-                        answer = await reply.json()
-                        if answer["meta_info"]["finish_reason"]["type"] in ("stop", "length"):
-                            return answer
-                        failure = f"finish reason {answer['meta_info']['finish_reason']}"
-                    elif reply.status == 400:
-                        raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
-                    else:
-                        failure = f"HTTP {reply.status}: {(await reply.text())[:200]}"
-            except (aiohttp.ClientError, TimeoutError) as error:
-                failure = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
-            if not await self._any_alive():
-                raise EnginesLost(f"no engine answers any more; last failure: {failure}")
-        raise EngineError(f"a request failed {self._retries + 1} times; last failure: {failure}")
+                async with asyncio.TaskGroup() as self._tasks:
+                    self._tasks.create_task(self._end())
+                    await self._open_all()
+            except* PmdError as failures:
+                raise failures.exceptions[0] from None
 
-    async def _any_alive(self) -> bool:
-        """Asked once for all requests that fail together."""
-        async with self._asking:
-            if time.monotonic() - self._asked >= RETRY_PAUSE_SECONDS:
-                self._alive = await asyncio.to_thread(self._ask)
-                self._asked = time.monotonic()
-            return self._alive
+    async def _open_all(self) -> None:
+        self._working += 1  # opening is work: with it, nothing is idle
+        for group in list(self._plan.groups):
+            self._open(group)
+            # One turn of the loop sends what is opened so far; else the first request of thousands would
+            # leave when the last one is prepared.
+            await asyncio.sleep(0)
+        self._working -= 1
+        self._note_progress()
+
+    def _open(self, group: Group) -> None:
+        """Continue or begin a group's responses, one directly behind the other."""
+        for member in group.members:
+            if not member.finished:
+                self._working += 1
+                self._tasks.create_task(self._respond(group, member))
+
+    async def _respond(self, group: Group, member: Trajectory) -> None:
+        member.stopped = None
+        try:
+            await self._finish(group, member)
+        except Stopped as stopped:
+            member.stopped = str(stopped)
+        if member.finished:
+            self._on_sample()
+            if group.complete and (replacement := self._plan.completed(group)):
+                self._open(replacement)
+        self._working -= 1
+        if group.complete or not self._working:
+            self._note_progress()
+
+    def _note_progress(self) -> None:
+        if not self._working:
+            self._idle.set()
+        if self._plan.is_full or not self._working:
+            self._enough.set()
+        if self._plan.may_end or not self._working:
+            self._may_end.set()
+
+    async def _end(self) -> None:
+        """Stop what is still in flight, when there is enough or at the deadline."""
+        reason = DEADLINE
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._plan.seconds_left()):
+                await self._enough.wait()
+                reason = ENOUGH_GROUPS
+        await self._may_end.wait()
+        if not self._idle.is_set():
+            await self._transport.stop(reason, self._idle)
+
+    async def _finish(self, group: Group, member: Trajectory) -> None:
+        """The rest of one response, and its grade. Stopped if it has to wait for a later iteration."""
+        plan, sampler = self._plan, self._sampler
+        episode = Episode(
+            member, self._sampling, self._transport, sampler.tokenizer, plan.accounts, group.key
+        )
+        try:
+            graded = await sampler.function(episode)
+        except PmdError:
+            raise
+        except Exception as error:
+            raise RolloutError(
+                f"the rollout function failed on problem {group.problem.index}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        episode.close()
+        if not member.turns or not isinstance(graded, str):
+            raise RolloutError(
+                f"the rollout function made {len(member.turns)} turns and returned a "
+                f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
+                "return the text to be graded"
+            )
+        tokens = [token for turn in member.turns for token in turn.tokens]
+        response = sampler.tokenizer.decode(tokens, skip_special_tokens=True)
+        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem))
+        # the one place where a response becomes finished: an attempt that failed half-way leaves it open
+        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:

@@ -10,12 +10,17 @@ from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.errors import DataError, PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rewards.remote import RemoteReward
+from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.fleet import Fleet
-from megatron_pmd.rollout.sampler import EnginesLost, Sampler, SamplingPlan, stop_tokens
+from megatron_pmd.rollout.plan import Group, SamplingPlan
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.rollout.samples import Sample, read_rollout
+from megatron_pmd.rollout.transport import Endpoint, EnginesLost
 from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
 
@@ -59,7 +64,7 @@ class LiveEngines:
         control: Control,
         folder: Path,
         tokenizer: Any,
-        rewards: RewardPool | None,
+        rewards: RewardPool | RemoteReward | None,
         console: Console,
         *,
         cpu: bool,
@@ -67,6 +72,7 @@ class LiveEngines:
         """Starts the engines; they answer only after the first load()."""
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console = rewards, console
+        self._function = rollout_function(config.rollout.function)
         self.fleet = Fleet(config, control, folder, cpu=cpu)
         self._push = WeightPush(config, control, self.fleet, shared_memory_key(folder))
 
@@ -75,7 +81,7 @@ class LiveEngines:
         for _ in range(self._config.rollout.retries + 1):
             failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
             if failure is None:
-                return plan.samples if plan else []
+                return plan.samples(self._tokenizer) if plan else []
             if not isinstance(failure, EnginesLost):
                 raise failure
             version = self._control.from_driver(plan.weight_version if plan else None)
@@ -85,20 +91,27 @@ class LiveEngines:
     def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
         assert plan is not None, "the driver draws from a plan"
         sampling = self._config.rollout
-        sampler = Sampler(
+        endpoint = Endpoint(
             router_url=self.fleet.router_url,
+            engine_urls=self.fleet.urls,
             headers=self.fleet.headers,
+            request_timeout_seconds=sampling.request_timeout_seconds,
+            retries=sampling.retries,
+            any_engine_alive=self.fleet.any_alive,
+        )
+        sampler = Sampler(
+            endpoint=endpoint,
             tokenizer=self._tokenizer,
             stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
             max_response_tokens=self._config.batch.max_response_tokens,
-            request_timeout_seconds=sampling.request_timeout_seconds,
-            retries=sampling.retries,
             grader=self._rewards,  # type: ignore[arg-type]
-            any_engine_alive=self.fleet.any_alive,
             record_routing=self._config.actor.experts.replay_routing,
+            max_turns=sampling.max_turns,
+            repetition=sampling.repetition,
+            function=self._function,
         )
         try:
-            with self._console.progress(title, plan.total - len(plan.done)) as advance:
+            with self._console.progress(title, plan.total - plan.finished) as advance:
                 sampler.run(plan, advance)
         except PmdError as error:
             return error
@@ -190,16 +203,40 @@ class Demonstrations(WithoutEngines):
         return demonstrations(plan.problems, self._tokenizer) if plan else []
 
 
-def train_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
-    """The rollout of one iteration."""
+def train_plan(
+    config: RunConfig, prompts: PromptSource, iteration: int, carried: list[Group]
+) -> SamplingPlan:
+    """The rollout of one iteration: first what the last one kept, then as many new prompts as it lacks."""
+    sampling, wanted = config.rollout, config.batch.prompts_per_rollout
+    extra = sampling.partial.extra_groups if sampling.partial else 0
+    return SamplingPlan(
+        problems=prompts.take(max(0, wanted + extra - len(carried))),
+        samples_per_prompt=config.batch.samples_per_prompt,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=Subproblem(config, iteration).temperature,
+        top_p=sampling.top_p,
+        run_seed=config.seed,
+        wanted=wanted,
+        groups_per_step=config.batch.prompts_per_step,
+        partial=sampling.partial,
+        group_filter=sampling.group_filter,
+        next_problem=lambda: prompts.take(1)[0],
+        carried=carried,
+    )
+
+
+def check_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+    """One response to each problem, as in training."""
     return SamplingPlan(
         problems=problems,
-        samples_per_prompt=config.batch.samples_per_prompt,
+        samples_per_prompt=1,
         iteration=iteration,
         weight_version=iteration,
         temperature=Subproblem(config, iteration).temperature,
         top_p=config.rollout.top_p,
         run_seed=config.seed,
+        stream="check",
     )
 
 

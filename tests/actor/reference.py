@@ -32,7 +32,7 @@ class Reference:
     samples: list[Sample]
     """With the model's own log-probs of the response tokens as engine_log_probs."""
     entropy_sum: float
-    """Over all response tokens, nats."""
+    """Over all counted response tokens, nats."""
     anchor: torch.Tensor
     """float32 [tokens of the rollout], NaN at prompt tokens: the log-probs, moved at random."""
     steps: list[Step]
@@ -51,7 +51,7 @@ def compute(model_folder: Path) -> Reference:
     for sample in samples:
         with torch.no_grad():
             distribution = _log_softmax(model, sample)
-        entropy_sum -= float((distribution.exp() * distribution).sum())
+        entropy_sum -= float((distribution.exp() * distribution)[_counted(sample)].sum())
         sample.engine_log_probs = _given(distribution, sample).tolist()
     noise = torch.Generator().manual_seed(1)
     # an anchor that differs from the policy: the squared term of the loss counts from the first step on
@@ -79,16 +79,25 @@ def _given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
     return distribution.gather(1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
 
 
+def _counted(sample: Sample) -> torch.Tensor:
+    """[response tokens] bool."""
+    return torch.tensor([segment.counted for segment in sample.segments for _ in range(segment.tokens)])
+
+
 def _step(
     model: Any, optimizer: AdamW, samples: list[Sample], anchors: list[torch.Tensor], indices: list[int]
 ) -> Step:
-    """The gradient of (1/N) Σ (τ/2)(s − A/τ)² / |y| with s = Σ log π_θ − log π_t, and one step along it."""
+    """The gradient of (1/N) Σ (τ/2)(s − A/τ)² / |y| with s = Σ log π_θ − log π_t, and one step along it.
+
+    Σ and |y| are over the tokens that count.
+    """
     model.zero_grad()
     losses = []
     for i in indices:
+        counted = _counted(samples[i])
         log_probs = _given(_log_softmax(model, samples[i]), samples[i])
-        s = (log_probs - anchors[i].double()).sum()
-        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / len(samples[i].response_tokens))
+        s = (log_probs - anchors[i].double())[counted].sum()
+        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
     loss = torch.stack(losses).mean()
     loss.backward()
     norm = optimizer.step()

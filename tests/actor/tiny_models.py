@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_pmd import config as c
-from megatron_pmd.rollout.samples import Sample
+from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample, Segment
 
 VOCABULARY = 512
 TEMPERATURE = 0.8
@@ -92,20 +92,30 @@ def write_model(folder: Path, family: str, **changes: Any) -> None:
 
 
 def rollout() -> list[Sample]:
-    """Four groups of four samples, 3 to 19 prompt tokens and 1 to 29 response tokens."""
+    """Four groups of four samples, 3 to 19 prompt tokens and 1 to 29 response tokens.
+
+    In every third one a token of an earlier weight version and an inserted one do not count in the loss.
+    """
     rng = np.random.default_rng(0)
 
     def tokens(low: int, high: int) -> list[int]:
         return rng.integers(0, VOCABULARY - 12, rng.integers(low, high)).tolist()
 
-    return [
+    samples = [
         Sample(
             group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
             prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=[],
-            finish_reason="stop", weight_version=0, seed=0, reward=0.0, advantage=float(rng.normal()),
+            finish_reason="stop", weight_version=2, seed=0, reward=0.0, advantage=float(rng.normal()),
         )
         for i in range(16)
     ]  # fmt: skip
+    for sample in samples[::3]:
+        uncounted = [Segment(1, 1, counted=False), Segment(1, NOT_SAMPLED, counted=False)]
+        rest = len(sample.response_tokens) - len(uncounted)
+        if rest > 0:
+            sample.segments = [*uncounted, Segment(rest, 2)]
+    assert sum(len(sample.segments) > 1 for sample in samples) >= 4
+    return samples
 
 
 def with_routing(samples: list[Sample]) -> list[Sample]:

@@ -1,0 +1,254 @@
+"""What a rollout function works with: one response, of engine answers and what is inserted between them."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_pmd.config import Repetition
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import ConfigError, RolloutError, StaleWeights
+from megatron_pmd.rollout.plan import Accounts
+from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
+from megatron_pmd.rollout.transport import Stopped, Transport
+
+TOKEN_BUDGET = "token_budget"
+"""Why a response was stopped that had used up rollout.partial.max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What all responses of a rollout have in common."""
+
+    weight_version: int
+    temperature: float
+    top_p: float
+    stop_tokens: list[int]
+    max_response_tokens: int
+    max_turns: int
+    max_new_tokens: int | None
+    """Of one response in this rollout."""
+    repetition: Repetition | None
+    record_routing: bool
+    """Ask which experts each token went to."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn of the model."""
+
+    tokens: list[int]
+    text: str
+    """Without special tokens."""
+    finish: str
+    """`stop`: it ended its turn. `length`, `repetition`: it was cut; nothing should follow."""
+
+
+class Episode:
+    """One response. A rollout function calls generate() and insert() and returns the text to be graded.
+
+    A stopped response is continued in a later iteration by calling the function again: up to where it was
+    stopped, generate() and insert() then give what they gave before, without asking an engine or running a
+    tool. So the function must do the same again, and call its tools through insert() or insert_message().
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        sampling: Sampling,
+        transport: Transport,
+        tokenizer: Any,
+        accounts: Accounts,
+        routing_key: str,
+    ) -> None:
+        self._trajectory, self._sampling, self._transport = trajectory, sampling, transport
+        self._tokenizer, self._accounts, self._routing_key = tokenizer, accounts, routing_key
+        self._cursor = 0
+        self._new_tokens = 0
+        self._answers = 0
+
+    @property
+    def problem(self) -> Problem:
+        return self._trajectory.problem
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is room for another answer: in tokens, and in rollout.max_turns."""
+        passed = sum(len(turn.tokens) for turn in self._trajectory.turns[: self._cursor])
+        return passed < self._max_tokens and self._answers < self._sampling.max_turns
+
+    @property
+    def _max_tokens(self) -> int:
+        """Of the whole response."""
+        most = self._sampling.max_response_tokens
+        return min(self.problem.token_budget or most, most)
+
+    async def generate(self) -> Answer:
+        """The model's next turn; empty, with finish `length`, if there is no room for one."""
+        if not self.can_go_on:
+            return Answer([], "", "length")
+        turn = self._next(inserted=False)
+        self._answers += 1
+        while turn.finish is None:
+            await self._extend(turn)
+        tokens = turn.tokens.tolist()
+        return Answer(tokens, self._tokenizer.decode(tokens, skip_special_tokens=True), turn.finish)
+
+    async def _extend(self, turn: Turn) -> None:
+        """One request, and what it says about whether the turn is finished."""
+        sampling, trajectory = self._sampling, self._trajectory
+        room = self._max_tokens - trajectory.length
+        limits = [room]
+        if sampling.max_new_tokens is not None:
+            limits.append(sampling.max_new_tokens - self._new_tokens)
+        if sampling.repetition is not None:
+            limits.append(sampling.repetition.window_tokens)
+        if min(limits) <= 0:
+            raise Stopped(TOKEN_BUDGET)
+        request = {
+            "input_ids": trajectory.tokens,
+            "sampling_params": {
+                "max_new_tokens": min(limits),
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "stop_token_ids": sampling.stop_tokens,
+                "sampling_seed": trajectory.seed,
+            },
+            "return_logprob": True,
+            "return_routed_experts": sampling.record_routing,
+        }
+        answer = await self._transport.generate(request, self._routing_key)
+        reason = self._take(turn, answer)
+        if reason == "abort":
+            raise Stopped(self._transport.stopping)
+        if reason == "stop":
+            turn.finish = "stop"
+        elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
+            turn.finish = "repetition"
+        elif trajectory.length >= self._max_tokens or not answer["output_ids"]:
+            turn.finish = "length"
+
+    def _take(self, turn: Turn, answer: dict[str, Any]) -> str:
+        """Add an engine's tokens to the turn; returns its finish reason."""
+        information = answer["meta_info"]
+        # not a number while an engine holds a mixture of two versions
+        version = information["weight_version"]
+        if version != str(self._sampling.weight_version):
+            raise StaleWeights(
+                f"a sample came from weight version {version}, expected {self._sampling.weight_version}"
+            )
+        tokens = answer["output_ids"]
+        log_probs = [entry[0] for entry in information.get("output_token_logprobs") or ()]
+        turn.extend(tokens, log_probs, self._sampling.weight_version)
+        if routed := information.get("routed_experts"):
+            # SGLang's base64 of int32 [tokens so far − 1, layers, top-k]: of all tokens, under these weights
+            experts = np.frombuffer(base64.b64decode(routed), np.int32).astype(np.uint16)
+            self._trajectory.routed_experts = experts.tobytes()
+        self._new_tokens += len(tokens)
+        self._accounts.sampled_tokens += len(tokens)
+        return information["finish_reason"]["type"]
+
+    async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
+        """Put text behind the response so far; its tokens are in the model's context and not in the loss.
+
+        text: or what makes it, awaited only the first time. Special tokens in it are recognised. What does
+        not fit into the response is cut, and generate() then has no room.
+        """
+        if self._cursor < len(self._trajectory.turns):
+            self._next(inserted=True)
+            return
+        content = text if isinstance(text, str) else await text()
+        tokens = self._tokenizer.encode(content, add_special_tokens=False)
+        self._insert_tokens(tokens)
+
+    async def insert_message(self, role: str, content: str | Callable[[], Awaitable[str]]) -> None:
+        """Put a chat message behind the model's turn, by the chat template, and open its next turn."""
+        if self._cursor < len(self._trajectory.turns):
+            self._next(inserted=True)
+            return
+        text = content if isinstance(content, str) else await content()
+        tokens = self._tokenizer.encode(message_text(self._tokenizer, role, text), add_special_tokens=False)
+        last = self._trajectory.turns[-1].tokens if self._trajectory.turns else ()
+        if tokens and last and tokens[0] == last[-1]:  # the model has ended its turn itself
+            tokens = tokens[1:]
+        self._insert_tokens(tokens)
+
+    def _insert_tokens(self, tokens: list[int]) -> None:
+        room = self._max_tokens - self._trajectory.length
+        self._trajectory.turns.append(Turn.insertion(tokens[:room]))
+        self._accounts.inserted_tokens += len(tokens[:room])
+        self._cursor += 1
+
+    def close(self) -> None:
+        """The function has returned: an insertion that no turn followed is no part of the response."""
+        turns = self._trajectory.turns
+        cut = bool(turns) and turns[-1].finish == INSERTED and self._trajectory.length >= self._max_tokens
+        while turns and turns[-1].finish == INSERTED:
+            self._accounts.inserted_tokens -= len(turns.pop().tokens)
+        if cut and turns:
+            turns[-1].finish = "length"
+
+    def _next(self, *, inserted: bool) -> Turn:
+        """The turn the function has come to: one of before, or a new one."""
+        turns = self._trajectory.turns
+        if self._cursor == len(turns):
+            turns.append(Turn())
+        turn = turns[self._cursor]
+        if (turn.finish == INSERTED) != inserted:
+            raise RolloutError(
+                f"the rollout function did not repeat itself on problem {self.problem.index}: turn "
+                f"{self._cursor} of the continued response was {'sampled' if inserted else 'inserted'} before"
+            )
+        self._cursor += 1
+        return turn
+
+
+RolloutFunction = Callable[[Episode], Awaitable[str]]
+
+
+async def single_turn(episode: Episode) -> str:
+    """The default: one answer, graded as it is."""
+    return (await episode.generate()).text
+
+
+def rollout_function(name: str | None) -> RolloutFunction:
+    """The function that rollout.function names. ConfigError if it cannot be imported."""
+    if name is None:
+        return single_turn
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # the module is a user's: its import can fail in any way
+        raise ConfigError(
+            f"rollout.function={name!r} cannot be imported ({type(error).__name__}: {error}); it must be "
+            "module:function, its folder on PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"rollout.function={name!r} is a {type(function).__name__}, not a function")
+    return function
+
+
+def message_text(tokenizer: Any, role: str, content: str) -> str:
+    """What the chat template writes after an assistant's words when a message follows and it is asked again.
+
+    Raises RolloutError if the template does not keep what went before as it was.
+    """
+    words = "assistant-words-6f1d"
+    conversation = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": words},
+        {"role": role, "content": content},
+    ]
+    try:
+        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # jinja's, or whatever the template's own code leads to
+        raise RolloutError(f"the chat template refuses a message of role {role!r}: {error}") from error
+    _, found, after = rendered.partition(words)
+    if not found:
+        raise RolloutError(f"the chat template drops an assistant's words before a message of role {role!r}")
+    return after

@@ -1,0 +1,75 @@
+"""A rollout in numbers: rewards, lengths, why responses ended, what was dropped or kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample
+
+FINISH_REASONS = ("stop", "length", "repetition")
+
+
+def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
+    """Rewards, lengths, why responses ended, and failures of one rollout; lengths with inserted tokens."""
+    lengths = [len(s.response_tokens) for s in samples]
+    rewards, shaped = [s.reward for s in samples], [s.shaped_reward for s in samples]
+    reasons = Counter(s.finish_reason for s in samples)
+    low, middle, high = np.quantile(lengths, [0.1, 0.5, 0.9])
+    values = {
+        "reward": float(np.mean(rewards)),
+        "reward_deviation": float(np.std(rewards)),
+        **({"shaped_reward": float(np.mean(shaped))} if shaped != rewards else {}),
+        "response_tokens": float(np.mean(lengths)),
+        "response_tokens/p10": float(low),
+        "response_tokens/p50": float(middle),
+        "response_tokens/p90": float(high),
+        "response_tokens/max": float(np.max(lengths)),
+        "truncated_share": reasons["length"] / len(samples),
+        "reward_errors": sum(s.reward_error is not None for s in samples),
+    }
+    for reason in FINISH_REASONS:
+        values[f"finish/{reason}"] = reasons[reason] / len(samples)
+    segments = [segment for s in samples for segment in s.segments]
+    if any(not segment.counted for segment in segments):
+        inserted = sum(g.tokens for g in segments if g.weight_version == NOT_SAMPLED)
+        values["rollout/inserted_share"] = inserted / sum(lengths)
+        values["rollout/counted_share"] = sum(g.tokens for g in segments if g.counted) / sum(lengths)
+    return values
+
+
+def plan_metrics(plan: SamplingPlan) -> dict[str, float]:
+    """Of the drawing: where every response and token went. Only what the run's settings make possible."""
+    accounts = plan.accounts
+    values: dict[str, float] = {}
+    if plan.group_filter is not None:
+        values |= {
+            "filter/dropped_groups": accounts.dropped["group_filter"] / plan.samples_per_prompt,
+            "filter/dropped_tokens": accounts.dropped_tokens["group_filter"],
+            "filter/let_through_groups": accounts.filter_passed,
+        }
+    if plan.partial is not None:
+        kept = [member for group in plan.kept for member in group.members]
+        stopped = Counter(member.stopped for member in kept if not member.finished)
+        ages = [
+            plan.weight_version - (member.first_version or 0)
+            for group in plan.chosen
+            for member in group.members
+        ]
+        values |= {
+            "partial/carried_responses": accounts.carried,
+            "partial/started_responses": accounts.started,
+            "partial/sampled_tokens": accounts.sampled_tokens,
+            "partial/restarted_responses": accounts.dropped["stale"],
+            "partial/restarted_tokens": accounts.dropped_tokens["stale"],
+            "partial/kept_groups": len(plan.kept),
+            "partial/kept_finished_responses": sum(member.finished for member in kept),
+            "partial/kept_tokens": sum(member.length for member in kept),
+            "partial/mean_age": float(np.mean(ages)),
+        }
+        for reason in ("deadline", "enough_groups", "token_budget"):
+            values[f"partial/stopped_{reason}"] = stopped[reason]
+    return values

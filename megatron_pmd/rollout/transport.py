@@ -1,0 +1,149 @@
+"""Requests to the engines over HTTP: how many at a time, again where an engine failed one, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from megatron_pmd.errors import EngineError
+
+RETRY_PAUSE_SECONDS = 1.0
+"""Before the first repetition of a request; doubled for each further one."""
+ABORT_PAUSE_SECONDS = 0.5
+"""Between two calls to abort: a request may have been on its way while the first was answered."""
+ABORT_TIMEOUT_SECONDS = 10.0
+ROUTING_KEY = "X-SMG-Routing-Key"
+"""Requests of one key go to one engine under the router's policy `manual`; others do not look at it."""
+
+
+class EnginesLost(EngineError):
+    """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
+
+
+class Stopped(BaseException):
+    """The rollout ends before this response does; no Exception, so that no rollout function eats it."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the engines are, and how patient to be with them."""
+
+    router_url: str
+    engine_urls: Sequence[str]
+    """Each engine's own: the router passes no aborts on."""
+    headers: dict[str, str]
+    request_timeout_seconds: float
+    retries: int
+    any_engine_alive: Callable[[], bool]
+    max_in_flight: int | None = None
+    """Requests sent at one time; their deadline runs only then. None: all at once."""
+
+
+class Transport:
+    """One rollout's requests to the engines: `async with Transport(endpoint) as transport`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._slots = asyncio.Semaphore(endpoint.max_in_flight) if endpoint.max_in_flight else None
+        self._asking = asyncio.Lock()
+        self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
+        self.stopping: str | None = None
+        """Why no further request is sent."""
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._endpoint.request_timeout_seconds),
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=self._endpoint.headers | {"Content-Type": "application/json"},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def generate(self, request: dict[str, Any], routing_key: str) -> dict[str, Any]:
+        """The answer to one request. Its finish reason is `stop`, `length` or, after stop(), `abort`.
+
+        Raises Stopped after stop() if nothing was answered, EnginesLost when no engine is left, EngineError
+        when the request fails `retries` times on engines that are alive.
+        """
+        failure = ""
+        for attempt in range(self._endpoint.retries + 1):
+            answer, failure = await self._attempt(request, routing_key)
+            if answer is not None:
+                return answer
+            if self.stopping:
+                raise Stopped(self.stopping)
+            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
+            if not await self._any_alive():
+                raise EnginesLost(f"no engine answers any more; last failure: {failure}")
+        raise EngineError(f"a request failed {self._endpoint.retries + 1} times; last failure: {failure}")
+
+    async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[dict[str, Any] | None, str]:
+        """(answer, "") or (None, what went wrong)."""
+        if self._slots is not None:
+            async with self._slots:
+                return await self._post(request, routing_key)
+        return await self._post(request, routing_key)
+
+    async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[dict[str, Any] | None, str]:
+        if self.stopping:
+            raise Stopped(self.stopping)
+        url, body = self._endpoint.router_url + "/generate", orjson.dumps(request)
+        try:
+            async with self._session.post(url, data=body, headers={ROUTING_KEY: routing_key}) as reply:
+                if reply.status == 200:
+                    answer = orjson.loads(await reply.read())
+                    reason = answer["meta_info"]["finish_reason"]
+                    if reason["type"] in ("stop", "length") or (self.stopping and reason["type"] == "abort"):
+                        return answer, ""
+                    return None, f"finish reason {reason}"
+                if reply.status == 400:
+                    raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
+                return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
+        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    async def _any_alive(self) -> bool:
+        """Asked once for all requests that fail together."""
+        async with self._asking:
+            if time.monotonic() - self._asked >= RETRY_PAUSE_SECONDS:
+                self._alive = await asyncio.to_thread(self._endpoint.any_engine_alive)
+                self._asked = time.monotonic()
+            return self._alive
+
+    async def stop(self, reason: str, idle: asyncio.Event) -> None:
+        """Send nothing more, and have the engines answer what they are working on; until `idle` is set.
+
+        A dead engine is not waited for: its requests fail by themselves.
+        """
+        self.stopping = reason
+        while not idle.is_set():
+            await asyncio.gather(*(self._abort(url) for url in self._endpoint.engine_urls))
+            try:
+                async with asyncio.timeout(ABORT_PAUSE_SECONDS):
+                    await idle.wait()
+            except TimeoutError:
+                continue
+
+    async def _abort(self, engine_url: str) -> None:
+        body = orjson.dumps({"abort_all": True})
+        try:
+            url, patience = engine_url + "/abort_request", aiohttp.ClientTimeout(total=ABORT_TIMEOUT_SECONDS)
+            async with self._session.post(url, data=body, timeout=patience) as reply:
+                if reply.status != 200:
+                    raise EngineError(
+                        f"{engine_url} answered /abort_request with status {reply.status}: "
+                        f"{(await reply.text())[:200]}"
+                    )
+        except (aiohttp.ClientError, TimeoutError):
+            return

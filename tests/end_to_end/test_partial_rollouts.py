@@ -1,0 +1,64 @@
+"""Responses of two turns, stopped by a real engine's abort, continued under newer weights, resumed."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_pmd.rollout.kept import FILE
+from megatron_pmd.rollout.samples import NOT_SAMPLED, read_rollout
+from tests.end_to_end.command_line import CommandLine
+
+pytestmark = pytest.mark.serial
+
+PARTIAL = [
+    "batch.max_response_tokens=40",
+    "rollout.max_running_requests=16",
+    "rollout.partial.extra_groups=5",
+    "rollout.partial.max_staleness=3",
+    "rollout.repetition.window_tokens=32",
+    "rollout.function=tests.end_to_end.two_turns:rollout",
+    "rollout.group_filter.drop_equal_rewards=false",
+    "rollout.group_filter.mean_reward_below=1.0",
+    "rollout.group_filter.max_dropped=4",
+    "data.evaluation=null",
+    "checkpoint.hf_export=false",
+]
+
+
+def test_stopped_responses_are_continued_under_newer_weights_also_after_a_resume(
+    command_line: CommandLine,
+) -> None:
+    """fp32: the actor's log-probability of every token sampled under its weights is the engine's to 1e-5, so
+    the engine saw in its context exactly the tokens that are trained on, the inserted ones too."""
+    command_line.run("partial", *PARTIAL, "iterations=2")
+    folder = command_line.path("partial")
+    kept = pq.read_table(folder / "checkpoints" / "iteration-2" / FILE).to_pylist()
+    assert len(kept) == 5 * 4
+    command_line.run("partial", *PARTIAL, "iterations=4")
+    lines = [m for m in command_line.lines("partial", "metrics.jsonl") if m["kind"] == "iteration"]
+    assert [m["iteration"] for m in lines] == [0, 1, 2, 3]
+    assert [m["partial/carried_responses"] for m in lines] == [0, 20, 20, 20]
+    assert all(m["partial/stopped_enough_groups"] > 0 for m in lines)
+
+    for t, line in enumerate(lines):
+        # the engine's log-probabilities after a continuation are the current weights' own
+        assert line["sync/mean_abs_difference"] <= 1e-5
+        assert line["sync/max_abs_difference"] <= 1e-3
+        samples, _ = read_rollout(folder / "rollouts" / f"{t}.parquet")
+        assert len(samples) == 32
+        for s in samples:
+            versions = [g.weight_version for g in s.segments if g.weight_version != NOT_SAMPLED]
+            assert versions == sorted(versions) and versions[-1] == s.weight_version <= t
+            assert all(g.counted == (g.weight_version != NOT_SAMPLED) for g in s.segments)
+            assert len(s.engine_log_probs) == len(s.response_tokens) <= 40
+    assert any(len({g.weight_version for g in s.segments} - {NOT_SAMPLED}) > 1 for s in samples)
+    assert lines[-1]["rollout/inserted_share"] > 0
+
+    # what the checkpoint kept is what the resumed run went on with
+    after, _ = read_rollout(folder / "rollouts" / "2.parquet")
+    continued = {s.seed: s.response_tokens for s in after}
+    begun = {row["seed"]: [t for turn in row["turns"] for t in turn["tokens"]] for row in kept}
+    common = set(begun) & set(continued)
+    assert len(common) >= 16
+    assert all(continued[seed][: len(begun[seed])] == begun[seed] for seed in common)

@@ -1,0 +1,206 @@
+"""Partial rollouts against a stub engine: nothing is generated twice, nothing is lost."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+
+from megatron_pmd.config import PartialRollouts
+from megatron_pmd.errors import CheckpointError, RolloutError
+from megatron_pmd.rollout.kept import FILE, read_kept, write_kept
+from megatron_pmd.rollout.metrics import plan_metrics
+from megatron_pmd.rollout.plan import Group, SamplingPlan
+from megatron_pmd.rollout.samples import RolloutBatch, Sample, Segment
+from tests.rollout.test_sampler import Numbers, plan_for, problem, sampler_for
+from tools.stub_engine import StubEngine, serving
+
+
+class Drawn(NamedTuple):
+    plan: SamplingPlan
+    samples: list[Sample]
+    metrics: dict[str, float]
+    """As they were then: the next iteration goes on with the plan's unfinished responses."""
+
+
+def rollouts(
+    engine: StubEngine, iterations: int, partial: PartialRollouts, *, wanted: int = 4, **changes: Any
+) -> list[Drawn]:
+    """Consecutive iterations of `wanted` groups of 4, under weight versions 0, 1, …"""
+    drawn: list[Drawn] = []
+    carried: list[Group] = []
+    numbers = itertools.count()
+    with serving(engine) as url:
+        for t in range(iterations):
+            engine.weight_version = str(t)
+            new = max(0, wanted + partial.extra_groups - len(carried))
+            plan = plan_for(
+                0, problems=[problem(next(numbers)) for _ in range(new)], iteration=t, weight_version=t,
+                wanted=wanted, groups_per_step=2, partial=partial, carried=carried,
+            )  # fmt: skip
+            sampler_for(url, **changes).run(plan)
+            carried = plan.kept
+            drawn.append(Drawn(plan, plan.samples(Numbers()), plan_metrics(plan)))
+    return drawn
+
+
+def assert_whole(engine: StubEngine, samples: list[Sample]) -> None:
+    """Each response is, token by token, the one the engine gives when nobody interrupts it."""
+    for s in samples:
+        assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
+        assert s.engine_log_probs == pytest.approx([-token / 1000 for token in s.response_tokens])
+        assert sum(segment.tokens for segment in s.segments) == len(s.response_tokens)
+        versions = [segment.weight_version for segment in s.segments]
+        assert versions == sorted(set(versions)) and versions[-1] == s.weight_version
+        assert s.finish_reason == "stop"
+
+
+def slow() -> StubEngine:
+    """Responses of 3 to 400 tokens, half a second the longest: groups of 4 end far apart."""
+    return StubEngine(median_tokens=40, sigma=1.0, tokens_per_second=800)
+
+
+def test_a_rollout_ends_with_enough_groups_and_the_rest_is_continued_not_repeated():
+    engine = slow()
+    drawn = rollouts(engine, 4, PartialRollouts(extra_groups=3))
+    for plan, samples, _ in drawn:
+        assert_whole(engine, samples)
+        assert sorted((s.group, s.number) for s in samples) == list(itertools.product(range(4), range(4)))
+        assert len(plan.kept) == 3
+    assert all(metrics["partial/stopped_enough_groups"] > 0 for *_, metrics in drawn)
+    everything = [s for _, samples, _ in drawn for s in samples]
+    assert any(len(s.segments) > 1 for s in everything)
+    assert len({s.seed for s in everything}) == len(everything)
+    # every token the engine made is in a rollout or waits for the next one
+    trained = sum(len(s.response_tokens) for s in everything)
+    assert trained + drawn[-1].metrics["partial/kept_tokens"] == engine.decoded_tokens
+
+
+def test_at_the_deadline_whole_optimizer_steps_are_taken_and_the_longest_goes_on_later():
+    engine = StubEngine(median_tokens=40, sigma=0.0, tokens_per_second=1000)
+    lengths = {0: 40, 1: 40, 2: 40, 3: 6000}
+    engine.length = lambda seed: lengths.setdefault(seed, 40)  # type: ignore[method-assign]
+    plan = plan_for(4, wanted=4, groups_per_step=2, partial=PartialRollouts(deadline_seconds=1.0))
+    for number, member in enumerate(plan.groups[1].members):
+        member.seed = number
+    with serving(engine) as url:
+        sampler_for(url, max_response_tokens=8000).run(plan)
+    assert [group.place for group in plan.chosen] == [0, 2]  # three are complete, a step takes two
+    assert [group.place for group in plan.kept] == [1, 3]
+    long = plan.groups[1].members[3]
+    assert long.stopped == "deadline" and long.length < 6000
+    assert plan_metrics(plan)["partial/stopped_deadline"] == 1
+    assert plan_metrics(plan)["partial/kept_finished_responses"] == 7
+
+
+def test_a_deadline_waits_for_one_optimizer_step():
+    engine = StubEngine(median_tokens=200, sigma=0.0, tokens_per_second=1000)
+    drawn = rollouts(engine, 1, PartialRollouts(deadline_seconds=0.01))[0]
+    assert len(drawn.samples) == 16 and not drawn.plan.kept
+
+
+def test_a_response_over_its_budget_waits_for_the_next_iteration():
+    engine = StubEngine(median_tokens=40, sigma=0.7)
+    drawn = rollouts(engine, 6, PartialRollouts(max_new_tokens=100, extra_groups=1))
+    for _, samples, _ in drawn:
+        assert_whole(engine, samples)
+        assert all(segment.tokens <= 100 for s in samples for segment in s.segments)
+    assert any(len(s.segments) > 1 for _, samples, _ in drawn for s in samples)
+    assert sum(metrics["partial/stopped_token_budget"] for *_, metrics in drawn) > 0
+
+
+def test_a_budget_that_no_response_meets_does_not_stop_training():
+    engine = StubEngine(median_tokens=60, sigma=0.0)
+    drawn = rollouts(engine, 1, PartialRollouts(max_new_tokens=10))[0]
+    assert len(drawn.samples) >= 8
+    assert_whole(engine, drawn.samples)
+
+
+def test_a_response_too_old_is_sampled_anew_under_the_current_weights():
+    old = plan_for(2).groups[0]
+    old.members[0].turns = unfinished(5, version=3)
+    old.members[1].turns = unfinished(5, version=4)
+    before = [member.seed for member in old.members]
+    plan = plan_for(
+        0, problems=[], iteration=5, weight_version=5, wanted=1,
+        partial=PartialRollouts(deadline_seconds=9, max_staleness=1), carried=[old],
+    )  # fmt: skip
+    assert [member.length for member in plan.groups[0].members] == [0, 5, 0, 0]
+    assert plan.accounts.dropped == {"stale": 1} and plan.accounts.dropped_tokens == {"stale": 5}
+    after = [member.seed for member in plan.groups[0].members]
+    assert after[1:] == before[1:] and after[0] not in before
+
+
+def unfinished(tokens: int, version: int) -> list[Any]:
+    from megatron_pmd.rollout.trajectory import Turn
+
+    turn = Turn()
+    turn.extend([7] * tokens, [-0.5] * tokens, version)
+    return [turn]
+
+
+def test_earlier_segments_can_be_left_out_of_the_loss():
+    engine = slow()
+    last = rollouts(engine, 3, PartialRollouts(extra_groups=3, count_earlier_segments=False))[2]
+    assert any(s.segments[0].weight_version < 2 for s in last.samples)
+    batch = RolloutBatch.pack(last.samples, 1.0, weight_version=2)
+    assert (batch.counted == (batch.token_versions == 2)).all()
+    assert not batch.counted.all()
+    batch.refuse_undeclared_versions(max_staleness=4)
+
+
+def test_kept_responses_survive_a_checkpoint(tmp_path):
+    """Written, read and continued: the same responses as without the interruption."""
+    engine = slow()
+    partial = PartialRollouts(extra_groups=3)
+    first = rollouts(engine, 1, partial)[0].plan
+    write_kept(tmp_path, first.kept)
+    read = read_kept(tmp_path, problem)
+    assert read == first.kept
+    engine.weight_version = "1"
+    plan = plan_for(
+        0, problems=[problem(90)] * 4, iteration=1, weight_version=1, wanted=4, partial=partial, carried=read
+    )
+    with serving(engine) as url:
+        sampler_for(url).run(plan)
+    assert_whole(engine, plan.samples(Numbers()))
+
+
+def test_a_broken_file_of_kept_responses_is_named(tmp_path):
+    assert read_kept(tmp_path, problem) == []
+    (tmp_path / FILE).write_bytes(b"PAR1 no more")
+    with pytest.raises(CheckpointError, match=FILE):
+        read_kept(tmp_path, problem)
+
+
+def test_a_response_lost_or_counted_twice_is_an_error():
+    engine = StubEngine()
+    with serving(engine) as url:
+        plan = plan_for(3)
+        sampler_for(url).run(plan)
+    plan.check()
+    twice = replace(plan.groups[0], members=[*plan.groups[0].members, plan.groups[0].members[0]])
+    for groups in ([*plan.groups[1:], twice], plan.groups[1:]):
+        plan.groups = list(groups)
+        with pytest.raises(RolloutError, match=r"lost or counted twice: 0 carried \+ 12 started, but"):
+            plan.check()
+
+
+def test_a_token_lost_is_an_error():
+    with serving(StubEngine()) as url:
+        plan = plan_for(1)
+        sampler_for(url).run(plan)
+    group: Group = plan.groups[0]
+    group.members[2].turns[-1].tokens.pop()
+    with pytest.raises(RolloutError, match="lost or counted twice"):
+        plan.check()
+
+
+def test_the_version_of_every_segment_is_in_the_sample():
+    engine = slow()
+    drawn = rollouts(engine, 3, PartialRollouts(extra_groups=3))
+    continued = next(s for s in drawn[2].samples if len(s.segments) > 1)
+    assert all(isinstance(segment, Segment) and segment.counted for segment in continued.segments)
+    assert {segment.weight_version for segment in continued.segments} <= {0, 1, 2}

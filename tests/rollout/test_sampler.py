@@ -1,0 +1,254 @@
+"""The driver against a server that answers as an engine would: groups, retries, filter, statistics."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from megatron_pmd.config import GroupFilter, PartialRollouts, Repetition
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWeights
+from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.episode import Episode, rollout_function
+from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.sampler import Sampler
+from megatron_pmd.rollout.trajectory import Turn, repeats
+from megatron_pmd.rollout.transport import Endpoint, EnginesLost
+from tools.stub_engine import STOP_TOKEN, StubEngine, serving
+
+
+class Numbers:
+    """A tokenizer: a token is a number in the text."""
+
+    def decode(self, tokens: Any, **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+class Grading:
+    """A grader by a function of response and problem."""
+
+    def __init__(self, score: Callable[[str, Problem], float]) -> None:
+        self._score = score
+
+    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+        verdict: Future[Verdict] = Future()
+        verdict.set_result(Verdict(self._score(response, problem)))
+        return verdict
+
+
+def problem(index: int) -> Problem:
+    return Problem(index=index, messages=(), answer=str(index), tokens=(1, 2))
+
+
+def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.0, **changes: Any) -> Sampler:
+    endpoint = Endpoint(
+        url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True
+    )
+    settings: dict[str, Any] = {"max_response_tokens": 1000} | changes
+    return Sampler(endpoint, Numbers(), [STOP_TOKEN], grader=Grading(score), **settings)
+
+
+def plan_for(groups: int, **changes: Any) -> SamplingPlan:
+    settings: dict[str, Any] = dict(
+        problems=[problem(i) for i in range(groups)], samples_per_prompt=4, iteration=0, weight_version=0,
+        temperature=1.0, top_p=1.0, run_seed=0,
+    )  # fmt: skip
+    return SamplingPlan(**settings | changes)
+
+
+def test_every_response_is_the_engines_own_and_a_group_has_one_routing_key():
+    engine = StubEngine(keep_requests=True)
+    with serving(engine) as url:
+        plan = plan_for(50)
+        sampler_for(url).run(plan)
+    samples = plan.samples(Numbers())
+    assert [(s.group, s.number) for s in samples] == list(itertools.product(range(50), range(4)))
+    assert len({s.seed for s in samples}) == 200
+    for s in samples:
+        assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
+        assert s.engine_log_probs == pytest.approx([-token / 1000 for token in s.response_tokens])
+        assert s.response == Numbers().decode(s.response_tokens)
+    assert sorted(Counter(engine.routing_keys).values()) == [4] * 50
+
+
+def test_a_refused_request_is_sent_again_and_not_counted_twice():
+    engine = StubEngine(failures=3)
+    with serving(engine) as url:
+        plan = plan_for(2)
+        sampler_for(url).run(plan)
+        assert plan.accounts.sampled_tokens == engine.decoded_tokens
+        engine.failures = 1000
+        with pytest.raises(EngineError, match="failed 1 times; last failure: HTTP 503: busy"):
+            sampler_for(url, retries=0).run(plan_for(1))
+
+
+def test_what_was_drawn_before_the_engines_were_lost_is_not_drawn_again():
+    engine = StubEngine(keep_requests=True)
+    plan = plan_for(3)
+    with serving(engine) as url:
+        lost = Endpoint(url, [url], {}, 20.0, retries=1, any_engine_alive=lambda: False)
+        engine.failures = 5
+        with pytest.raises(EnginesLost):
+            Sampler(lost, Numbers(), [STOP_TOKEN], 1000, Grading(lambda *_: 1.0)).run(plan)
+        drawn = plan.finished
+        sampler_for(url).run(plan)
+    assert drawn > 0 and plan.finished == 12
+    assert len(engine.requests) == 12 + 5
+
+
+def test_responses_of_other_weights_stop_the_rollout():
+    with serving(StubEngine(weight_version="6")) as url, pytest.raises(StaleWeights, match="version 6, exp"):
+        sampler_for(url).run(plan_for(2))
+
+
+# Over-sampling with a filter
+
+
+def parity_of_number(response: str, problem: Problem) -> float:
+    """Groups of even problems disagree within, those of odd ones do not."""
+    return float(len(response) % 2) if problem.index % 2 == 0 else 1.0
+
+
+def test_groups_of_equal_rewards_are_replaced_until_the_rollout_is_full():
+    further = itertools.count(100, 2)
+    with serving(StubEngine(median_tokens=3, sigma=1.0)) as url:
+        plan = plan_for(
+            8, group_filter=GroupFilter(max_dropped=100), next_problem=lambda: problem(next(further))
+        )
+        sampler_for(url, lambda r, p: parity_of_number(r, p)).run(plan)
+    samples = plan.samples(Numbers())
+    assert len(samples) == 32
+    by_group = [list(g) for _, g in itertools.groupby(samples, key=lambda s: s.group)]
+    assert all(len({s.reward for s in group}) == 2 for group in by_group)
+    dropped = plan_metrics(plan)["filter/dropped_groups"]
+    assert dropped >= 4  # the odd problems of the first eight
+    assert plan.accounts.started == 32 + 4 * dropped
+    assert plan.accounts.dropped_tokens["group_filter"] > 0
+
+
+def test_the_filter_gives_up_at_its_limit_and_says_how_many_it_let_through():
+    further = itertools.count(100)
+    with serving(StubEngine()) as url:
+        plan = plan_for(
+            4, group_filter=GroupFilter(max_dropped=3), next_problem=lambda: problem(next(further))
+        )
+        sampler_for(url).run(plan)
+    assert len(plan.samples(Numbers())) == 16
+    metrics = plan_metrics(plan)
+    assert (metrics["filter/dropped_groups"], metrics["filter/let_through_groups"]) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "rewards, kept",
+    [
+        ([0, 0, 0, 0], False),
+        ([1, 1, 1, 1], False),
+        ([0, 0, 0, 1], False),
+        ([0, 0, 1, 1], True),
+        ([0, 1, 1, 1], True),
+    ],
+)
+def test_the_interval_of_mean_rewards_is_open(rewards, kept):
+    rule = GroupFilter(drop_equal_rewards=False, mean_reward_above=0.25, mean_reward_below=1.0, max_dropped=1)
+    group = plan_for(1).groups[0]
+    for member, reward in zip(group.members, rewards, strict=True):
+        member.reward = float(reward)
+    assert group.teaches(rule) == kept
+
+
+# How responses end
+
+
+def test_stop_reasons_and_lengths_are_counted():
+    with serving(StubEngine(median_tokens=20)) as url:
+        plan = plan_for(10)
+        sampler_for(url, max_response_tokens=20).run(plan)
+    samples = plan.samples(Numbers())
+    metrics = rollout_values(samples)
+    cut = [s for s in samples if s.response_tokens[-1] != STOP_TOKEN]
+    assert 0 < len(cut) < 40
+    assert metrics["truncated_share"] == metrics["finish/length"] == len(cut) / 40
+    assert metrics["finish/stop"] == 1 - len(cut) / 40
+    assert metrics["response_tokens/max"] == 20
+    assert metrics["response_tokens/p10"] <= metrics["response_tokens/p50"] <= metrics["response_tokens"] + 5
+
+
+@pytest.mark.parametrize(
+    "tokens, found",
+    [
+        ([7] * 12, True),
+        ([1, 2, 3] * 4, True),
+        ([9, 9, 9, *[4, 5] * 6], True),
+        (list(range(12)), False),
+        ([*[1, 2, 3] * 3, 1, 2, 4], False),
+        ([1, 2, 3, 4, 5, 6] * 2, False),  # twice over is not four times
+        ([7] * 11, False),
+    ],
+)
+def test_a_response_repeats_itself_if_its_end_is_one_sequence_many_times_over(tokens, found):
+    assert repeats(array("i", tokens), Repetition(window_tokens=12, min_repeats=4)) == found
+
+
+def test_a_repeating_response_is_ended_early_with_a_reason_of_its_own(monkeypatch):
+    engine = StubEngine(median_tokens=500, sigma=0.0)
+    monkeypatch.setattr(engine, "token", lambda seed, position: 5 + position % (3 if position > 40 else 50))
+    with serving(engine) as url:
+        plan = plan_for(1)
+        sampler_for(url, repetition=Repetition(window_tokens=16, min_repeats=4)).run(plan)
+    for s in plan.samples(Numbers()):
+        assert s.finish_reason == "repetition"
+        assert len(s.response_tokens) == 64  # the first multiple of 16 with 16 repeating tokens before it
+    assert engine.decoded_tokens == 4 * 64
+
+
+def test_repetition_that_never_comes_leaves_the_response_as_it_is():
+    engine = StubEngine()
+    with serving(engine) as url:
+        plan = plan_for(3)
+        sampler_for(url, repetition=Repetition(window_tokens=4, min_repeats=2)).run(plan)
+    for s in plan.samples(Numbers()):
+        assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
+
+
+# What is refused
+
+
+def test_settings_that_do_nothing_are_refused():
+    with pytest.raises(ConfigError, match="stops no response: set extra_groups, deadline"):
+        PartialRollouts()
+    with pytest.raises(ConfigError, match=r"window_tokens=3 cannot hold min_repeats=4"):
+        Repetition(window_tokens=3)
+
+
+def test_log_probs_that_do_not_fit_the_tokens_are_refused():
+    with pytest.raises(EngineError, match="2 log-probabilities for 3 tokens"):
+        Turn().extend([1, 2, 3], [-1.0, -2.0], 0)
+
+
+def test_a_function_that_cannot_be_imported_or_called_is_refused():
+    with pytest.raises(ConfigError, match="'no_such_module:f' cannot be imported"):
+        rollout_function("no_such_module:f")
+    with pytest.raises(ConfigError, match="is a str, not a function"):
+        rollout_function("megatron_pmd.rollout.trajectory:INSERTED")
+
+
+def test_a_rollout_function_that_fails_is_named_with_its_problem():
+    async def broken(episode: Episode) -> str:
+        await episode.generate()
+        raise KeyError("temperature")
+
+    with (
+        serving(StubEngine()) as url,
+        pytest.raises(RolloutError, match=r"failed on problem \d: KeyError: 'temp"),
+    ):
+        sampler_for(url, function=broken).run(plan_for(2))
