@@ -14,6 +14,7 @@ import torch
 
 from megatron_pmd.actor import batching
 from megatron_pmd.actor.actor import Actor, AnchorReport, Examples
+from megatron_pmd.actor.expert_load import imbalance
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.algorithm.alarms import raised
@@ -182,8 +183,11 @@ class Run:
         compared = steps[:1] if engine else steps
         report = self.actor.log_probs(batch, [microbatch for step in compared for microbatch in step])
         parts = self.control.all_gather(
-            (report.tokens, report.sum_absolute, report.max_absolute, report.entropy_sum, report.histogram)
-        )
+            (
+                report.tokens, report.sum_absolute, report.max_absolute, report.entropy_sum,
+                report.histogram, report.expert_tokens,
+            )
+        )  # fmt: skip
         tokens = sum(part[0] for part in parts)
         mean, largest = sum(part[1] for part in parts) / max(tokens, 1), max(part[2] for part in parts)
         self._iteration_values |= {
@@ -191,6 +195,7 @@ class Run:
             "sync/max_abs_difference": largest,
             "mismatch/p99_abs": histogram_quantile(np.sum([part[4] for part in parts], axis=0), 0.99),
             "entropy": sum(part[3] for part in parts) / max(tokens, 1),
+            **imbalance([part[5] for part in parts]),
         }
         defaults = LOG_PROB_BOUNDS[self.config.model.precision]
         mean_bound = self.config.sync.mean_log_prob_difference or defaults[0]
@@ -304,6 +309,7 @@ class Run:
             self.journal.log("iteration", self._iteration_values)
             self._console.iteration(self.journal.record(t))
         if self._alarm_to_stop is not None:
+            self.actor.publish_checkpoint(wait=True)
             raise AlarmStop(
                 f"{self._alarm_to_stop}; a checkpoint was written. To go on from it, run the same command "
                 "with another threshold or action of this alarm"

@@ -12,6 +12,7 @@ import torch
 from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
+from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
 from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import (
@@ -45,6 +46,7 @@ class AnchorReport:
     histogram: np.ndarray
     entropy_sum: float
     tokens: int
+    expert_tokens: ExpertTokens = field(default_factory=dict)
 
     @classmethod
     def absent(cls, tokens: int) -> AnchorReport:
@@ -113,6 +115,7 @@ class Actor:
         self._tensor_names = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
         self._export_tasks: Any = None
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
+        self._expert_load = ExpertLoad(self.chunks)
         self.routing_width: int = provider.num_layers * provider.moe_router_topk
         """Experts that one token goes to, over all layers."""
         self._saver = checkpoint.Saver(
@@ -147,7 +150,8 @@ class Actor:
             result[source] = log_probs.cpu()
             entropy_sum.add_(entropy.cpu()[current[source]].sum())
 
-        self._run(batch, microbatches, keep, forward_only=True)
+        with self._expert_load.counting() as expert_tokens:
+            self._run(batch, microbatches, keep, forward_only=True)
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
         compared = computed & current
         difference = (result - torch.from_numpy(batch.engine_log_probs))[compared].abs().double()
@@ -158,6 +162,7 @@ class Actor:
             histogram=magnitude_histogram(difference.numpy()),
             entropy_sum=float(entropy_sum) if holds_logits() else 0.0,
             tokens=len(difference),
+            expert_tokens=expert_tokens,
         )
 
     def update(

@@ -103,6 +103,15 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     if not torch.cuda.is_available():
         fields.update(CPU_FIELDS)
+    if config.actor.experts.replay_routing:
+        # Transformer Engine's fused top-k and the sinkhorn router know nothing of RouterReplay
+        fields["moe_router_fusion"] = False
+        chosen = config.actor.megatron
+        if chosen.get("moe_router_fusion") or chosen.get("moe_router_load_balancing_type") == "sinkhorn":
+            raise ConfigError(
+                "actor.megatron: moe_router_fusion and sinkhorn choose experts by themselves; "
+                "turn them off, or actor.experts.replay_routing"
+            )
     for name in config.actor.megatron:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")

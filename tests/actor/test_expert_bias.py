@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_pmd.actor.expert_load import imbalance
 from tests.actor.launch import launch
 
 pytestmark = pytest.mark.serial
@@ -49,6 +51,31 @@ def test_a_step_moves_each_bias_by_the_rate_towards_balance(biases, models, refe
         moved = biases["updated"][name] - biases["loaded"][name]
         torch.testing.assert_close(moved, 0.01 * torch.sign(tokens.mean() - tokens), rtol=0, atol=1e-6)
         assert moved.abs().max() > 0
+
+
+@pytest.mark.parametrize("rank_count", [1, 2])
+def test_the_anchor_pass_counts_each_layers_tokens_by_expert(
+    one_process, trained, models, reference, rank_count
+):
+    """One process, and two pipeline stages of which each counts its own layers."""
+    ranks = [one_process["moonlight"]] if rank_count == 1 else trained("latent, pipeline=2")
+    found = {
+        layer: sum(rank["anchors"][0].expert_tokens.get(layer, 0) for rank in ranks) for layer in range(1, 4)
+    }
+    counts = tokens_per_expert(models / "moonlight", reference("moonlight").samples)
+    for name, tokens in counts.items():
+        layer = int(name.split(".")[2])
+        assert found[layer].tolist() == tokens.tolist()
+
+
+def test_imbalance_is_the_busiest_experts_share_over_the_mean():
+    parts = [{0: np.array([3, 1, 0, 0])}, {0: np.array([1, 1, 1, 1]), 2: np.array([2, 2, 2, 2])}]
+    assert imbalance(parts) == {
+        "experts/busiest_over_mean": 1.5,
+        "experts/busiest_over_mean/0": 2.0,
+        "experts/busiest_over_mean/2": 1.0,
+    }
+    assert imbalance([{}, {}]) == {}
 
 
 def test_a_checkpoint_keeps_the_biases_and_rate_zero_leaves_them(biases):

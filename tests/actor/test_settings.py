@@ -59,6 +59,19 @@ def test_a_field_that_a_setting_of_ours_decides_is_refused_beside_it() -> None:
         settings.transformer_fields(configured('actor.megatron={"tensor_model_parallel_size": 2}'))
 
 
+@pytest.mark.parametrize(
+    "router", ['{"moe_router_fusion": true}', '{"moe_router_load_balancing_type": "sinkhorn"}']
+)
+def test_a_router_that_cannot_be_told_what_to_choose_is_refused_where_routing_is_replayed(
+    router: str,
+) -> None:
+    settings.transformer_fields(configured(f"actor.megatron={router}"))
+    with pytest.raises(ConfigError, match="choose experts by themselves"):
+        settings.transformer_fields(
+            configured("actor.experts.replay_routing=true", f"actor.megatron={router}")
+        )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA answers")
 @pytest.mark.parametrize(
     "setting",

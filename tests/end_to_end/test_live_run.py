@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +62,37 @@ def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weigh
         first = len(sample.prompt_tokens)
         expected = log_probs[0, first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_the_recorded_experts_are_those_that_transformers_chooses_with_the_exported_weights(
+    live: Path,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(live / "hf" / "iteration-3", dtype=torch.float32)
+    chosen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: chosen.append(output[2]))
+    samples, _ = read_rollout(live / "evaluations" / "3.parquet")
+    for sample in samples:
+        assert sample.routed_experts is not None
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])[:, :-1]
+        chosen.clear()
+        with torch.no_grad():
+            model(tokens)
+        recorded = np.frombuffer(sample.routed_experts, np.uint16).reshape(tokens.size(1), len(chosen), -1)
+        expected = torch.stack(chosen, 1).sort(-1).values
+        assert torch.equal(torch.from_numpy(recorded.astype(np.int64)).sort(-1).values, expected)
+
+
+def test_replaying_the_engines_routing_brings_the_actor_no_further_from_the_engine(
+    live: Path, command_line: CommandLine
+) -> None:
+    first = ("--replay", str(live / "rollouts" / "0.parquet"), "iterations=1")
+    command_line.run("own_routing", *first, "actor.experts.replay_routing=false")
+    own, replayed = (
+        next(line for line in command_line.lines(name, "metrics.jsonl") if line["kind"] == "iteration")
+        for name in ("own_routing", "live")
+    )
+    assert replayed["sync/mean_abs_difference"] <= own["sync/mean_abs_difference"]
 
 
 def test_exported_folder_has_its_tokenizer_and_chat_template(live: Path) -> None:

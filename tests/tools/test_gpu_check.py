@@ -1,0 +1,49 @@
+"""The tool for a first contact with a GPU, as far as a machine without one goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tools import gpu_check
+
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU run the tool itself"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu_check")
+    gpu_check.make_model(folder, cuda=False)
+    return folder
+
+
+def test_a_check_that_needs_no_gpu_runs_and_says_what_it_measured(folder):
+    result = gpu_check.run_check("log-probs against transformers", folder)
+    assert result["status"] == "ran"
+    assert 0 < result["figures"]["mean difference"] < 0.02
+
+
+def test_what_this_machine_cannot_do_is_skipped_with_the_reason(folder):
+    result = gpu_check.run_check("step in fp8, blockwise", folder)
+    assert result == {
+        "status": "skipped",
+        "why": "actor.fp8.recipe=blockwise: needs CUDA, and this machine has none; leave it at its default",
+    }
+
+
+def test_steps_are_related_to_the_bf16_step():
+    results: dict[str, dict[str, Any]] = {
+        "step in bf16": {"figures": {"loss": 2.0, "gradient norm": 4.0, "seconds": 3.0}},
+        "step in fp8, delayed": {"figures": {"loss": 2.1, "gradient norm": 3.0, "seconds": 1.5}},
+        "step in fp8, mxfp8": {"status": "skipped", "why": "no Blackwell"},
+    }
+    gpu_check.relative_to_bf16(results)
+    figures = results["step in fp8, delayed"]["figures"]
+    assert figures["loss error"] == pytest.approx(0.05)
+    assert figures["gradient norm error"] == 0.25 and figures["speed-up"] == 2.0
+    assert "figures" not in results["step in fp8, mxfp8"]
