@@ -1,6 +1,6 @@
 """What the actor costs beside its passes (those: tools/bench_loop.py --only update).
 
-python -m tools.bench_actor checkpoint    # 135 M parameters in bf16, two data-parallel ranks; 3 minutes
+python -m tools.bench_actor checkpoint    # 135 M parameters in bf16, two data-parallel ranks; 2 minutes
 python -m tools.bench_actor memory        # peak of the log-probabilities' allocations, by the size of a chunk
 python -m tools.bench_actor packing       # occupancy of packed rows against padded batches, and balance
 
@@ -37,8 +37,8 @@ from megatron_pmd.config import (
 )
 
 RANKS = 2
-STEPS = 6
-"""Timed optimizer steps without a checkpoint, and at most so many more than it takes beside one."""
+STEPS = 4
+"""Timed optimizer steps without a checkpoint."""
 
 
 def checkpoint_run() -> dict[str, Any]:
@@ -110,7 +110,7 @@ def plain_write(path: Path, size: int, control: Any) -> None:
 
 
 def steps_of(policy: Any) -> Any:
-    """A function that takes an optimizer step on 16 random samples of 256 tokens and returns its seconds."""
+    """A function that takes an optimizer step on 16 random samples of 64 tokens and returns its seconds."""
     import functools
 
     from megatron_pmd.algorithm.losses import pmd
@@ -120,8 +120,8 @@ def steps_of(policy: Any) -> Any:
     samples = [
         Sample(
             group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
-            prompt_tokens=rng.integers(0, 49_000, 128).tolist(),
-            response_tokens=rng.integers(0, 49_000, 128).tolist(), engine_log_probs=[0.0] * 128,
+            prompt_tokens=rng.integers(0, 49_000, 32).tolist(),
+            response_tokens=rng.integers(0, 49_000, 32).tolist(), engine_log_probs=[0.0] * 32,
             finish_reason="stop", weight_version=0, seed=0, advantage=float(rng.normal()),
         )
         for i in range(16)

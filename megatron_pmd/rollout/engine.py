@@ -67,7 +67,7 @@ class EngineSpec:
     first_gpu: int = 0
     """The first of its tensor_parallel devices, counted among the visible ones."""
     record_routing: bool = False
-    """A request may ask which experts each token went to."""
+    """Every answer says which experts each token went to (plugins/)."""
     load_model_weights: bool = False
     """Read the weights in model.path; False: the actor sends them before the first use."""
 
@@ -132,6 +132,8 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     # The loader runs inside the engine, where this package need not be installed.
     path = [str(Path(__file__).parents[2])]
+    if spec.record_routing:
+        path.append(str(Path(__file__).parent / "plugins"))
     if spec.cpu:
         path.insert(0, str(stub_path()))
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
