@@ -32,15 +32,18 @@ def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: Comman
     assert command_line.steps("one_file") == command_line.steps("live")[:2]
 
 
-@pytest.mark.parametrize("phase", ["anchor", "save"])
+@pytest.mark.parametrize(("iteration", "phase"), [(2, "anchor"), (1, "save")])
 def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
-    phase: str, live: Path, replayed: str, command_line: CommandLine
+    iteration: int, phase: str, live: Path, replayed: str, command_line: CommandLine
 ) -> None:
-    """Killed right after `phase` of iteration 1: inside update, or between checkpoint and next iteration."""
+    """Killed right after a phase: inside update, or while the second checkpoint is being written.
+
+    The first one is there for sure: the second save waits for it.
+    """
     name = f"killed_after_{phase}"
     words = ("--replay", str(live / "rollouts"))
     process = command_line.start(name, *words)
-    wait_until(lambda: (1, phase) in command_line.phases(name), f"{phase} of iteration 1", process)
+    wait_until(lambda: (iteration, phase) in command_line.phases(name), f"{phase} of {iteration}", process)
     started = descendants(process)
     os.killpg(process.pid, signal.SIGKILL)
     assert still_there(started) == []
