@@ -69,6 +69,15 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
             ],
             "no engine has chosen experts for the examples",
         ),
+        (
+            [
+                "actor.experts.replay_routing=true",
+                "algorithm.objective=sft",
+                "warm_start=null",
+                "batch.samples_per_prompt=1",
+            ],
+            "algorithm.objective=sft: no engine has chosen experts",
+        ),
         (["layout.context=2", "batch.max_tokens_per_microbatch=11"], "shared by layout.context=2 ranks"),
     ],
 )

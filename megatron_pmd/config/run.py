@@ -142,9 +142,10 @@ class RunConfig(Frozen):
             )
         self._check_lengths()
         self._check_precision()
-        if self.actor.experts.replay_routing and self.algorithm.ptx:
+        supervised = "algorithm.ptx" if self.algorithm.ptx else "algorithm.objective=sft"
+        if self.actor.experts.replay_routing and (self.algorithm.ptx or self.algorithm.objective == "sft"):
             raise ConfigError(
-                "actor.experts.replay_routing with algorithm.ptx: no engine has chosen experts for the "
+                f"actor.experts.replay_routing with {supervised}: no engine has chosen experts for the "
                 "examples; turn one of them off"
             )
         if self.actor.experts.dispatcher == "deepep" and self.layout.expert == 1:
