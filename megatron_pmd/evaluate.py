@@ -207,7 +207,7 @@ def run(task: Task, console: Console) -> Evaluation:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(task.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(task.model.path, trust_remote_code=task.model.trust_remote_code)
     problems = load_problems(task.source, task.data)[: task.limit]
     kept, dropped = tokenize(problems, tokenizer, task.max_prompt_tokens)
     if dropped:

@@ -27,6 +27,7 @@ from megatron_pmd.evaluation import evaluate
 from megatron_pmd.measures import step_values, success_rates
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal, Phase
+from megatron_pmd.observe.parts import together
 from megatron_pmd.rollout.kept import write_kept
 from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
 from megatron_pmd.rollout.plan import Group
@@ -90,11 +91,14 @@ class Run:
         with self._journal.phase(name) if self._journal else nullcontext(Phase(name)) as record:
             yield record
             self.actor.publish_checkpoint(wait=False)
-            memory = self.control.gather((psutil.Process().memory_info().rss, self.rollouts.engine_bytes()))
-            if memory:
-                record.actor_bytes, record.engine_bytes = (
-                    sum(column) for column in zip(*memory, strict=True)
-                )
+            mine = (
+                psutil.Process().memory_info().rss, self.rollouts.engine_bytes(), self.rollouts.parts.take()
+            )  # fmt: skip
+            ranks = self.control.gather(mine)
+            if ranks:
+                actor, engine, parts = zip(*ranks, strict=True)
+                record.actor_bytes, record.engine_bytes = sum(actor), sum(engine)
+                record.parts = together(list(parts))
         self._seconds[name] = record.seconds
 
     def progress(self, steps: list[T]) -> Iterable[T]:

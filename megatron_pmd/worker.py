@@ -116,7 +116,9 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     status, error = "failed", None
     with ExitStack() as cleanup:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                config.model.path, trust_remote_code=config.model.trust_remote_code
+            )
             problems = control.on_driver(lambda: _problems(config, tokenizer, console, state))
             kept = read_kept(resume_from, problems.train.problem) if resume_from and problems else []
             rollouts: RolloutSource

@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
+from megatron_pmd.actor.export import ShardExport
 from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import (
@@ -105,15 +106,18 @@ class Actor:
         if torch.cuda.is_available():
             settings.check_device(config)
         self.config = config
-        self._bridge = model.load_bridge(Path(config.model.path))
+        self._control = control
+        self._bridge = model.load_bridge(
+            Path(config.model.path), trust_remote_code=config.model.trust_remote_code
+        )
         self.chunks = model.build(self._bridge, config)
         self.optimizer = optimizer.build(self.chunks, config)
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
-        self._tensor_names = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
-        self._export_tasks: Any = None
+        self._shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
+        self._shards: ShardExport | None = None
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
         self._expert_load = ExpertLoad(self.chunks)
         self.routing_width: int = provider.num_layers * provider.moe_router_topk
@@ -271,17 +275,13 @@ class Actor:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's tensors under their Hugging Face names, whole, on every rank; all iterate together.
 
+        Megatron-Bridge's way, for who needs them so; engines get shards() through buckets.
+
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """
-        if self._export_tasks is None:
-            self._export_tasks = self._bridge.get_conversion_tasks(self.chunks)
-        waiting = set(self._tensor_names)
+        waiting = set(self._shapes)
         for name, tensor in self._bridge.export_hf_weights(
-            self.chunks,
-            cpu=False,
-            show_progress=False,
-            conversion_tasks=self._export_tasks,
-            merge_adapter_weights=False,
+            self.chunks, cpu=False, show_progress=False, merge_adapter_weights=False
         ):
             if name not in waiting:
                 raise ModelError(f"tensor {name} was exported twice, or is not in {self.config.model.path}")
@@ -289,6 +289,14 @@ class Actor:
             yield name, tensor
         if waiting:
             raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
+
+    def shards(self) -> ShardExport:
+        """What this rank holds of the policy's Hugging Face tensors; made once. Collective."""
+        if self._shards is None:
+            self._shards = ShardExport(
+                self._bridge, self.chunks, self._control, self._shapes, fp8=self.config.rollout.fp8
+            )
+        return self._shards
 
     def wake(self) -> None:
         """Take the device back from the engines."""

@@ -34,7 +34,7 @@ YARN_ROPE = {
 }  # fmt: skip
 
 
-def load_bridge(path: Path) -> Any:
+def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Megatron-Bridge's AutoBridge for a Hugging Face folder, with a configuration in the shape it reads.
 
     Raises ModelError for a folder that is not a complete model, or a family that the bridge does not know.
@@ -50,7 +50,7 @@ def load_bridge(path: Path) -> Any:
 
     AutoMapping.register_module_type("RMSNorm", "replicated")
     try:
-        bridge = AutoBridge.from_hf_pretrained(str(path))
+        bridge = AutoBridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"{path}: Megatron-Bridge cannot map this model: {error}") from None
     config = bridge.hf_pretrained.config
@@ -185,11 +185,13 @@ def expert_biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
 
 
-def tensors_of_policy(path: Path, layers: int) -> set[str]:
-    """Names of the folder's tensors but for those of DeepSeek's layers that predict further tokens."""
-    names = tensors_in(path).keys()
-    extra = {name for name in names if (found := LAYER.match(name)) and int(found[1]) >= layers}
-    return names - extra
+def tensors_of_policy(path: Path, layers: int) -> dict[str, list[int]]:
+    """As tensors_in, but for those of DeepSeek's layers that predict further tokens."""
+    return {
+        name: shape
+        for name, shape in tensors_in(path).items()
+        if not ((found := LAYER.match(name)) and int(found[1]) >= layers)
+    }
 
 
 def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
@@ -209,9 +211,10 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
 def _check_shapes(bridge: Any, path: Path, present: dict[str, list[int]]) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust).state_dict()
     experts = {
         "gate_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
         "up_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],

@@ -63,6 +63,8 @@ class Control:
     def __init__(self, timeout_seconds: float) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.node = int(os.environ.get("GROUP_RANK", "0"))
+        """The machine this rank runs on, as torchrun counts them."""
 
     @property
     def is_driver(self) -> bool:

@@ -25,7 +25,14 @@ from megatron_pmd.config.data import (
 )
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.reading import build, known_keys, load, override
-from megatron_pmd.config.rollout import GroupFilter, PartialRollouts, Repetition, Rollout, Sync
+from megatron_pmd.config.rollout import (
+    GroupFilter,
+    PartialRollouts,
+    Repetition,
+    Rollout,
+    RouterPolicy,
+    Sync,
+)
 from megatron_pmd.config.run import (
     Batch,
     Checkpoint,
@@ -64,6 +71,7 @@ __all__ = [
     "Repetition",
     "Reward",
     "Rollout",
+    "RouterPolicy",
     "RunConfig",
     "Sampling",
     "Schedule",

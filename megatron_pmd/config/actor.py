@@ -19,6 +19,9 @@ class Model(Frozen):
     """Hugging Face folder: config.json, tokenizer, safetensors."""
     prepare: str | None = None
     """`module:function` called with the path, once, when the folder does not exist yet; makes the model."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model folder, in actor ranks and engines, to read its configuration and
+    tokenizer."""
     precision: Precision = "bf16"
     """Parameters and compute of actor and engines. The optimizer always keeps fp32 main parameters."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.algorithm import Schedule
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.errors import ConfigError
+
+RouterPolicy = Literal["round_robin", "cache_aware", "manual", "random", "power_of_two"]
 
 
 class GroupFilter(Frozen):
@@ -69,6 +71,9 @@ class Repetition(Frozen):
 class Rollout(Frozen):
     tensor_parallel: PositiveInt = 1
     """Tensor-parallel size of one engine."""
+    fp8: bool = False
+    """Engines get and compute with blockwise (128x128) FP8 weights; not on a CPU. Which layers:
+    docs/weight_sync.md."""
     ranks_per_engine: PositiveInt | None = None
     """Consecutive actor ranks that share one engine; None: tensor_parallel."""
     temperature: PositiveFloat = 1.0
@@ -82,11 +87,21 @@ class Rollout(Frozen):
     """Size of each engine's KV cache; None: SGLang sizes it from free memory (not on a CPU: it takes all)."""
     threads_per_engine: PositiveInt = 1
     """CPU only: OpenMP threads of each engine."""
+    router_policy: RouterPolicy = "round_robin"
+    """`round_robin`: even load, also where all prompts begin alike (docs/benchmarks.md). `cache_aware`:
+    prompts that begin alike go to one engine until it is far ahead. `manual`: all requests of one group or
+    conversation go to one engine. `random`, `power_of_two`: as they say."""
     start_timeout_seconds: PositiveFloat = 300.0
     request_timeout_seconds: PositiveFloat = 600.0
     """From sending a request to its last token, retries not counted."""
     retries: NonNegativeInt = 5
     """Times one request is sent again after an engine failed it."""
+    health_interval_seconds: PositiveFloat = 30.0
+    """Between two health checks of an engine while it generates; each has it produce a token."""
+    health_timeout_seconds: PositiveFloat = 120.0
+    """An engine that produces nothing for so long is stuck: it is killed and started again."""
+    restarts: NonNegativeInt = 3
+    """Attempts to start a lost engine again, the pause before each twice as long; then the run ends."""
     function: str | None = None
     """`module:function` that makes a response of several turns (docs/rollout.md); None: one turn."""
     max_turns: PositiveInt = 8
@@ -99,11 +114,26 @@ class Rollout(Frozen):
 
 
 class Sync(Frozen):
+    transport: Literal["ipc", "broadcast", "disk"] = "ipc"
+    """`ipc`: engines map buckets in their node's shared memory. `broadcast`: the driver sends them over a
+    process group. `disk`: engines read safetensors in the run folder (docs/weight_sync.md)."""
     bucket_megabytes: PositiveInt = 512
-    """Weights move to the engines in flattened buckets of this size; two exist at a time."""
+    """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;
+    two exist at a time."""
+    verify: Literal["checksum", "full"] = "checksum"
+    """`checksum`: every tensor's words add up in the engine as in the actor. `full`: in addition every
+    parameter of the engine is overwritten, loaded again and compared with what it was: a second sync."""
     timeout_seconds: PositiveFloat = 300.0
     """Deadline for each bucket, and for the engine's confirmation of the new version."""
     mean_log_prob_difference: PositiveFloat | None = None
     """Bound on mean |log π_actor − log π_engine| of the sampled tokens; None: 1e-5 (fp32), 1e-1 (bf16)."""
     max_log_prob_difference: PositiveFloat | None = None
     """Bound on the largest difference; None: 1e-3 (fp32), 5.0 (bf16)."""
+
+    @model_validator(mode="after")
+    def _verifiable(self) -> Self:
+        if self.verify == "full" and self.transport != "ipc":
+            raise ConfigError(
+                f"sync.verify=full needs sync.transport=ipc: with {self.transport} SGLang loads by itself"
+            )
+        return self

@@ -49,6 +49,8 @@ class Phase:
     """Resident memory of the actor ranks at the end of the phase."""
     engine_bytes: int | None = None
     """Resident memory of the engines at the end of the phase."""
+    parts: list[Record] = field(default_factory=list)
+    """Its sub-phases, as parts.together() gives them; what they leave of the seconds is the phase's own."""
     seconds: float = 0.0
     """Set when the phase has ended."""
 
@@ -167,6 +169,8 @@ class Journal:
             "actor_bytes": phase.actor_bytes,
             "engine_bytes": phase.engine_bytes,
         }
+        if phase.parts:
+            line["parts"] = phase.parts
         if error:
             line["error"] = error
         line = finite(line)

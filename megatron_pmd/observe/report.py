@@ -36,7 +36,8 @@ class Tile:
 @dataclass
 class PhaseRow:
     name: str
-    colour: str
+    colour: str | None
+    """None: a part of the phase above."""
     count: int
     seconds: float
     share: float
@@ -123,28 +124,36 @@ def _tiles(run: RunFolder) -> list[Tile]:
 
 
 def _phase_rows(run: RunFolder, colours: dict[str, str]) -> list[PhaseRow]:
+    """Each phase, and below it what it consists of."""
     by_phase = seconds_by_phase(run.ledger)
     total = sum(by_phase.values()) or 1.0
     rows = []
-    for name, seconds in by_phase.items():
+    for name in by_phase:
         lines = [line for line in run.ledger if line["phase"] == name]
-        moving = [line for line in lines if line.get("bytes") is not None]
-        moved = sum(line["bytes"] for line in moving) if moving else None
-        while_moving = sum(line["seconds"] for line in moving)
-        rows.append(
-            PhaseRow(
-                name=name,
-                colour=colours[name],
-                count=len(lines),
-                seconds=seconds,
-                share=seconds / total,
-                bytes=moved,
-                rate=moved / while_moving / 1e9 if moved and while_moving else None,
-                actor_bytes=max((line.get("actor_bytes") or 0 for line in lines), default=0) or None,
-                engine_bytes=max((line.get("engine_bytes") or 0 for line in lines), default=0) or None,
-            )
-        )
+        rows.append(_phase_row(name, lines, total, colours[name]))
+        parts: dict[str, list[Record]] = {}
+        for part in (part for line in lines for part in line.get("parts") or []):
+            parts.setdefault(part["part"], []).append(part)
+        rows += [_phase_row(part, found, total, None) for part, found in parts.items()]
     return rows
+
+
+def _phase_row(name: str, lines: list[Record], total: float, colour: str | None) -> PhaseRow:
+    seconds = sum(line["seconds"] or 0.0 for line in lines)
+    moving = [line for line in lines if line.get("bytes") is not None]
+    moved = sum(line["bytes"] for line in moving) if moving else None
+    while_moving = sum(line["seconds"] for line in moving)
+    return PhaseRow(
+        name=name,
+        colour=colour,
+        count=len(lines),
+        seconds=seconds,
+        share=seconds / total,
+        bytes=moved,
+        rate=moved / while_moving / 1e9 if moved and while_moving else None,
+        actor_bytes=max((line.get("actor_bytes") or 0 for line in lines), default=0) or None,
+        engine_bytes=max((line.get("engine_bytes") or 0 for line in lines), default=0) or None,
+    )
 
 
 def _shown(tree: Record) -> list[tuple[str, str]]:

@@ -26,6 +26,8 @@ from megatron_pmd.weight_sync.loader import reply_path
 
 Tag = Literal["weights", "kv_cache"]
 CONNECT_SECONDS = 10.0
+READING = ("/model_info", "/server_info", "/health", "/health_generate")
+"""Endpoints that only tell."""
 
 
 class EngineControl:
@@ -35,9 +37,8 @@ class EngineControl:
         """timeout_seconds: deadline of each call."""
         self.spec = spec
         self.timeout_seconds = timeout_seconds
-        headers = {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
         self._client = httpx.Client(
-            base_url=spec.url, headers=headers, trust_env=False,
+            base_url=spec.url, trust_env=False,
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
         )  # fmt: skip
 
@@ -70,10 +71,11 @@ class EngineControl:
         An update that a failure left open is closed first, so that an engine which refused a bucket can be
         tried again.
         """
-        # Between two versions it holds a mixture, and must not serve it as either.
-        self._set_version(NO_WEIGHTS)
-        self._call("POST", "/end_weight_update", {}, accept=(200, 400))  # 400: none is open
-        self._confirmed("/begin_weight_update", {})
+        self.withdraw_version()
+        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400)).json()
+        if not begun.get("success"):  # an earlier update is still open
+            self._confirmed("/end_weight_update", {})
+            self._confirmed("/begin_weight_update", {})
 
     def load_bucket(self, description: dict[str, Any]) -> None:
         """Have every rank of the engine load a SharedBucket; returns when all of them are done reading it.
@@ -113,9 +115,41 @@ class EngineControl:
         if answer["error"]:
             raise EngineError(f"{self._where()}: rank {rank} refused the weights: {answer['error']}")
 
+    def join_group(self, host: str, port: int, name: str, *, rank_offset: int, world: int) -> None:
+        """Join the driver's process group; returns when all its members have."""
+        backend = "gloo" if self.spec.cpu else "nccl"
+        group = {"master_address": host, "master_port": port, "group_name": name, "backend": backend}
+        self._confirmed(
+            "/init_weights_update_group", group | {"rank_offset": rank_offset, "world_size": world}
+        )
+
+    def leave_group(self, name: str) -> None:
+        """Forget a group; one that the engine does not know of is none to leave."""
+        self._call("POST", "/destroy_weights_update_group", {"group_name": name}, accept=(200, 400))
+
+    def load_broadcast(self, description: dict[str, Any], group: str) -> None:
+        """Have every rank of the engine take the bucket's tensors from the group's rank 0, in their order."""
+        names, dtypes, shapes = zip(*(entry[:3] for entry in description["tensors"]), strict=True)
+        request = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        self._confirmed("/update_weights_from_distributed", request | {"flush_cache": False})
+
+    def load_from_disk(self, folder: Path) -> None:
+        """Have the engine read a folder of safetensors; no update may be open."""
+        # otherwise it reads in the way it was started with: not at all
+        request = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
+        self._confirmed("/update_weights_from_disk", request)
+
     def end_update(self, version: int) -> None:
         """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
         self._confirmed("/end_weight_update", {})
+        self.confirm(version)
+
+    def withdraw_version(self) -> None:
+        """Between two versions the engine holds a mixture, and must not serve it as either."""
+        self._set_version(NO_WEIGHTS)
+
+    def confirm(self, version: int) -> None:
+        """Tell the engine what it serves now; StaleWeights if it says otherwise."""
         self._set_version(str(version))
         served = self.weight_version()
         if served != version:
@@ -133,11 +167,31 @@ class EngineControl:
         return int(version) if version.isdecimal() else None
 
     def health(self) -> bool:
-        """Whether the engine's HTTP server answers; a hung scheduler shows only in a missed deadline."""
+        """Whether the engine's HTTP server answers; a hung scheduler shows only in responds()."""
+        return self._answers("/health", CONNECT_SECONDS)
+
+    def responds(self, seconds: float) -> bool:
+        """Whether the scheduler, too, answers within this time; touches no memory that may be released."""
+        return self._answers("/server_info", seconds)
+
+    def generates(self, seconds: float) -> bool:
+        """Whether the engine produces a token within this time, or is producing some.
+
+        Only while weights and KV cache are resident: on released memory it is a crash.
+        """
+        return self._answers("/health_generate", seconds)
+
+    def _answers(self, path: str, seconds: float) -> bool:
         try:
-            return self._client.get("/health", timeout=CONNECT_SECONDS).status_code == 200
+            patience = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+            return self._client.get(path, headers=self._headers(path), timeout=patience).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def _headers(self, path: str) -> dict[str, str]:
+        """SGLang takes the admin key for what changes an engine, and only the other one for the rest."""
+        key = self.spec.api_key if path in READING else self.spec.admin_key or self.spec.api_key
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _set_version(self, version: str) -> None:
         self._confirmed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -157,7 +211,9 @@ class EngineControl:
         accept: Sequence[int] = (200,),
     ) -> httpx.Response:
         try:
-            response = self._client.request(method, path, json=body, params=query)
+            response = self._client.request(
+                method, path, json=body, params=query, headers=self._headers(path)
+            )
         except httpx.TimeoutException:
             raise EngineError(
                 f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_pmd.config import Model, Rollout
+from megatron_pmd.config import Model, Rollout, RouterPolicy
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.rollout.child import LOOPBACK, ServerProcess, free_port, inherited_environment
 from megatron_pmd.rollout.cpu import stub_path
 from megatron_pmd.rollout.server_args import check_options, server_options
+from megatron_pmd.weight_sync.quantize import names_in, quantization_config
 
 __all__ = ["EngineProcess", "EngineSpec", "RouterProcess", "RouterSpec", "free_port"]
 
@@ -29,6 +31,7 @@ ROUTER_MARGIN_SECONDS = 60
 OUR_OPTIONS = {
     "model_path": "model.path",
     "dtype": "model.precision",
+    "trust_remote_code": "model.trust_remote_code",
     "tp_size": "rollout.tensor_parallel",
     "max_running_requests": "rollout.max_running_requests",
     "max_total_tokens": "rollout.max_total_tokens",
@@ -36,6 +39,7 @@ OUR_OPTIONS = {
     "host": "this program",
     "port": "this program",
     "api_key": "this program",
+    "admin_api_key": "this program",
     "device": "this program",
     "base_gpu_id": "this program",
     "skip_tokenizer_init": "this program (only token ids go in and out)",
@@ -44,6 +48,7 @@ OUR_OPTIONS = {
     "custom_weight_loader": "this program",
     "enable_memory_saver": "this program",
     "enable_return_routed_experts": "actor.experts.replay_routing",
+    "json_model_override_args": "this program (rollout.fp8)",
 }
 
 
@@ -63,7 +68,10 @@ class EngineSpec:
     host: str = LOOPBACK
     """Address to listen on; one the driver's node can reach."""
     api_key: str | None = None
-    """Every request must then carry `Authorization: Bearer <api_key>`."""
+    """Requests to generate must then carry `Authorization: Bearer <api_key>`."""
+    admin_key: str | None = None
+    """Calls that change weights or memory, or abort, must then carry this one: the update endpoint unpickles
+    what it is sent, and the router, which has the other key, needs none of them."""
     first_gpu: int = 0
     """The first of its tensor_parallel devices, counted among the visible ones."""
     record_routing: bool = False
@@ -81,6 +89,7 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
     check_options(spec.rollout.sglang, OUR_OPTIONS)
     options: dict[str, Any] = {
         "model_path": spec.model.path,
+        "trust_remote_code": spec.model.trust_remote_code,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[spec.model.precision],
         "host": spec.host,
         "port": spec.port,
@@ -97,12 +106,22 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         options["api_key"] = spec.api_key
     if spec.record_routing:
         options["enable_return_routed_experts"] = True
+    if spec.admin_key is not None:
+        options["admin_api_key"] = spec.admin_key
     if spec.rollout.max_total_tokens is not None:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
+    if spec.rollout.fp8:
+        options["json_model_override_args"] = json.dumps({"quantization_config": _fp8_config(spec)})
     options |= (
         _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
     )
     return options | spec.rollout.sglang
+
+
+def _fp8_config(spec: EngineSpec) -> dict[str, Any]:
+    if spec.cpu:
+        raise ConfigError("rollout.fp8 needs CUDA: SGLang has no FP8 matrices on a CPU")
+    return quantization_config(names_in(Path(spec.model.path)))
 
 
 def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
@@ -128,6 +147,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     # requests of the next rollout meet the closing ones, fail, and ten failures close the engine to all
     # requests.
     environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "86400"
+    environment["SGLANG_HEALTH_CHECK_TIMEOUT"] = str(math.ceil(spec.rollout.health_timeout_seconds))
     # With it on, every health check generates a token; on released memory that is a crash.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     # The loader runs inside the engine, where this package need not be installed.
@@ -176,9 +196,7 @@ class RouterSpec:
     host: str = LOOPBACK
     api_key: str | None = None
     """The engines' key."""
-    policy: str = "round_robin"
-    """Also `cache_aware`, `random`, `power_of_two`. Cache-aware routing sends prompts that begin alike to one
-    engine until it is far ahead: with a system prompt they all do (docs/benchmarks.md)."""
+    policy: RouterPolicy = "round_robin"
 
     @property
     def url(self) -> str:
@@ -203,6 +221,8 @@ class RouterProcess(ServerProcess):
             "host": spec.host,
             "port": spec.port,
             "policy": spec.policy,
+            # Of `manual` alone: a conversation's first request goes where the fewest are in flight.
+            "assignment-mode": "min_load",
             # The client gives up first: ten requests that time out *here* close the engine to all others.
             "request-timeout-secs": int(spec.request_timeout_seconds) + ROUTER_MARGIN_SECONDS,
             # A dead engine is closed to requests after 10 of them failed (they are retried elsewhere), or two

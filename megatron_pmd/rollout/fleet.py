@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,12 +14,17 @@ import httpx
 
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import PmdError
+from megatron_pmd.errors import EngineError, PmdError
+from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout.child import node_address
 from megatron_pmd.rollout.control import EngineControl, Tag, resident_bytes
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
+from megatron_pmd.rollout.memory import DeviceMemory, device_memory, wait_freed
+from megatron_pmd.rollout.watch import Watch
 
 T = TypeVar("T")
+RESTART_PAUSE_SECONDS = 2.0
+"""Before the second attempt to start an engine again; about doubled for each further one."""
 
 
 class Fleet:
@@ -27,16 +34,23 @@ class Fleet:
     leader is raised on all ranks, so that none waits for ever.
     """
 
-    def __init__(self, config: RunConfig, control: Control, folder: Path, *, cpu: bool) -> None:
-        """Starts this rank's engine, if it leads one, and returns at once; logs go to folder/logs."""
-        self._config, self._control, self._folder = config, control, folder
-        self.key = control.from_driver(secrets.token_hex(24) if control.is_driver else None)
+    def __init__(self, config: RunConfig, control: Control, folder: Path, parts: Parts, *, cpu: bool) -> None:
+        """Starts this rank's engine, if it leads one, and returns at once; logs go to folder/logs.
+
+        parts: the clock that its sub-phases are entered into.
+        """
+        self._config, self._control, self._folder, self._parts = config, control, folder, parts
+        keys = [secrets.token_hex(24) for _ in range(2)] if control.is_driver else None
+        self.key, self.admin_key = control.from_driver(keys)
         self.urls: list[str] = []
         self._engine: EngineProcess | None = None
         self._calls: EngineControl | None = None
         self._router: RouterProcess | None = None
+        self._watch: Watch | None = None
         self._resident: set[Tag] = set()
         """What this leader's engine holds in memory now."""
+        self._taken: dict[Tag, int] = {}
+        """Bytes that a kind of memory took of the device when it was last resumed."""
         if control.rank % config.ranks_per_engine == 0:
             number, host = control.rank // config.ranks_per_engine, node_address()
             spec = EngineSpec(
@@ -50,10 +64,16 @@ class Fleet:
                 cpu=cpu,
                 api_key=self.key,
                 record_routing=config.actor.experts.replay_routing,
+                admin_key=self.admin_key,
                 first_gpu=int(os.environ.get("LOCAL_RANK", "0")),
             )
-            self._engine, self._resident = EngineProcess(spec), {"kv_cache", "weights"}
-            self._calls = EngineControl(spec, config.sync.timeout_seconds)
+            self._start(spec)
+
+    def _start(self, spec: EngineSpec) -> EngineProcess:
+        """Start this leader's engine; it answers later."""
+        self._engine, self._resident = EngineProcess(spec), {"kv_cache", "weights"}
+        self._calls = EngineControl(spec, self._config.sync.timeout_seconds)
+        return self._engine
 
     @property
     def leads(self) -> bool:
@@ -73,7 +93,13 @@ class Fleet:
 
     @property
     def headers(self) -> dict[str, str]:
+        """For requests to the router and the engines."""
         return {"Authorization": f"Bearer {self.key}"}
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """For calls to an engine that change or abort something; the router has none of them."""
+        return {"Authorization": f"Bearer {self.admin_key}"}
 
     def on_leaders(self, action: Callable[[EngineProcess], T]) -> list[T]:
         """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
@@ -99,18 +125,34 @@ class Fleet:
         self.urls = self.on_leaders(ready)
 
     def release(self) -> None:
-        """Engines give their memory to the actors: the KV cache first, then the weights."""
-        self.on_leaders(
-            lambda _: self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False)
-        )
+        """Engines give their memory to the actors: the KV cache first, then the weights.
+
+        One that does not, because it is dead or stuck, is killed: that frees its memory too.
+        """
+
+        def give_up(engine: EngineProcess) -> None:
+            self._unwatch()
+            try:
+                self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False)
+            except EngineError:
+                if self._why_lost(engine) is None:
+                    raise
+                engine.stop()
+
+        self.on_leaders(give_up)
 
     def resume_weights(self) -> None:
         self.on_leaders(lambda _: self._hand_over(["weights"], self.calls.resume, resident=True))
 
     def resume_cache(self) -> None:
         """Take the KV cache back and forget what earlier weights left in it."""
-        self.on_leaders(lambda _: self._hand_over(["kv_cache"], self.calls.resume, resident=True))
-        self.on_leaders(lambda _: self.calls.flush_cache())
+
+        def resume(_: EngineProcess) -> None:
+            self._hand_over(["kv_cache"], self.calls.resume, resident=True)
+            with self._parts("flush"):
+                self.calls.flush_cache()
+
+        self.on_leaders(resume)
 
     def _hand_over(self, tags: list[Tag], call: Callable[[list[Tag]], None], *, resident: bool) -> None:
         """Release or resume kinds of memory, one call each.
@@ -119,15 +161,41 @@ class Fleet:
         """
         for tag in tags:
             if (tag in self._resident) != resident:
-                call([tag])
+                with self._parts(tag):
+                    before = None if self.calls.spec.cpu else device_memory()
+                    call([tag])
+                    if before is not None:
+                        self._check_memory(tag, before, resident=resident)
                 self._resident ^= {tag}
 
+    def _check_memory(self, tag: Tag, before: DeviceMemory, *, resident: bool) -> None:
+        """A release has to give back what the last resume of this kind of memory took."""
+        if resident:
+            self._taken[tag] = before.free - device_memory().free
+            return
+        wait_freed(
+            device_memory, before, self._taken.get(tag, 1), what=f"engine {self.calls.spec.number}, {tag}",
+            deadline_seconds=self._config.sync.timeout_seconds,
+        )  # fmt: skip
+
     def serve(self) -> None:
-        """Make the engines routable; on the driver, starts the router if there is none."""
+        """Make the engines routable and watch them; on the driver, starts the router if there is none."""
         self._control.on_driver(self._start_router)
+        if self._engine is not None:
+            rollout = self._config.rollout
+            self._unwatch()
+            self._watch = Watch(
+                self._engine, self.calls.spec, rollout.health_interval_seconds, rollout.health_timeout_seconds
+            )
+
+    def _unwatch(self) -> None:
+        """No health check is under way after this: one that generates on released memory kills the engine."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
 
     def _start_router(self) -> None:
-        if self._router is not None:
+        if self._router is not None and self._router.alive():
             return
         spec = RouterSpec(
             engines=self.urls,
@@ -135,38 +203,72 @@ class Fleet:
             log=self._folder / "logs" / "router.log",
             request_timeout_seconds=self._config.rollout.request_timeout_seconds,
             api_key=self.key,
+            policy=self._config.rollout.router_policy,
         )
         self._router = RouterProcess(spec)
         self._router.wait_ready(self._config.rollout.start_timeout_seconds)
 
-    def restart_dead(self) -> int:
-        """Start every dead or silent engine again; returns how many. They hold no weights yet."""
+    def restart_lost(self) -> list[str]:
+        """Start every dead or stuck engine again; returns what was wrong with each. They hold no weights yet.
 
-        def restart(engine: EngineProcess) -> int:
-            if engine.alive() and self.calls.health():
-                return 0
-            engine.stop()
-            self._engine, self._resident = EngineProcess(engine.spec), {"kv_cache", "weights"}
-            return 1
+        Raises EngineError for one that does not come up in `rollout.restarts` attempts.
+        """
 
-        restarted = sum(self.on_leaders(restart))
-        if restarted:
-            if self._router is not None:
-                self._router.stop()  # its picture of who is alive is out of date
-                self._router = None
-            self.wait_ready()
-        return restarted
+        def check(engine: EngineProcess) -> tuple[str | None, str]:
+            reason = self._why_lost(engine)
+            return reason, engine.url if reason is None else self._replace(engine, reason).url
+
+        outcomes = self.on_leaders(check)
+        self.urls = [url for _, url in outcomes]
+        reasons = [reason for reason, _ in outcomes if reason is not None]
+        if reasons and self._router is not None:
+            self._router.stop()  # its picture of who is alive is out of date
+            self._router = None
+        return reasons
+
+    def any_lost(self) -> bool:
+        """Whether an engine is dead or stuck."""
+        return any(self.on_leaders(lambda engine: self._why_lost(engine) is not None))
+
+    def _why_lost(self, engine: EngineProcess) -> str | None:
+        if self._watch is not None and self._watch.reason:
+            return self._watch.reason
+        try:
+            engine.check_alive()
+        except EngineError as died:
+            return str(died)
+        seconds = self._config.rollout.health_timeout_seconds
+        if self.calls.responds(seconds):
+            return None
+        return f"engine {engine.spec.number} ({engine.url}) did not answer within {seconds:g} s"
+
+    def _replace(self, lost: EngineProcess, reason: str) -> EngineProcess:
+        """Kill what is left of this leader's engine and start it again, on another port."""
+        self._unwatch()
+        lost.stop()
+        failure: EngineError | None = None
+        for attempt in range(self._config.rollout.restarts):
+            time.sleep(RESTART_PAUSE_SECONDS * (2**attempt - 1))
+            self.calls.close()
+            engine = self._start(dataclasses.replace(lost.spec, port=free_port(lost.spec.host)))
+            try:
+                engine.wait_ready(self._config.rollout.start_timeout_seconds)
+                return engine
+            except EngineError as error:
+                failure = error
+                engine.stop()
+        raise EngineError(
+            f"{reason}\nit was started again {self._config.rollout.restarts} times, in vain; "
+            f"the last time: {failure}"
+        )
 
     def any_alive(self) -> bool:
-        """Whether at least one engine's server answers. For the driver alone."""
+        """Whether the router runs and at least one engine's server answers. For the driver alone."""
+        if self._router is not None and not self._router.alive():
+            return False
         for url in self.urls:
             try:
-                if (
-                    httpx.get(
-                        url + "/health", headers=self.headers, timeout=10.0, trust_env=False
-                    ).status_code
-                    == 200
-                ):
+                if httpx.get(url + "/health", timeout=10.0, trust_env=False).status_code == 200:
                     return True
             except httpx.HTTPError:
                 continue
@@ -178,6 +280,7 @@ class Fleet:
 
     def stop(self) -> None:
         """End this rank's engine and router; not collective, never fails."""
+        self._unwatch()
         if self._router is not None:
             self._router.stop()
         if self._engine is not None:

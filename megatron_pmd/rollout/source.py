@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control
@@ -11,8 +14,9 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import DataError, PmdError
+from megatron_pmd.errors import DataError, EngineError, PmdError
 from megatron_pmd.observe.console import Console
+from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
@@ -23,6 +27,7 @@ from megatron_pmd.rollout.samples import Sample, read_rollout
 from megatron_pmd.rollout.transport import Endpoint, EnginesLost
 from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
+from megatron_pmd.weight_sync.transport import Broadcast, Disk, SharedMemory, Transport
 
 
 class RolloutSource(Protocol):
@@ -30,6 +35,8 @@ class RolloutSource(Protocol):
 
     live: bool
     """Whether there are engines: only they can be evaluated, and have weights to be checked."""
+    parts: Parts
+    """What the phases spend their time on."""
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
         """Samples for the plan, graded; [] on ranks other than the driver, whose plan is None.
@@ -73,8 +80,16 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console = rewards, console
         self._function = rollout_function(config.rollout.function)
-        self.fleet = Fleet(config, control, folder, cpu=cpu)
-        self._push = WeightPush(config, control, self.fleet, shared_memory_key(folder))
+        self.parts = Parts(lambda: (psutil.Process().memory_info().rss, self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu)
+        self._push = WeightPush(
+            _transport(config, self.fleet, control, folder),
+            control,
+            shared_memory_key(folder),
+            self.parts,
+            bucket_bytes=config.sync.bucket_megabytes * 2**20,
+            verify=config.sync.verify == "full",
+        )
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
@@ -95,6 +110,7 @@ class LiveEngines:
             router_url=self.fleet.router_url,
             engine_urls=self.fleet.urls,
             headers=self.fleet.headers,
+            abort_headers=self.fleet.admin_headers,
             request_timeout_seconds=sampling.request_timeout_seconds,
             retries=sampling.retries,
             any_engine_alive=self.fleet.any_alive,
@@ -118,28 +134,39 @@ class LiveEngines:
         return None
 
     def _revive(self, actor: Actor, version: int) -> None:
-        """Start dead engines again and give all engines the current weights."""
-        restarted = self.fleet.restart_dead()
-        if self._control.is_driver:
-            self._console.say(
-                f"{restarted} engine(s) died and were started again; sending weight version {version}"
-            )
-        self._send(actor, version)
+        """Start lost engines and a lost router again; give all engines the current weights if any is new."""
+        if self._restart():
+            self._send(actor, version)
         self.fleet.serve()
+
+    def _restart(self) -> bool:
+        """Start lost engines again, and say so."""
+        reasons = self.fleet.restart_lost()
+        if reasons and self._control.is_driver:
+            first = "; ".join(reason.splitlines()[0] for reason in reasons)
+            self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
+        return bool(reasons)
 
     def release(self) -> None:
         self.fleet.release()
 
     def load(self, actor: Actor, version: int) -> PushReport:
-        """See RolloutSource. Engines that died since the last load are started again first."""
+        """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
         if not self.fleet.urls:
             self.fleet.wait_ready()
-        self.fleet.restart_dead()
-        self.fleet.resume_weights()
-        return self._send(actor, version)
+        for attempt in itertools.count():
+            self._restart()
+            try:
+                self.fleet.resume_weights()
+                return self._send(actor, version)
+            except EngineError:
+                # what a living engine refuses, it would refuse again
+                if attempt == self._config.rollout.restarts or not self.fleet.any_lost():
+                    raise
+        raise AssertionError("unreachable")
 
     def _send(self, actor: Actor, version: int) -> PushReport:
-        return self._push.push(actor.export(), version)
+        return self._push.push(actor.shards(), version, leads=self.fleet.leads)
 
     def resume(self) -> None:
         self.fleet.resume_cache()
@@ -153,15 +180,29 @@ class LiveEngines:
         self.fleet.stop()
 
 
+def _transport(config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Transport:
+    if config.sync.transport == "broadcast":
+        return Broadcast(
+            fleet, control, tensor_parallel=config.rollout.tensor_parallel,
+            timeout_seconds=config.sync.timeout_seconds,
+        )  # fmt: skip
+    return (
+        Disk(fleet, control, folder / "weights") if config.sync.transport == "disk" else SharedMemory(fleet)
+    )
+
+
 class WithoutEngines:
     """What a source does in the phases of engines that it does not have."""
 
     live = False
 
+    def __init__(self) -> None:
+        self.parts = Parts()
+
     def release(self) -> None: ...
 
     def load(self, actor: Actor, version: int) -> PushReport:
-        return PushReport(tensors=0, bytes=0, buckets=0)
+        return PushReport()
 
     def resume(self) -> None: ...
 
@@ -176,6 +217,7 @@ class ReplayedRollouts(WithoutEngines):
 
     def __init__(self, path: Path, control: Control) -> None:
         """path: one rollout file, or a folder with one for every iteration that will be trained."""
+        super().__init__()
         if not path.exists():
             raise DataError(f"{path}: no such rollout file or folder")
         self._path, self._control = path, control
@@ -197,6 +239,7 @@ class Demonstrations(WithoutEngines):
     """The problems' own answers: supervised training (algorithm.objective=sft)."""
 
     def __init__(self, control: Control, tokenizer: Any) -> None:
+        super().__init__()
         self._control, self._tokenizer = control, tokenizer
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:

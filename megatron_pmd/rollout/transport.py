@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -44,6 +44,8 @@ class Endpoint:
     any_engine_alive: Callable[[], bool]
     max_in_flight: int | None = None
     """Requests sent at one time; their deadline runs only then. None: all at once."""
+    abort_headers: dict[str, str] = field(default_factory=dict)
+    """In place of headers where an engine takes an abort only from who may change it."""
 
 
 class Transport:
@@ -139,7 +141,9 @@ class Transport:
         body = orjson.dumps({"abort_all": True})
         try:
             url, patience = engine_url + "/abort_request", aiohttp.ClientTimeout(total=ABORT_TIMEOUT_SECONDS)
-            async with self._session.post(url, data=body, timeout=patience) as reply:
+            async with self._session.post(
+                url, data=body, timeout=patience, headers=self._endpoint.abort_headers
+            ) as reply:
                 if reply.status != 200:
                     raise EngineError(
                         f"{engine_url} answered /abort_request with status {reply.status}: "

@@ -1,10 +1,14 @@
-"""The writer's side of a weight bucket: a file in shared memory, filled, sent, filled again."""
+"""A weight bucket: a file in shared memory that the ranks of a node fill and its engines read."""
 
 from __future__ import annotations
 
 import atexit
+import fcntl
+import math
 import mmap
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,10 @@ from megatron_pmd.errors import ModelError
 ALIGNMENT = 64
 """Bytes; a cache line, and a multiple of every element size."""
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "megatron-pmd-"
+NEW_SECONDS = 60.0
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14; Python 3.11 has no name for it."""
 
 
 @dataclass(frozen=True)
@@ -95,50 +103,103 @@ class BucketLayout:
         return layout
 
 
-def checksum(data: torch.Tensor) -> int:
-    """Sum of the bytes taken as int64, modulo 2^64: finds stale, missing and partly written data.
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
-    It does not find two words exchanged; positions are checked through sizes and offsets. crc32 costs 5 times
-    as much.
+
+def word_sum(tensor: torch.Tensor, word: int) -> int:
+    """Sum of the tensor's memory, in its own order, as words of so many bytes, modulo 2^64.
+
+    Finds stale, missing and partly written data, at the speed of memory; not two words exchanged: positions
+    are checked through names, shapes and offsets. The sums of a tensor's parts add up to its own, as long as
+    no word lies across their edges.
     """
-    return int(data.view(torch.int64).sum().item())
+    if tensor.numel() == 0:
+        return 0
+    try:
+        words = tensor.view(WORDS[word])
+    except RuntimeError:  # a part whose rows are shorter than a word, or that does not start on one
+        words = tensor.reshape(-1).clone().view(WORDS[word])
+    return int(words.sum(dtype=torch.int64)) % 2**64
+
+
+def whole_word(tensor: torch.Tensor) -> int:
+    """The largest word that fits a tensor that is not in parts."""
+    return math.gcd(8, tensor.itemsize * (tensor.shape[-1] if tensor.ndim else 1)) or 8
+
+
+def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:
+    """Remove the buckets that killed runs of this user have left; returns them.
+
+    A living owner holds a lock on its bucket; the kernel gives it back however the owner ends.
+    """
+    removed = []
+    for path in folder.glob(f"{PREFIX}*"):
+        try:
+            if time.time() - path.stat().st_mtime < NEW_SECONDS:
+                continue  # it may not be locked yet
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path)
+        except OSError:  # locked, or of another user, or gone meanwhile
+            continue
+    return removed
 
 
 class SharedBucket:
     """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
 
-    The file is removed by close(), and at the exit of this process. Its pages are touched once, here: a
-    first touch costs more than ten times a copy.
+    Its owner makes the file and removes it, by close() or at the exit of its process; the other ranks of the
+    node open it to write their parts.
     """
 
-    def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY) -> None:
-        """key: names the run and the rank, e.g. `run-3f2a-rank0-a`. capacity: bytes, rounded up to ALIGNMENT.
+    def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY, *, owner: bool = True) -> None:
+        """key: names the run and the bucket, e.g. `3f2a-0-1`. capacity: bytes, rounded up to ALIGNMENT.
 
-        Raises ModelError if the machine's shared memory cannot hold it.
+        Raises ModelError if the machine's shared memory cannot hold it, or, not being the owner, if there is
+        none.
         """
-        self.key = key
-        self.path = folder / f"megatron-pmd-{key}"
-        self.layout = BucketLayout(padded(capacity))
-        self._sequence = 0
+        self.key, self.capacity = key, padded(capacity)
+        self.path = folder / f"{PREFIX}{key}"
+        self.layout = BucketLayout(self.capacity)
+        self._sequence, self._owner = 0, owner
+        descriptor = self._create(folder) if owner else self._open()
+        try:
+            self._map = mmap.mmap(descriptor, self.capacity)
+            # Takes the pages now: a first touch costs more than ten times a copy.
+            self._map.madvise(MADV_POPULATE_WRITE)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise ModelError(f"weight bucket {self.path}: cannot be mapped: {error}") from None
+        finally:
+            if not owner:
+                os.close(descriptor)
+        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+        """The whole bucket as bytes."""
+
+    def _create(self, folder: Path) -> int:
         self.path.unlink(missing_ok=True)  # left by a killed run of the same key
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._lock = descriptor  # open for as long as the bucket lives: see sweep()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         atexit.register(self.close)
         try:
             # Reserves the pages: after a mere truncate, a full /dev/shm would be a SIGBUS in the middle of a
             # sync.
-            os.posix_fallocate(descriptor, 0, self.layout.capacity)
-            self._map = mmap.mmap(descriptor, self.layout.capacity)
+            os.posix_fallocate(descriptor, 0, self.capacity)
         except OSError as error:
             self.close()
             raise ModelError(
-                f"{folder} cannot hold a weight bucket of {self.layout.capacity} bytes ({error.strerror}); "
+                f"{folder} cannot hold a weight bucket of {self.capacity} bytes ({error.strerror}); "
                 f"lower sync.bucket_megabytes or enlarge {folder}"
             ) from None
-        finally:
-            os.close(descriptor)
-        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
-        """The whole bucket as bytes."""
-        self.data.zero_()
+        return descriptor
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR)
+        except OSError as error:
+            raise ModelError(f"weight bucket {self.path}: cannot be opened: {error.strerror}") from None
 
     @property
     def empty(self) -> bool:
@@ -149,23 +210,30 @@ class SharedBucket:
         return self.layout.fits(*(t.nbytes for t in tensors))
 
     def place(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor in; ModelError if it does not fit (ask fits() first)."""
+        """Copy a tensor in, behind those placed before; ModelError if it does not fit (ask fits() first)."""
         entry = self.layout.add(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        region = self.data[entry.offset : entry.offset + entry.nbytes]
-        region.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        # The gap up to the next tensor belongs to the checksum; an earlier filling may have left bytes there.
-        self.data[entry.offset + entry.nbytes : entry.offset + padded(entry.nbytes)].zero_()
+        self.tensor(entry).copy_(tensor)
 
-    def description(self) -> dict[str, Any]:
-        """What an engine needs to read the bucket: JSON-serialisable, different at every call."""
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        """The place of a tensor in the bucket."""
+        region = self.data[entry.offset : entry.offset + entry.nbytes]
+        return region.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def description(self, sums: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
+        """What an engine needs to read the bucket: JSON-serialisable, different at every call.
+
+        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket.
+        """
         self._sequence += 1
+        if sums is None:
+            tensors = {name: self.tensor(entry) for name, entry in self.layout.entries.items()}
+            sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
         return {
             "bucket": f"{self.key}#{self._sequence}",
             "path": str(self.path),
-            "bytes": self.layout.capacity,
-            "used": self.layout.used,
-            "checksum": checksum(self.data[: self.layout.used]),
+            "bytes": self.capacity,
             "tensors": self.layout.as_json(),
+            "sums": [sums[name] for name in self.layout.entries],
         }
 
     def clear(self) -> None:
@@ -173,6 +241,11 @@ class SharedBucket:
         self.layout.clear()
 
     def close(self) -> None:
-        """Remove the file; the memory goes when the last process has unmapped it."""
+        """Remove the file, if it is ours; the memory goes when the last process has unmapped it."""
+        if not self._owner:
+            return
         self.path.unlink(missing_ok=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         atexit.unregister(self.close)

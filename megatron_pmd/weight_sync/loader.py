@@ -14,21 +14,44 @@ Runs in the engine: imports nothing of the trainer but the bucket's layout.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_pmd.weight_sync.bucket import BucketLayout, checksum
+from megatron_pmd.weight_sync.bucket import BucketLayout, word_sum
+
+KEPT_MAPPINGS = 4
+MADV_POPULATE_READ = 22
+POISON = 0x7B
+"""Byte that verification overwrites every parameter with: as bf16, fp16 and fp32 a number of no use."""
 
 
 class BucketError(Exception):
-    """The bucket in shared memory is not what its description says."""
+    """The bucket in shared memory is not what its description says, or an update is not complete."""
+
+
+@dataclass
+class Update:
+    """What this engine has been given since the update began."""
+
+    name: str = ""
+    received: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Tensor -> dtype and shape."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the parameters, before a verification."""
+
+
+_update = Update()
+_mappings: dict[tuple[str, int, int], torch.Tensor] = {}
+"""(path, inode, size) -> the bucket's bytes. Mapping one anew at each use costs as much as copying it."""
 
 
 def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -38,15 +61,9 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
     read.
     """
     description = json.loads(bytes(named_tensors[0][1].cpu().numpy()))
-    reply = {"bucket": description["bucket"], "tensors": 0, "error": None}
+    reply: dict[str, Any] = {"bucket": description["bucket"], "tensors": 0, "error": None}
     try:
-        weights = read_bucket(description)
-        with _unknown_weights(description["bucket"]):
-            model.load_weights(weights)
-        if torch.cuda.is_available():
-            # The copies to the device may still be under way: refilling the bucket now would corrupt them.
-            torch.cuda.synchronize()
-        reply["tensors"] = len(weights)
+        reply["tensors"] = _load(model, description)
     except Exception as error:  # whatever it is, the server must live to report it
         reply["error"] = f"{type(error).__name__}: {error}"
     target = reply_path(description["reply"], _rank())
@@ -55,34 +72,122 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
     partial.rename(target)
 
 
+def _load(model: Any, description: dict[str, Any]) -> int:
+    weights = read_bucket(description)
+    update = description.get("update", {})
+    if update.get("verify") == "first":
+        _update.digests = _digests(model)
+        for parameter in model.parameters():
+            parameter.data.view(torch.uint8).fill_(POISON)
+    with _unknown_weights(description["bucket"]):
+        model.load_weights(weights)
+    if torch.cuda.is_available():
+        # The copies to the device may still be under way: refilling the bucket now would corrupt them.
+        torch.cuda.synchronize()
+    _account(update, weights)
+    if update.get("verify_last"):
+        _compare(_digests(model), update["name"])
+    return len(weights)
+
+
+def _account(update: dict[str, Any], weights: list[tuple[str, torch.Tensor]]) -> None:
+    """Note what has come of an update; at its last bucket, compare with the sender's list."""
+    if not update or update.get("verify"):
+        return
+    if update["name"] != _update.name:
+        _update.name, _update.received = update["name"], {}
+    for name, tensor in weights:
+        if name in _update.received:
+            raise BucketError(f"update {update['name']}: tensor {name} came twice")
+        _update.received[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    if "manifest" not in update:
+        return
+    expected = {name: (dtype, tuple(shape)) for name, dtype, shape in update["manifest"]}
+    for name, (dtype, shape) in expected.items():
+        if name not in _update.received:
+            raise BucketError(f"update {update['name']}: tensor {name} did not come")
+        if _update.received[name] != (dtype, shape):
+            came = _update.received[name]
+            raise BucketError(
+                f"update {update['name']}: tensor {name} came as {came[0]} {list(came[1])}, "
+                f"not {dtype} {list(shape)}"
+            )
+    if extra := sorted(_update.received.keys() - expected.keys()):
+        raise BucketError(f"update {update['name']}: tensor {extra[0]} came, which nobody announced")
+
+
+def _digests(model: Any) -> dict[str, str]:
+    """Of every parameter's bytes."""
+    return {
+        name: hashlib.blake2b(
+            parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16
+        ).hexdigest()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _compare(digests: dict[str, str], update: str) -> None:
+    """BucketError unless loading everything into a model with no weights gives what the engine had."""
+    wrong = [name for name, digest in digests.items() if _update.digests.get(name) != digest]
+    _update.digests = {}
+    if wrong:
+        few = ", ".join(wrong[:3])
+        raise BucketError(
+            f"update {update}: {len(wrong)} parameters of the engine were not what the actor sent: {few}"
+        )
+
+
 def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """The bucket's tensors, as views of shared memory; BucketError if it is not as described."""
-    name, path = description["bucket"], description["path"]
+    name, path, size = description["bucket"], description["path"], description["bytes"]
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        found = os.stat(path)
     except OSError as error:
         raise BucketError(f"weight bucket {name}: cannot open {path}: {error.strerror}") from None
-    try:
-        size = os.fstat(descriptor).st_size
-        if size != description["bytes"]:
-            raise BucketError(
-                f"weight bucket {name}: {path} has {size} bytes, expected {description['bytes']}"
-            )
-        # Copy-on-write: a model that changes a tensor it is given does not change it for the next reader.
-        data = torch.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    finally:
-        os.close(descriptor)
+    if found.st_size != size:
+        raise BucketError(f"weight bucket {name}: {path} has {found.st_size} bytes, expected {size}")
     layout = BucketLayout.from_json(size, description["tensors"])
-    found = checksum(data[: layout.used])
-    if layout.used != description["used"] or found != description["checksum"]:
+    key = (path, found.st_ino, size)
+    kept = key in _mappings
+    weights = _views(_mappings[key] if kept else _map(key), layout)
+    wrong = _first_wrong(weights, description["sums"])
+    if wrong and kept:
+        # A model that writes to what it is given writes to our copy of that page, which then stays as it is.
+        weights = _views(_map(key), layout)
+        wrong = _first_wrong(weights, description["sums"])
+    if wrong:
         raise BucketError(
-            f"weight bucket {name}: {path} has checksum {found} over {layout.used} bytes, expected "
-            f"{description['checksum']} over {description['used']}; it was changed after it was described"
+            f"weight bucket {name}: tensor {wrong} in {path} has not the checksum it was sent with; "
+            "it was changed after it was described"
         )
+    return weights
+
+
+def _map(key: tuple[str, int, int]) -> torch.Tensor:
+    path, _, size = key
+    for old in [k for k in _mappings if k[0] == path] + list(_mappings)[: -(KEPT_MAPPINGS - 1)]:
+        _mappings.pop(old, None)
+    with open(path, "rb") as file:
+        # Copy-on-write: a model that changes a tensor it is given does not change it for the next reader.
+        mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    with contextlib.suppress(OSError):  # only a saving of time
+        mapping.madvise(MADV_POPULATE_READ)
+    return _mappings.setdefault(key, torch.frombuffer(mapping, dtype=torch.uint8))
+
+
+def _views(data: torch.Tensor, layout: BucketLayout) -> list[tuple[str, torch.Tensor]]:
     return [
         (e.name, data[e.offset : e.offset + e.nbytes].view(getattr(torch, e.dtype)).view(e.shape))
         for e in layout.entries.values()
     ]
+
+
+def _first_wrong(weights: list[tuple[str, torch.Tensor]], sums: list[tuple[int, int]]) -> str | None:
+    """Name of a tensor whose words do not add up to the sum it was sent with."""
+    for (name, tensor), (word, expected) in zip(weights, sums, strict=True):
+        if word_sum(tensor, word) != expected:
+            return name
+    return None
 
 
 @contextlib.contextmanager

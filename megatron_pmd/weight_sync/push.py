@@ -1,30 +1,41 @@
-"""From the actor's shards to the engines: Hugging Face names, flattened buckets, no disk."""
+"""From the actor's shards to the engines, in buckets: the next is filled while one is loaded."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_pmd.errors import ModelError, PmdError
-from megatron_pmd.weight_sync.bucket import SharedBucket, padded
+from megatron_pmd.weight_sync.bucket import SharedBucket, sweep, word_sum
+from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
+    from megatron_pmd.actor.export import ShardExport
     from megatron_pmd.actor.parallel import Control
-    from megatron_pmd.config import RunConfig
-    from megatron_pmd.rollout.fleet import Fleet
+    from megatron_pmd.observe.parts import Parts
+    from megatron_pmd.weight_sync.transport import Transport
+
+Sums = dict[str, int]
+"""By tensor, the sum of the words that one rank has written of it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PushReport:
-    tensors: int
-    bytes: int
-    buckets: int
+    """What one update moved."""
+
+    tensors: int = 0
+    bytes: int = 0
+    buckets: int = 0
 
 
 def shared_memory_key(folder: Path) -> str:
@@ -33,84 +44,242 @@ def shared_memory_key(folder: Path) -> str:
 
 
 class WeightPush:
-    """Two buckets in the machine's shared memory, written by the driver and read by all engines.
+    """Two buckets on every node that needs them; all ranks of the node write them.
 
-    While the engines load one bucket the next is gathered and filled; a bucket is filled again only after
-    every engine has answered for it.
+    At one point a bucket is full and its predecessor has been loaded; from there on engines load it, and the
+    ranks write the next into the predecessor's memory.
     """
 
-    def __init__(self, config: RunConfig, control: Control, fleet: Fleet, run_key: str) -> None:
-        self._control, self._fleet = control, fleet
-        self._key, self._capacity = run_key, config.sync.bucket_megabytes * 2**20
+    def __init__(
+        self,
+        transport: Transport,
+        control: Control,
+        run_key: str,
+        parts: Parts,
+        *,
+        bucket_bytes: int,
+        verify: bool = False,
+    ) -> None:
+        """parts: the clock for `begin` (engines withdraw their version), `write` (shards go into buckets),
+        `load` (what is then left to wait for the engines), `verify` and `confirm`.
+        bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
+        """
+        self._transport, self._control, self._key = transport, control, run_key
+        self._parts, self._bucket_bytes, self._verify = parts, bucket_bytes, verify
+        self._export: ShardExport | None = None
+        self._plan: Plan | None = None
         self._buckets: list[SharedBucket] = []
+        self._updates = itertools.count()
+        self._token = secrets.token_hex(4)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
-    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> PushReport:
+    def push(self, export: ShardExport, version: int, *, leads: bool) -> PushReport:
         """Send every tensor to every engine and confirm the version.
 
-        Collective; the weights' memory must be resident.
-        tensors: the same sequence of names and shapes on every rank; the driver's values are sent.
+        Collective; the weights' memory must be resident in actor and engines.
+        leads: whether this rank has an engine of its own to call.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
         confirm.
         """
-        self._fleet.on_leaders(lambda _: self._fleet.calls.begin_update())
-        loading: list[Future[None] | None] = [None, None]
-        count = total = sent = used = 0
-        turn = 0
-        for name, tensor in tensors:
-            size = padded(tensor.nbytes)
-            if size > self._capacity:
-                raise ModelError(
-                    f"tensor {name} has {tensor.nbytes} bytes: it does not fit a weight bucket of "
-                    f"sync.bucket_megabytes={self._capacity // 2**20}; raise that to {-(-size // 2**20)}"
-                )
-            if used + size > self._capacity:
-                loading[turn] = self._send(turn)
-                sent, turn, used = sent + 1, 1 - turn, 0
-            if not used:
-                self._settle(loading[turn])
-                self._clear(turn)
-            if self._control.is_driver:
-                self._buckets[turn].place(name, tensor)
-            used += size
-            count, total = count + 1, total + tensor.nbytes
-        loading[turn] = self._send(turn)
-        for future in loading:
-            self._settle(future)
-        self._fleet.on_leaders(lambda _: self._fleet.calls.end_update(version))
-        return PushReport(tensors=count, bytes=total, buckets=sent + 1)
+        if export is not self._export:
+            self._prepare(export, leads)
+        assert self._plan is not None
+        plan = self._plan
+        name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
+        with self._parts("begin", memory=False):
+            self._together(self._transport.begin)
+            self._transport.connect()
+        self._send(export, plan, {"name": name})
+        if self._verify:
+            self._send(export, plan, {"name": name, "verify": "next"})
+        with self._parts("confirm"):
+            self._together(lambda: self._transport.end(version))
+        return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
 
-    def _clear(self, turn: int) -> None:
-        """Make the bucket empty; the first time, make it."""
-        if not self._control.is_driver:
-            return
-        if turn < len(self._buckets):
-            self._buckets[turn].clear()
-            return
-        self._buckets.append(SharedBucket(f"{self._key}-{turn}", self._capacity))
+    def _prepare(self, export: ShardExport, leads: bool) -> None:
+        """Make the plan and the buckets: sizes do not change while a run lasts."""
+        control = self._control
+        shares = control.all_gather((control.node, leads, export.regions))
+        nodes = [node for node, _, _ in shares]
+        leading = {node for node, leads, _ in shares if leads}
+        targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in leading, n)]
+        self._plan = make_plan(
+            [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
+            last=[region.name for region in export.irregular],
+        )  # fmt: skip
+        self._nodes, self._export = nodes, export
+        self._close_buckets()
+        writes_here = control.node in targets
+        first = nodes.index(control.node) == control.rank
+        count = min(2, len(self._plan.buckets))
+        keys = [f"{self._key}-{control.node}-{turn}" for turn in range(count)]
 
-    def _send(self, turn: int) -> Future[None] | None:
-        """Describe the filled bucket to the leaders, whose engines begin to load it."""
-        description = self._buckets[turn].description() if self._control.is_driver else None
-        description = self._control.from_driver(description)
-        if not self._fleet.leads:
-            return None
-        return self._loader.submit(self._fleet.calls.load_bucket, description)
+        def make(owner: bool) -> None:
+            if writes_here and owner == first:
+                if owner:
+                    sweep()
+                capacity = self._plan.capacity if self._plan else 0
+                self._buckets = [SharedBucket(key, capacity, owner=owner) for key in keys]
 
-    def _settle(self, loading: Future[None] | None) -> None:
-        """Wait until every engine has answered for a bucket; then it may be filled again."""
+        self._together(lambda: make(owner=True))
+        self._together(lambda: make(owner=False))
+
+    def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
+        """Every bucket, once; what of `update` depends on the position is added here."""
+        loading: Future[None] | None = None
+        irregular = export.irregular_tensors()
+        # sub-phases of a verification do not count as the update's own
+        write, load = ("verify", "verify") if "verify" in update else ("write", "load")
+        for number, bucket_plan in enumerate(plan.buckets):
+            bucket = self._buckets[number % 2] if self._buckets else None
+            first, last = number == 0, number == len(plan.buckets) - 1
+            with self._parts(write, bucket_plan.nbytes, memory=first):
+                sums = self._write(export, bucket_plan, bucket, irregular)
+            with self._parts(load, memory=False):
+                failure = _outcome(loading)
+                shares = self._control.all_gather((failure, sums))
+            _raise_first(failure for failure, _ in shares)
+            description: dict[str, Any] = {"tensors": bucket_plan.layout.as_json()}
+            if bucket is not None:
+                parts = [part for rank, (_, part) in enumerate(shares) if self._is_here(rank)]
+                checks = {
+                    name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
+                    for name, word in bucket_plan.words.items()
+                }
+                description = bucket.description(checks) | {"update": _position(update, number, last, plan)}
+            loading = self._loader.submit(self._transport.load, bucket, description)
+        with self._parts(load, plan.bytes):
+            failure = _outcome(loading)
+            _raise_first(self._control.all_gather(failure))
+
+    def _is_here(self, rank: int) -> bool:
+        """Whether a rank shares this one's node."""
+        return self._nodes[rank] == self._control.node
+
+    def _write(
+        self,
+        export: ShardExport,
+        plan: BucketPlan,
+        bucket: SharedBucket | None,
+        irregular: Iterator[tuple[str, torch.Tensor]],
+    ) -> Sums:
+        """This rank's share of a bucket; returns the sums of what it wrote."""
+        whole = _take(irregular, {region.name for region in export.irregular} & plan.layout.entries.keys())
+
+        def held(region: Region) -> torch.Tensor:
+            return whole[region.name] if region.name in whole else export.shards[region].tensor()
+
+        sums: Sums = defaultdict(int)
+
+        def place(region: Region, source: torch.Tensor) -> None:
+            assert bucket is not None
+            target = bucket.tensor(plan.layout.entries[region.name])
+            if region.shape:
+                target = target.narrow(region.dim, region.start, region.length)
+            target.view(source.shape).copy_(source)
+            sums[region.name] += word_sum(source, plan.words[region.name])
+
+        if bucket is not None:
+            bucket.layout = plan.layout
+        with torch.no_grad():
+            arriving = _exchange(plan.moves, self._control.rank, held)
+            for region in plan.writes.get(self._control.rank, []):
+                place(region, held(region))
+            for region, tensor in arriving():
+                place(region, tensor)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies to the host must be there before an engine is told of them
+        return dict(sums)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run the action on every rank; raise the first PmdError of any on all of them."""
         failure: PmdError | None = None
-        if loading is not None:
-            try:
-                loading.result()
-            except PmdError as error:
-                failure = error
-        for failed in self._control.all_gather(failure):
-            if failed is not None:
-                raise failed
+        try:
+            action()
+        except PmdError as error:
+            failure = error
+        _raise_first(self._control.all_gather(failure))
 
     def close(self) -> None:
         """Remove the buckets from shared memory."""
         self._loader.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+        self._close_buckets()
+
+    def _close_buckets(self) -> None:
         for bucket in self._buckets:
             bucket.close()
+        self._buckets = []
+
+
+def _exchange(
+    moves: list[Move], rank: int, held: Callable[[Region], torch.Tensor]
+) -> Callable[[], Iterator[tuple[Region, torch.Tensor]]]:
+    """Start what has to cross nodes, one message for each pair of ranks; the result yields what arrived."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    outgoing: dict[int, list[Region]] = defaultdict(list)
+    incoming: dict[int, list[Region]] = defaultdict(list)
+    for move in moves:
+        if move.source == rank:
+            outgoing[move.target].append(move.region)
+        if move.target == rank:
+            incoming[move.source].append(move.region)
+    operations, buffers = [], {}
+    for target, regions in outgoing.items():
+        data = torch.cat([held(r).reshape(-1).view(torch.uint8) for r in regions])
+        operations.append(dist.P2POp(dist.isend, data, target))
+    for source, regions in incoming.items():
+        buffers[source] = torch.empty(sum(r.nbytes for r in regions), dtype=torch.uint8, device=device)
+        operations.append(dist.P2POp(dist.irecv, buffers[source], source))
+    pending = dist.batch_isend_irecv(operations) if operations else []
+
+    def arrived() -> Iterator[tuple[Region, torch.Tensor]]:
+        for work in pending:
+            work.wait()
+        for source, regions in incoming.items():
+            at = 0
+            for region in regions:
+                data = buffers[source][
+                    at : at + region.nbytes
+                ].clone()  # starts anywhere: the copy is aligned
+                at += region.nbytes
+                shape = list(region.shape)
+                if shape:
+                    shape[region.dim] = region.length
+                yield region, data.view(getattr(torch, region.dtype)).view(shape)
+
+    return arrived
+
+
+def _take(stream: Iterator[tuple[str, torch.Tensor]], names: set[str]) -> dict[str, torch.Tensor]:
+    """The next tensors of the stream, which must be these."""
+    taken = {}
+    for _ in range(len(names)):
+        name, tensor = next(stream, ("", torch.empty(0)))
+        if name not in names:
+            raise ModelError(f"the export gave tensor {name or 'nothing'} where {min(names)} was due")
+        taken[name] = tensor.detach()
+    return taken
+
+
+def _position(update: dict[str, Any], number: int, last: bool, plan: Plan) -> dict[str, Any]:
+    """What the loader is told of a bucket's place in its update."""
+    if "verify" in update:
+        return update | {"verify": "next" if number else "first", "verify_last": last}
+    return update | ({"manifest": plan.manifest} if last else {})
+
+
+def _outcome(loading: Future[None] | None) -> PmdError | None:
+    """The failure of a load, once it has ended."""
+    try:
+        if loading is not None:
+            loading.result()
+    except PmdError as error:
+        return error
+    return None
+
+
+def _raise_first(failures: Any) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure

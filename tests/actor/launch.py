@@ -1,4 +1,4 @@
-"""Starting programs.py on actor ranks and collecting what each rank returns."""
+"""Starting programs on actor ranks and collecting what each rank returns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ REPOSITORY = Path(__file__).parents[2]
 DEADLINE_SECONDS = 600
 
 
-def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
-    """Every rank's return value of `programs.<program>(**arguments)`; torchrun starts several ranks.
+def launch(
+    program: str, *, ranks: int = 1, module: str = "tests.actor.programs", **arguments: Any
+) -> list[Any]:
+    """Every rank's return value of `<program>(**arguments)` of the module; torchrun starts several ranks.
 
     Fails with the end of their output when one of them fails.
     """
@@ -36,7 +38,7 @@ def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *(torchrun if ranks > 1 else []), "tests.actor.programs", str(order)],
+                [sys.executable, "-m", *(torchrun if ranks > 1 else []), module, str(order)],
                 cwd=REPOSITORY,
                 env=os.environ | {"OMP_NUM_THREADS": "1"} | (single if ranks == 1 else {}),
                 stdout=log,

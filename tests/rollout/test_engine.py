@@ -5,20 +5,20 @@ One engine serves the whole module (its start takes 15-45 s); two tests start an
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
 
-from megatron_pmd.config import Model, Rollout
+from megatron_pmd.config import Rollout
 from megatron_pmd.errors import ConfigError, EngineError
 from megatron_pmd.rollout.control import EngineControl, resident_bytes
 from megatron_pmd.rollout.engine import (
@@ -29,122 +29,29 @@ from megatron_pmd.rollout.engine import (
     engine_options,
     free_port,
 )
-from megatron_pmd.weight_sync.bucket import SharedBucket
+from tests.rollout.live_engine import (
+    ADMIN_KEY,
+    KEY,
+    PROMPTS,
+    START_SECONDS,
+    bucket,
+    control,
+    engine,
+    folder,
+    generate,
+    largest_difference,
+    models,
+    spec_for,
+    starting,
+    update,
+)
 
 pytestmark = [
     pytest.mark.serial,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 
-KEY = "a-key-nobody-else-has"
-PROMPTS = [[5, 6, 7, 8], [100, 90, 80, 70, 60, 50, 40, 30, 20, 10], [11] * 7, [300]]
-START_SECONDS = 180.0
-
-
-def tiny_qwen3(folder: Path, seed: int):
-    """A random two-layer Qwen3, with weights large enough that a wrong one shows in every log-prob."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=False,
-        eos_token_id=2, pad_token_id=0, bos_token_id=None, initializer_range=0.2, dtype="float32",
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).float().eval()
-    model.save_pretrained(folder)
-    return model
-
-
-def spec_for(model: Path, folder: Path, **changes) -> EngineSpec:
-    rollout = changes.pop("rollout", None) or Rollout(max_total_tokens=8192, max_running_requests=16)
-    return EngineSpec(
-        number=3, model=Model(path=str(model), precision="fp32"), rollout=rollout, port=free_port(),
-        log=folder / "logs" / "engine-3.log", seed=0, cpu=True, **changes,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("engine")
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    """Two models of one architecture; the engine starts from the first one's folder, without its weights."""
-    return [tiny_qwen3(folder / f"model-{seed}", seed) for seed in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def starting(folder, models):
-    engine = EngineProcess(spec_for(folder / "model-0", folder, api_key=KEY))
-    yield engine
-    engine.stop()
-
-
-@pytest.fixture(scope="module")
-def engine(starting):
-    starting.wait_ready(START_SECONDS)
-    return starting
-
-
-@pytest.fixture
-def control(engine):
-    with EngineControl(engine.spec, timeout_seconds=60) as control:
-        yield control
-
-
-@pytest.fixture
-def bucket():
-    bucket = SharedBucket(f"test-{os.getpid()}", 1 << 20)
-    yield bucket
-    bucket.close()
-
-
-def fill(bucket: SharedBucket, model) -> dict:
-    bucket.clear()
-    for name, tensor in model.state_dict().items():
-        bucket.place(name, tensor)
-    return bucket.description()
-
-
-def update(control: EngineControl, bucket: SharedBucket, model, version: int) -> None:
-    """The whole exchange of one iteration, in the order that a GPU needs."""
-    control.release(["kv_cache"])
-    control.release(["weights"])
-    control.resume(["weights"])
-    control.begin_update()
-    control.load_bucket(fill(bucket, model))
-    control.end_update(version)
-    control.resume(["kv_cache"])
-    control.flush_cache()
-
-
-def generate(url: str, **sampling) -> list[dict]:
-    sampling = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True} | sampling
-    request = {"input_ids": PROMPTS, "sampling_params": sampling, "return_logprob": True}
-    reply = httpx.post(
-        url + "/generate",
-        json=request,
-        headers={"Authorization": f"Bearer {KEY}"},
-        timeout=60,
-        trust_env=False,
-    )
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-@torch.no_grad()
-def largest_difference(model, answers: list[dict], temperature: float = 1.0) -> float:
-    """Largest |log-prob of the engine − log-prob of transformers' fp32 forward| over all sampled tokens."""
-    worst = 0.0
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        tokens = answer["output_ids"]
-        theirs = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        ours = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        worst = max(worst, (theirs - ours).abs().max().item())
-    return worst
+FIXTURES = (folder, models, starting, engine, control, bucket)
 
 
 def survivors(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
@@ -178,6 +85,27 @@ def test_an_option_that_follows_a_setting_of_ours_is_refused_by_that_setting(fol
 def test_a_cpu_engine_needs_the_size_of_its_cache(folder):
     with pytest.raises(ConfigError, match=r"rollout\.max_total_tokens must be set"):
         engine_options(spec_for(folder, folder, rollout=Rollout()))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_from_the_model_folder_runs_only_if_the_recipe_says_so(folder, trust):
+    spec = spec_for(folder, folder)
+    model = spec.model.model_copy(update={"trust_remote_code": True}) if trust else spec.model
+    assert engine_options(dataclasses.replace(spec, model=model))["trust_remote_code"] is trust
+    named = Rollout(max_total_tokens=64, sglang={"trust_remote_code": True})
+    with pytest.raises(ConfigError, match=r"trust_remote_code is set by model\.trust_remote_code"):
+        engine_options(spec_for(folder, folder, rollout=named))
+
+
+def test_fp8_tells_the_engine_what_keeps_its_precision_and_is_refused_on_a_cpu(folder, models):
+    spec = spec_for(folder / "model-0", folder, rollout=Rollout(max_total_tokens=64, fp8=True))
+    with pytest.raises(ConfigError, match=r"rollout\.fp8 needs CUDA"):
+        engine_options(spec)
+    overrides = json.loads(engine_options(dataclasses.replace(spec, cpu=False))["json_model_override_args"])
+    kept = set(overrides["quantization_config"]["modules_to_not_convert"])
+    assert {"lm_head", "model.embed_tokens", "model.norm"} <= kept
+    assert overrides["quantization_config"]["weight_block_size"] == [128, 128]
+    assert not any(name.endswith(("_proj", ".q_proj")) for name in kept)
 
 
 def test_a_call_to_nobody_names_engine_call_and_port(folder):
@@ -246,43 +174,51 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
 
 
 def test_a_new_engine_serves_no_version(control):
-    assert control.health()
+    assert control.health() and control.responds(30) and control.generates(30)
     assert control.weight_version() is None
 
 
-def test_the_api_key_is_required_and_on_no_command_line(engine):
-    assert httpx.post(engine.url + "/generate", json={"input_ids": [1]}, trust_env=False).status_code == 401
+UPDATES = (
+    "/update_weights_from_tensor", "/update_weights_from_distributed", "/update_weights_from_disk",
+    "/begin_weight_update", "/end_weight_update", "/update_weight_version", "/init_weights_update_group",
+)  # fmt: skip
+CHANGES = (
+    *UPDATES,
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/flush_cache",
+    "/abort_request",
+)
+
+
+@pytest.mark.parametrize("path", [*CHANGES, "/generate", "/load_lora_adapter_from_tensors"])
+def test_a_call_without_a_key_is_refused(engine, path):
+    assert httpx.post(engine.url + path, json={}, trust_env=False).status_code == 401
+    wrong = {"Authorization": f"Bearer {KEY}x"}
+    assert httpx.post(engine.url + path, json={}, headers=wrong, trust_env=False).status_code == 401
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_the_key_of_those_who_generate_does_not_change_an_engine(engine, path):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(engine.url + path, json={}, headers=headers, trust_env=False).status_code == 401
+
+
+def test_no_key_is_on_a_command_line_or_in_the_log_and_the_file_is_private(engine):
     warden = psutil.Process(engine.pid)
-    assert all(KEY not in " ".join(p.cmdline()) for p in [warden, *warden.children(recursive=True)])
-    assert (engine.log.with_name("engine-3.log.yaml").stat().st_mode & 0o777) == 0o600
+    words = [" ".join(p.cmdline()) for p in [warden, *warden.children(recursive=True)]]
+    assert not any(key in text for key in (KEY, ADMIN_KEY) for text in [*words, engine.log.read_text()])
+    options = engine.log.with_name("engine-3.log.yaml")
+    assert (options.stat().st_mode & 0o777) == 0o600 and ADMIN_KEY in options.read_text()
 
 
-def test_a_corrupt_bucket_is_refused_by_name_and_the_engine_takes_the_next(control, engine, bucket, models):
-    control.begin_update()
-    description = fill(bucket, models[1])
-    bucket.data[77] ^= 1
-    with pytest.raises(EngineError, match=rf"engine 3 .*weight bucket test-{os.getpid()}#1: .*checksum"):
-        control.load_bucket(description)
-    assert control.weight_version() is None and engine.alive()
-    update(control, bucket, models[0], version=1)
-    assert control.weight_version() == 1
-    assert largest_difference(models[0], generate(engine.url)) < 1e-4
-
-
-def test_a_wrong_shape_or_an_unknown_weight_is_refused_and_the_version_withdrawn(
-    control, engine, bucket, models
-):
-    update(control, bucket, models[0], version=2)
-    for name, tensor, reason in [
-        ("model.norm.weight", torch.ones(7), "Error"),
-        ("model.layers.0.mlp.nonsense.weight", torch.ones(7), "nonsense.weight not found"),
-    ]:
-        control.begin_update()
-        bucket.clear()
-        bucket.place(name, tensor)
-        with pytest.raises(EngineError, match=reason):
-            control.load_bucket(bucket.description())
-        assert control.weight_version() is None and engine.alive()
+def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
+    """torch's TCPStore takes no address to bind to; it holds no weights and unpickles nothing."""
+    warden = psutil.Process(engine.pid)
+    family = [warden, *warden.children(recursive=True)]
+    listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert engine.spec.port in {address.port for address in listening}
+    assert len([a for a in listening if a.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]) <= 1, listening
 
 
 def test_log_probs_equal_transformers_before_and_after_an_update(control, engine, bucket, models):

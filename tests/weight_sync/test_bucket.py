@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_pmd.errors import ModelError
-from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket
+from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket, sweep, word_sum
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket, reply_path
 
 DTYPES = [
@@ -118,7 +120,7 @@ def test_a_changed_byte_is_refused_by_the_buckets_name_and_nothing_is_loaded(buc
     bucket.data[1234] ^= 1
     model = Recorder()
     reply = deliver(model, description, tmp_path)
-    assert "weight bucket test#1" in reply["error"] and "checksum" in reply["error"]
+    assert "weight bucket test#1: tensor w" in reply["error"] and "checksum" in reply["error"]
     assert not model.loaded
 
 
@@ -174,3 +176,145 @@ def test_the_file_is_private_and_goes_with_the_process(tmp_path):
     )
     assert stat.S_IMODE(int(printed.stdout, 8)) == 0o600
     assert not list(tmp_path.iterdir())
+
+
+def test_the_sums_of_parts_add_up_to_the_whole_and_equal_numpys():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 8).to(torch.bfloat16)
+    expected = int(weight.view(torch.int16).numpy().view(np.uint64).sum(dtype=np.uint64))
+    assert word_sum(weight, 8) == expected
+    rows, columns = [weight[:2], weight[2:]], [weight[:, :4], weight[:, 4:]]
+    for parts in (rows, columns):
+        assert sum(word_sum(part, 8) for part in parts) % 2**64 == expected
+    assert word_sum(weight[1:5].view(2, 2, 8)[:, 1:], 8) == word_sum(weight[[2, 4]], 8)
+
+
+def test_a_part_whose_rows_are_shorter_than_a_word_is_summed_all_the_same():
+    bias = torch.arange(12, dtype=torch.bfloat16)
+    words = bias.view(torch.int16).numpy().view(np.uint64)
+    assert word_sum(bias[2:10].view(4, 2), 8) == int(
+        bias[2:10].view(torch.int16).numpy().view(np.uint64).sum()
+    )
+    assert word_sum(bias.view(6, 2), 8) == int(words.sum())
+    assert word_sum(torch.empty(0, 3), 4) == 0
+
+
+def test_ranks_of_a_node_fill_one_bucket_between_them(tmp_path):
+    owner = SharedBucket("shared", 4096, folder=tmp_path)
+    other = SharedBucket("shared", 4096, folder=tmp_path, owner=False)
+    whole = torch.randn(4, 6)
+    for bucket in (owner, other):
+        bucket.layout = BucketLayout(4096)
+        bucket.layout.add("w", "float32", (4, 6))
+    entry = owner.layout.entries["w"]
+    owner.tensor(entry)[:, :3] = whole[:, :3]
+    other.tensor(entry)[:, 3:] = whole[:, 3:]
+    [(_, tensor)] = read_bucket(owner.description())
+    assert torch.equal(tensor, whole)
+    other.close()
+    assert owner.path.exists()  # it is not the other's to remove
+    owner.close()
+    with pytest.raises(ModelError, match="cannot be opened"):
+        SharedBucket("shared", 4096, folder=tmp_path, owner=False)
+
+
+def test_a_killed_processs_bucket_is_swept_and_a_living_ones_is_not(tmp_path, bucket):
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from megatron_pmd.weight_sync.bucket import SharedBucket\n"
+        "bucket = SharedBucket('killed', 4096, folder=Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"megatron-pmd-killed", "megatron-pmd-test"}
+    assert sweep(tmp_path) == []  # another process may have made it just now, and not have locked it yet
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert sweep(tmp_path) == [tmp_path / "megatron-pmd-killed"]
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron-pmd-test"]
+
+
+class TestUpdate:
+    """What the loader keeps of an update, from its first bucket to the list in its last."""
+
+    MANIFEST = (["a", "float32", [3]], ["b", "float32", [2, 2]])
+
+    def send(self, bucket, folder, names: str, name: str, manifest=None, **changes) -> str | None:
+        bucket.clear()
+        for tensor in names:
+            bucket.place(tensor, torch.ones(3) if tensor == "a" else torch.ones(2, 2))
+        update = {"name": name} | ({} if manifest is None else {"manifest": manifest})
+        return deliver(Recorder(), bucket.description() | {"update": update | changes}, folder)["error"]
+
+    def test_an_update_with_every_announced_tensor_is_complete(self, bucket, tmp_path):
+        assert self.send(bucket, tmp_path, "a", "1#1") is None
+        assert self.send(bucket, tmp_path, "b", "1#1", self.MANIFEST) is None
+
+    def test_a_dropped_tensor_fails_by_name(self, bucket, tmp_path):
+        assert self.send(bucket, tmp_path, "a", "2#1", self.MANIFEST) == (
+            "BucketError: update 2#1: tensor b did not come"
+        )
+
+    def test_an_update_given_up_half_way_does_not_complete_the_next(self, bucket, tmp_path):
+        assert self.send(bucket, tmp_path, "b", "3#1") is None
+        assert "tensor b did not come" in (self.send(bucket, tmp_path, "a", "3#2", self.MANIFEST) or "")
+
+    def test_a_tensor_that_nobody_announced_or_that_comes_twice_fails_by_name(self, bucket, tmp_path):
+        assert "tensor c came, which nobody" in (
+            self.send(bucket, tmp_path, "abc", "4#1", self.MANIFEST) or ""
+        )
+        assert self.send(bucket, tmp_path, "a", "5#1") is None
+        assert "tensor a came twice" in (self.send(bucket, tmp_path, "ab", "5#1", self.MANIFEST) or "")
+
+    def test_another_shape_fails_by_name_and_says_both(self, bucket, tmp_path):
+        manifest = (["a", "float32", [4]], self.MANIFEST[1])
+        error = self.send(bucket, tmp_path, "ab", "6#1", manifest) or ""
+        assert "tensor a came as float32 [3], not float32 [4]" in error
+
+
+class Linear(torch.nn.Module):
+    """A model of two parameters that loads as SGLang's do: into its own, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.zeros(4), requires_grad=False) for _ in range(2))
+        self.ignores: str | None = None
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name != self.ignores:
+                getattr(self, name).data.copy_(tensor)
+
+
+def verify(model: Linear, bucket: SharedBucket, folder: Path, spoil: bool = False) -> str | None:
+    """Both tensors, then both again as a verification, one bucket each."""
+    errors = []
+    for again in (False, True):
+        for number, name in enumerate("ab"):
+            bucket.clear()
+            bucket.place(name, torch.full((4,), number + 1.0))
+            position: dict[str, object] = {"name": folder.name}
+            if again:
+                position |= {"verify": "first" if name == "a" else "next", "verify_last": name == "b"}
+            errors.append(deliver(model, bucket.description() | {"update": position}, folder)["error"])
+        if spoil:
+            model.a.data[2] = 7.0
+    return next((error for error in errors if error), None)
+
+
+def test_full_verification_passes_for_what_was_sent_and_leaves_it_loaded(bucket, tmp_path):
+    model = Linear()
+    assert verify(model, bucket, tmp_path) is None
+    assert model.a.tolist() == [1.0] * 4 and model.b.tolist() == [2.0] * 4
+
+
+def test_full_verification_names_a_parameter_that_is_not_what_was_sent(bucket, tmp_path):
+    model = Linear()
+    error = verify(model, bucket, tmp_path, spoil=True) or ""
+    assert "1 parameters of the engine were not what the actor sent: a" in error
+
+
+def test_full_verification_names_a_parameter_that_nothing_is_loaded_into(bucket, tmp_path):
+    model = Linear()
+    model.ignores = "b"
+    assert "were not what the actor sent: b" in (verify(model, bucket, tmp_path) or "")

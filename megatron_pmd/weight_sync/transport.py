@@ -1,0 +1,224 @@
+"""How a full bucket gets into the engines. Every rank calls every method, in the same order.
+
+A method does this rank's part (a leader's, the driver's, or nothing) and raises a PmdError when that fails;
+WeightPush brings the ranks' failures together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_pmd.errors import EngineError, PmdError
+from megatron_pmd.rollout.child import LOOPBACK, free_port
+
+if TYPE_CHECKING:
+    from megatron_pmd.actor.parallel import Control
+    from megatron_pmd.rollout.fleet import Fleet
+    from megatron_pmd.weight_sync.bucket import SharedBucket
+
+
+class Transport(Protocol):
+    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+        """Whether this node's bucket has to be filled. node_leads: an engine has its leader there."""
+
+    def begin(self) -> None:
+        """The engines hold no version from here on."""
+
+    def connect(self) -> None:
+        """What has to be set up once every engine has begun; raises on all ranks what fails on one."""
+
+    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+        """Move the bucket; returns when the last of this rank's engines is done with it. Not collective.
+
+        bucket: None on a rank whose node has none.
+        """
+
+    def end(self, version: int) -> None:
+        """The engines serve this version; StaleWeights if one says otherwise."""
+
+    def close(self) -> None:
+        """Not collective, never fails."""
+
+
+class SharedMemory:
+    """Engines map their node's bucket: one copy, from the bucket into the parameter."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+        return node_leads
+
+    def begin(self) -> None:
+        if self._fleet.leads:
+            self._fleet.calls.begin_update()
+
+    def connect(self) -> None: ...
+
+    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+        if self._fleet.leads:
+            self._fleet.calls.load_bucket(description)
+
+    def end(self, version: int) -> None:
+        if self._fleet.leads:
+            self._fleet.calls.end_update(version)
+
+    def close(self) -> None: ...
+
+
+class Broadcast(SharedMemory):
+    """The driver broadcasts every tensor to all ranks of all engines, over gloo, or NCCL where CUDA exists.
+
+    For engines that do not share a node with actors. What is checked is SGLang's own answer, not the loader's
+    sums.
+    """
+
+    def __init__(
+        self, fleet: Fleet, control: Control, *, tensor_parallel: int, timeout_seconds: float
+    ) -> None:
+        super().__init__(fleet)
+        self._control, self._tensor_parallel = control, tensor_parallel
+        self._deadline = timedelta(seconds=timeout_seconds)
+        self._group: Any = None
+        self._name = ""
+        self._members: list[str] = []
+        self._numbers = itertools.count()
+
+    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+        return node == 0
+
+    def connect(self) -> None:
+        """Make the group, the first time, and again when an engine has been replaced."""
+        if self._members == self._fleet.urls:
+            return
+        old, self._members = self._name, []
+        # engines of other nodes find the driver where the ranks found it
+        host = os.environ.get("MASTER_ADDR", LOOPBACK) if self._control.world > 1 else LOOPBACK
+        place = (host, free_port(), f"weights-{next(self._numbers)}") if self._control.is_driver else None
+        host, port, self._name = self._control.from_driver(place)
+        world = 1 + len(self._fleet.urls) * self._tensor_parallel
+
+        def join() -> None:
+            calls = self._fleet.calls
+            if old:
+                calls.leave_group(old)
+            offset = 1 + self._fleet.urls.index(calls.spec.url) * self._tensor_parallel
+            calls.join_group(host, port, self._name, rank_offset=offset, world=world)
+
+        def found() -> None:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+            self._group = _group(host, port, self._name, world, self._deadline)
+
+        failure: PmdError | None = None
+        try:
+            self._side_by_side(found, join)
+        except PmdError as error:
+            failure = error
+        for failed in self._control.all_gather(failure):
+            if failed is not None:
+                raise failed
+        self._members = list(self._fleet.urls)
+
+    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+        def send() -> None:
+            assert bucket is not None, "the driver's node has a bucket"
+            device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+            for entry in bucket.layout.entries.values():
+                tensor = bucket.tensor(entry).to(device)
+                try:
+                    # An engine that refused the request never joins in: without a deadline, this would hang.
+                    dist.broadcast(tensor, 0, group=self._group, async_op=True).wait(self._deadline)
+                except RuntimeError as error:
+                    self._members = []  # the group is of no use any more
+                    raise EngineError(
+                        f"broadcast of tensor {entry.name} to {len(self._fleet.urls)} engines was not taken "
+                        f"within {self._deadline.total_seconds():g} s: {error}"
+                    ) from None
+
+        self._side_by_side(send, lambda: self._fleet.calls.load_broadcast(description, self._name))
+
+    def _side_by_side(self, driver: Callable[[], None], leader: Callable[[], None]) -> None:
+        """Both parts on a rank that is both, at the same time: each waits for the other."""
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(leader)] if self._fleet.leads else []
+            running += [pool.submit(driver)] if self._control.is_driver else []
+            for future in running:  # the leader's failure first: it is the reason of the driver's
+                future.result()
+
+
+class Disk(SharedMemory):
+    """The driver writes safetensors into a folder that every engine reads, on a file system all share."""
+
+    def __init__(self, fleet: Fleet, control: Control, folder: Path) -> None:
+        super().__init__(fleet)
+        self._folder, self._control = folder, control
+
+    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+        return node == 0
+
+    def begin(self) -> None:
+        if self._control.is_driver:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        if self._fleet.leads:
+            self._fleet.calls.withdraw_version()
+
+    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+        if not self._control.is_driver:
+            return
+        from safetensors.torch import save_file
+
+        assert bucket is not None, "the driver's node has a bucket"
+        number = len(list(self._folder.iterdir()))
+        tensors = {name: bucket.tensor(entry) for name, entry in bucket.layout.entries.items()}
+        try:
+            save_file(tensors, self._folder / f"model-{number:05d}.safetensors")
+        except OSError as error:
+            raise EngineError(f"{self._folder}: weights for the engines cannot be written: {error}") from None
+
+    def end(self, version: int) -> None:
+        """All files are there: the last bucket's load() has returned on every rank."""
+        if self._fleet.leads:
+            self._fleet.calls.load_from_disk(self._folder)
+            self._fleet.calls.confirm(version)
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _group(host: str, port: int, name: str, world: int, deadline: timedelta) -> Any:
+    """A process group beside the default one, with this process as rank 0.
+
+    SGLang's engines join with torch's private _new_process_group_helper (sglang/srt/utils/common.py,
+    init_custom_process_group): torch has no public way to make a group with outsiders to the default one.
+    """
+    from torch.distributed.distributed_c10d import (
+        Backend,
+        GroupName,
+        PrefixStore,
+        _new_process_group_helper,
+        _world,
+    )
+
+    try:
+        store = dist.TCPStore(host, port, world, is_master=True, timeout=deadline, wait_for_workers=False)
+        backend = Backend("nccl" if torch.cuda.is_available() else "gloo")
+        group, _ = _new_process_group_helper(
+            world, 0, [], backend, PrefixStore(name, store), group_name=GroupName(name), timeout=deadline
+        )
+    except RuntimeError as error:
+        raise EngineError(f"the engines did not join the driver at {host}:{port}: {error}") from None
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    return group

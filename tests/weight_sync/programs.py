@@ -1,0 +1,167 @@
+"""What the tests of weight sync run on actor ranks: `python -m tests.weight_sync.programs ORDER`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron_pmd.actor import export as export_module
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import Control, initialize
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.parts import Parts
+from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.loader import read_bucket
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
+from tests.actor.tiny_models import config_for
+
+
+class Recorder:
+    """A transport to nowhere: keeps a copy of what an engine on this node would be given."""
+
+    def __init__(self, records: bool) -> None:
+        self.records, self.calls = records, list[Any]()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.descriptions: list[dict[str, Any]] = []
+        self.fails_at = -1
+
+    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+        return node_leads
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+        self.tensors, self.descriptions = {}, []
+
+    def connect(self) -> None: ...
+
+    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+        if not self.records:
+            return
+        self.descriptions.append(description)
+        if len(self.descriptions) == self.fails_at:
+            raise EngineError("engine 7 refused the weights")
+        for name, tensor in read_bucket(description):
+            assert name not in self.tensors
+            self.tensors[name] = tensor.clone()
+
+    def end(self, version: int) -> None:
+        self.calls.append(version)
+
+    def close(self) -> None: ...
+
+
+def start(path: Path, layout: dict[str, int], nodes: int, precision: str) -> tuple[Actor, Control]:
+    config = config_for(path, layout, precision=precision)
+    if not torch.distributed.is_initialized():
+        initialize(config.layout, seed=0, timeout_seconds=60)
+    control = Control(60)
+    control.node = control.rank * nodes // control.world
+    return Actor(config, control), control
+
+
+def export(
+    path: Path,
+    layout: dict[str, int],
+    bucket_bytes: int,
+    key: str,
+    fp8_path: Path,
+    nodes: int = 1,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Both exports of the loaded weights and of changed ones, what memory it took, and a refused bucket."""
+    actor, control = start(path, layout, nodes, precision)
+    recorder = Recorder(records=control.rank % (control.world // nodes) == 0)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    result: dict[str, Any] = {"node": control.node, "records": recorder.records}
+    result["irregular"] = len(actor.shards().irregular)
+    result["first"] = (_bridge(actor), _pushed(push, recorder, actor, 1, result))
+    with torch.no_grad():
+        for parameter in (p for chunk in actor.chunks for p in chunk.parameters()):
+            parameter.mul_(1.5)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    before = _status("VmRSS")
+    pushed = _pushed(push, recorder, actor, 2, result)
+    result["grew"] = _status("VmHWM") - before
+    result["second"] = (_bridge(actor), pushed)
+    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
+    recorder.fails_at = 2
+    try:
+        push.push(actor.shards(), 3, leads=recorder.records)
+    except EngineError as error:
+        result["refused"] = str(error)
+    result["calls"] = recorder.calls
+    push.close()
+    result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
+    result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
+    return result
+
+
+def _fp8(
+    path: Path, layout: dict[str, int], control: Control, records: bool, key: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, int]:
+    """The bridge's tensors, those pushed in FP8, and how many regions this rank quantises itself or not."""
+    actor = Actor(config_for(path, layout), control)
+    shards = export_module.ShardExport(actor._bridge, actor.chunks, control, actor._shapes, fp8=True)
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=2**19)
+    push.push(shards, 1, leads=records)
+    push.close()
+    own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
+    return _bridge(actor), recorder.tensors, own, len(shards.irregular)
+
+
+def _all_irregular(
+    actor: Actor, control: Control, records: bool, bucket_bytes: int, key: str
+) -> dict[str, torch.Tensor]:
+    """As for a family whose tensors are more than cut-up parameters."""
+    only_renames = export_module._only_renames
+    export_module._only_renames = lambda bridge: False
+    shards = export_module.ShardExport(actor._bridge, actor.chunks, control, actor._shapes)
+    export_module._only_renames = only_renames
+    assert not shards.shards
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    push.push(shards, 4, leads=records)
+    push.close()
+    return recorder.tensors
+
+
+def _pushed(
+    push: WeightPush, recorder: Recorder, actor: Actor, version: int, result: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    report: PushReport = push.push(actor.shards(), version, leads=recorder.records)
+    result["report"] = (report.tensors, report.bytes, report.buckets)
+    if recorder.records:
+        result["manifest"] = recorder.descriptions[-1]["update"]["manifest"]
+        result["positions"] = ["manifest" in d["update"] for d in recorder.descriptions]
+    return dict(recorder.tensors)
+
+
+def _bridge(actor: Actor) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in actor.export()}
+
+
+def _status(field: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    order = Path(sys.argv[1])
+    name, arguments = pickle.loads(order.read_bytes())
+    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

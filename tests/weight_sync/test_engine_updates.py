@@ -1,0 +1,184 @@
+"""What a real engine takes and refuses of an update, by each transport; one engine for all tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pmd.errors import EngineError
+from megatron_pmd.rollout.control import EngineControl
+from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.transport import Broadcast, Disk
+from tests.rollout.live_engine import (
+    bucket,
+    control,
+    engine,
+    fill,
+    folder,
+    generate,
+    largest_difference,
+    models,
+    starting,
+    update,
+)
+
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
+]
+
+FIXTURES = (folder, models, starting, engine, control, bucket)
+
+
+def test_a_corrupt_bucket_is_refused_by_name_and_the_engine_takes_the_next(control, engine, bucket, models):
+    control.begin_update()
+    description = fill(bucket, models[1])
+    bucket.data[77] ^= 1
+    with pytest.raises(EngineError, match=rf"engine 3 .*weight bucket test-{os.getpid()}#1: .*checksum"):
+        control.load_bucket(description)
+    assert control.weight_version() is None and engine.alive()
+    update(control, bucket, models[0], version=1)
+    assert control.weight_version() == 1
+    assert largest_difference(models[0], generate(engine.url)) < 1e-4
+
+
+def test_a_wrong_shape_or_an_unknown_weight_is_refused_and_the_version_withdrawn(
+    control, engine, bucket, models
+):
+    update(control, bucket, models[0], version=2)
+    for name, tensor, reason in [
+        ("model.norm.weight", torch.ones(7), "Error"),
+        ("model.layers.0.mlp.nonsense.weight", torch.ones(7), "nonsense.weight not found"),
+    ]:
+        control.begin_update()
+        bucket.clear()
+        bucket.place(name, tensor)
+        with pytest.raises(EngineError, match=reason):
+            control.load_bucket(bucket.description())
+        assert control.weight_version() is None and engine.alive()
+
+
+def send(control: EngineControl, bucket: SharedBucket, tensors, name: str, **last) -> None:
+    """One bucket of an update, through the loader's accounts."""
+    bucket.clear()
+    for key, tensor in tensors:
+        bucket.place(key, tensor)
+    control.load_bucket(bucket.description() | {"update": {"name": name} | last})
+
+
+def manifest(model) -> list:
+    return [[n, "float32", list(t.shape)] for n, t in model.state_dict().items()]
+
+
+def test_a_dropped_tensor_is_refused_by_name_and_no_version_follows(control, engine, bucket, models):
+    tensors = list(models[1].state_dict().items())
+    control.begin_update()
+    with pytest.raises(EngineError, match=rf"engine 3 .*tensor {re.escape(tensors[3][0])} did not come"):
+        send(control, bucket, tensors[:3] + tensors[4:], "dropped", manifest=manifest(models[1]))
+    assert control.weight_version() is None and engine.alive()
+
+
+def test_full_verification_finds_no_difference_in_sglangs_own_parameters(control, engine, bucket, models):
+    """Every parameter is overwritten, loaded again, and is what it was: nothing is left out of an update."""
+    tensors = list(models[1].state_dict().items())
+    control.begin_update()
+    send(control, bucket, tensors[:9], "v")
+    send(control, bucket, tensors[9:], "v", manifest=manifest(models[1]))
+    send(control, bucket, tensors[:9], "v", verify="first", verify_last=False)
+    send(control, bucket, tensors[9:], "v", verify="next", verify_last=True)
+    control.end_update(8)
+    control.flush_cache()
+    assert largest_difference(models[1], generate(engine.url)) < 1e-4
+
+
+def test_full_verification_names_the_parameters_that_other_weights_went_into(control, engine, bucket, models):
+    tensors, others = (list(model.state_dict().items()) for model in models)
+    control.begin_update()
+    send(control, bucket, [*tensors[:4], others[4], *tensors[5:]], "w", manifest=manifest(models[0]))
+    send(control, bucket, tensors[:9], "w", verify="first", verify_last=False)
+    with pytest.raises(
+        EngineError, match=r"1 parameters of the engine were not what the actor sent: model\.lay"
+    ):
+        send(control, bucket, tensors[9:], "w", verify="next", verify_last=True)
+
+
+class Alone:
+    """The control group of a single process."""
+
+    rank = node = 0
+    world = 1
+    is_driver = True
+
+    def from_driver(self, value):
+        return value
+
+    def all_gather(self, value):
+        return [value]
+
+
+ALONE: Any = Alone()
+
+
+@pytest.fixture
+def fleet(control, engine):
+    return SimpleNamespace(leads=True, calls=control, urls=[engine.url])
+
+
+def through(transport, bucket: SharedBucket, model, version: int) -> None:
+    """A whole update in two buckets."""
+    tensors = list(model.state_dict().items())
+    transport.begin()
+    transport.connect()
+    for part in (tensors[:9], tensors[9:]):
+        bucket.clear()
+        for name, tensor in part:
+            bucket.place(name, tensor)
+        transport.load(bucket, bucket.description())
+    transport.end(version)
+
+
+def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(
+    control, engine, bucket, models, fleet
+):
+    transport = Broadcast(fleet, ALONE, tensor_parallel=1, timeout_seconds=30)
+    for version, model in ((20, models[0]), (21, models[1])):
+        through(transport, bucket, model, version)
+        control.flush_cache()
+        assert control.weight_version() == version
+        assert largest_difference(model, generate(engine.url)) < 1e-4
+
+
+def test_a_broadcast_that_the_engine_refuses_ends_within_its_deadline_and_the_next_update_works(
+    control, engine, bucket, models, fleet
+):
+    """Outside of an update SGLang refuses the request without joining in the broadcast."""
+    transport = Broadcast(fleet, ALONE, tensor_parallel=1, timeout_seconds=3)
+    transport.begin()
+    transport.connect()
+    control.end_update(30)
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=r"engine 3 .*must run between begin_weight_update"):
+        transport.load(bucket, fill(bucket, models[0]))
+    assert time.monotonic() - begun < 20
+    through(transport, bucket, models[0], 31)
+    control.flush_cache()
+    assert largest_difference(models[0], generate(engine.url)) < 1e-4
+
+
+def test_disk_gives_the_engine_the_same_weights_and_leaves_no_files(
+    control, engine, bucket, models, fleet, tmp_path
+):
+    transport = Disk(fleet, ALONE, tmp_path / "weights")
+    for version, model in ((40, models[1]), (41, models[0])):
+        through(transport, bucket, model, version)
+        control.flush_cache()
+        assert control.weight_version() == version
+        assert largest_difference(model, generate(engine.url)) < 1e-4
+    transport.close()
+    assert not list(tmp_path.iterdir())
