@@ -132,3 +132,10 @@ def test_known_keys_reach_into_unions_of_sources() -> None:
 def test_configuration_and_recipes_import_no_torch() -> None:
     code = "import sys, megatron_pmd.cli, recipes; recipes.recipe('tiny_moe_cpu')"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
+
+
+def test_full_verification_without_shared_memory_is_refused(config: RunConfig) -> None:
+    values = config.model_dump(mode="json")
+    values["sync"] |= {"verify": "full", "transport": "broadcast"}
+    with pytest.raises(ConfigError, match=r"sync\.verify=full needs sync\.transport=ipc"):
+        build(values)
