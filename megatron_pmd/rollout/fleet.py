@@ -208,14 +208,15 @@ class Fleet:
         self._router = RouterProcess(spec)
         self._router.wait_ready(self._config.rollout.start_timeout_seconds)
 
-    def restart_lost(self) -> list[str]:
+    def restart_lost(self, *, probe: bool) -> list[str]:
         """Start every dead or stuck engine again; returns what was wrong with each. They hold no weights yet.
 
+        probe: ask each whether it responds; without it, a stuck engine shows at its next call's deadline.
         Raises EngineError for one that does not come up in `rollout.restarts` attempts.
         """
 
         def check(engine: EngineProcess) -> tuple[str | None, str]:
-            reason = self._why_lost(engine)
+            reason = self._why_lost(engine, probe=probe)
             return reason, engine.url if reason is None else self._replace(engine, reason).url
 
         outcomes = self.on_leaders(check)
@@ -230,7 +231,7 @@ class Fleet:
         """Whether an engine is dead or stuck."""
         return any(self.on_leaders(lambda engine: self._why_lost(engine) is not None))
 
-    def _why_lost(self, engine: EngineProcess) -> str | None:
+    def _why_lost(self, engine: EngineProcess, *, probe: bool = True) -> str | None:
         if self._watch is not None and self._watch.reason:
             return self._watch.reason
         try:
@@ -238,7 +239,7 @@ class Fleet:
         except EngineError as died:
             return str(died)
         seconds = self._config.rollout.health_timeout_seconds
-        if self.calls.responds(seconds):
+        if not probe or self.calls.responds(seconds):
             return None
         return f"engine {engine.spec.number} ({engine.url}) did not answer within {seconds:g} s"
 

@@ -135,13 +135,13 @@ class LiveEngines:
 
     def _revive(self, actor: Actor, version: int) -> None:
         """Start lost engines and a lost router again; give all engines the current weights if any is new."""
-        if self._restart():
+        if self._restart(probe=True):
             self._send(actor, version)
         self.fleet.serve()
 
-    def _restart(self) -> bool:
+    def _restart(self, *, probe: bool) -> bool:
         """Start lost engines again, and say so."""
-        reasons = self.fleet.restart_lost()
+        reasons = self.fleet.restart_lost(probe=probe)
         if reasons and self._control.is_driver:
             first = "; ".join(reason.splitlines()[0] for reason in reasons)
             self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
@@ -155,7 +155,7 @@ class LiveEngines:
         if not self.fleet.urls:
             self.fleet.wait_ready()
         for attempt in itertools.count():
-            self._restart()
+            self._restart(probe=attempt > 0)
             try:
                 self.fleet.resume_weights()
                 return self._send(actor, version)
