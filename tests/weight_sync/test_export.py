@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
         # a tensor-parallel rank has half a block of each key and value
         fp8_family="qwen3moe",
         fp8_settings=dict(head_dim=64, num_key_value_heads=2),
-    ),  # fmt: skip
+    ),
     # biases, tied embeddings, and each pipeline stage on a node of its own
     "dense over TP2 PP2, two nodes, bf16": dict(
         family="qwen2",
