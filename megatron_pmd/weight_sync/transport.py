@@ -6,8 +6,8 @@ WeightPush brings the ranks' failures together.
 
 from __future__ import annotations
 
-import itertools
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +92,6 @@ class Broadcast(SharedMemory):
         self._group: Any = None
         self._name = ""
         self._members: list[str] = []
-        self._numbers = itertools.count()
 
     def needs_buckets(self, node_leads: bool, node: int) -> bool:
         return node == 0
@@ -104,7 +103,7 @@ class Broadcast(SharedMemory):
         old, self._members = self._name, []
         # engines of other nodes find the driver where the ranks found it
         host = os.environ.get("MASTER_ADDR", LOOPBACK) if self._control.world > 1 else LOOPBACK
-        place = (host, free_port(), f"weights-{next(self._numbers)}") if self._control.is_driver else None
+        place = (host, free_port(), f"weights-{secrets.token_hex(4)}") if self._control.is_driver else None
         host, port, self._name = self._control.from_driver(place)
         world = 1 + len(self._fleet.urls) * self._tensor_parallel
 
