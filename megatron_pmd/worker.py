@@ -75,7 +75,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _prepare_model(config: RunConfig) -> None:
+def prepare_model(config: RunConfig) -> None:
     """Make the model folder if it does not exist and the recipe knows how."""
     path = Path(config.model.path)
     if path.exists():
@@ -103,7 +103,7 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     from megatron_pmd.run import Run, StopRequested
 
     folder, console = Path(order.folder), Console()
-    control.on_driver(lambda: _prepare_model(config))
+    control.on_driver(lambda: prepare_model(config))
     resume_from = control.from_driver(checkpoint.latest(folder / "checkpoints"))
     state: dict[str, Any] = {"iteration": 0}
     if resume_from:

@@ -1,0 +1,109 @@
+"""The settings of the mathematics, seen from a run's own records."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_pmd.rollout.samples import read_rollout
+from tests.end_to_end.command_line import CommandLine
+
+pytestmark = pytest.mark.serial
+
+SUPERVISED = [
+    "algorithm.objective=sft", "warm_start=null", "batch.samples_per_prompt=1",
+    "batch.prompts_per_rollout=64", "batch.prompts_per_step=32", "optimizer.learning_rate=2e-3",
+]  # fmt: skip
+OTHERWISE = [
+    "algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true",
+    "algorithm.mismatch.weight=token_tis", "algorithm.ptx.weight=0.5", "algorithm.ptx.examples_per_step=6",
+    "algorithm.ptx.source.kind=reasoning_gym", "algorithm.ptx.source.task=spell_backward",
+    "algorithm.ptx.source.size=20", "optimizer.reset_every_iteration=true", "iterations=2",
+]  # fmt: skip
+STOP = ["alarms.zero_advantage_groups.threshold=0.01", "alarms.zero_advantage_groups.action=stop"]
+SCHEDULED = [
+    "iterations=2", "algorithm.anchor=engine", "data.sampling=prioritised", "data.evaluation=null",
+    "algorithm.tau_schedule.end=0.4", "algorithm.tau_schedule.iterations=1",
+    "rollout.temperature_schedule.end=0.6", "rollout.temperature_schedule.iterations=1",
+    "reward.length.weight=0.25", "reward.length.warmup_iterations=1", "reward.truncation_penalty=0.125",
+]  # fmt: skip
+
+
+def test_supervised_training_needs_no_engines_and_lowers_its_loss(command_line: CommandLine) -> None:
+    command_line.run("supervised", *SUPERVISED)
+    losses = [step["loss"] for step in command_line.steps("supervised")]
+    # the first loss is that of a random model over 128 tokens: ln 128 nats
+    assert losses[0] == pytest.approx(math.log(128), abs=0.3)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
+    assert list(command_line.path("supervised").glob("logs/engine*")) == []
+    assert (command_line.path("supervised") / "hf" / "iteration-3" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def otherwise(live: Path, command_line: CommandLine) -> str:
+    command_line.run("otherwise", "--replay", str(live / "rollouts"), *OTHERWISE)
+    return "otherwise"
+
+
+def test_another_objective_trains_on_the_same_rollouts_with_examples_beside(
+    otherwise: str, command_line: CommandLine
+) -> None:
+    steps, pmd = command_line.steps(otherwise), command_line.steps("live")
+    assert len(steps) == 4
+    for step, other in zip(steps, pmd[:4], strict=True):
+        assert step["loss"] != other["loss"] and step["gradient_norm"] != other["gradient_norm"]
+        assert 0 < step["ptx/loss"] < math.log(128) + 1
+        assert 0 < step["entropy"] < math.log(128)
+
+
+def test_an_alarm_stops_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
+    live: Path, otherwise: str, command_line: CommandLine
+) -> None:
+    words = ["--replay", str(live / "rollouts"), *OTHERWISE]
+    output = command_line.run("alarmed", *words, *STOP, expect=1)
+    assert "AlarmStop" in output and "alarm zero_advantage_groups in iteration 0" in output
+    summary = command_line.summary("alarmed")
+    assert summary["status"] == "stopped" and "zero_advantage_groups" in summary["error"]
+    assert (command_line.path("alarmed") / "checkpoints" / "iteration-1").is_dir()
+    output = command_line.run("alarmed", *words)
+    assert "resuming after 1 iterations" in output
+    assert command_line.steps("alarmed") == command_line.steps(otherwise)
+    assert command_line.summary("alarmed")["status"] == "complete"
+
+
+@pytest.fixture(scope="module")
+def scheduled(command_line: CommandLine) -> Path:
+    command_line.run("scheduled", *SCHEDULED)
+    return command_line.path("scheduled")
+
+
+def test_engines_and_actor_agree_at_a_temperature_that_changes(
+    scheduled: Path, command_line: CommandLine
+) -> None:
+    lines = [m for m in command_line.lines("scheduled", "metrics.jsonl") if m["kind"] == "iteration"]
+    assert len(lines) == 2
+    for line in lines:
+        assert 0 < line["sync/max_abs_difference"] <= 1e-3
+    # sharper logits: half the temperature cannot leave the entropy where it was
+    assert lines[1]["entropy"] < 0.8 * lines[0]["entropy"]
+
+
+def test_length_and_truncation_enter_the_advantage_but_not_the_reward(scheduled: Path) -> None:
+    """From the second iteration on; PMD-mean: the advantage is the shaped reward less its group's mean."""
+    first, _ = read_rollout(scheduled / "rollouts" / "0.parquet")
+    second, _ = read_rollout(scheduled / "rollouts" / "1.parquet")
+    for sample in first:
+        cut = sample.finish_reason == "length"
+        assert sample.shaped_reward == pytest.approx(sample.reward - 0.125 * cut)
+    assert any(
+        s.shaped_reward != pytest.approx(s.reward - 0.125 * (s.finish_reason == "length")) for s in second
+    )
+    for samples in (first, second):
+        for group in range(8):
+            own = [s for s in samples if s.group == group]
+            mean = np.mean([s.shaped_reward for s in own])
+            assert [s.advantage for s in own] == pytest.approx([s.shaped_reward - mean for s in own])
+            assert {s.reward for s in own} <= {0.0, 1.0}
