@@ -43,9 +43,9 @@ COLOURS = {"pmd_mean": "#1f5fa8", "pmd_partition": "#2a9d7c", "grpo": "#b5471d",
 DEPTHS = (1, 4, 16)
 """Optimizer steps on one rollout."""
 SEEDS = (0, 1, 2)
-PROMPTS = 32
-ITERATIONS = 24
-LEARNING_RATE = 3e-4
+PROMPTS = 16
+ITERATIONS = 16
+LEARNING_RATE = 5e-4
 COMMON = [
     f"batch.prompts_per_rollout={PROMPTS}", "batch.samples_per_prompt=8", f"iterations={ITERATIONS}",
     "layout.data=1", "layout.expert=1", "rollout.ranks_per_engine=1", "data.evaluation=null",
