@@ -61,6 +61,34 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
             "would add to the history of maxima",
         ),
         (["optimizer.moments=bf16", "optimizer.offload=0.5"], "on the host keeps fp32 moments"),
+        (
+            ["algorithm.grpo.clip_low=0.1"],
+            "algorithm.grpo is a setting of grpo, not of algorithm.objective=pmd",
+        ),
+        (
+            ["algorithm.objective=cispo", "algorithm.normaliser=none"],
+            "algorithm.normaliser is a setting of pmd and reinforce",
+        ),
+        (["algorithm.mismatch.weight=token_tis"], "a mean over sequences; there are sequence_tis"),
+        (
+            ["algorithm.objective=grpo", "algorithm.mismatch.weight=sequence_tis"],
+            "a mean over tokens; there are token_tis",
+        ),
+        (
+            ["algorithm.mismatch.weight=sequence_tis", "algorithm.mismatch.low=0.1"],
+            "algorithm.mismatch.low is not used by algorithm.mismatch.weight=sequence_tis",
+        ),
+        (
+            ["algorithm.mismatch.weight=sequence_mis", "algorithm.mismatch.low=3"],
+            "low=3.0 is over high=2.0",
+        ),
+        (["algorithm.mismatch.weight=token_veto", "algorithm.anchor=engine"], "with algorithm.anchor=engine"),
+        (["data.sampling=curriculum"], "needs data.train.difficulty_key"),
+        (["algorithm.objective=sft"], "warm_start is supervised training beside a rollout"),
+        (
+            ["algorithm.objective=sft", "warm_start=null"],
+            "a problem has one response, its answer; set it to 1",
+        ),
         (["actor.experts.dispatcher=deepep", "layout.expert=1"], "set layout.expert above 1"),
         (
             [
