@@ -83,6 +83,7 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
             "low=3.0 is over high=2.0",
         ),
         (["algorithm.mismatch.weight=token_veto", "algorithm.anchor=engine"], "with algorithm.anchor=engine"),
+        (["algorithm.anchor=engine", "rollout.partial.extra_groups=2"], "of earlier weights, not of π_t"),
         (["data.sampling=curriculum"], "needs data.train.difficulty_key"),
         (["algorithm.objective=sft"], "warm_start is supervised training beside a rollout"),
         (

@@ -134,7 +134,7 @@ def train_one(
     run = Run(
         config, folder, control, actor, engines, console, journal=journal,
         problems=ProblemSets.load(config, tokenizer, console.say), tokenizer=tokenizer,
-        first_iteration=0, stop_after=None,
+        kept=[], first_iteration=0, stop_after=None,
     )  # fmt: skip
     train(run)
     return journal.finish("complete")["last_reward"]

@@ -134,6 +134,7 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.algorithm.check(self.batch.samples_per_prompt)
+        self._check_anchor()
         self._check_supervision()
         if self.ranks_per_engine < self.rollout.tensor_parallel or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
@@ -182,6 +183,15 @@ class RunConfig(Frozen):
             raise ConfigError(
                 f"optimizer.moments=bf16 with model.precision={precision}: megatron-core's precision-aware "
                 "optimizer is for models trained in bf16"
+            )
+
+    def _check_anchor(self) -> None:
+        partial = self.rollout.partial
+        if self.algorithm.anchor == "engine" and partial and partial.count_earlier_segments:
+            raise ConfigError(
+                "algorithm.anchor=engine with rollout.partial: the engines' log-probabilities of an earlier "
+                "segment are of earlier weights, not of π_t; set rollout.partial.count_earlier_segments=false, "
+                "or algorithm.anchor=trainer"
             )
 
     def _check_supervision(self) -> None:
