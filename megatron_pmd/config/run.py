@@ -190,8 +190,8 @@ class RunConfig(Frozen):
         if self.algorithm.anchor == "engine" and partial and partial.count_earlier_segments:
             raise ConfigError(
                 "algorithm.anchor=engine with rollout.partial: the engines' log-probabilities of an earlier "
-                "segment are of earlier weights, not of π_t; set rollout.partial.count_earlier_segments=false, "
-                "or algorithm.anchor=trainer"
+                "segment are of earlier weights, not of π_t; set rollout.partial.count_earlier_segments to "
+                "false, or algorithm.anchor to trainer"
             )
 
     def _check_supervision(self) -> None:
