@@ -178,14 +178,14 @@ def sync_ranks(order: Path) -> None:
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.parts import together
     from megatron_pmd.rollout.source import LiveEngines
-    from megatron_pmd.worker import _prepare_model
+    from megatron_pmd.worker import prepare_model
 
     torch.set_num_threads(1)
     task = json.loads(order.read_text())
     config = configuration("smollm2_135m_cpu", [])
     parallel.initialize(config.layout, seed=0, timeout_seconds=300)
     control = parallel.Control(300)
-    control.on_driver(lambda: _prepare_model(config))
+    control.on_driver(lambda: prepare_model(config))
     engines = LiveEngines(config, control, Path(task["run"]), None, None, Console(), cpu=True)
     seconds, parts = [], dict[str, list[float]]()
     try:
