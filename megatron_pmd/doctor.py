@@ -270,7 +270,7 @@ def gpu_machine_checks(cuda: str | None, gpus: list[str]) -> list[Check]:
 
 def slurm_checks() -> list[Check]:
     fix = "run on a login node of the cluster, or apt-get install slurm-client"
-    install = "pip install -c constraints/cpu.txt -c constraints/nemo.txt -e '.[nemo]'"
+    install = "make nemo: an environment of its own (docs/slurm.md)"
     return [
         *(presence("Slurm", program, fix) for program in ("sbatch", "srun", "sinfo")),
         *(

@@ -96,14 +96,21 @@ def run_ranks(
             bucket.unlink(missing_ok=True)
 
 
+def status(folder: Path) -> str | None:
+    """How the run in this folder ended; None while it is under way, and after it was killed."""
+    try:
+        return json.loads((folder / "summary.json").read_text())["status"]
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
 def is_complete(folder: Path, config: RunConfig) -> bool:
     """Whether this very configuration has been trained to its end in this folder."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
         recorded = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    return summary["status"] == "complete" and recorded == config.model_dump(mode="json")
+    return status(folder) == "complete" and recorded == config.model_dump(mode="json")
 
 
 def _reason(rank: int, message: object, folder: Path) -> str:

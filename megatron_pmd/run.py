@@ -24,15 +24,16 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.errors import AlarmStop, StaleWeights
 from megatron_pmd.evaluation import evaluate
+from megatron_pmd.lifecycle import CHECKED, Ending, HaltRequested
 from megatron_pmd.measures import step_values, success_rates
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal, Phase
 from megatron_pmd.observe.parts import together
-from megatron_pmd.rollout.kept import write_kept
 from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
-from megatron_pmd.rollout.plan import Group
+from megatron_pmd.rollout.plan import Group, SamplingPlan
 from megatron_pmd.rollout.samples import RolloutBatch, Sample, write_rollout
 from megatron_pmd.rollout.source import RolloutSource, check_plan, evaluation_plan, train_plan
+from megatron_pmd.saving import Saving
 from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.warm_start import warm_start
 
@@ -64,12 +65,18 @@ class Run:
         kept: list[Group],
         first_iteration: int,
         stop_after: StopAfter | None,
+        ending: Ending,
+        resumed: bool,
     ) -> None:
         self.config, self.folder, self.control = config, folder, control
         self.actor, self.rollouts = actor, rollouts
         self._console, self._journal, self._problems = console, journal, problems
         self._kept = kept  # responses that the next rollout continues
         self._tokenizer, self._first, self._stop_after = tokenizer, first_iteration, stop_after
+        self._ending, self._resumed, self._completed = ending, resumed, first_iteration
+        self._saving = Saving(folder, control, actor, ending)
+        self._unreported: RolloutBatch | None = None
+        """Of an iteration whose update is complete, until its line is logged."""
         self._iteration_values: dict[str, float] = {}
         self._steps: list[dict[str, float]] = []
         self._seconds: dict[str, float] = {}
@@ -87,10 +94,17 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Time a phase and note what is in memory at its end."""
+        """Time a phase and note what is in memory at its end.
+
+        Raises HaltRequested, on all ranks, when the run has to end before it.
+        """
+        if name in CHECKED:
+            for reason in self.control.all_gather(self._ending.reason_before(name)):
+                if reason:
+                    raise HaltRequested(reason)
         with self._journal.phase(name) if self._journal else nullcontext(Phase(name)) as record:
             yield record
-            self.actor.publish_checkpoint(wait=False)
+            self._saving.publish(wait=False)
             mine = (
                 psutil.Process().memory_info().rss, self.rollouts.engine_bytes(), self.rollouts.parts.take()
             )  # fmt: skip
@@ -100,6 +114,11 @@ class Run:
                 record.actor_bytes, record.engine_bytes = sum(actor), sum(engine)
                 record.parts = together(list(parts))
         self._seconds[name] = record.seconds
+        self._ending.expect(name, record.seconds)
+        if name == "update":
+            self._completed += 1
+            self._unreported = self._batch
+            self._note(self._kept)
 
     def progress(self, steps: list[T]) -> Iterable[T]:
         """The steps, with a bar on the driver."""
@@ -111,9 +130,27 @@ class Run:
                 yield step
                 advance()
 
+    def _note(self, kept: list[Group]) -> None:
+        self._saving.note(self._problems.state() if self._problems else {}, kept)
+
+    def halt(self) -> str:
+        """Write a checkpoint of the iterations that are complete, unless there is one; says which it is."""
+        if self._unreported is not None:
+            self.end_iteration(self._completed - 1, self._unreported)
+        checkpoint = self._saving.path(self._completed)
+        self._saving.publish(wait=True)
+        if self.control.from_driver(checkpoint.exists()):
+            return f"{checkpoint} is there already"
+        self.rollouts.release()
+        self.actor.wake()
+        with self.phase("save"):
+            self.save(self._completed)
+            self._saving.publish(wait=True)
+        return f"{checkpoint} was written"
+
     def start(self) -> None:
         """Warm start if the recipe asks for one, then the engines take the actor's weights."""
-        if self.config.warm_start and self._first == 0:
+        if self.config.warm_start and not self._resumed:
             train = self._problems.train if self._problems else None
             with self.phase("warm_start"):
                 warm_start(self.actor, self.control, self.config, train, self._tokenizer, self._journal)
@@ -129,6 +166,7 @@ class Run:
             if self._journal:
                 self._journal.iteration(t)
             self._iteration_values, self._steps = {}, []
+            self._note(self._kept)
             yield t
 
     def collect(self, t: int) -> RolloutBatch:
@@ -136,7 +174,9 @@ class Run:
         plan = None
         if self.control.is_driver:
             plan = train_plan(self.config, self.problems.train, t, self._kept)
-        samples = self.rollouts.draw(plan, self.actor, "rollout")
+        samples = self._draw(plan, "rollout")
+        if plan is not None and self.rollouts.live:
+            self._note(plan.groups)
         batch: RolloutBatch | None = None
         if plan is not None:
             if self.rollouts.live:
@@ -152,12 +192,23 @@ class Run:
             batch = RolloutBatch.pack(
                 samples, subproblem.temperature, examples=self._examples(), weight_version=t
             )
-        batch = self.control.from_driver(batch)
+        self._batch = batch = self.control.from_driver(batch)
         if self.config.actor.experts.replay_routing:
             batch.check_routing(self.actor.routing_width)
         if self._stop_after == "rollout":
             raise StopRequested
         return batch
+
+    def _draw(self, plan: SamplingPlan | None, title: str) -> list[Sample]:
+        """The plan's samples. Raises HaltRequested, on all ranks, when the run has to end before."""
+        samples = self.rollouts.draw(plan, self.actor, title)
+        cut = plan is not None and self.rollouts.live and not plan.may_end
+        if self.control.from_driver(cut):
+            if plan is not None and title == "rollout":
+                self._note(plan.groups)
+            reason = self.control.from_driver(self._ending.reason_before("rollout"))
+            raise HaltRequested(f"{reason}; the {title} was cut short")
+        return samples
 
     def _examples(self) -> list[Sample]:
         """The iteration's supervised examples."""
@@ -282,7 +333,7 @@ class Run:
     def evaluate(self, t: int) -> None:
         """Sample the held-out problems under weight version t, and keep the samples."""
         plan = evaluation_plan(self.config, self.problems.held_out, t) if self.control.is_driver else None
-        samples = self.rollouts.draw(plan, self.actor, "evaluation")
+        samples = self._draw(plan, "evaluation")
         if self.control.is_driver:
             write_rollout(self.folder / "evaluations" / f"{t}.parquet", samples, t)
             self.journal.log("evaluation", evaluate(samples, self.config.reward.correct).metrics())
@@ -293,15 +344,12 @@ class Run:
         return due or self._alarm_to_stop is not None
 
     def save(self, completed: int) -> None:
-        """Begin a checkpoint after `completed` iterations: the number is the weight version's too."""
-        state = {"iteration": completed, **(self._problems.state() if self._problems else {})}
-        state = self.control.from_driver(state)
-        self.actor.save(
-            self.folder / "checkpoints", completed, state, lambda folder: write_kept(folder, self._kept)
-        )
+        """Begin a checkpoint after `completed` iterations; it appears when it is complete."""
+        self._saving.begin(completed)
 
     def end_iteration(self, t: int, batch: RolloutBatch) -> None:
         """Log what the iteration came to and show it. Raises AlarmStop if an alarm is to end the run."""
+        self._unreported = None
         if self.control.is_driver:
             seconds = self._seconds
             self._iteration_values |= {
@@ -313,7 +361,7 @@ class Run:
             self.journal.log("iteration", self._iteration_values)
             self._console.iteration(self.journal.record(t))
         if self._alarm_to_stop is not None:
-            self.actor.publish_checkpoint(wait=True)
+            self._saving.publish(wait=True)
             raise AlarmStop(
                 f"{self._alarm_to_stop}; a checkpoint was written. To go on from it, run the same command "
                 "with another threshold or action of this alarm"
@@ -336,7 +384,7 @@ class Run:
             with self.phase("export"):
                 self.actor.save_hf(self.folder / "hf" / f"iteration-{final}")
         with self.phase("save"):
-            self.actor.publish_checkpoint(wait=True)
+            self._saving.publish(wait=True)
 
     def _check_final_weights(self, final: int) -> None:
         """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
@@ -344,7 +392,7 @@ class Run:
         if self.control.is_driver:
             problems = self.problems.train.peek(min(8, self.config.batch.prompts_per_rollout))
             plan = check_plan(self.config, problems, final)
-        samples = self.rollouts.draw(plan, self.actor, "check of the final weights")
+        samples = self._draw(plan, "check of the final weights")
         temperature = Subproblem(self.config, final).temperature
         batch = self.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)
         self.rollouts.release()

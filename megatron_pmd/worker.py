@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import AlarmStop, ModelError, PmdError
+from megatron_pmd.lifecycle import Ending, HaltRequested
 from megatron_pmd.processes import allow_many_files, die_with_parent
 
 
@@ -39,6 +40,8 @@ class Order:
 
 def main(order: Order) -> None:
     """Build this rank's part of the run and train; raises PmdError for what the user should read."""
+    ending = Ending.of_this_job()
+    ending.install()
     _quiet()
     import torch
 
@@ -49,6 +52,7 @@ def main(order: Order) -> None:
         standins.install()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from megatron_pmd.actor import parallel, settings
+    from megatron_pmd.launch.bandwidth import check_bandwidth
 
     config = build(order.config)
     if not cpu:
@@ -58,7 +62,8 @@ def main(order: Order) -> None:
     waiting = config.longest_rollout_seconds + config.actor.timeout_seconds
     control = parallel.Control(waiting)
     try:
-        _train(config, order, control, cpu=cpu)
+        check_bandwidth(control)
+        _train(config, order, control, ending, cpu=cpu)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -89,13 +94,14 @@ def prepare_model(config: RunConfig) -> None:
     partial.rename(path)
 
 
-def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
+def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu: bool) -> None:
     from transformers import AutoTokenizer
 
     from megatron_pmd.actor import checkpoint
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.loop import train
     from megatron_pmd.observe.console import Console
+    from megatron_pmd.observe.folder import read_records
     from megatron_pmd.observe.journal import Journal
     from megatron_pmd.rewards.remote import grading
     from megatron_pmd.rollout.kept import read_kept
@@ -108,8 +114,12 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
     state: dict[str, Any] = {"iteration": 0}
     if resume_from:
         state = checkpoint.read_run_state(resume_from)
-    journal = control.on_driver(lambda: Journal.open(folder, config, state["iteration"]))
+    journal = control.on_driver(
+        lambda: Journal.open(folder, config, state["iteration"], keep_warm_start=bool(resume_from))
+    )
     if control.is_driver:
+        for line in read_records(folder / "ledger.jsonl"):
+            ending.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
         if resume_from:
             console.say(f"resuming after {state['iteration']} iterations, from {resume_from}")
@@ -128,7 +138,10 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 rollouts = Demonstrations(control, tokenizer)
             else:
                 rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
-                rollouts = LiveEngines(config, control, folder, tokenizer, rewards, console, cpu=cpu)
+                rollouts = LiveEngines(
+                    config, control, folder, tokenizer, rewards, console,
+                    cpu=cpu, interrupted=ending.must_cut,
+                )  # fmt: skip
                 cleanup.callback(rollouts.close)
             actor = Actor(config, control)
             if resume_from:
@@ -137,9 +150,16 @@ def _train(config: RunConfig, order: Order, control: Any, *, cpu: bool) -> None:
                 config, folder, control, actor, rollouts, console,
                 journal=journal, problems=problems, tokenizer=tokenizer, kept=kept,
                 first_iteration=state["iteration"], stop_after=order.stop_after,
+                ending=ending, resumed=bool(resume_from),
             )  # fmt: skip
-            train(run)
-            status = "complete"
+            try:
+                train(run)
+                status = "complete"
+            except HaltRequested as halt:
+                where = run.halt()
+                if control.is_driver:
+                    console.say(f"the run {halt}: {where}; the same command resumes it")
+                status = "saved"
         except StopRequested:
             status = "stopped"
         except AlarmStop as alarm:

@@ -121,6 +121,7 @@ def train_one(
 ) -> float:
     """The loop itself, with an actor and engines that outlive the run; returns the last reward."""
     from megatron_pmd.data.problem_sets import ProblemSets
+    from megatron_pmd.lifecycle import Ending
     from megatron_pmd.loop import train
     from megatron_pmd.observe.journal import Journal
     from megatron_pmd.run import Run
@@ -134,7 +135,7 @@ def train_one(
     run = Run(
         config, folder, control, actor, engines, console, journal=journal,
         problems=ProblemSets.load(config, tokenizer, console.say), tokenizer=tokenizer,
-        kept=[], first_iteration=0, stop_after=None,
+        kept=[], first_iteration=0, stop_after=None, ending=Ending(), resumed=False,
     )  # fmt: skip
     train(run)
     return journal.finish("complete")["last_reward"]

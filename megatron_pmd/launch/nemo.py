@@ -9,7 +9,7 @@ from typing import Any
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.script import Job, body, exports, options
 
-OWN = (
+OWN = {
     "job-name",
     "account",
     "partition",
@@ -19,28 +19,22 @@ OWN = (
     "gres",
     "exclusive",
     "mem",
-    "time",
-)
-"""Options that SlurmExecutor has parameters for; the others go in as they are."""
+}
+OWN |= {"time"}
+"""Options that SlurmExecutor takes by parameters of its own; the others go in as they are."""
 
 
 def executor(job: Job) -> Any:
     """A SlurmExecutor whose script is ours.
 
-    nemo-run puts an srun of its own around a command, with its own rendezvous on a fixed port and its own
-    requeueing; `setup_lines` stand before it in the batch script, and ours end the job.
+    nemo-run puts an srun of its own around a command, and requeues what fails; `setup_lines` stand before
+    both in the batch script, and ours end the job.
     """
     import nemo_run
+    from nemo_run.core.execution.slurm import SlurmJobDetails
 
     asked = options(job)
-    experiments = Path(job.run) / "launch" / "experiments"
-    experiments.mkdir(parents=True, exist_ok=True)
-    rest = {
-        name.replace("-", "_"): value
-        for name, value in asked.items()
-        if name not in OWN and value is not None
-    }
-    rest.pop("output")  # nemo-run looks for its own
+    rest = {name.replace("-", "_"): True if value is None else value for name, value in asked.items()}
     return nemo_run.SlurmExecutor(
         account=asked.get("account"),
         partition=asked.get("partition"),
@@ -49,29 +43,42 @@ def executor(job: Job) -> Any:
         ntasks_per_node=1,
         gpus_per_node=job.ranks_per_node if "gpus-per-node" in asked else None,
         gres=asked.get("gres"),
-        exclusive="exclusive" in asked,
+        exclusive=True if "exclusive" in asked else None,
         mem="0",
         time=job.cluster.time,
-        tunnel=nemo_run.LocalTunnel(job_dir=str(experiments)),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(home(job) / "experiments")),
         packager=nemo_run.Packager(),
-        setup_lines=exports(job) + body(),
-        additional_parameters=rest,
+        # where `nemo experiment logs` looks for log*: our output is there, under that name
+        job_details=SlurmJobDetails(folder=f"{job.run}/logs"),
+        setup_lines="set +evx\n" + exports(job) + body(),  # nemo-run has bash echo every line
+        additional_parameters={
+            name: value for name, value in rest.items() if name.replace("_", "-") not in OWN
+        },
     )
+
+
+def home(job: Job) -> Path:
+    """nemo-run's folder, in that of the run: LocalTunnel finds its scripts only in `experiments` below it."""
+    return Path(job.run) / "launch" / "nemo"
 
 
 def submit_with_nemo_run(job: Job) -> str:
     """Submit and detach; returns the job's id. Raises LaunchError when nemo-run has none to show for it."""
-    # experiments are looked up below this folder; it is read when nemo_run is imported
-    os.environ["NEMORUN_HOME"] = str(Path(job.run) / "launch")
+    (home(job) / "experiments").mkdir(parents=True, exist_ok=True)
+    os.environ["NEMORUN_HOME"] = str(home(job))  # read when nemo_run is imported
     import nemo_run
 
-    task = nemo_run.Script(inline="true")  # never reached: see executor()
-    with nemo_run.Experiment(job.config.name, base_dir=str(Path(job.run) / "launch")) as experiment:
-        experiment.add(task, executor=executor(job), name=job.config.name)
-        experiment.run(detach=True)
-    handles = [handle for each in experiment.jobs if (handle := getattr(each, "handle", ""))]
-    number = handles[0].rpartition("/")[2] if handles else ""
-    number = next((part for part in handles[0].split("/") if part.isdigit()), number) if handles else number
-    if not number.isdigit():
-        raise LaunchError(f"nemo-run submitted nothing; its experiment is in {job.run}/launch/experiments")
-    return number
+    never_reached = nemo_run.Script(inline="true")  # see executor()
+    with nemo_run.Experiment(job.config.name, base_dir=str(home(job))) as experiment:
+        experiment.add(never_reached, executor=executor(job), name=job.config.name)
+        try:
+            experiment.run(detach=True)
+        except Exception as error:  # what a failed sbatch raises is of a library that nemo-run uses
+            said = getattr(getattr(error, "result", None), "stderr", "") or str(error)
+            raise LaunchError(f"nemo-run could not submit: {said.strip()}") from None
+        handles = [str(getattr(each, "handle", "")) for each in experiment.jobs]
+    numbers = [part for handle in handles for part in handle.split("/") if part.isdigit()]
+    # with wrong options nemo-run prints the error and goes on
+    if not numbers:
+        raise LaunchError(f"nemo-run submitted nothing; its experiment is in {home(job)}/experiments")
+    return numbers[0]

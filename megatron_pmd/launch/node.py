@@ -6,7 +6,6 @@ slurm/train.sbatch sets the environment that says what to run; the outcome goes 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -15,11 +14,11 @@ import sys
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import ConfigError, DataError, LayoutError, ModelError, PmdError
+from megatron_pmd.errors import AlarmStop, ConfigError, DataError, LayoutError, ModelError, PmdError
 from megatron_pmd.launch.place import Place
 
 # what a person has to mend: starting again would end the same way
-REFUSALS = (ConfigError, DataError, ModelError)
+REFUSALS = (AlarmStop, ConfigError, DataError, ModelError)
 
 
 def main() -> int:
@@ -38,7 +37,7 @@ def main() -> int:
 
 def _run(place: Place) -> str:
     from megatron_pmd.launch import preflight
-    from megatron_pmd.launcher import Nodes, is_complete, run_ranks
+    from megatron_pmd.launcher import Nodes, is_complete, run_ranks, status
     from recipes import configuration
 
     config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
@@ -52,8 +51,7 @@ def _run(place: Place) -> str:
     replay = os.environ.get("PMD_REPLAY")
     nodes = Nodes(place.nodes, place.rank, place.ranks_per_node, place.rendezvous, place.attempt, address)
     run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
-    status = json.loads((folder / "summary.json").read_text())["status"]
-    return status if status in ("complete", "saved") else "failed"
+    return status(folder) or "failed"
 
 
 def _check(config: RunConfig, folder: Path, place: Place) -> None:

@@ -84,7 +84,7 @@ def options(job: Job) -> dict[str, str | None]:
         "requeue": None,
         "open-mode": "append",
         "signal": f"USR1@{cluster.signal_seconds}",
-        "output": f"{job.run}/logs/slurm-%j.log",
+        "output": f"{job.run}/logs/log-slurm-%j.out",
     }
     if job.excluded_nodes:
         found["exclude"] = ",".join(job.excluded_nodes)

@@ -52,6 +52,7 @@ def submit(job: Job, *, chain: int = 1, through: Through = "auto") -> list[str]:
     (folder / "config.json").write_text(json.dumps(job.config.model_dump(mode="json"), indent=2) + "\n")
     script = folder / "train.sbatch"
     script.write_text(render(job))
+    _try(script, job)
     if through == "auto":
         through = "nemo-run" if importlib.util.find_spec("nemo_run") else "sbatch"
     if through == "nemo-run":
@@ -63,8 +64,18 @@ def submit(job: Job, *, chain: int = 1, through: Through = "auto") -> list[str]:
     for link in range(1, chain):
         numbers.append(_sbatch(script, after=numbers[-1], link=link))
     (folder / "jobs").write_text("".join(f"{number}\n" for number in numbers))
-    (folder / "log").write_text(f"{job.run}/logs/slurm-{numbers[0]}.log\n")
+    (folder / "log").write_text(f"{job.run}/logs/log-slurm-{numbers[0]}.out\n")
     return numbers
+
+
+def _try(script: Path, job: Job) -> None:
+    """Ask Slurm whether it could ever start the job: what it cannot would wait for ever."""
+    try:
+        slurm("sbatch", "--test-only", str(script))
+    except LaunchError as error:
+        raise LaunchError(
+            f"cluster {job.cluster.name} cannot give {job.nodes} nodes of {job.ranks_per_node} ranks: {error}"
+        ) from None
 
 
 def _sbatch(script: Path, after: str | None = None, link: int = 0) -> str:

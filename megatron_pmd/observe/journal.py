@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["step", "iteration", "evaluation", "warm_start"]
-Status = Literal["complete", "stopped", "failed"]
+Status = Literal["complete", "saved", "stopped", "failed"]
+"""saved: it was told to end, or its time was up, and a checkpoint was written; stopped: as the user asked."""
 
 # the value of each kind of line that TensorBoard puts on its horizontal axis
 AXIS: dict[str, str] = {
@@ -91,11 +92,13 @@ class Journal:
         self._ledger_file = (folder / "ledger.jsonl").open("a", encoding="utf-8")
 
     @classmethod
-    def open(cls, folder: Path, config: RunConfig, resume_iteration: int) -> Journal:
+    def open(
+        cls, folder: Path, config: RunConfig, resume_iteration: int, *, keep_warm_start: bool = False
+    ) -> Journal:
         """Create the run directory, or continue it at `resume_iteration`, the next iteration to be trained.
 
         Lines of that iteration and later ones are dropped, since they are made again; so are lines
-        without an iteration (the warm start) when the run begins again at 0.
+        without an iteration (the warm start) when the run begins again at 0, unless keep_warm_start.
         """
         recorded = read_object(folder / "config.json")
         given = config.model_dump(mode="json")
@@ -111,7 +114,7 @@ class Journal:
             write_whole(folder / "config.json", json.dumps(given, indent=2) + "\n")
         _record_versions(folder / "versions.json")
         for name in ("metrics.jsonl", "ledger.jsonl"):
-            _keep_before(folder / name, resume_iteration)
+            _keep_before(folder / name, resume_iteration, keep_warm_start or resume_iteration > 0)
         return cls(folder, config, resume_iteration)
 
     def iteration(self, t: int) -> None:
@@ -246,9 +249,10 @@ def _axis_values(metrics: list[Record], kind: str) -> list[int]:
     return [m[AXIS[kind]] for m in metrics if m["kind"] == kind]
 
 
-def _keep_before(path: Path, iteration: int) -> None:
+def _keep_before(path: Path, iteration: int, keep_warm_start: bool) -> None:
     """Drop the lines of `iteration` and later ones, and a line cut off at the end."""
-    kept = [line for line in read_records(path) if line.get("iteration", -1 if iteration else 0) < iteration]
+    without = -1 if keep_warm_start else iteration
+    kept = [line for line in read_records(path) if line.get("iteration", without) < iteration]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() and path.read_bytes() != text.encode():
         write_whole(path, text)

@@ -18,6 +18,7 @@ Owners = dict[str, float]
 
 CACHE_SHARE = 0.85
 """Of a device, for an engine's weights and KV cache, unless rollout.sglang has mem_fraction_static."""
+FP8_BLOCK = 128
 ROLLOUT_TOKEN_BYTES = 64
 """A sampled token on the driver: ids, log-probabilities and text, in the plan of samples and packed."""
 
@@ -95,12 +96,37 @@ def microbatches_per_step(config: RunConfig) -> int:
 
 
 def engine_weight_bytes(shape: Shape, config: RunConfig) -> float:
-    """On one device of an engine. Attention that is data-parallel within an engine is held once a group."""
+    """On one device of an engine, with the parts that SGLang's options hold more than once."""
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
     attention = shape.layers * (shape.attention.split + shape.attention.replicated)
-    width = 1 if options.get("quantization") == "fp8" else BYTES[config.model.precision]
-    ways = attention_ranks(config)
-    return ((shape.total - attention) / size + attention / ways) * width
+    sparse = shape.layers - shape.dense_layers if shape.experts else 0
+    dense = shape.dense_layers * shape.feed_forward(0)[0] if options.get("moe_dense_tp_size") == 1 else 0
+    shared = sparse * 3 * shape.hidden * shape.shared_intermediate
+    shared = shared if options.get("moe_a2a_backend") == "deepep" else 0
+    divided = shape.total - attention - dense - shared
+    values = divided / size + attention / attention_ranks(config) + dense + shared
+    return values * (1 if engine_is_fp8(config) else BYTES[config.model.precision])
+
+
+def engine_is_fp8(config: RunConfig) -> bool:
+    """Whether the engines hold FP8 weights, in blocks of 128 x 128."""
+    return config.rollout.fp8
+
+
+def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
+    """Matrices whose part on one device of an FP8 engine is not made of whole blocks: SGLang refuses them."""
+    if not engine_is_fp8(config):
+        return []
+    options, size = config.rollout.sglang, config.rollout.tensor_parallel
+    slices = size // options.get("ep_size", 1)
+    widths = []
+    if shape.experts:
+        widths.append(("an expert", shape.expert_intermediate, slices))
+    if shape.dense_layers:
+        widths.append(("a dense layer", shape.dense_intermediate, options.get("moe_dense_tp_size") or size))
+    if shape.shared_intermediate and options.get("moe_a2a_backend") != "deepep":
+        widths.append(("the shared experts", shape.shared_intermediate, size))
+    return [f"{what}'s {width} / {ways}" for what, width, ways in widths if width % (ways * FP8_BLOCK)]
 
 
 def attention_ranks(config: RunConfig) -> int:

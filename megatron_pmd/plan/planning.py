@@ -64,12 +64,20 @@ class Plan:
             self.config,
             self.config.batch.max_prompt_tokens + self.config.batch.max_response_tokens,
         )
+        found = []
+        if unaligned := memory.unaligned_widths(self.shape, config):
+            found.append(
+                f"FP8 engines of rollout.tensor_parallel={config.rollout.tensor_parallel} cannot cut "
+                f"{', '.join(unaligned)} into blocks of {memory.FP8_BLOCK}: use fewer, or ep_size, "
+                "moe_dense_tp_size and moe_a2a_backend in rollout.sglang"
+            )
         if self.cache.longest_samples >= 1:
-            return []
+            return found
         return [
+            *found,
             f"an engine of rollout.tensor_parallel={config.rollout.tensor_parallel} has "
             f"{gigabytes(self.phases['rollout']['engine weights'])} of weights on each device and room for "
-            f"{self.cache.tokens:,} tokens of KV cache: not for one sample of {longest:,}"
+            f"{self.cache.tokens:,} tokens of KV cache: not for one sample of {longest:,}",
         ]
 
     def _node_problems(self) -> list[str]:

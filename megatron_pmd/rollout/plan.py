@@ -118,7 +118,8 @@ class SamplingPlan:
     complete_groups: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._begun = 0
+        # a rollout that was interrupted goes on with groups of its own iteration: new ones count on from them
+        self._begun = 1 + max((g.place for g in self.carried if g.begun == self.iteration), default=-1)
         self._dropped: list[Group] = []
         self._ends: float | None = None
         self.accounts = Accounts()

@@ -21,8 +21,9 @@ from megatron_pmd.rollout.plan import Group, SamplingPlan
 from megatron_pmd.rollout.trajectory import Trajectory
 from megatron_pmd.rollout.transport import Endpoint, Stopped, Transport
 
-DEADLINE, ENOUGH_GROUPS = "deadline", "enough_groups"
+DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
+INTERRUPTION_POLL_SECONDS = 0.5
 
 
 class Grader(Protocol):
@@ -43,6 +44,8 @@ class Sampler:
     max_turns: int = 1
     repetition: Repetition | None = None
     function: RolloutFunction = single_turn
+    interrupted: Callable[[], bool] = lambda: False
+    """Asked all the time; once true the rollout ends as it is, and the plan says what it lacks."""
 
     def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
         """Draw and grade what the plan still lacks; on_sample is called for each response that is finished.
@@ -60,9 +63,8 @@ class Sampler:
         budget = plan.partial.max_new_tokens if plan.partial else None
         draw = _Draw(self, plan, on_sample, budget)
         await draw.run()
-        while (
-            not plan.may_end
-        ):  # all that is unfinished has used up its budget, and no optimizer step is full
+        # all that is unfinished has used up its budget, and no optimizer step is full
+        while not plan.may_end and not self.interrupted():
             await _Draw(self, plan, on_sample, None).run()
 
 
@@ -139,15 +141,29 @@ class _Draw:
             self._may_end.set()
 
     async def _end(self) -> None:
-        """Stop what is still in flight, when there is enough or at the deadline."""
+        """Stop what is still in flight: when there is enough, at the deadline, or when the run has to end."""
+        ends = [asyncio.ensure_future(self._by_plan()), asyncio.ensure_future(self._by_interruption())]
+        try:
+            first, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        if not self._idle.is_set():
+            await self._transport.stop(first.pop().result(), self._idle)
+
+    async def _by_plan(self) -> str:
         reason = DEADLINE
         with suppress(TimeoutError):
             async with asyncio.timeout(self._plan.seconds_left()):
                 await self._enough.wait()
                 reason = ENOUGH_GROUPS
         await self._may_end.wait()
-        if not self._idle.is_set():
-            await self._transport.stop(reason, self._idle)
+        return reason
+
+    async def _by_interruption(self) -> str:
+        while not self._sampler.interrupted():
+            await asyncio.sleep(INTERRUPTION_POLL_SECONDS)
+        return INTERRUPTED
 
     async def _finish(self, group: Group, member: Trajectory) -> None:
         """The rest of one response, and its grade. Stopped if it has to wait for a later iteration."""

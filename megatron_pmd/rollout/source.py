@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,10 +76,11 @@ class LiveEngines:
         console: Console,
         *,
         cpu: bool,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Starts the engines; they answer only after the first load()."""
+        """Starts the engines; they answer only after the first load(). interrupted: see Sampler."""
         self._config, self._control, self._tokenizer = config, control, tokenizer
-        self._rewards, self._console = rewards, console
+        self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
         self.parts = Parts(lambda: (psutil.Process().memory_info().rss, self.engine_bytes()))
         self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu)
@@ -125,6 +127,7 @@ class LiveEngines:
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
             function=self._function,
+            interrupted=self._interrupted,
         )
         try:
             with self._console.progress(title, plan.total - plan.finished) as advance:

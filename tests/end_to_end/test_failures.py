@@ -7,6 +7,7 @@ import signal
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.rollout.samples import read_rollout
@@ -52,6 +53,33 @@ def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
     assert process.returncode == 130, output
     assert "interrupted; the same command resumes it" in output
     assert still_there(started) == []
+
+
+def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated(
+    command_line: CommandLine,
+) -> None:
+    process = command_line.start("cut", *LONG_ROLLOUT)
+    wait_until(lambda: (0, "start") in command_line.phases("cut"), "the first sync", process)
+    time.sleep(1.5)
+    for rank in descendants(process):
+        if "megatron_pmd.worker" in " ".join(rank.cmdline()):
+            rank.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "the rollout was cut short" in output
+    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "kept_responses.parquet")
+    assert kept.num_rows == 32
+    tokens = {
+        (row["problem"], row["number"]): [t for turn in row["turns"] for t in turn["tokens"]]
+        for row in kept.to_pylist()
+    }
+    assert sum(map(len, tokens.values())) > 0
+    command_line.run("cut", *LONG_ROLLOUT)
+    samples, _ = read_rollout(command_line.path("cut") / "rollouts" / "0.parquet")
+    assert len(samples) == 32
+    for sample in samples:
+        begun = tokens[sample.problem, sample.number]
+        assert sample.response_tokens[: len(begun)] == begun
 
 
 def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -> None:

@@ -54,6 +54,25 @@ def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
     assert command_line.summary(name)["iterations"] == 3
 
 
+def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
+    live: Path, replayed: str, command_line: CommandLine
+) -> None:
+    """75 is EX_TEMPFAIL: neither complete nor failed."""
+    words = ("--replay", str(live / "rollouts"), "checkpoint.every=null")
+    process = command_line.start("told", *words)
+    wait_until(lambda: (0, "anchor") in command_line.phases("told"), "anchor of iteration 0", process)
+    for rank in descendants(process):
+        if "megatron_pmd.worker" in " ".join(rank.cmdline()):
+            rank.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "was told to save (SIGUSR1)" in output
+    assert command_line.summary("told")["status"] == "saved"
+    assert len(command_line.steps("told")) < 6
+    command_line.run("told", *words)
+    assert command_line.steps("told") == command_line.steps(replayed)
+
+
 def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:

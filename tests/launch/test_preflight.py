@@ -112,6 +112,14 @@ def test_healthy_gpus_pass_also_where_error_counts_are_not_kept() -> None:
     assert gpu_problems(HEALTHY.replace(", 0, 4", ", [N/A], 4"), 8, None) == []
 
 
+def test_a_node_that_is_slow_with_the_first_is_named_and_a_slow_network_is_not() -> None:
+    from megatron_pmd.launch.bandwidth import slow_nodes
+
+    assert slow_nodes({"n2": 180.0, "n3": 21.0, "n4": 175.0}) == ["n3"]
+    assert slow_nodes({"n2": 20.0, "n3": 21.0, "n4": 19.0}) == []
+    assert slow_nodes({}) == []
+
+
 def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:
     limits = Preflight(free_disk_gigabytes=10**6)
     assert "1000000 wanted" in disk_problems(limits, [tmp_path])[0]

@@ -98,6 +98,15 @@ def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> Non
         check(plan)
 
 
+def test_an_fp8_engine_whose_blocks_do_not_divide_is_refused(h100: Machines) -> None:
+    """SGLang refuses Qwen3-30B-A3B in FP8 on 4 devices: 768 / 4 = 192 is not a multiple of 128."""
+    settings = ["rollout.tensor_parallel=4"]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_fp8_32xh100"), settings), h100)
+    assert any("an expert's 768 / 4" in problem for problem in plan.problems)
+    whole = override(plan.config, ['rollout.sglang={"ep_size": 4}'])
+    assert make_plan(whole, h100).problems == []
+
+
 def test_too_little_host_memory_is_refused_before_the_job_queues() -> None:
     """1 TB is not enough for 30B on one node with everything offloaded: the failure slime#1851 reports."""
     config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), ["layout.data=2"])

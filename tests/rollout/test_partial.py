@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -93,6 +94,25 @@ def test_at_the_deadline_whole_optimizer_steps_are_taken_and_the_longest_goes_on
     assert long.stopped == "deadline" and long.length < 6000
     assert plan_metrics(plan)["partial/stopped_deadline"] == 1
     assert plan_metrics(plan)["partial/kept_finished_responses"] == 7
+
+
+def test_an_interrupted_rollout_goes_on_from_a_checkpoint_as_if_nothing_had_been(tmp_path: Path):
+    """Without any setting of partial rollouts: nothing is generated twice, and no prompt is drawn anew."""
+    engine = StubEngine(median_tokens=60, sigma=1.0, tokens_per_second=60)
+    plan = plan_for(4, wanted=4)
+    with serving(engine) as url:
+        sampler_for(url, interrupted=lambda: plan.finished > 2).run(plan)
+        assert 0 < plan.finished < 16 and not plan.may_end
+        assert {member.stopped for group in plan.groups for member in group.members} == {None, "interrupted"}
+        write_kept(tmp_path, plan.groups)
+        carried = read_kept(tmp_path, problem)
+        resumed = plan_for(0, wanted=4, carried=carried)
+        sampler_for(url).run(resumed)
+    samples = resumed.samples(Numbers())
+    assert_whole(engine, samples)
+    assert len(samples) == 16
+    assert sum(len(s.response_tokens) for s in samples) == engine.decoded_tokens
+    assert resumed.begin(problem(9)).key == "0-4"
 
 
 def test_a_deadline_waits_for_one_optimizer_step():

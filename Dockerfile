@@ -1,0 +1,53 @@
+# syntax=docker/dockerfile:1
+# one layer a program, so that a failed build goes on from the last that worked
+# hadolint global ignore=DL3059
+# One image for actors and engines on Hopper GPUs. NOT BUILT where this was written: no GPU, no registry of images. Its Python
+# pins were resolved (docs/slurm.md, "The image", says which part). Build from the repository's root:
+#   docker build --tag megatron-pmd .
+#   enroot import --output megatron-pmd.sqsh dockerd://megatron-pmd
+# The base brings CUDA 13.0, nvcc and cuDNN; Ubuntu 24.04 brings Python 3.12, and torch its NCCL.
+ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
+# hadolint ignore=DL3006
+FROM ${BASE}
+
+ARG TORCH=2.11.0
+ARG TRANSFORMER_ENGINE=2.11.0
+# NVIDIA's apex, from source: the package of that name on the index is another project. megatron-core uses its fused Adam
+# where Transformer Engine has none.
+# Tag 25.09:
+ARG APEX_COMMIT=4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49
+ARG SGLANG=0.5.17
+ARG MEGATRON_BRIDGE=0.3.1
+ARG MAX_JOBS=16
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 \
+    NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
+
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-pip ninja-build numactl \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/megatron-pmd
+# what compiles for half an hour comes before what changes every day
+COPY constraints/ constraints/
+RUN python3 -m pip install --constraint constraints/gpu.txt "torch==${TORCH}"
+RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint constraints/gpu.txt \
+    "transformer-engine==${TRANSFORMER_ENGINE}" "transformer-engine-cu13==${TRANSFORMER_ENGINE}" \
+    "transformer-engine-torch==${TRANSFORMER_ENGINE}"
+RUN git clone https://github.com/NVIDIA/apex /opt/apex && git -C /opt/apex checkout "${APEX_COMMIT}" \
+    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation /opt/apex \
+    && rm -rf /opt/apex
+RUN python3 -m pip install --no-deps --constraint constraints/gpu.txt "megatron-bridge==${MEGATRON_BRIDGE}" \
+    && python3 -m pip install --constraint constraints/gpu.txt "sglang==${SGLANG}" sglang-kernel sglang-router
+
+COPY . .
+RUN python3 -m pip install --constraint constraints/gpu.txt --editable '.[gpu]'
+# nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
+RUN python3 -m pip install virtualenv==21.15.8 && virtualenv /opt/nemo \
+    && /opt/nemo/bin/pip install --constraint constraints/nemo.txt --editable '.[nemo]'
+
+# the smoke test: what can be seen without a GPU
+RUN megatron-pmd plan qwen3_30b_a3b_dapo_32xh100 && megatron-pmd launch qwen3_30b_a3b_dapo_32xh100 --dry-run > /dev/null \
+    && python3 -c "import apex, megatron.bridge, megatron.core, sglang, torch, transformer_engine" \
+    && /opt/nemo/bin/python -c "import nemo_run"

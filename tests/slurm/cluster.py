@@ -1,0 +1,176 @@
+"""A real Slurm of three nodes on this machine, and the commands of a user on its login node."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).parents[2]
+LAB = PROJECT / "slurm" / "lab"
+NEMO_PYTHON = PROJECT / ".venv-nemo" / "bin" / "python"
+DEADLINE_SECONDS = 300
+
+SMALL = [
+    "iterations=4",
+    "batch.prompts_per_rollout=8",
+    "batch.samples_per_prompt=4",
+    "batch.prompts_per_step=2",
+    "warm_start.steps=4",
+    "warm_start.problems_per_step=16",
+    "data.evaluation=null",
+    "data.train.size=200",
+    "checkpoint.every=null",
+    "checkpoint.hf_export=false",
+    "rollout.max_total_tokens=4096",
+]
+
+PROFILE = """
+partition = "batch"
+gpus_per_node = 1
+gpu = "cpu"
+host_memory_gigabytes = 16
+cpus_per_node = 2
+time = "00:20:00"
+signal_seconds = 120
+python = "{python}"
+shared = "{shared}"
+setup = [{setup}]
+max_crashes = 2
+[network]
+socket_interfaces = ["ib0", "eth0"]
+[preflight]
+free_disk_gigabytes = 1
+all_reduce_gigabytes_per_second = 0.001
+[environment]
+PYTHONPATH = "{project}"
+{more}
+"""
+
+
+class Cluster:
+    """The lab, one shared folder, and profiles for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shared = folder, folder / "work"
+        self.shared.mkdir(parents=True)
+        os.environ["SLURM_CONF"] = str(folder / "lab" / "conf" / "slurm.conf")
+
+    def lab(self, command: str, *words: str) -> None:
+        done = subprocess.run(
+            [LAB, command, self.folder, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout
+
+    def profile(self, name: str = "plain", setup: str = "", more: str = "") -> str:
+        path = self.folder / f"{name}.toml"
+        commands = ", ".join(json.dumps(line) for line in filter(None, [setup]))
+        path.write_text(
+            PROFILE.format(
+                python=sys.executable, shared=self.shared, project=PROJECT, setup=commands, more=more
+            )
+        )
+        return str(path)
+
+    def command(self, *words: str, python: str | Path = sys.executable, expect: int = 0) -> str:
+        """`megatron-pmd …`; returns what was printed."""
+        done = subprocess.run(
+            [python, "-m", "megatron_pmd.cli", *words],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+        )
+        assert done.returncode == expect, done.stdout
+        return done.stdout
+
+    def launch(self, name: str, profile: str, *words: str, **options: Any) -> str:
+        """Submit the tiny recipe; returns the number of the first job."""
+        where = ("--cluster", profile, "--through", options.pop("through", "sbatch"))
+        self.command("launch", "tiny_moe_cpu", *where, f"name={name}", *SMALL, *words, **options)
+        return (self.run(name) / "launch" / "jobs").read_text().split()[0]
+
+    def run(self, name: str) -> Path:
+        return self.shared / "runs" / name
+
+    def text(self, name: str, file: str) -> str:
+        path = self.run(name) / file
+        return path.read_text() if path.exists() else ""
+
+    def log(self, name: str) -> str:
+        return "".join(path.read_text(errors="replace") for path in (self.run(name) / "logs").glob("*.out"))
+
+    def lines(self, name: str, file: str) -> list[dict[str, Any]]:
+        text = self.text(name, file)
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        """Metrics of every optimizer step."""
+        return [line for line in self.lines(name, "metrics.jsonl") if line["kind"] == "step"]
+
+    def phases(self, name: str) -> list[tuple[int, str]]:
+        return [(line["iteration"], line["phase"]) for line in self.lines(name, "ledger.jsonl")]
+
+    def job(self, number: str) -> dict[str, str]:
+        """What Slurm knows of a job."""
+        shown = slurm("scontrol", "show", "job", number, "--oneliner")
+        return dict(word.partition("=")[::2] for word in shown.split())
+
+    def wait(self, condition: Callable[[], Any], what: str, name: str) -> None:
+        """Poll until the condition holds, starting requeued jobs at once; shows the log at the deadline."""
+        limit, asked = time.monotonic() + DEADLINE_SECONDS, 0.0
+        while not condition():
+            assert time.monotonic() < limit, (
+                f"not in time: {what}\n{slurm('squeue')}\n{self.log(name)[-6000:]}"
+            )
+            if time.monotonic() > asked + 2:
+                asked = time.monotonic()
+                for number in slurm("squeue", "-h", "-t", "PENDING", "-o", "%A %r").splitlines():
+                    if "BeginTime" in number:  # a requeued job is held back for two minutes
+                        slurm("scontrol", "update", f"JobId={number.split()[0]}", "StartTime=now")
+            time.sleep(0.05)
+
+    def wait_for_end(self, number: str, name: str) -> str:
+        """The state a job ends in."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+        def has_ended() -> bool:
+            time.sleep(0.5)
+            return self.job(number)["JobState"] in ended
+
+        self.wait(has_ended, f"the end of job {number}", name)
+        return self.job(number)["JobState"]
+
+
+def slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+    """What a command prints."""
+    whole = os.environ | (environment or {})
+    done = subprocess.run(command, env=whole, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
+
+
+def processes_on_nodes() -> list[str]:
+    """Command lines of all that runs in the nodes' networks, but for their slurmd."""
+    found = []
+    for node in ("n1", "n2", "n3"):
+        for number in slurm("ip", "netns", "pids", f"pmdlab-{node}").split():
+            try:
+                line = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if line and not line.startswith("slurmd "):
+                found.append(f"{node}: {line}")
+    return found

@@ -1,0 +1,154 @@
+"""Runs on a real Slurm of this machine: to the end, interrupted, cancelled, crashed, impossible."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import PROJECT, Cluster, processes_on_nodes, slurm
+
+pytestmark = pytest.mark.serial
+
+
+def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> None:
+    assert len(cluster.steps("live")) == 16
+    assert cluster.text("live", "launch/outcome") == "complete\n"
+    assert cluster.job(live)["ExitCode"] == "0:0"
+    iteration = ["rollout", "release", "anchor", "update", "sync", "resume"]
+    assert [phase for t, phase in cluster.phases("live") if t == 1] == iteration
+    reports = cluster.run("live") / "launch" / "preflight" / "1"
+    assert sorted(path.name for path in reports.glob("*.json")) == ["0.json", "1.json"]
+    assert (cluster.run("live") / "logs" / "attempt-1").is_dir()
+    status = cluster.command("status", str(cluster.run("live")))
+    assert "4 of 4 iterations" in status and f"job {live}: COMPLETED" in status
+
+
+def test_a_finished_run_submitted_again_says_so_and_a_chain_ends_with_it(cluster: Cluster, live: str) -> None:
+    before = cluster.text("live", "ledger.jsonl")
+    first = cluster.launch("live", cluster.profile(), "--chain", "2")
+    numbers = cluster.text("live", "launch/jobs").split()
+    assert numbers[0] == first and len(numbers) == 2
+    for number in numbers:
+        assert cluster.wait_for_end(number, "live") == "COMPLETED"
+    log = cluster.log("live")
+    assert "is complete: nothing is left to train" in log
+    assert "not started: an earlier job of this chain completed the run" in log
+    assert cluster.text("live", "ledger.jsonl") == before
+
+
+def test_the_script_alone_does_the_same_from_environment_variables(cluster: Cluster, live: str) -> None:
+    variables = {
+        "PMD_RECIPE": str(cluster.run("live") / "launch" / "config.json"),
+        "PMD_NAME": "live",
+        "PMD_RUNS": str(cluster.shared / "runs"),
+        "PMD_ROOT": str(cluster.shared),
+        "PMD_PYTHON": sys.executable,
+        "PMD_RANKS_PER_NODE": "1",
+        "PYTHONPATH": str(PROJECT),
+    }
+    words = ("--parsable", "--nodes=2", f"--output={cluster.run('live')}/logs/alone.out")
+    number = slurm("sbatch", *words, str(PROJECT / "slurm" / "train.sbatch"), environment=variables)
+    assert cluster.wait_for_end(number, "live") == "COMPLETED", cluster.log("live")
+    alone = cluster.text("live", "logs/alone.out")
+    assert "nodes n1 n2" in alone and "is complete: nothing is left to train" in alone
+
+
+def test_told_to_save_a_run_is_requeued_and_resumes_to_the_same_metrics(
+    cluster: Cluster, live: str, nemo_python: Path
+) -> None:
+    """Submitted through nemo-run. No checkpoint is due before the end: it resumes from the signal's."""
+    words = ("--replay", str(cluster.run("live") / "rollouts"))
+    number = cluster.launch("told", cluster.profile(), *words, through="nemo-run", python=nemo_python)
+    cluster.wait(lambda: (0, "anchor") in cluster.phases("told"), "anchor of iteration 0", "told")
+    slurm("scancel", "--signal=USR1", number)
+    assert cluster.wait_for_end(number, "told") == "COMPLETED", cluster.log("told")
+    log = cluster.log("told")
+    assert "was told to save (SIGUSR1)" in log and "attempt 1 ended: saved" in log
+    assert any(f"resuming after {done} iterations" in log for done in (1, 2, 3))
+    assert cluster.text("told", "launch/attempts") == "2\n"
+    assert cluster.steps("told") == cluster.steps("live")
+    values = [
+        line["iteration"] for line in cluster.lines("told", "metrics.jsonl") if line["kind"] == "iteration"
+    ]
+    assert values == [0, 1, 2, 3]
+    assert "attempt 2 ended: complete" in cluster.command(
+        "logs", "-f", str(cluster.run("told")), python=nemo_python
+    )
+
+
+def test_cancelling_leaves_no_process_on_any_node(cluster: Cluster, live: str) -> None:
+    number = cluster.launch("cancelled", cluster.profile())
+    cluster.wait(
+        lambda: any("sglang" in line for line in processes_on_nodes()), "an engine on a node", "cancelled"
+    )
+    assert any("megatron_pmd.worker" in line for line in processes_on_nodes())
+    assert f"cancelled {number}" in cluster.command("cancel", str(cluster.run("cancelled")))
+    cluster.wait(lambda: processes_on_nodes() == [], "no process is left", "cancelled")
+    assert cluster.wait_for_end(number, "cancelled") == "CANCELLED"
+
+
+def test_a_lost_node_is_replaced_and_the_run_goes_on_in_containers(cluster: Cluster, live: str) -> None:
+    """Its second node loses power; the third takes its place; the metrics are those of the other run."""
+    only_inside = cluster.folder / "only_inside"
+    only_inside.mkdir()
+    container = (
+        '[container]\nruntime = "pyxis"\nimage = "image.sqsh"\n'
+        f'mounts = ["{cluster.shared}:{cluster.shared}", "{only_inside}:/mnt/only_inside"]\n'
+    )
+    setup = 'test -d /mnt/only_inside -a "$PYXIS_STANDIN_IMAGE" = image.sqsh'
+    profile = cluster.profile("container", setup, container)
+    words = ("--replay", str(cluster.run("live") / "rollouts"), "checkpoint.every=1")
+    number = cluster.launch("lost", profile, *words)
+    cluster.wait(lambda: (1, "anchor") in cluster.phases("lost"), "anchor of iteration 1", "lost")
+    nodes = slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
+    cluster.lab("crash", nodes[1])
+    try:
+        assert cluster.wait_for_end(number, "lost") == "COMPLETED", cluster.log("lost")
+    finally:
+        cluster.lab("start", nodes[1])
+    assert "resuming after 1 iterations" in cluster.log("lost")
+    assert cluster.steps("lost") == cluster.steps("live")
+    assert nodes[1] not in slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
+
+
+def test_a_node_that_fails_the_preflight_is_named_and_left_out(cluster: Cluster, live: str) -> None:
+    setup = '{ [ "$SLURMD_NODENAME" != n2 ] || export PMD_INTERFACES=ib7; }'
+    number = cluster.launch("unfit", cluster.profile("unfit", setup), "--replay", str(cluster.run("live")))
+    cluster.wait(lambda: "attempt 2, job" in cluster.log("unfit"), "a second attempt", "unfit")
+    cluster.command("cancel", str(cluster.run("unfit")))
+    log = cluster.log("unfit")
+    assert "node n2: none of the network interfaces ib7 has an IPv4 address; there are" in log
+    assert cluster.text("unfit", "launch/excluded_nodes") == "n2\n"
+    assert f"attempt 2, job {number}, nodes n1 n3" in log
+
+
+def test_a_crash_loop_stops_with_its_reason_and_no_job_of_the_chain_starts_again(cluster: Cluster) -> None:
+    number = cluster.launch("loop", cluster.profile("loop", "exit 3"), "--chain", "2")
+    last = cluster.text("loop", "launch/jobs").split()[-1]
+    assert cluster.wait_for_end(number, "loop") == "FAILED"
+    assert cluster.wait_for_end(last, "loop") == "FAILED"
+    assert cluster.text("loop", "launch/attempts") == "2\n"
+    stopped = cluster.text("loop", "launch/stopped")
+    assert (
+        "crashed 2 times without a new checkpoint; the last reason: the job step ended with exit code 3"
+        in stopped
+    )
+    assert "not started: an earlier job of this chain stopped" in cluster.log("loop")
+    assert "stopped: crashed 2 times" in cluster.command("status", str(cluster.run("loop")))
+
+
+def test_a_wrong_configuration_is_not_tried_again(cluster: Cluster) -> None:
+    number = cluster.launch("wrong", cluster.profile(), "reward.name=nonsense")
+    assert cluster.wait_for_end(number, "wrong") == "FAILED"
+    assert "reward.name='nonsense' is unknown" in cluster.text("wrong", "launch/stopped")
+    assert cluster.text("wrong", "launch/attempts") == "1\n"
+
+
+def test_an_allocation_that_the_cluster_cannot_give_is_refused_at_once(cluster: Cluster) -> None:
+    words = ("launch", "tiny_moe_cpu", "--cluster", cluster.profile(), "--through", "sbatch", "name=large")
+    output = cluster.command(*words, "layout.data=8", "rollout.ranks_per_engine=8", expect=1)
+    assert "Requested node configuration is not available" in output
+    assert "8 nodes" in output
+    assert slurm("squeue", "-h") == ""
