@@ -39,7 +39,9 @@ def test_stopped_responses_are_continued_under_newer_weights_also_after_a_resume
     lines = [m for m in command_line.lines("partial", "metrics.jsonl") if m["kind"] == "iteration"]
     assert [m["iteration"] for m in lines] == [0, 1, 2, 3]
     assert [m["partial/carried_responses"] for m in lines] == [0, 20, 20, 20]
-    assert all(m["partial/stopped_enough_groups"] > 0 for m in lines)
+    # on a busy machine an engine may finish all before the driver sees that there is enough
+    assert any(m["partial/stopped_enough_groups"] > 0 for m in lines)
+    continued_under_newer_weights = 0
 
     for t, line in enumerate(lines):
         # the engine's log-probabilities after a continuation are the current weights' own
@@ -52,7 +54,8 @@ def test_stopped_responses_are_continued_under_newer_weights_also_after_a_resume
             assert versions == sorted(versions) and versions[-1] == s.weight_version <= t
             assert all(g.counted == (g.weight_version != NOT_SAMPLED) for g in s.segments)
             assert len(s.engine_log_probs) == len(s.response_tokens) <= 40
-    assert any(len({g.weight_version for g in s.segments} - {NOT_SAMPLED}) > 1 for s in samples)
+            continued_under_newer_weights += len(set(versions)) > 1
+    assert continued_under_newer_weights
     assert lines[-1]["rollout/inserted_share"] > 0
 
     # what the checkpoint kept is what the resumed run went on with
