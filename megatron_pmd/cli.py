@@ -1,14 +1,16 @@
-"""The command line: megatron-pmd train · evaluate · report · doctor, and those of launch/commands.py."""
+"""The command line: megatron-pmd train · evaluate · convert · report · doctor, and those of launch."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
 from megatron_pmd.config import StopAfter
+from megatron_pmd.convert.command import app as convert
 from megatron_pmd.errors import Interrupted, PmdError
 from megatron_pmd.launch import commands
 from megatron_pmd.lifecycle import SAVED_EXIT_CODE
@@ -18,6 +20,7 @@ app = typer.Typer(
     help="Post-train language models by policy mirror descent.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+app.add_typer(convert, name="convert")
 
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
 AnswerPart = Literal["whole", "last_integer", "last_line"]
@@ -90,10 +93,10 @@ for command in (commands.plan, commands.launch, commands.status, commands.logs, 
     app.command()(command)
 
 
-def main() -> None:
+def main(command: Callable[[], object] = app) -> None:
     """Entry point; a PmdError is one message and exit code 1, not a traceback."""
     try:
-        app()
+        command()
     except PmdError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
         sys.exit(130 if isinstance(error, Interrupted) else 1)

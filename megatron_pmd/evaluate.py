@@ -92,7 +92,11 @@ def task(asked: Asked) -> Task:
 def _of_run(asked: Asked) -> Task:
     """The run's newest exported model, under its own evaluation settings."""
     config = load(asked.target / "config.json")
-    exports = {int(p.name.split("-")[1]): p for p in (asked.target / "hf").glob("iteration-*") if p.is_dir()}
+    exports = {
+        int(p.name.split("-")[1]): p
+        for p in (asked.target / "hf").glob("iteration-*")
+        if p.is_dir() and not p.suffix
+    }
     if not exports:
         raise ModelError(
             f"{asked.target} holds no exported model (hf/iteration-N): train it to the end with "

@@ -30,6 +30,9 @@ def train(run: Run) -> None:
         if run.checkpoint_is_due(t + 1):
             with run.phase("save"):
                 run.save(t + 1)
+        if run.export_is_due(t + 1):
+            with run.phase("export"):
+                run.export(t + 1)
         with run.phase("sync") as record:
             run.actor.release_optimizer()
             record.bytes = run.rollouts.load(run.actor, version=t + 1).bytes

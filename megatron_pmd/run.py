@@ -382,9 +382,19 @@ class Run:
             self.actor.wake()
         if self.config.checkpoint.hf_export:
             with self.phase("export"):
-                self.actor.save_hf(self.folder / "hf" / f"iteration-{final}")
+                self.export(final)
         with self.phase("save"):
             self._saving.publish(wait=True)
+
+    def export_is_due(self, done: int) -> bool:
+        """After so many iterations; the last one's export comes with the end of the run."""
+        every = self.config.checkpoint.hf_export_every
+        final = self.config.checkpoint.hf_export and done == self.config.iterations
+        return every is not None and done % every == 0 and not final
+
+    def export(self, done: int) -> None:
+        """Write the policy after so many iterations as a Hugging Face folder."""
+        self.actor.save_hf(self.folder / "hf" / f"iteration-{done}")
 
     def _check_final_weights(self, final: int) -> None:
         """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""

@@ -42,7 +42,7 @@ def main(order: Order) -> None:
     """Build this rank's part of the run and train; raises PmdError for what the user should read."""
     ending = Ending.of_this_job()
     ending.install()
-    _quiet()
+    quiet()
     import torch
 
     cpu = not torch.cuda.is_available()
@@ -69,7 +69,7 @@ def main(order: Order) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' own remarks out of the run's screen; warnings of ours are errors or printed."""
     import logging
 

@@ -26,6 +26,7 @@ from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
 from megatron_pmd.config import RunConfig
+from megatron_pmd.convert import live
 from megatron_pmd.errors import ModelError, NonFiniteLoss
 from megatron_pmd.rollout.samples import RolloutBatch
 
@@ -311,8 +312,10 @@ class Actor:
         residency.release_parameters(self.chunks)
 
     def save_hf(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder: weights, configuration, tokenizer."""
-        self._bridge.save_hf_pretrained(self.chunks, folder, show_progress=False)
+        """Write the policy as a Hugging Face folder: weights, configuration, tokenizer, manifest."""
+        live.write_policy(
+            self.export(), self._shapes.keys(), Path(self.config.model.path), folder, self._control
+        )
 
     def save(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -17,13 +16,13 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.transformer.module import Float16Module
-from safetensors import safe_open
 from transformers import AutoConfig
 
 from megatron_pmd.actor import settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.hugging_face import TensorFiles
 from megatron_pmd.rollout.cpu import stub_path
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -39,20 +38,8 @@ def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises ModelError for a folder that is not a complete model, or a family that the bridge does not know.
     """
-    _check_files(path)
-    if torch.cuda.is_available():
-        importlib.import_module("megatron.bridge")
-    else:
-        sys.path.append(str(stub_path()))  # the bridge imports triton; none of its kernels runs here
-        bridge_import.import_bridge()
-    from megatron.bridge import AutoBridge
-    from megatron.bridge.models.conversion.param_mapping import AutoMapping
-
-    AutoMapping.register_module_type("RMSNorm", "replicated")
-    try:
-        bridge = AutoBridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise ModelError(f"{path}: Megatron-Bridge cannot map this model: {error}") from None
+    check_files(path)
+    bridge = open_bridge(path, trust_remote_code=trust_remote_code)
     config = bridge.hf_pretrained.config
     rope = rope_of(path, config)
     # Megatron-Bridge 0.3.1 reads transformers 4's rope_theta and rope_scaling. In transformers 5 both live in
@@ -61,6 +48,32 @@ def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     if rope.get("rope_type", "default") == "default":
         config.rope_scaling = None
         config.rope_parameters = None
+    return bridge
+
+
+def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """AutoBridge of a folder with a config.json: enough to map weights; to run the model see load_bridge.
+
+    Raises ModelError for a family that the bridge does not know, naming those it does.
+    """
+    if torch.cuda.is_available():
+        importlib.import_module("megatron.bridge")
+    else:
+        if str(stub_path()) not in sys.path:
+            sys.path.append(str(stub_path()))  # the bridge imports triton; none of its kernels runs here
+        bridge_import.import_bridge()
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+
+    AutoMapping.register_module_type("RMSNorm", "replicated")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        known = ", ".join(AutoBridge.list_supported_models())
+        raise ModelError(
+            f"{path}: Megatron-Bridge cannot map this model: {error}\nIt knows {known}"
+        ) from None
+    config = bridge.hf_pretrained.config
     if config.model_type == "deepseek_v3" and not hasattr(config, "scoring_func"):
         # transformers' DeepseekV3 scores by sigmoid always, and does not write it; the bridge assumes softmax
         config.scoring_func = "sigmoid"
@@ -88,7 +101,7 @@ def rope_of(path: Path, config: Any) -> dict[str, Any]:
     return rope
 
 
-def _latent_attention_fields(path: Path) -> dict[str, Any]:
+def latent_attention_fields(path: Path) -> dict[str, Any]:
     """Fields of MLATransformerConfig that Megatron-Bridge 0.3.1 leaves at megatron-core's defaults.
 
     It takes the rotary ones from transformers 4's names, and passes on no rank that is None.
@@ -102,7 +115,8 @@ def _latent_attention_fields(path: Path) -> dict[str, Any]:
     return fields | same | dict(rope_type="yarn", rotary_scaling_factor=rope["factor"])
 
 
-def _check_files(path: Path) -> None:
+def check_files(path: Path) -> None:
+    """Raises ModelError for a folder without configuration or weights."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; model.path must be a Hugging Face model folder")
     if not list(path.glob("*.safetensors")):
@@ -114,19 +128,7 @@ def tensors_in(path: Path) -> dict[str, list[int]]:
 
     Raises ModelError for a truncated file, or one that the index names and the folder lacks.
     """
-    files = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()
-                shapes.update({name: tensors.get_slice(name).get_shape() for name in names})
-        except Exception as error:  # safetensors has its own exception type, not derived from OSError
-            raise ModelError(f"{file}: cannot be read: {error}; is the file complete?") from None
-    return shapes
+    return {name: tensor.shape for name, tensor in TensorFiles(path).tensors.items()}
 
 
 def provider_for(bridge: Any, config: RunConfig) -> Any:
@@ -137,7 +139,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
     fields = settings.transformer_fields(config)
     if provider.multi_latent_attention:
-        fields = _latent_attention_fields(Path(config.model.path)) | fields
+        fields = latent_attention_fields(Path(config.model.path)) | fields
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
@@ -204,14 +206,15 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     missing = sorted(needed - present.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    _check_shapes(bridge, path, present)
+    trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
+    check_shapes(path, present, trust=trust)
     bridge.load_hf_weights(chunks)
 
 
-def _check_shapes(bridge: Any, path: Path, present: dict[str, list[int]]) -> None:
+def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = False) -> None:
+    """Raises ModelError naming a tensor whose shape is not the one that config.json asks for."""
     from transformers import AutoModelForCausalLM
 
-    trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust).state_dict()

@@ -63,6 +63,8 @@ class Checkpoint(Frozen):
     """The newest so many are kept."""
     hf_export: bool = True
     """Write the final model as a Hugging Face folder, hf/iteration-N."""
+    hf_export_every: PositiveInt | None = None
+    """Iterations between further such folders; all are kept. What `megatron-pmd convert` writes."""
 
 
 class WarmStart(Frozen):

@@ -244,6 +244,8 @@ def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
         normalization="RMSNorm",
     )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    # the local spec renames unfused norms in checkpoints; here they are fused where TE fuses them
+    layer.sharded_state_dict_keys_map = {}
     attention.core_attention = PackedAttention
     if latent:
         layer.input_layernorm = RMSNorm

@@ -1,0 +1,80 @@
+"""The policy as a model folder during training: what `convert` writes, from the ranks that hold it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, write_whole, writing
+from megatron_pmd.errors import PmdError
+from megatron_pmd.hugging_face import ShardWriter, TensorFiles, copy_side_files, write_index
+
+
+def write_policy(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    names: Collection[str],
+    model_folder: Path,
+    out: Path,
+    control: Control,
+) -> None:
+    """Write the exported tensors (all ranks iterate, the driver writes) as `out`, which appears complete.
+
+    names: of all tensors that come. Files are named and filled as in model_folder, whose configuration and
+    tokenizer go with them. An `out` of an earlier attempt at the same iteration is replaced.
+    Raises CheckpointError on all ranks when it cannot be written, ModelError when a tensor does not come.
+    """
+    failure: PmdError | None = None
+    waiting = iter(tensors)
+    if control.is_driver:
+        try:
+            _write(waiting, names, model_folder, out)
+        except PmdError as error:
+            failure = error
+    for _ in waiting:  # the other ranks take part in gathering each tensor, also after the driver failed
+        pass
+    failure = control.from_driver(failure)
+    if failure is not None:
+        raise failure
+
+
+def _write(
+    tensors: Iterable[tuple[str, torch.Tensor]], names: Collection[str], model_folder: Path, out: Path
+) -> None:
+    partial = out.with_name(out.name + ".partial")
+    files = TensorFiles(model_folder)
+    of_file = defaultdict(list)
+    for name in names:
+        of_file[files.tensors[name].file.name].append(name)
+    entries: dict[str, dict[str, Any]] = {}
+    hasher = Hasher()
+    with writing(out.parent, "the run can be resumed"), ExitStack() as cleanup:
+        cleanup.callback(hasher.close)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        shards = {f: cleanup.enter_context(ShardWriter(partial / f, own)) for f, own in of_file.items()}
+        for name, tensor in tensors:
+            file = files.tensors[name].file.name
+            held = tensor.detach().cpu().contiguous()
+            shards[file].add(name, held)
+            hasher.add(name, held)
+            entries[name] = {**describe(held), "file": file}
+        dtype = held.dtype
+        for name, hash_ in hasher.results().items():
+            entries[name]["sha256"] = hash_
+    with writing(out.parent, "the run can be resumed"):
+        if len(shards) > 1:
+            total = sum(shard.bytes for shard in shards.values())
+            write_index(partial, {name: entry["file"] for name, entry in entries.items()}, total)
+        copy_side_files(model_folder, partial, dtype=dtype)
+        manifest = {"direction": "training", "source": str(model_folder.resolve()), "tensors": entries}
+        write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)

@@ -1,0 +1,52 @@
+"""transformers' logits of a folder, in a process of their own: `python -m megatron_pmd.convert.reference`.
+
+The stand-ins for CUDA that megatron-core needs leave transformers' rotary frequencies uninitialised, and the
+memory of the one model is given back before the other is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_pmd.errors import ModelError
+
+DEADLINE_SECONDS = 3600
+
+
+def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """fp32 [tokens, vocabulary] of a folder's model; raises ModelError when it cannot be run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "logits.safetensors"
+        process = subprocess.run(
+            [sys.executable, "-m", __name__, str(folder), json.dumps(tokens), str(path)],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+            check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise ModelError(f"{folder}: transformers cannot run it: {reason}")
+        return load_file(path)["logits"]
+
+
+def main(folder: str, tokens: str, path: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = model(torch.tensor([json.loads(tokens)])).logits[0]
+    save_file({"logits": found.float().contiguous()}, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

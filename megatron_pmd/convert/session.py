@@ -1,0 +1,39 @@
+"""The ranks of a conversion: those torchrun started, or this process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+TIMEOUT_SECONDS = timedelta(days=1).total_seconds()
+"""A rank with small parts waits this long for one with large ones."""
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@contextmanager
+def ranks() -> Iterator[Any]:
+    """Join the other ranks; yields their Control. No rank holds a part of another's parameters."""
+    from megatron_pmd.worker import quiet
+
+    quiet()
+    if "RANK" not in os.environ:
+        os.environ.update(ALONE)
+    import torch
+
+    from megatron_pmd.actor.cpu import standins
+
+    standins.install()  # nothing where CUDA exists
+    from megatron_pmd.actor import parallel
+    from megatron_pmd.config import Layout
+
+    world = int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
+    try:
+        yield parallel.Control(TIMEOUT_SECONDS)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,154 @@
+"""Checkpoint in megatron-core's sharded format → Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.actor.parameters import Model, Parameter, model_of
+from megatron_pmd.convert import precision
+from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
+from megatron_pmd.convert.sharded import ShardedReader
+from megatron_pmd.convert.verify import verify
+from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.hugging_face import ShardWriter, copy_side_files, write_index
+from megatron_pmd.weight_sync.quantize import quantization_config
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    model_folder: Path,
+    out: Path,
+    control: Control,
+    *,
+    dtype: precision.Precision | None = None,
+    shard_bytes: int,
+    verified: bool = False,
+) -> dict[str, Any]:
+    """Convert a checkpoint of any layout into the model folder `out`; returns its manifest. Collective.
+
+    model_folder: where config.json, tokenizer and chat template come from; its weights are not looked at.
+    dtype: of the tensors written; None: as in the checkpoint. shard_bytes: the largest size of a shard.
+    verified: compare before publishing.
+
+    Raises CheckpointError when the checkpoint's tensors are not exactly the model's, or the folder cannot be
+    written, or is not what was to be written; ConfigError when `out` exists.
+    """
+    if not (model_folder / "config.json").is_file():
+        raise ConfigError(f"{model_folder}: no config.json; --model names the model's Hugging Face folder")
+    reader = ShardedReader(checkpoint)
+    model = model_of(model_folder, reader.tensors)
+    padding = padding_rows(reader, model)
+    parts = divide(((p, _bytes(p, reader, dtype)) for p in model.parameters), shard_bytes)
+    order = {
+        "direction": "megatron-to-hf",
+        "source": str(checkpoint.resolve()),
+        "saved": (checkpoint / ".metadata").stat().st_mtime_ns,
+        "model": str(model_folder.resolve()),
+        "dtype": dtype,
+        "shard_bytes": shard_bytes,
+    }
+    workshop = Workshop(out, order, control)
+
+    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
+        path = workshop.folder / shard_name(part.number, len(parts))
+        return _convert(part, reader, dtype, path, went_by)
+
+    records = workshop.work(parts, convert)
+    expected = [s for name in model.by_tensor() for s in precision.stored_names(name, dtype)]
+    tensors = tensors_of(records, expected)
+    files = {name: record.written["file"] for record in records for name in record.tensors}
+    manifest = {
+        "direction": "megatron-to-hf",
+        "source": str(checkpoint.resolve()),
+        "layout": reader.layout,
+        "tensors": {name: {**entry, "file": files[name]} for name, entry in tensors.items()},
+        "padding_rows_removed": padding,
+        "parameters": {p.name: places(p) for p in model.parameters},
+    }
+
+    def finish() -> None:
+        if len(parts) > 1:
+            write_index(workshop.folder, files, sum(record.written["bytes"] for record in records))
+        copy_side_files(
+            model_folder,
+            workshop.folder,
+            dtype=precision.TORCH[dtype] if dtype else reader.dtype(model.parameters[0]),
+            quantization=quantization_config(model.by_tensor()) if dtype == "fp8" else None,
+        )
+
+    workshop.on_driver(finish)
+    if verified:
+        manifest["verified"] = verify(workshop.folder, checkpoint, control, dtype=dtype)
+    workshop.publish(manifest)
+    return manifest
+
+
+def shard_name(number: int, count: int) -> str:
+    """As transformers names a model's files."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _bytes(parameter: Parameter, reader: ShardedReader, dtype: precision.Precision | None) -> int:
+    return precision.stored_bytes(
+        parameter.tensor_names[0], parameter.elements, reader.dtype(parameter), dtype
+    )
+
+
+def _convert(
+    part: Part,
+    reader: ShardedReader,
+    dtype: precision.Precision | None,
+    path: Path,
+    went_by: Callable[[int], None],
+) -> Record:
+    record, hasher = Record(), Hasher()
+    names = [
+        s for p in part.parameters for name in p.tensor_names for s in precision.stored_names(name, dtype)
+    ]
+    try:
+        with ShardWriter(path, names) as shard:
+            for parameter in part.parameters:
+                for name, plain in parameter.split(reader.read(parameter)).items():
+                    for stored, tensor in precision.stored(name, plain, dtype):
+                        tensor = tensor.contiguous()
+                        hasher.add(stored, tensor)
+                        shard.add(stored, tensor)
+                        record.tensors[stored] = describe(tensor)
+                went_by(_bytes(parameter, reader, dtype))
+        for name, hash_ in hasher.results().items():
+            record.tensors[name]["sha256"] = hash_
+    finally:
+        hasher.close()
+    record.written = {"file": path.name, "bytes": shard.bytes}
+    return record
+
+
+def padding_rows(reader: ShardedReader, model: Model) -> dict[str, int]:
+    """The rows that pad a checkpoint's vocabulary, by key: all it holds beside the model's parameters.
+
+    Raises CheckpointError naming a tensor, or a part of one, that would be lost.
+    """
+    elements: dict[str, int] = {}
+    for parameter in model.parameters:
+        for piece in parameter.pieces:
+            elements[piece.key] = elements.get(piece.key, 0) + torch.Size(piece.sizes).numel()
+    padding: dict[str, int] = {}
+    for key, saved in reader.tensors.items():
+        if key not in elements:
+            raise CheckpointError(
+                f"{reader.folder}: {key} {list(saved.size)} is no parameter of the model of config.json"
+            )
+        lost, row = saved.size.numel() - elements[key], saved.size[1:].numel()
+        if lost and not (key.endswith(("word_embeddings.weight", "output_layer.weight")) and lost % row == 0):
+            raise CheckpointError(
+                f"{reader.folder}: {key} has shape {list(saved.size)}: {lost} elements more than the model "
+                "of config.json"
+            )
+        if lost:
+            padding[key] = lost // row
+    return padding

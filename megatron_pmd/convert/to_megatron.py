@@ -1,0 +1,154 @@
+"""Hugging Face folder → checkpoint in megatron-core's sharded format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.actor.model import check_files, check_shapes
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.actor.parameters import Model, Parameter, model_of
+from megatron_pmd.convert import SIDE_FILES, precision, sharded
+from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
+from megatron_pmd.convert.verify import verify
+from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.hugging_face import TensorFiles, bytes_of, copy_side_files
+
+
+def hf_to_megatron(
+    source: Path,
+    out: Path,
+    control: Control,
+    *,
+    dtype: precision.Precision | None = None,
+    part_bytes: int,
+    verified: bool = False,
+) -> dict[str, Any]:
+    """Convert a model folder into the checkpoint `out`; returns its manifest. Collective.
+
+    dtype: of the checkpoint; None: as in the folder, and bf16 for what it holds as FP8. part_bytes: the
+    checkpoint's files are at most this large, or as large as one parameter. verified: compare before
+    publishing.
+
+    Raises ModelError when the folder's tensors are not exactly those of the model its config.json describes,
+    ConfigError when `out` exists, CheckpointError when it cannot be written or is not what was to be written.
+    """
+    if dtype == "fp8":
+        raise ConfigError("a checkpoint to train from holds bf16 or fp32; FP8 is for Hugging Face folders")
+    check_files(source)
+    files = TensorFiles(source)
+    model = model_of(source)
+    left_out = unused(files, model)
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
+    check_shapes(source, {name: s for name, s in shapes.items() if not precision.is_scale(name, files)})
+    placed = [(p, _dtype(p, files, dtype)) for p in model.parameters]
+    dtypes = {p.name: held for p, held in placed}
+    parts = divide(((p, p.elements * held.itemsize) for p, held in placed), part_bytes)
+    order = {
+        "direction": "hf-to-megatron",
+        "source": str(source.resolve()),
+        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in source.glob("*.safetensors")},
+        "dtype": dtype,
+        "part_bytes": part_bytes,
+    }
+    workshop = Workshop(out, order, control)
+
+    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
+        return _convert(part, files, dtypes, workshop.folder, went_by)
+
+    records = workshop.work(parts, convert)
+    manifest = {
+        "direction": "hf-to-megatron",
+        "source": str(source.resolve()),
+        "layout": None,
+        "tensors": tensors_of(records, model.by_tensor()),
+        "left_out": left_out,
+        "parameters": {p.name: places(p) for p in model.parameters},
+    }
+
+    def finish() -> None:
+        (workshop.folder / SIDE_FILES).mkdir(exist_ok=True)
+        copy_side_files(source, workshop.folder / SIDE_FILES, dtype=placed[0][1])
+        sharded.finish(workshop.folder, placed, [w for r in records for w in sharded.unpacked(r.written)])
+
+    workshop.on_driver(finish)
+    if verified:
+        manifest["verified"] = verify(source, workshop.folder, control)
+    workshop.publish(manifest)
+    return manifest
+
+
+def _convert(
+    part: Part,
+    files: TensorFiles,
+    dtypes: dict[str, torch.dtype],
+    folder: Path,
+    went_by: Callable[[int], None],
+) -> Record:
+    record, hasher = Record(), Hasher()
+
+    def make(parameter: Parameter) -> torch.Tensor:
+        dtype = dtypes[parameter.name]
+        tensors = {name: precision.plain(name, files).to(dtype) for name in parameter.tensor_names}
+        for name, tensor in tensors.items():
+            hasher.add(name, tensor)
+            record.tensors[name] = describe(tensor)
+        went_by(parameter.elements * dtype.itemsize)
+        return parameter.merge(tensors)
+
+    try:
+        placed = [(parameter, dtypes[parameter.name]) for parameter in part.parameters]
+        record.written = sharded.packed(sharded.write_part(folder, part.number, placed, make))
+        for name, hash_ in hasher.results().items():
+            record.tensors[name]["sha256"] = hash_
+    finally:
+        hasher.close()
+    return record
+
+
+def _dtype(parameter: Parameter, files: TensorFiles, asked: precision.Precision | None) -> torch.dtype:
+    """The dtype that a parameter is written in.
+
+    Raises ModelError when a tensor of it is missing, or they differ and none was asked for.
+    """
+    found = {
+        name: precision.dtype_of(name, precision.plain_dtype(name, files), asked)
+        for name in parameter.tensor_names
+    }
+    if len(set(found.values())) > 1:
+        raise ModelError(f"{files.folder}: {found} become one parameter; name the dtype to write")
+    return next(iter(found.values()))
+
+
+def unused(files: TensorFiles, model: Model) -> dict[str, str]:
+    """The folder's tensors that no parameter is made of, each with why that is right.
+
+    Raises ModelError naming one for which it is not.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(files.folder)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    ignored = [*(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    reasons = {}
+    for name in sorted(files.tensors.keys() - model.by_tensor().keys()):
+        if precision.is_scale(name, files):
+            continue  # read together with its values
+        if model.tied and name == "lm_head.weight":
+            if bytes_of(files.get(name)) != bytes_of(files.get("model.embed_tokens.weight")):
+                raise ModelError(
+                    f"{files.folder}: lm_head.weight differs from the embedding, to which config.json ties "
+                    "it; set tie_word_embeddings to false if that is meant"
+                )
+            reasons[name] = "the same as model.embed_tokens.weight"
+        elif any(re.search(pattern, name) for pattern in ignored):
+            reasons[name] = "transformers does not load it either"
+        else:
+            raise ModelError(
+                f"{files.folder}: tensor {name} belongs to no parameter of the model of config.json"
+            )
+    return reasons

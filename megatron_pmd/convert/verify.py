@@ -1,0 +1,118 @@
+"""Reading a conversion back: every tensor's bytes in both directions, and the logits of both models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_pmd.actor import parameters
+from megatron_pmd.actor.parallel import Control
+from megatron_pmd.convert import precision, reference
+from megatron_pmd.convert.parts import progress
+from megatron_pmd.convert.sharded import ShardedReader
+from megatron_pmd.errors import CheckpointError, ModelError, PmdError
+from megatron_pmd.hugging_face import TensorFiles, bytes_of
+
+LARGEST_LOGIT_DIFFERENCE = 1e-4
+"""Between the two models in fp32."""
+PROMPT_TOKENS = 32
+
+
+def verify(
+    folder: Path,
+    checkpoint: Path,
+    control: Control,
+    *,
+    dtype: precision.Precision | None = None,
+) -> dict[str, Any]:
+    """Compare a Hugging Face folder with a checkpoint of the same model; what was compared. Collective.
+
+    dtype: what the folder was asked to hold.
+    Raises CheckpointError naming a tensor that differs, or the difference of the logits.
+    """
+    model = compare_tensors(folder, checkpoint, control, dtype)
+    result = {"tensors": sum(len(p.tensor_names) for p in model.parameters)}
+    logits = control.on_driver(lambda: compare_logits(folder, checkpoint, model))
+    return {**result, "logits": control.from_driver(logits)}
+
+
+def compare_tensors(
+    folder: Path,
+    checkpoint: Path,
+    control: Control,
+    dtype: precision.Precision | None,
+) -> parameters.Model:
+    """Every parameter made again of the folder's tensors, every tensor again of the parameter, bit for bit.
+
+    Where a conversion narrows the dtype, the wider side is narrowed before it is compared.
+    """
+    files, reader = TensorFiles(folder), ShardedReader(checkpoint)
+    model = parameters.model_of(folder, reader.tensors)
+    mine = model.parameters[control.rank :: control.world]
+    failure: PmdError | None = None
+    try:
+        with progress("verifying", sum(p.elements for p in mine), shown=control.is_driver) as went_by:
+            for parameter in mine:
+                _compare(parameter, files, reader, dtype)
+                went_by(parameter.elements)
+    except PmdError as error:
+        failure = error
+    for other in control.all_gather(failure):
+        if other is not None:
+            raise other
+    return model
+
+
+def _compare(
+    parameter: parameters.Parameter,
+    files: TensorFiles,
+    reader: ShardedReader,
+    dtype: precision.Precision | None,
+) -> None:
+    saved = reader.read(parameter)
+    plain = {name: precision.plain(name, files) for name in parameter.tensor_names}
+    widths = {tensor.dtype.itemsize for tensor in plain.values()}
+    quantized = any(files.tensors[name].dtype == "F8_E4M3" for name in plain)
+    if min(widths) >= saved.dtype.itemsize and not (quantized and dtype):
+        merged = parameter.merge({name: tensor.to(saved.dtype) for name, tensor in plain.items()})
+        if bytes_of(merged) != bytes_of(saved):
+            raise CheckpointError(f"{reader.folder}: {parameter.name} is not what {files.folder} makes it")
+    if max(widths) > saved.dtype.itemsize or (quantized and not dtype):
+        return  # the folder holds more than the checkpoint: it cannot come out of it again
+    for name, tensor in parameter.split(saved).items():
+        for stored, again in precision.stored(name, tensor.to(plain[name].dtype), dtype):
+            if bytes_of(again) != bytes_of(files.get(stored)):
+                raise CheckpointError(f"{files.folder}: tensor {stored} is not what {reader.folder} makes it")
+
+
+def compare_logits(folder: Path, checkpoint: Path, model: parameters.Model) -> Any:
+    """The largest difference of the logits of a fixed prompt, in fp32; or why they were not compared.
+
+    Raises CheckpointError when it is above LARGEST_LOGIT_DIFFERENCE.
+    """
+    needed = 4.5 * sum(p.elements for p in model.parameters)  # fp32, and room for the largest tensors
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"not compared: {needed / 1e9:.1f} GB of memory needed, {available / 1e9:.1f} available"
+    if any(tensor.dtype == "F8_E4M3" for tensor in TensorFiles(folder).tensors.values()):
+        return "not compared: transformers runs FP8 on GPUs only"
+    try:
+        tokens, ours = parameters.logits(folder, model, _tokens, ShardedReader(checkpoint).read)
+    except ModelError as error:
+        return f"not compared: {error}"
+    theirs = reference.logits(folder, tokens.tolist())
+    difference = float((ours - theirs).abs().max())
+    if not difference <= LARGEST_LOGIT_DIFFERENCE:
+        raise CheckpointError(
+            f"the logits of {folder} and {checkpoint} differ by {difference:.2g} in fp32, "
+            f"more than {LARGEST_LOGIT_DIFFERENCE:g}"
+        )
+    return difference
+
+
+def _tokens(vocabulary: int) -> torch.Tensor:
+    """The fixed prompt: tokens from all over the vocabulary."""
+    return torch.linspace(0, vocabulary - 1, PROMPT_TOKENS).long().roll(PROMPT_TOKENS // 3)

@@ -1,0 +1,197 @@
+"""Hugging Face model folders: tensors read one at a time, shards written as their tensors come."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+
+from megatron_pmd.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""The dtypes that a shard can hold, in safetensors' words."""
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+"""Endings of files that hold weights: all others in a model folder go with its configuration."""
+SKIPPED = (".index.json", "conversion.json")
+"""Further files that tell of one folder's weights alone."""
+OPEN_FILES = 8
+"""A parameter's tensors lie in a few neighbouring files."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of one tensor."""
+
+    file: Path
+    shape: list[int]
+    dtype: str
+    """In safetensors' words: F32, BF16, F8_E4M3 …"""
+    begin: int
+    bytes: int
+    """Where its data is in the file."""
+
+
+class TensorFiles:
+    """The tensors of a model folder by name, each read when it is asked for.
+
+    They are not mapped: the mapped pages of large shards would look like memory that the process needs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read all headers.
+
+        Raises ModelError for a truncated file, or a tensor or file that the index names and the folder lacks.
+        """
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
+        files, indexed = sorted(folder.glob("*.safetensors")), None
+        if (folder / INDEX).is_file():
+            indexed = json.loads((folder / INDEX).read_text())["weight_map"]
+            files = [folder / name for name in sorted(set(indexed.values()))]
+        for file in files:
+            self._read_header(file)
+        missing = sorted(set(indexed or ()) - self.tensors.keys())
+        if missing:
+            raise ModelError(
+                f"{folder}: tensor {missing[0]} is in the index but not in its file ({len(missing)} in all)"
+            )
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # it checks the header against the size of the file
+        except Exception as error:  # safetensors has its own exception type, not derived from OSError
+            raise ModelError(f"{file}: cannot be read: {error}; is the file complete?") from None
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                self.tensors[name] = StoredTensor(
+                    file, entry["shape"], entry["dtype"], 8 + length + begin, end - begin
+                )
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor, read from its file.
+
+        Raises ModelError when the folder has no such tensor, or its file became shorter.
+        """
+        if name not in self.tensors:
+            raise ModelError(f"{self.folder}: tensor {name} is missing")
+        stored = self.tensors[name]
+        if stored.file not in self._open:
+            self._open[stored.file] = stored.file.open("rb", buffering=0)
+        self._open.move_to_end(stored.file)
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        file, into, done = self._open[stored.file], data.numpy().data, 0
+        file.seek(stored.begin)
+        while done < stored.bytes:  # the system reads at most 2 GiB at a time
+            count = file.readinto(into[done:])
+            if not count:
+                raise ModelError(f"{stored.file}: ends within tensor {name}")
+            done += count
+        while len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return data.view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+class ShardWriter:
+    """One safetensors file, written tensor by tensor: room for the header is left and filled at the end."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        """names: those of the tensors to come, in any order."""
+        self._path, self._waiting = path, set(names)
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        # an entry's dtype, shape and offsets take less than this
+        room = sum(len(json.dumps(name)) + 200 for name in self._waiting) + 100
+        self._data = 8 + -(-room // 8) * 8
+        self._file = path.open("wb")
+        self._file.seek(self._data)
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        self._file.close()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor; raises ModelError for one that is not awaited, so for a second one of a name."""
+        if name not in self._waiting:
+            raise ModelError(f"{self._path}: tensor {name} comes a second time, or does not belong here")
+        self._waiting.remove(name)
+        data = bytes_of(tensor)
+        self._file.write(data)
+        begin, self.bytes = self.bytes, self.bytes + len(data)
+        self._header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, self.bytes],
+        }
+
+    def finish(self) -> None:
+        """Write the header, wait for the disk; raises ModelError when a tensor did not come."""
+        if self._waiting:
+            raise ModelError(f"{self._path}: tensor {min(self._waiting)} did not come")
+        header = json.dumps(self._header).encode().ljust(self._data - 8)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", len(header)) + header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_index(folder: Path, files: dict[str, str], total_bytes: int) -> None:
+    """The index of a sharded folder; files: the file of each tensor."""
+    text = json.dumps(
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}, indent=2
+    )
+    (folder / INDEX).write_text(text + "\n")
+
+
+def copy_side_files(
+    source: Path, target: Path, *, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+) -> None:
+    """Configuration, generation settings, tokenizer, chat template, code: everything but weights.
+
+    dtype, quantization: what config.json of the copy then says of the weights.
+    """
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(SKIPPED):
+            shutil.copyfile(file, target / file.name)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
+    config[key] = str(dtype).removeprefix("torch.")
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""A conversion goes on where it was killed, and where the disk was full; several ranks share one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.actor.launch import launch
+from tests.convert.conftest import PROGRAMS
+from tests.convert.test_round_trip import tensors
+
+pytestmark = pytest.mark.serial
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.distcp")}
+
+
+def test_a_killed_conversion_goes_on_and_does_no_part_twice(variants, converted, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(AssertionError, match="ended with -9"):
+        launch("to_megatron", module=PROGRAMS, model=variants / "llama", out=out, kill_at=3)
+    assert not out.exists()
+    done = {path.name: path.stat().st_mtime_ns for path in partial.glob("__[012]_0.distcp")}
+    assert len(done) == 3
+    launch("to_megatron", module=PROGRAMS, model=variants / "llama", out=out)
+    assert not partial.exists()
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == done
+    whole = converted[0] / "llama/megatron"
+    assert files(out) == files(whole)
+    assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
+
+
+def test_two_ranks_write_what_one_does(variants, converted, tmp_path):
+    cases = {
+        name: (converted[0] / name / "megatron", variants / name, tmp_path / name)
+        for name in ("llama", "qwen3moe")
+    }
+    launch("to_hf", module=PROGRAMS, ranks=2, cases=cases)
+    for name in cases:
+        alone, together = converted[0] / name / "hf", tmp_path / name
+        assert {p.name for p in alone.iterdir()} == {p.name for p in together.iterdir()}
+        for path in alone.glob("*.safetensors"):
+            assert path.read_bytes() == (together / path.name).read_bytes()
+
+
+def test_a_full_disk_publishes_nothing_and_the_same_command_goes_on(variants, converted, tmp_path):
+    checkpoint = converted[0] / "llama/megatron"
+    found = launch(
+        "disk_full", module=PROGRAMS, model=variants / "llama", checkpoint=checkpoint, out=tmp_path
+    )[0]
+    for direction, folder in (("to megatron", "megatron.partial"), ("to hf", "hf.partial")):
+        kind, message = found[direction]
+        assert kind == "CheckpointError"
+        assert folder in message and "is the disk full?" in message and "goes on where" in message
+        assert found[f"{direction}, again"] == ("", "")
+    assert found["published"] == ("", "")
+    before, after = tensors(variants / "llama"), tensors(tmp_path / "hf")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen2", dict(tensor=2)), ("qwen3moe", dict(expert=2, data=2)), ("llama", dict(pipeline=2))],
+    ids=["tensor=2", "expert=2", "pipeline=2"],
+)
+def test_megatron_loads_the_checkpoint_and_exports_it_again_under_any_layout(
+    variants, converted, tmp_path, family, layout
+):
+    model, checkpoint, out = (
+        variants / family,
+        converted[0] / family / "megatron",
+        tmp_path / "hf/iteration-4",
+    )
+    ranks = launch(
+        "load_as_megatron_does", module=PROGRAMS, ranks=2,
+        model=model, checkpoint=checkpoint, layout=layout, out=out,
+    )  # fmt: skip
+    expected = tensors(model)
+    for held in (*ranks, tensors(out)):
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+    # what training writes is what a conversion writes
+    assert [path.name for path in out.parent.iterdir()] == ["iteration-4"]
+    written, conversion = (
+        json.loads((folder / "conversion.json").read_text())["tensors"]
+        for folder in (out, converted[0] / family / "hf")
+    )
+    assert {k: v["sha256"] for k, v in written.items()} == {k: v["sha256"] for k, v in conversion.items()}
+    assert (out / "config.json").read_bytes() == (converted[0] / family / "hf/config.json").read_bytes()
