@@ -131,8 +131,7 @@ def load_as_megatron_does(
 
     # the ranks of a conversion share nothing: these are to hold one model together
     parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-    parallel.initialize(Layout(**layout), seed=0, timeout_seconds=60)
+    parallel.form_groups(Layout(**layout), seed=0, timeout_seconds=60)
     actor = Actor(config_for(model, layout), parallel.Control(60))
     (module,) = unwrap_model(actor.chunks)
     with torch.no_grad():
