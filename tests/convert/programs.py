@@ -122,6 +122,7 @@ def load_as_megatron_does(
 ) -> dict[str, torch.Tensor]:
     """The tensors after megatron-core loaded the checkpoint over zeros; and `out`, as training writes it."""
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.utils import unwrap_model
 
     from megatron_pmd.actor import parallel
@@ -139,6 +140,8 @@ def load_as_megatron_does(
             parameter.zero_()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = module.sharded_state_dict(metadata={"dp_cp_group": group})
+    # a conversion writes no Transformer Engine state: for bf16 and fp32 weights it is empty
+    state = {key: entry for key, entry in state.items() if not isinstance(entry, ShardedObject)}
     module.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
     actor.save_hf(out)
     return {name: tensor.detach().clone() for name, tensor in actor.export()}
