@@ -53,7 +53,8 @@ def all_gradients(trial: Any) -> Gradients:
     examples = np.arange(SAMPLED, 16)
     results["sft of the examples"] = _gradient(trial, losses.sft, examples, None)
     trial.batch.examples = 16 - SAMPLED
-    tokens = int(trial.batch.response_lengths[examples].sum())
+    first, last = trial.batch.offsets[SAMPLED], trial.batch.offsets[16]
+    tokens = int(trial.batch.counted[first:last].sum())
     beside = Examples(actor.microbatches(trial.batch, examples), EXAMPLE_WEIGHT * SAMPLED / tokens)
     results[WITH_EXAMPLES] = _gradient(trial, OBJECTIVES["pmd"], samples, beside)
     return results if trial.control.is_driver else {}

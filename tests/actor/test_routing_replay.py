@@ -63,8 +63,9 @@ def transformers_with_forced_routers(folder: Path, expected: Any) -> tuple[torch
         first = len(sample.prompt_tokens)
         log_probs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
         whole += [torch.full((first,), torch.nan), log_probs.detach().float()]
-        ratio = (log_probs - expected.anchor[start + first : end].double()).sum()
-        losses.append(TAU / 2 * (ratio - sample.advantage / TAU) ** 2 / len(log_probs))
+        counted = torch.from_numpy(batch.counted[start + first : end])
+        ratio = (log_probs - expected.anchor[start + first : end].double())[counted].sum()
+        losses.append(TAU / 2 * (ratio - sample.advantage / TAU) ** 2 / counted.sum())
     loss = torch.stack([losses[i] for i in STEPS[0]]).mean()
     loss.backward()
     norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5

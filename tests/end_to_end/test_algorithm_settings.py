@@ -14,14 +14,15 @@ from tests.end_to_end.command_line import CommandLine
 pytestmark = pytest.mark.serial
 
 SUPERVISED = [
-    "algorithm.objective=sft", "warm_start=null", "batch.samples_per_prompt=1",
-    "batch.prompts_per_rollout=64", "batch.prompts_per_step=32", "optimizer.learning_rate=2e-3",
+    "algorithm.objective=sft", "actor.experts.replay_routing=false", "warm_start=null",
+    "batch.samples_per_prompt=1", "batch.prompts_per_rollout=64", "batch.prompts_per_step=32", "optimizer.learning_rate=2e-3",
 ]  # fmt: skip
 OTHERWISE = [
     "algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true",
     "algorithm.mismatch.weight=token_tis", "algorithm.ptx.weight=0.5", "algorithm.ptx.examples_per_step=6",
     "algorithm.ptx.source.kind=reasoning_gym", "algorithm.ptx.source.task=spell_backward",
     "algorithm.ptx.source.size=20", "optimizer.reset_every_iteration=true",
+    "actor.experts.replay_routing=false",
 ]  # fmt: skip
 STOP = ["alarms.zero_advantage_groups.threshold=0.01", "alarms.zero_advantage_groups.action=stop"]
 SCHEDULED = [
