@@ -15,7 +15,8 @@ pytestmark = pytest.mark.serial
 
 SUPERVISED = [
     "algorithm.objective=sft", "actor.experts.replay_routing=false", "warm_start=null",
-    "batch.samples_per_prompt=1", "batch.prompts_per_rollout=64", "batch.prompts_per_step=32", "optimizer.learning_rate=2e-3",
+    "batch.samples_per_prompt=1", "batch.prompts_per_rollout=64", "batch.prompts_per_step=32",
+    "optimizer.learning_rate=2e-3",
 ]  # fmt: skip
 OTHERWISE = [
     "algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true",
