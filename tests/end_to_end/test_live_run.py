@@ -92,7 +92,8 @@ def test_replaying_the_engines_routing_brings_the_actor_no_further_from_the_engi
         next(line for line in command_line.lines(name, "metrics.jsonl") if line["kind"] == "iteration")
         for name in ("own_routing", "live")
     )
-    assert replayed["sync/mean_abs_difference"] <= own["sync/mean_abs_difference"]
+    # where no expert is disputed the two differ by rounding: a tenth of a log-probability's last fp32 digit
+    assert replayed["sync/mean_abs_difference"] <= own["sync/mean_abs_difference"] + 5e-8
 
 
 def test_exported_folder_has_its_tokenizer_and_chat_template(live: Path) -> None:
