@@ -63,5 +63,6 @@ def test_stopped_responses_are_continued_under_newer_weights_also_after_a_resume
     continued = {s.seed: s.response_tokens for s in after}
     begun = {row["seed"]: [t for turn in row["turns"] for t in turn["tokens"]] for row in kept}
     common = set(begun) & set(continued)
-    assert len(common) >= 16
+    # of the five groups kept, those that were among the first eight to be complete
+    assert len(common) >= 4
     assert all(continued[seed][: len(begun[seed])] == begun[seed] for seed in common)
