@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from megatron_pmd.config import Data, Evaluation, FileSource, Reward
+from megatron_pmd.config import Batch, Data, Evaluation, FileSource, Reward
 from megatron_pmd.data.problems import Problem
 
 
@@ -14,6 +14,18 @@ def mathematics() -> Data:
     return Data(
         train=FileSource(path="data/dapo-math-17k.jsonl"),
         evaluation=FileSource(path="data/aime-2024-2025.jsonl"),
+    )
+
+
+def batch_of_the_paper(*, max_tokens_per_microbatch: int) -> Batch:
+    """512 prompts x 16 responses in 16 optimizer steps, 2k + 8k tokens a sample (arXiv 2602.05933)."""
+    return Batch(
+        prompts_per_rollout=512,
+        samples_per_prompt=16,
+        prompts_per_step=32,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        max_prompt_tokens=2048,
+        max_response_tokens=8192,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_pmd.config import (
     Actor,
     Algorithm,
-    Batch,
     Checkpoint,
     Layout,
     Model,
@@ -14,7 +13,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
-from recipes.dapo import mathematics, mean_of_32, plus_minus_one
+from recipes.dapo import batch_of_the_paper, mathematics, mean_of_32, plus_minus_one
 
 
 def kimi_k2_1t_512xh100() -> RunConfig:
@@ -29,14 +28,7 @@ def kimi_k2_1t_512xh100() -> RunConfig:
         iterations=100,
         model=Model(path="models/Kimi-K2-Base", precision="bf16"),
         layout=Layout(tensor=4, pipeline=16, expert=32, data=8),
-        batch=Batch(
-            prompts_per_rollout=512,
-            samples_per_prompt=16,
-            prompts_per_step=32,
-            max_tokens_per_microbatch=16384,
-            max_prompt_tokens=2048,
-            max_response_tokens=8192,
-        ),
+        batch=batch_of_the_paper(max_tokens_per_microbatch=16384),
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_pmd.config import (
     Actor,
     Algorithm,
-    Batch,
     Checkpoint,
     Fp8,
     Layout,
@@ -17,7 +16,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
-from recipes.dapo import mathematics, mean_of_32, plus_minus_one
+from recipes.dapo import batch_of_the_paper, mathematics, mean_of_32, plus_minus_one
 
 
 def qwen3_30b_a3b_dapo_32xh100() -> RunConfig:
@@ -60,14 +59,7 @@ def _paper(name: str, *, tau: float) -> RunConfig:
         iterations=19,
         model=Model(path="models/Qwen3-30B-A3B-Base", precision="bf16"),
         layout=Layout(tensor=4, expert=8, data=8),
-        batch=Batch(
-            prompts_per_rollout=512,
-            samples_per_prompt=16,
-            prompts_per_step=32,
-            max_tokens_per_microbatch=20480,
-            max_prompt_tokens=2048,
-            max_response_tokens=8192,
-        ),
+        batch=batch_of_the_paper(max_tokens_per_microbatch=20480),
         algorithm=Algorithm(baseline="mean", tau=tau, normaliser="response"),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(recompute="full", timeout_seconds=1800),
