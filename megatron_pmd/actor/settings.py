@@ -255,28 +255,23 @@ def check_model(provider: Any, config: RunConfig) -> None:
     """Raise LayoutError or ConfigError where layout or settings do not fit the model."""
     layout, path, actor = config.layout, config.model.path, config.actor
     stages = layout.pipeline * layout.virtual_pipeline
-    rules = [
-        ("attention heads", provider.num_attention_heads, "tensor", layout.tensor),
-        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
-        ("rows of the vocabulary", provider.vocab_size, "tensor", layout.tensor),
-    ]
+    layers = None
     # megatron-core itself checks the rest when the first or last stage has a number of layers of its own
     if (
         not {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
         & actor.megatron.keys()
     ):
         key = "pipeline x virtual_pipeline" if stages > layout.pipeline else "pipeline"
-        rules.append(("layers", provider.num_layers, key, stages))
+        layers = (provider.num_layers, key, stages)
     latent = getattr(provider, "multi_latent_attention", False)
-    if not latent:
-        rules.append(("key-value heads", provider.num_query_groups, "tensor", layout.tensor))
-    if provider.num_moe_experts:
-        rules.append(("experts", provider.num_moe_experts, "expert", layout.expert))
-    elif layout.expert > 1:
-        raise LayoutError(f"layout.expert={layout.expert}, but {path} has no experts")
-    for what, count, key, size in rules:
-        if count % size:
-            raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {path}")
+    layout.check_model(
+        path,
+        heads=provider.num_attention_heads,
+        vocabulary=provider.vocab_size,
+        key_value_heads=None if latent else provider.num_query_groups,
+        experts=provider.num_moe_experts,
+        layers=layers,
+    )
     if layout.virtual_pipeline > 1 and provider.share_embeddings_and_output_weights:
         raise LayoutError(
             f"layout.virtual_pipeline={layout.virtual_pipeline}, but {path} ties its output layer to its "

@@ -57,6 +57,39 @@ class Layout(Frozen):
     def experts_tensor(self) -> int:
         return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
 
+    def check_model(
+        self,
+        model: str,
+        *,
+        heads: int,
+        vocabulary: int,
+        key_value_heads: int | None,
+        experts: int | None,
+        layers: tuple[int, str, int] | None = None,
+    ) -> None:
+        """Raise LayoutError naming the first thing of the model that the layout does not divide.
+
+        key_value_heads  None with latent attention, which has none
+        experts          None or 0 for a dense model
+        layers           (how many, setting that divides them, its value), where they are dealt out evenly
+        """
+        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
+        rules = [
+            ("attention heads", heads, "tensor", self.tensor),
+            ("rows of the vocabulary", vocabulary, "tensor", self.tensor),
+        ]
+        if layers is not None:
+            rules.append(("layers", *layers))
+        if key_value_heads is not None:
+            rules.append(("key-value heads", key_value_heads, "tensor", self.tensor))
+        if experts:
+            rules.append(("experts", experts, "expert", self.expert))
+        elif self.expert > 1:
+            raise LayoutError(f"layout.expert={self.expert}, but {model} has no experts")
+        for what, count, key, size in rules:
+            if count % size:
+                raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {model}")
+
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.virtual_pipeline > 1 and self.pipeline == 1:

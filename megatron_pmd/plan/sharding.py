@@ -89,20 +89,13 @@ def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
 
 def check_divides(shape: Shape, config: RunConfig) -> None:
     """Raise LayoutError naming the first thing that the layout does not divide."""
-    layout = config.layout
-    rules = [
-        ("attention heads", shape.heads, "tensor", layout.tensor),
-        ("rows of the vocabulary", shape.vocabulary, "tensor", layout.tensor),
-    ]
-    if not shape.latent_attention:
-        rules.append(("key-value heads", shape.key_value_heads, "tensor", layout.tensor))
-    if shape.experts:
-        rules.append(("experts", shape.experts, "expert", layout.expert))
-    elif layout.expert > 1:
-        raise LayoutError(f"layout.expert={layout.expert}, but {shape.name} has no experts")
-    for what, count, key, size in rules:
-        if count % size:
-            raise LayoutError(f"layout.{key}={size} does not divide the {count} {what} of {shape.name}")
+    config.layout.check_model(
+        shape.name,
+        heads=shape.heads,
+        vocabulary=shape.vocabulary,
+        key_value_heads=None if shape.latent_attention else shape.key_value_heads,
+        experts=shape.experts,
+    )
     layers_of_stages(shape.layers, config)
 
 
