@@ -212,9 +212,9 @@ def memory() -> dict[str, Any]:
     result: dict[str, Any] = {"logits, MiB": tokens * columns * 2 / 2**20}
     for chunk in (tokens, 1024, 256):
         logits = torch.randn(tokens, columns, dtype=torch.bfloat16, requires_grad=True)
-        rows, targets = torch.arange(tokens), torch.randint(0, columns, (tokens,))
+        targets = torch.randint(0, columns, (tokens,))
         with Allocations() as allocations:
-            log_probs, _ = token_log_probs(logits, rows, targets, temperature=1.0, chunk_tokens=chunk)
+            log_probs, _ = token_log_probs(logits, targets, temperature=1.0, chunk_tokens=chunk)
             forward = allocations.peak
             log_probs.sum().backward()
         result[f"chunks of {chunk}"] = {

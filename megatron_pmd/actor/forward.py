@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_pmd.actor.batching import Microbatches
 from megatron_pmd.actor.packing import PackedMicrobatch, Row, pack_microbatch
@@ -18,7 +20,7 @@ from megatron_pmd.rollout.samples import RolloutBatch
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log π(target) and entropy at rows of vocab-parallel logits, a chunk of rows in fp32 at a time.
+    """log π(target) and entropy of vocab-parallel logits, a chunk of rows in fp32 at a time.
 
     Through autograd each chunk would give a gradient as large as all logits, to be added up: three of them in
     memory at once. Here the backward pass fills one, from the normalisers that the forward pass kept:
@@ -29,15 +31,14 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: torch.Tensor,
-        rows: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         group = parallel_state.get_tensor_model_parallel_group()
         log_probs, entropies, normalisers = [], [], []
-        for chunk, wanted in zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            scaled = logits.index_select(0, chunk).float().div_(temperature)
+        for chunk, wanted in zip(logits.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+            scaled = chunk.to(torch.float32, copy=True).div_(temperature)
             maximum = scaled.max(-1).values
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
             column, here = _columns(wanted, logits.size(1))
@@ -51,24 +52,25 @@ class _TokenLogProbs(torch.autograd.Function):
             entropies.append(normaliser - sums[1] / sums[0])
             normalisers.append(normaliser)
             del scaled, weights  # else they live on beside the next chunk
-        ctx.save_for_backward(logits, rows, targets, torch.cat(normalisers))
+        ctx.save_for_backward(logits, targets, torch.cat(normalisers))
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(log_probs), entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        logits, *by_row = ctx.saved_tensors
-        whole = torch.zeros_like(logits)
-        parts = (tensor.split(ctx.chunk_tokens) for tensor in (*by_row, gradients[0] / ctx.temperature))
-        for chunk, wanted, normaliser, gradient in zip(*parts, strict=True):
-            slope = logits.index_select(0, chunk).float().div_(ctx.temperature).sub_(normaliser[:, None])
-            slope.exp_().neg_()
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, targets, normalisers = ctx.saved_tensors
+        whole = torch.empty_like(logits)
+        by_row = (logits, whole, targets, normalisers, gradients[0] / ctx.temperature)
+        parts = (tensor.split(ctx.chunk_tokens) for tensor in by_row)
+        for chunk, result, wanted, normaliser, gradient in zip(*parts, strict=True):
+            slope = chunk.to(torch.float32, copy=True).div_(ctx.temperature)
+            slope.sub_(normaliser[:, None]).exp_().neg_()
             column, here = _columns(wanted, logits.size(1))
             slope.scatter_add_(1, column, here.float())
-            whole.index_copy_(0, chunk, slope.mul_(gradient[:, None]).to(logits.dtype))
-        return whole, None, None, None, None
+            result.copy_(slope.mul_(gradient[:, None]))
+        return whole, None, None, None
 
 
 def _columns(targets: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,22 +80,49 @@ def _columns(targets: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.T
 
 
 def token_log_probs(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    temperature: float,
-    chunk_tokens: int,
+    logits: torch.Tensor, targets: torch.Tensor, *, temperature: float, chunk_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π(target) and entropy at the given rows, from this rank's slice of the vocabulary.
+    """log π(target) and entropy, from this rank's slice of the vocabulary.
 
-    logits       [row, vocabulary / tensor-parallel size]
-    rows         each at most once
+    logits       [targets, vocabulary / tensor-parallel size]
     chunk_tokens rows whose fp32 logits exist at one time
 
-    Returns (log_probs with gradient, entropy without), each fp32 [len(rows)].
+    Returns (log_probs with gradient, entropy without), each fp32 [targets].
     """
-    return _TokenLogProbs.apply(logits, rows, targets, temperature, chunk_tokens)
+    return _TokenLogProbs.apply(logits, targets, temperature, chunk_tokens)
+
+
+@contextlib.contextmanager
+def logits_at(model: Any, rows: torch.Tensor) -> Iterator[None]:
+    """Within it the output layer, where the model has one, computes the logits of these rows alone.
+
+    Of the row a rank holds; a prompt's logits, which no loss reads, are neither computed nor kept. Under
+    sequence parallelism the ranks gather their rows before the layer instead of in it, as GPTModel itself
+    does to take the last token's logits.
+    """
+    gpt = unwrap_model(model)
+    if not gpt.post_process:
+        yield
+        return
+    layer = gpt.output_layer
+    scattered = layer.sequence_parallel
+
+    def select(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        if scattered:
+            # the layer sums the gradient of the whole rows over the ranks; each then keeps its part
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=gpt.pg_collection.tp
+            )
+        return (hidden.index_select(0, rows), *inputs[1:])
+
+    hook = layer.register_forward_pre_hook(select)
+    layer.sequence_parallel = False
+    try:
+        yield
+    finally:
+        layer.sequence_parallel = scattered
+        hook.remove()
 
 
 class _FromContextRanks(torch.autograd.Function):
@@ -122,7 +151,6 @@ def microbatch_log_probs(
     """token_log_probs of a micro-batch's response tokens: of all of them, on every context-parallel rank."""
     parts = token_log_probs(
         logits,
-        microbatch.rows,
         microbatch.targets[microbatch.here],
         temperature=temperature,
         chunk_tokens=chunk_tokens,
@@ -147,7 +175,7 @@ def run_schedule(
 ) -> list[Any]:
     """Drive all micro-batches through megatron-core's pipeline schedule and this rank's chunks of the model.
 
-    on_logits(microbatch, logits [row, vocabulary slice]) runs on the last stage. With forward_only it returns
+    on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With forward_only it returns
     anything, which comes back as a list; otherwise (summed loss, count, anything), and gradients are divided
     by the global count. replay: routers choose the experts that the batch has recorded.
     """
@@ -156,6 +184,8 @@ def run_schedule(
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+    # else Float16Module hands on an fp32 copy of all logits
+    as_computed = {"fp32_output": False} if get_model_config(chunks[0]).bf16 else {}
     # every chunk of an interleaved pipeline reads the micro-batches by itself
     packed = [(pack_microbatch(batch, samples, row, device) for samples in microbatches) for _ in chunks]
 
@@ -164,7 +194,11 @@ def run_schedule(
         if replay:
             layers = get_model_config(model).num_layers
             replay.begin(model, microbatch.experts.view(len(microbatch.experts), layers, -1))
-        output = model(microbatch.tokens, microbatch.positions, None, packed_seq_params=microbatch.attention)
+        with logits_at(model, microbatch.rows):
+            output = model(
+                microbatch.tokens, microbatch.positions, None,
+                packed_seq_params=microbatch.attention, **as_computed,
+            )  # fmt: skip
         if replay:
             replay.end(model)
 
