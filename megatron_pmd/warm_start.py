@@ -24,7 +24,9 @@ def warm_start(
     tokenizer: Any,
     journal: Journal | None,
 ) -> None:
-    """Next-token training on the problems' own answers. Collective; only the driver has train and journal.
+    """Next-token training on the problems' own answers, at temperature 1 whatever the rollouts' is.
+
+    Collective; only the driver has train and journal.
 
     The optimizer's moments are forgotten at the end: policy mirror descent starts its own.
     """
@@ -34,7 +36,7 @@ def warm_start(
         batch = None
         if train:
             samples = demonstrations(train.take(settings.problems_per_step), tokenizer)
-            batch = RolloutBatch.pack(samples, config.rollout.temperature)
+            batch = RolloutBatch.pack(samples, temperature=1.0)
         batch = control.from_driver(batch)
         microbatches = actor.microbatches(batch, torch.arange(len(batch)).numpy())
         no_anchor = torch.zeros(len(batch.tokens))

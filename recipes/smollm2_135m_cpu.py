@@ -47,7 +47,7 @@ def smollm2_135m_cpu() -> RunConfig:
             max_response_tokens=16,
         ),
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
-        optimizer=Optimizer(learning_rate=2e-5),
+        optimizer=Optimizer(learning_rate=3e-5),
         actor=Actor(threads_per_rank=1),
         rollout=Rollout(max_total_tokens=16384, max_running_requests=64, threads_per_engine=1),
         sync=Sync(bucket_megabytes=128),

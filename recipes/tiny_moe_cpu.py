@@ -23,8 +23,8 @@ from megatron_pmd.config import (
 )
 
 SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
-TEMPERATURE = 1.5
-"""Of the policy, in training and evaluation: so hot, a half-taught model errs enough to learn from it."""
+TEMPERATURE = 2.0
+"""Of the policy, in training and evaluation: so hot, what the supervised start taught errs enough to learn from."""
 QUESTION = "Spell this word backward (example: sun -> nus): "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
@@ -64,7 +64,7 @@ def tiny_moe_cpu() -> RunConfig:
         reward=Reward(name="exact", workers=1),
         evaluation=Evaluation(prompts=128, samples_per_prompt=4, temperature=TEMPERATURE),
         checkpoint=Checkpoint(every=25),
-        warm_start=WarmStart(steps=135, learning_rate=2e-3, problems_per_step=64),
+        warm_start=WarmStart(steps=300, learning_rate=2e-3, problems_per_step=64),
     )
 
 

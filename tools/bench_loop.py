@@ -40,6 +40,7 @@ from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess
 from megatron_pmd.rollout.plan import SamplingPlan
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.rollout.samples import RolloutBatch, write_rollout
+from megatron_pmd.worker import prepare_model
 from megatron_pmd.rollout.transport import Endpoint
 from recipes import configuration
 from tools import bench_update as bench_update_sides
@@ -273,7 +274,7 @@ def bench_outside(run: Path) -> list[Row]:
 
 def bench_first_rollout(run: Path, begun: float | None) -> list[Row]:
     """Where the time goes until the first rollout is on disk; begun: when the command was given, if known."""
-    order = (run / "logs" / "order.json").stat().st_mtime
+    order = (run / "logs" / "order-0.json").stat().st_mtime
     rows = [row("command: Python and its imports", [order - begun if begun else _import_seconds()], "s")]
     earlier = order
     for what, mark in (
@@ -361,6 +362,7 @@ def main(
         if run is None:
             run, begun = short_run(recipe, folder)
         config = configuration(recipe, [])  # not the run's own: an older run's may not be readable any more
+        prepare_model(config)
         measures: dict[str, Callable[[], list[Row]]] = {
             "rollout": lambda: bench_rollout(config, repetitions, folder),
             "update": lambda: bench_update(config, repetitions, folder, run / "rollouts" / "0.parquet"),
