@@ -39,7 +39,7 @@ def tiny_moe_cpu() -> RunConfig:
     """
     return RunConfig(
         name="tiny_moe_cpu",
-        iterations=50,
+        iterations=45,
         model=Model(path="models/tiny-moe", prepare="recipes.tiny_moe_cpu:make_model", precision="fp32"),
         layout=Layout(data=2, expert=2),
         batch=Batch(
@@ -51,7 +51,7 @@ def tiny_moe_cpu() -> RunConfig:
             max_response_tokens=8,
         ),
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
-        optimizer=Optimizer(learning_rate=1e-4),
+        optimizer=Optimizer(learning_rate=2e-4),
         actor=Actor(threads_per_rank=1),
         rollout=Rollout(
             ranks_per_engine=2, temperature=TEMPERATURE, max_total_tokens=16384, max_running_requests=128
