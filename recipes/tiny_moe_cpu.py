@@ -24,7 +24,7 @@ from megatron_pmd.config import (
 
 SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
 TEMPERATURE = 2.0
-"""Of the policy, in training and evaluation: so hot, what the supervised start taught errs enough to learn from."""
+"""Of the policy, in training and evaluation: so hot, it errs enough to learn, though it has been taught."""
 QUESTION = "Spell this word backward (example: sun -> nus): "
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"

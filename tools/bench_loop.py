@@ -40,8 +40,8 @@ from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess
 from megatron_pmd.rollout.plan import SamplingPlan
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.rollout.samples import RolloutBatch, write_rollout
-from megatron_pmd.worker import prepare_model
 from megatron_pmd.rollout.transport import Endpoint
+from megatron_pmd.worker import prepare_model
 from recipes import configuration
 from tools import bench_update as bench_update_sides
 

@@ -175,9 +175,10 @@ def run_schedule(
 ) -> list[Any]:
     """Drive all micro-batches through megatron-core's pipeline schedule and this rank's chunks of the model.
 
-    on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With forward_only it returns
-    anything, which comes back as a list; otherwise (summed loss, count, anything), and gradients are divided
-    by the global count. replay: routers choose the experts that the batch has recorded.
+    on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With
+    forward_only it returns anything, which comes back as a list; otherwise (summed loss, count, anything),
+    and gradients are divided by the global count. replay: routers choose the experts that the batch has
+    recorded.
     """
     device = (
         torch.device("cuda", torch.cuda.current_device())
