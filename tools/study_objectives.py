@@ -1,16 +1,16 @@
 """PMD beside GRPO and GSPO: one task, one warm start, equal samples, one to sixteen steps a rollout.
 
-    python -m tools.study_objectives [--folder runs/study] [--seed 0 …] [--draw docs/images/study_objectives.png]
+    python -m tools.study_objectives [--folder runs/study] [--seed 0 …] [--draw study_objectives.png]
 
 The task of `tiny_moe_cpu` (spelling words backward) with its model, in one process with one engine that all
 runs share: each run begins from the same supervised checkpoint, and differs from the others in its objective,
 its number of optimizer steps on each rollout, and its seed. A depth has one learning rate for all objectives,
 ∝ 1/√depth: steps on fewer samples are noisier. The curve is the mean reward of each rollout: that of the
-policy
-π_t on prompts it has not trained on before.
+policy π_t on prompts it has not trained on before.
 
-Runs that are complete in --folder are not run again, and what is complete is drawn. A process takes one core
-most of the time: two, of different seeds in folders of their own, keep two cores busy. Left out: a learning rate of its own for every objective, the fairer comparison.
+Runs that are complete in --folder are not run again, and what is complete is drawn. A process takes one
+core most of the time: two, of different seeds in folders of their own, keep two cores busy. Left out: a
+learning rate of its own for every objective, the fairer comparison.
 """
 
 from __future__ import annotations
