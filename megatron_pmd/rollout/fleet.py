@@ -119,7 +119,13 @@ class Fleet:
         """Block until every engine answers; EngineError with the end of its log if one does not."""
 
         def ready(engine: EngineProcess) -> str:
-            engine.wait_ready(self._config.rollout.start_timeout_seconds)
+            try:
+                engine.wait_ready(self._config.rollout.start_timeout_seconds)
+            except EngineError as error:
+                # SGLang looks for free ports and opens them much later: two starts at once may find the same
+                if "address already in use" not in str(error).lower():
+                    raise
+                engine = self._replace(engine, str(error))
             return engine.url
 
         self.urls = self.on_leaders(ready)

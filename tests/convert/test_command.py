@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +14,9 @@ from megatron_pmd.convert.command import locate
 from megatron_pmd.errors import CheckpointError, ConfigError
 from tests.actor.test_bad_models import edit_weights
 from tests.actor.tiny_models import config_for
+from tests.convert.command_line import convert
 
 pytestmark = pytest.mark.serial
-
-
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_pmd.cli", "convert", *map(str, words)],
-        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -40,7 +31,7 @@ def run(variants, converted, tmp_path) -> Path:
 
 
 def test_a_runs_checkpoint_becomes_a_model_folder(run, variants, tmp_path):
-    done = command("megatron-to-hf", run, "--iteration", 40, "--out", tmp_path / "hf")
+    done = convert("megatron-to-hf", run, "--iteration", 40, "--out", tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert "46 tensors, each once" in done.stdout
     before, after = (load_file(f / "model.safetensors") for f in (variants / "qwen3", tmp_path / "hf"))
@@ -72,7 +63,7 @@ def test_diff_names_the_tensors_that_differ_and_by_how_much(variants, converted,
     name = "model.layers.2.mlp.up_proj.weight"
     edit_weights(lambda t: t[name][0].add_(0.5))(changed)
     edit_weights(lambda t: t.pop("model.norm.weight"))(changed)
-    done = command("diff", converted[0] / "qwen3/megatron", changed)
+    done = convert("diff", converted[0] / "qwen3/megatron", changed)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert "model.norm.weight: only in the first" in lines
@@ -83,13 +74,13 @@ def test_diff_names_the_tensors_that_differ_and_by_how_much(variants, converted,
 
 
 def test_diff_of_a_model_and_its_checkpoint_finds_nothing(variants, converted):
-    done = command("diff", variants / "qwen3moe", converted[0] / "qwen3moe/megatron")
+    done = convert("diff", variants / "qwen3moe", converted[0] / "qwen3moe/megatron")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "87 tensors are the same bit for bit, 0 are not"
 
 
 def test_an_error_is_one_message(converted, tmp_path):
-    done = command("megatron-to-hf", converted[0] / "qwen3/megatron", "--out", tmp_path)
+    done = convert("megatron-to-hf", converted[0] / "qwen3/megatron", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {tmp_path} exists")
     assert "Traceback" not in done.stderr

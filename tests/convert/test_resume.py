@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.actor.launch import launch
+from tests.convert.command_line import tensors
 from tests.convert.conftest import PROGRAMS
-from tests.convert.test_round_trip import tensors
 
 pytestmark = pytest.mark.serial
 

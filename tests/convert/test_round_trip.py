@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.actor.launch import launch
+from tests.convert.command_line import tensors
 from tests.convert.conftest import PROGRAMS, VARIANTS, VERIFIED
 
 pytestmark = pytest.mark.serial
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_pmd.rollout.samples import read_rollout
 from megatron_pmd.weight_sync.push import shared_memory_key
 from recipes.tiny_moe_cpu import TEMPERATURE
+from tests.convert.command_line import convert, tensors
 from tests.end_to_end.command_line import CommandLine
 
 pytestmark = pytest.mark.serial
@@ -99,6 +100,18 @@ def test_replaying_the_engines_routing_brings_the_actor_no_further_from_the_engi
 def test_exported_folder_has_its_tokenizer_and_chat_template(live: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(live / "hf" / "iteration-3")
     assert tokenizer.chat_template and tokenizer.eos_token == "<|end|>"
+
+
+def test_a_folder_exported_on_the_way_holds_what_its_checkpoint_converts_to(
+    live: Path, tmp_path: Path
+) -> None:
+    done = convert("megatron-to-hf", live, "--iteration", 2, "--out", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    on_the_way, converted = tensors(live / "hf" / "iteration-2"), tensors(tmp_path / "hf")
+    assert on_the_way.keys() == converted.keys()
+    assert all(torch.equal(on_the_way[name], converted[name]) for name in converted)
+    last = tensors(live / "hf" / "iteration-3")
+    assert any(not torch.equal(on_the_way[name], last[name]) for name in last)
 
 
 def test_summary_says_complete_and_a_finished_run_trains_no_further(

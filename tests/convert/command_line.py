@@ -1,0 +1,22 @@
+"""`megatron-pmd convert …`, and what a model folder holds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def convert(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_pmd.cli", "convert", *map(str, words)],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

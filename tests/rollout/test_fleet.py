@@ -1,0 +1,66 @@
+"""The first start of the engines, with engines that say what the test tells them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.parts import Parts
+from megatron_pmd.rollout import fleet
+from recipes import recipe
+
+
+class OnlyRank:
+    """The control of a run of one rank."""
+
+    rank, is_driver = 0, True
+
+    def from_driver(self, value):
+        return value
+
+    def all_gather(self, value):
+        return [value]
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Wait for a fleet whose engines end at their starts with these messages; the specs it started."""
+
+    def start(*messages):
+        left, specs = list(messages), []
+
+        class Engine:
+            def __init__(self, spec):
+                self.spec, self.url = spec, spec.url
+                specs.append(spec)
+
+            def wait_ready(self, deadline_seconds):
+                if left:
+                    raise EngineError(left.pop(0))
+
+            def stop(self):
+                pass
+
+        monkeypatch.setattr(fleet, "EngineProcess", Engine)
+        monkeypatch.setattr(fleet, "RESTART_PAUSE_SECONDS", 0.0)
+        engines = fleet.Fleet(recipe("tiny_moe_cpu"), OnlyRank(), tmp_path, Parts(), cpu=True)
+        engines.wait_ready()
+        assert engines.urls == [specs[-1].url]
+        return specs
+
+    return start
+
+
+def test_an_engine_that_lost_a_race_for_a_port_starts_again_on_another(start):
+    first, second = start("[Errno 98] error while attempting to bind: Address already in use")
+    assert first.port != second.port
+
+
+def test_an_engine_that_cannot_start_is_not_started_twice(start):
+    with pytest.raises(EngineError, match="no such quantization"):
+        start("no such quantization")
+
+
+def test_ports_that_are_never_free_end_the_start_with_both_messages(start):
+    with pytest.raises(EngineError, match=r"(?s)port 1.*Address already in use.*in vain.*port 9"):
+        start("port 1: Address already in use", *["port 9: Address already in use"] * 9)
