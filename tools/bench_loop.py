@@ -190,21 +190,27 @@ async def _posted(served: Served, requests: list[Row]) -> float:
 
 
 def bench_update(config: RunConfig, repetitions: int, folder: Path, rollout: Path) -> list[Row]:
-    """The actor against one transformers process on as many threads; the first turn does not count."""
+    """The actor against one transformers process on as many threads; the first turn does not count.
+
+    An optimizer step, then the anchor's pass. In each what the second clock gives stands also on a busy
+    machine.
+    """
     ranks, threads = config.layout.ranks, config.actor.threads_per_rank
     rates = bench_update_sides.take_turns(config, 2 * repetitions + 1, folder, rollout)
+    plain, ours = f"transformers, {ranks * threads} threads", f"actor, {ranks} ranks x {threads} threads"
     names = {
-        "plain": f"transformers, {ranks * threads} threads",
-        "ours": f"actor, {ranks} ranks x {threads} threads",
-        "plain_responses_only": "transformers, output layer on the responses only",
+        "plain": f"step: {plain}",
+        "ours": f"step: {ours}",
+        "plain_responses_only": "step: transformers, output layer on the responses only",
+        "plain_anchor": f"anchor: {plain}",
+        "ours_anchor": f"anchor: {ours}",
     }
     rows = []
-    for clock, unit in enumerate(("tokens/s", "tokens/core-s")):  # the second stands also on a busy machine
-        ours, plain, lean = (
-            row(names[side], [turn[clock] for turn in rates[side][1:]], unit)
-            for side in ("ours", "plain", "plain_responses_only")
-        )
-        rows += [*compared(ours, plain, 1.0), lean]
+    for clock, unit in enumerate(("tokens/s", "tokens/core-s")):
+        told = {s: row(names[s], [turn[clock] for turn in rates[s][1:]], unit) for s in names}
+        rows += [*compared(told["ours"], told["plain"], 1.0), told["plain_responses_only"]]
+        rows += compared(told["ours_anchor"], told["plain_anchor"], 1.0)
+    rows += [row(f"{names[s]}, peak memory", [turn[2] / 1e9 for turn in rates[s][1:]], "GB") for s in names]
     return rows
 
 

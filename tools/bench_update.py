@@ -1,9 +1,10 @@
 """The sides of bench_loop's update benchmark, each in its own processes and told over stdin when to run.
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
-alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps on one rollout
-with the same loss, and answer a line `STEP VARIANT` on stdin with that step and a line `rates A B`: tokens
-per second and per processor second. The end of stdin ends them.
+alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps, or anchor
+passes, on one rollout with the same loss, and answer a line `STEP VARIANT` on stdin with that step and a line
+`rates A B C`: tokens per second, tokens per processor second, and the most memory that the step had resident,
+bytes over all ranks. The end of stdin ends them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch, read_rollout
 
-Rates = tuple[float, float]
-"""Tokens per second, and per processor second."""
-Step = Callable[[np.ndarray, str], float]
-"""An optimizer step on these samples, in this variant; returns processor seconds."""
-VARIANTS = {"ours": "ours", "plain": "plain", "plain_responses_only": "plain"}
+Rates = tuple[float, float, float]
+"""Tokens per second, and per processor second; peak resident bytes."""
+Step = Callable[[np.ndarray, str], tuple[float, int]]
+"""A pass over these samples, in this variant; returns processor seconds and peak resident bytes."""
+VARIANTS = {
+    "ours": "ours", "plain": "plain", "plain_responses_only": "plain",
+    "ours_anchor": "ours", "plain_anchor": "plain",
+}  # fmt: skip
 """What is compared -> the processes that do it."""
 
 
@@ -72,8 +76,8 @@ def _side(
         listening.flush()
         for line in answers:
             if line.startswith("rates "):
-                wall, processor = line.split()[1:]
-                return float(wall), float(processor)
+                wall, processor, peak = map(float, line.split()[1:])
+                return wall, processor, peak
         # torchrun's account of a rank's end is long and does not say why
         said = [
             line for line in log.read_text().splitlines() if "Error" in line and "ChildFailed" not in line
@@ -117,9 +121,22 @@ def serve(step: Step, config: RunConfig, batch: RolloutBatch) -> None:
         number, variant = line.split()
         samples = steps[int(number) % len(steps)]
         begun = time.perf_counter()
-        used = step(samples, variant)
+        used, peak = step(samples, variant)
         tokens = batch.lengths[samples].sum()
-        print(f"rates {tokens / (time.perf_counter() - begun)} {tokens / used}", flush=True)
+        print(f"rates {tokens / (time.perf_counter() - begun)} {tokens / used} {peak}", flush=True)
+
+
+class Used:
+    """Processor seconds and peak resident memory of this process since it was made."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (man 5 proc)
+        self._begun = time.process_time()
+
+    def told(self) -> tuple[float, int]:
+        used = time.process_time() - self._begun
+        status = Path("/proc/self/status").read_text()
+        return used, int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def ours(config: RunConfig, batch: RolloutBatch) -> None:
@@ -136,23 +153,27 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
     actor = Actor(config, control)
     anchor = torch.from_numpy(batch.engine_log_probs)
 
-    def step(samples: np.ndarray) -> list[float] | None:
-        begun = time.process_time()
+    def step(samples: np.ndarray, variant: str) -> list[tuple[float, int]] | None:
+        used = Used()
         microbatches = actor.microbatches(batch, samples)
-        actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
-        return control.gather(time.process_time() - begun)
+        if variant == "ours_anchor":
+            actor.log_probs(batch, microbatches)
+        else:
+            actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
+        return control.gather(used.told())
 
     if control.is_driver:
 
-        def together(samples: np.ndarray, _: str) -> float:
-            control.from_driver(samples)
-            return sum(step(samples) or ())
+        def together(samples: np.ndarray, variant: str) -> tuple[float, int]:
+            control.from_driver((samples, variant))
+            seconds, peaks = zip(*(step(samples, variant) or ()), strict=True)
+            return sum(seconds), sum(peaks)
 
         serve(together, config, batch)
         control.from_driver(None)
     else:
-        while (samples := control.from_driver()) is not None:
-            step(samples)
+        while (order := control.from_driver()) is not None:
+            step(*order)
     torch.distributed.destroy_process_group()
 
 
@@ -166,7 +187,7 @@ def objective(config: RunConfig) -> functools.partial:
 
 
 def plain(config: RunConfig, batch: RolloutBatch) -> Step:
-    """The step in transformers; `plain_responses_only` computes the logits of the last tokens alone."""
+    """The pass in transformers; `plain_responses_only` computes the logits of the last tokens alone."""
     from transformers import AutoModelForCausalLM
 
     settings = config.optimizer
@@ -177,17 +198,20 @@ def plain(config: RunConfig, batch: RolloutBatch) -> Step:
     )  # fmt: skip
     together = config.layout.data * config.batch.max_tokens_per_microbatch
 
-    def step(samples: np.ndarray, variant: str) -> float:
-        begun = time.process_time()
-        responses_only = variant == "plain_responses_only"
+    def step(samples: np.ndarray, variant: str) -> tuple[float, int]:
+        used = Used()
+        train, responses_only = variant != "plain_anchor", variant == "plain_responses_only"
         rows = max(1, together // int(batch.lengths[samples].max()))
-        for start in range(0, len(samples), rows):
-            part = samples[start : start + rows]
-            (_loss(model, config, batch, part, responses_only) / len(samples)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.process_time() - begun
+        with torch.set_grad_enabled(train):
+            for start in range(0, len(samples), rows):
+                loss = _loss(model, config, batch, samples[start : start + rows], responses_only)
+                if train:
+                    (loss / len(samples)).backward()
+        if train:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        return used.told()
 
     return step
 

@@ -52,7 +52,7 @@ LEARNING_RATE = 4e-4
 COMMON = [
     f"batch.prompts_per_rollout={PROMPTS}", f"batch.samples_per_prompt={SAMPLES}", f"iterations={ITERATIONS}",
     "layout.data=1", "layout.expert=1", "rollout.ranks_per_engine=1", "data.evaluation=null",
-    "checkpoint.every=null", "checkpoint.hf_export=false",
+    "checkpoint.every=null", "checkpoint.hf_export=false", "checkpoint.asynchronous=false",
 ]  # fmt: skip
 
 
@@ -106,8 +106,10 @@ def run_all(folder: Path, seeds: list[int]) -> None:
         stack.callback(engines.close)
         actor = Actor(base, control)
         problems = ProblemSets.load(base, tokenizer, quiet.say)
-        warm_start(actor, control, base, problems.train, tokenizer, None)
-        start = actor.save(folder / "warm_start", 0, {"iteration": 0})
+        start = folder / "warm_start" / "iteration-0"
+        if not start.exists():
+            warm_start(actor, control, base, problems.train, tokenizer, None)
+            actor.save(start.parent, 0, {"iteration": 0})
         everything = list(itertools.product(seeds, DEPTHS, OBJECTIVES))
         for number, (seed, depth, objective) in enumerate(everything, 1):
             config = configuration(objective, depth, seed)
