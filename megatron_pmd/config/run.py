@@ -68,7 +68,8 @@ class Checkpoint(Frozen):
 
 
 class WarmStart(Frozen):
-    """Supervised steps on the training problems' answers, before the first iteration, in the same actor."""
+    """Supervised steps on the training problems' answers, before the first iteration, in the same actor; at
+    temperature 1, whatever the rollouts' is."""
 
     steps: PositiveInt
     learning_rate: PositiveFloat
