@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.actor.cpu import standins
 
@@ -123,6 +124,24 @@ def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
         trial.actor.load(saved)
         results.append((trial.step(STEPS[2]), trial.weights()))
     return results
+
+
+def logits(path: Path) -> dict[str, Any]:
+    """What the schedule hands on of a bf16 model's logits, and the widest tensors of an update, by dtype."""
+    trial = Trial(config_for(path, precision="bf16"))
+    columns, widest, samples = 512, {}, list(range(16))
+
+    class Widest(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **kwargs or {})
+            if torch.is_tensor(result) and result.dim() > 1 and result.size(-1) == columns:
+                kind = str(result.dtype)
+                widest[kind] = max(widest.get(kind, 0), result.numel() // columns)
+            return result
+
+    with Widest():
+        trial.step_of([samples], 0.0)
+    return {"rows": widest, "responses": int(trial.batch.response_lengths[samples].sum())}
 
 
 def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:

@@ -33,6 +33,12 @@ def test_log_probs_equal_transformers_after_loading(one_process, reference, fami
     )
 
 
+def test_logits_are_of_response_tokens_alone_and_in_fp32_a_chunk_at_a_time(models):
+    """config_for's chunks have 16 tokens."""
+    found = launch("logits", path=models / "qwen2")[0]
+    assert found["rows"] == {"torch.bfloat16": found["responses"], "torch.float32": 16}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_entropy_and_engine_difference_are_those_of_transformers_distribution(one_process, reference, family):
     report, expected = one_process[family]["anchors"][0], reference(family)
