@@ -39,7 +39,7 @@ def tiny_moe_cpu() -> RunConfig:
     """
     return RunConfig(
         name="tiny_moe_cpu",
-        iterations=45,
+        iterations=40,
         model=Model(path="models/tiny-moe", prepare="recipes.tiny_moe_cpu:make_model", precision="fp32"),
         layout=Layout(data=2, expert=2),
         batch=Batch(
