@@ -28,7 +28,6 @@ SMALL = [
     "data.evaluation.size=16",
     "checkpoint.every=1",
     "checkpoint.hf_export_every=2",
-    "actor.experts.replay_routing=true",
     "rollout.max_total_tokens=4096",
 ]
 
