@@ -262,7 +262,8 @@ class Run:
                 f"actor's by {mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
                 f"(bounds {mean_bound:g} and {max_bound:g}): "
                 "the engines do not serve the actor's weights, or the two compute another model"
-                + own_routing * "; or their routers chose otherwise, see actor.experts.replay_routing"
+                + own_routing
+                * "; or their routers chose otherwise, see actor.experts.replay_routing"
             )
         if engine:
             return dataclasses.replace(report, log_probs=torch.from_numpy(batch.engine_log_probs))

@@ -53,8 +53,8 @@ def tiny_moe_cpu() -> RunConfig:
         ),
         algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
         optimizer=Optimizer(learning_rate=2e-4),
-        # a router that is nearly undecided would else send a token elsewhere than in the engine, and the check
-        # after a sync, which takes no such difference in fp32, would stop the run
+        # a router that is nearly undecided would else send a token elsewhere than in the engine, and the
+        # check after a sync, which takes no such difference in fp32, would stop the run
         actor=Actor(threads_per_rank=1, experts=Experts(replay_routing=True)),
         rollout=Rollout(
             ranks_per_engine=2, temperature=TEMPERATURE, max_total_tokens=16384, max_running_requests=128
