@@ -200,7 +200,12 @@ def bench(folder: Path, gigabytes: float, repetitions: int) -> dict[str, object]
             *seconds, peak = (statistics.median(run[i] for run in runs) for i in range(4))
             row = [size / second / 1e9 for second in seconds] + [peak / 1e9]
             rows.append([direction, side, *row])
-            print(direction, side, "GB/s {:.3f}, alone {:.3f}, by processor {:.3f}; {:.2f} GB".format(*row))
+            print(
+                direction,
+                side,
+                "GB/s {:.3f}, alone {:.3f}, by processor {:.3f}; {:.2f} GB".format(*row),
+                flush=True,
+            )
     return {
         "model_gigabytes": size / 1e9, "shard_gigabytes": SHARD_GIGABYTES, "repetitions": repetitions,
         "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
