@@ -168,6 +168,7 @@ def draw(found: dict[tuple[str, int], list[list[float]]], path: Path) -> None:
             )
         axis.set_title(f"{depth} optimizer step{'s' if depth > 1 else ''} a rollout")
         axis.set_xlabel("iteration")
+        axis.set_xticks(range(0, ITERATIONS + 1, 5))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean reward of the rollout")
     axes[0].legend()

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.serial
 
 
 def test_phases_follow_one_another_as_the_loop_says(live: Path, command_line: CommandLine) -> None:
-    iteration = ["rollout", "release", "anchor", "update", "save", "sync", "resume"]
+    before, after = ["rollout", "release", "anchor", "update", "save"], ["sync", "resume"]
     expected = [(0, "warm_start"), (0, "start"), (0, "evaluate")]
-    expected += [(t, phase) for t in range(3) for phase in iteration]
+    # checkpoint.hf_export_every=2
+    expected += [(t, phase) for t in range(3) for phase in (*before, *["export"] * (t == 1), *after)]
     assert command_line.phases("live") == [
         *expected,
         (3, "evaluate"),
@@ -103,9 +104,10 @@ def test_exported_folder_has_its_tokenizer_and_chat_template(live: Path) -> None
 
 
 def test_a_folder_exported_on_the_way_holds_what_its_checkpoint_converts_to(
-    live: Path, tmp_path: Path
+    live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    done = convert("megatron-to-hf", live, "--iteration", 2, "--out", tmp_path / "hf")
+    model = command_line.folder / "models" / "tiny-moe"
+    done = convert("megatron-to-hf", live, "--iteration", 2, "--out", tmp_path / "hf", "--model", model)
     assert done.returncode == 0, done.stderr
     on_the_way, converted = tensors(live / "hf" / "iteration-2"), tensors(tmp_path / "hf")
     assert on_the_way.keys() == converted.keys()
