@@ -26,6 +26,7 @@ SMALL = [
     "evaluation.prompts=8",
     "data.train.size=200",
     "data.evaluation.size=16",
+    "reward.name=tests.end_to_end.rewards:letters",
     "checkpoint.every=1",
     "checkpoint.hf_export_every=2",
     "rollout.max_total_tokens=4096",

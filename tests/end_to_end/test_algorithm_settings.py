@@ -25,7 +25,7 @@ OTHERWISE = [
     "algorithm.ptx.source.size=20", "optimizer.reset_every_iteration=true",
     "actor.experts.replay_routing=false",
 ]  # fmt: skip
-STOP = ["alarms.zero_advantage_groups.threshold=0.01", "alarms.zero_advantage_groups.action=stop"]
+STOP = ["alarms.entropy_collapse.threshold=2", "alarms.entropy_collapse.action=stop"]
 SCHEDULED = [
     "iterations=2", "algorithm.anchor=engine", "data.sampling=prioritised", "data.evaluation=null",
     "algorithm.tau_schedule.end=0.4", "algorithm.tau_schedule.iterations=1",
@@ -47,7 +47,7 @@ def test_supervised_training_needs_no_engines_and_lowers_its_loss(command_line: 
 def test_another_objective_trains_on_the_same_rollout_with_examples_beside(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    """The first rollout of the live run, half of each group called right: its model is too young for that."""
+    """The first rollout of the live run, half of each group called right."""
     samples, _ = read_rollout(live / "rollouts" / "0.parquet")
     for sample in samples:
         sample.reward = float(sample.number % 2)
@@ -69,12 +69,12 @@ def test_an_alarm_stops_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had
 ) -> None:
     words = ["--replay", str(live / "rollouts"), "checkpoint.every=10"]
     output = command_line.run("alarmed", *words, *STOP, expect=1)
-    assert "AlarmStop" in output and "alarm zero_advantage_groups in iteration 0" in output
+    assert "AlarmStop" in output and "alarm entropy_collapse in iteration 1" in output
     summary = command_line.summary("alarmed")
-    assert summary["status"] == "stopped" and "zero_advantage_groups" in summary["error"]
-    assert (command_line.path("alarmed") / "checkpoints" / "iteration-1").is_dir()
+    assert summary["status"] == "stopped" and "entropy_collapse" in summary["error"]
+    assert (command_line.path("alarmed") / "checkpoints" / "iteration-2").is_dir()
     output = command_line.run("alarmed", *words)
-    assert "resuming after 1 iterations" in output
+    assert "resuming after 2 iterations" in output
     assert command_line.steps("alarmed") == command_line.steps("live")
     assert command_line.summary("alarmed")["status"] == "complete"
 
@@ -111,4 +111,4 @@ def test_length_and_truncation_enter_the_advantage_but_not_the_reward(scheduled:
             own = [s for s in samples if s.group == group]
             mean = np.mean([s.shaped_reward for s in own])
             assert [s.advantage for s in own] == pytest.approx([s.shaped_reward - mean for s in own])
-            assert {s.reward for s in own} <= {0.0, 1.0}
+            assert all(0 <= s.reward <= 1 for s in own)

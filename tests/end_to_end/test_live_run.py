@@ -33,6 +33,11 @@ def test_phases_follow_one_another_as_the_loop_says(live: Path, command_line: Co
     ]
 
 
+def test_every_optimizer_step_moves_the_policy(live: Path, command_line: CommandLine) -> None:
+    """Else the other tests of this folder compare runs in which nothing happens."""
+    assert all(step["gradient_norm"] > 0 for step in command_line.steps("live"))
+
+
 def test_every_sample_carries_the_weight_version_of_its_iteration(live: Path) -> None:
     for t in range(3):
         samples, iteration = read_rollout(live / "rollouts" / f"{t}.parquet")
