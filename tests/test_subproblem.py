@@ -86,11 +86,11 @@ def _default(case: str) -> Any:
 def test_schedules_change_tau_and_temperature_and_nothing_else():
     config = config_with(
         "algorithm.tau_schedule.end=0.4", "algorithm.tau_schedule.iterations=2",
-        "rollout.temperature_schedule.end=0.375", "rollout.temperature_schedule.iterations=2",
+        "rollout.temperature_schedule.end=0.5", "rollout.temperature_schedule.iterations=2",
         "rollout.temperature_schedule.shape=geometric",
     )  # fmt: skip
     found = [(Subproblem(config, t).tau, Subproblem(config, t).temperature) for t in range(4)]
-    assert found == [(0.1, 1.5), (0.25, pytest.approx(0.75)), (0.4, 0.375), (0.4, 0.375)]
+    assert found == [(0.1, 2.0), (0.25, pytest.approx(1.0)), (0.4, 0.5), (0.4, 0.5)]
 
 
 def rollout(rewards: list[float], lengths: list[int], cut: list[bool]) -> list[Sample]:

@@ -129,7 +129,8 @@ def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
 def logits(path: Path) -> dict[str, Any]:
     """What the schedule hands on of a bf16 model's logits, and the widest tensors of an update, by dtype."""
     trial = Trial(config_for(path, precision="bf16"))
-    columns, widest, samples = 512, {}, list(range(16))
+    widest: dict[str, int] = {}
+    columns, samples = 512, list(range(16))
 
     class Widest(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
