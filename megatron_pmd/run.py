@@ -256,14 +256,13 @@ class Run:
         mean_bound = self.config.sync.mean_log_prob_difference or defaults[0]
         max_bound = self.config.sync.max_log_prob_difference or defaults[1]
         if not (mean <= mean_bound and largest <= max_bound):
-            own_routing = bool(report.expert_tokens) and not self.config.actor.experts.replay_routing
+            causes = "the engines do not serve the actor's weights, or the two compute another model"
+            if report.expert_tokens and not self.config.actor.experts.replay_routing:
+                causes += ", or their routers chose otherwise: see actor.experts.replay_routing"
             raise StaleWeights(
                 f"the engines' log-probabilities under weight version {batch.weight_version} differ from the "
                 f"actor's by {mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
-                f"(bounds {mean_bound:g} and {max_bound:g}): "
-                "the engines do not serve the actor's weights, or the two compute another model"
-                + own_routing
-                * "; or their routers chose otherwise, see actor.experts.replay_routing"
+                f"(bounds {mean_bound:g} and {max_bound:g}): {causes}"
             )
         if engine:
             return dataclasses.replace(report, log_probs=torch.from_numpy(batch.engine_log_probs))

@@ -194,13 +194,11 @@ def table(found: dict[tuple[str, int], list[list[float]]]) -> str:
 def main(
     folder: Annotated[Path, typer.Option(help="runs of the study")] = Path("runs/study"),
     picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_objectives.png"),
-    seed: Annotated[
-        list[int], typer.Option(help="seeds to run; what others left in --folder is drawn too")
-    ] = SEEDS,
+    seed: Annotated[list[int], typer.Option(help="seeds to run; all that --folder holds are drawn")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_all(folder, list(seed))
+    run_all(folder, seed)
     found = curves(folder)
     draw(found, picture)
     (folder / "curves.json").write_text(json.dumps({f"{o}-{d}": v for (o, d), v in found.items()}))

@@ -55,7 +55,8 @@ class PackedMicrobatch:
 
     tokens, positions   [1, row on this rank]  the row may end in padding, a sequence of its own
     bounds              int32 [sequences + 1]  of the whole row; a sequence may end in padding
-    rows                [response tokens here]  where in this rank's row the logits of a response token are
+    rows                [response tokens here]  where in this rank's row the token before a response token is:
+                        its logits predict it
     here                [response tokens here]  which of the response tokens those are
     targets             [response tokens]  the response tokens
     sequence            [response tokens]  index of the token's sample in `samples`

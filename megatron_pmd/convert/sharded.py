@@ -77,7 +77,10 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Target(LoadPlanner):
-    """Reads into one given tensor, which is a box of the checkpoint's."""
+    """Reads into one given tensor, which is a box of the checkpoint's.
+
+    torch's interface has planning and bytes as well; read_data(), given a plan of tensors, calls neither.
+    """
 
     def __init__(self, box: torch.Tensor) -> None:
         self._box = box
@@ -186,7 +189,7 @@ class ShardedReader:
 
 
 class _Source(SavePlanner):
-    """Makes each tensor when it is to be written."""
+    """Makes each tensor when it is to be written; write_data(), given the plan, asks for nothing else."""
 
     def __init__(self, make: Callable[[WriteItem], torch.Tensor]) -> None:
         self._make = make

@@ -122,7 +122,7 @@ class LiveEngines:
             tokenizer=self._tokenizer,
             stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
             max_response_tokens=self._config.batch.max_response_tokens,
-            grader=self._rewards,  # type: ignore[arg-type]
+            grader=self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
             record_routing=self._config.actor.experts.replay_routing,
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,

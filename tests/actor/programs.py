@@ -35,7 +35,7 @@ from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch
 from tests.actor import objective_gradients
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, config_for, with_routing
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
 
 OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
 _started: list[tuple[Control, Layout]] = []
@@ -130,14 +130,14 @@ def logits(path: Path) -> dict[str, Any]:
     """What the schedule hands on of a bf16 model's logits, and the widest tensors of an update, by dtype."""
     trial = Trial(config_for(path, precision="bf16"))
     widest: dict[str, int] = {}
-    columns, samples = 512, list(range(16))
+    samples = list(range(16))
 
     class Widest(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **kwargs or {})
-            if torch.is_tensor(result) and result.dim() > 1 and result.size(-1) == columns:
+            if torch.is_tensor(result) and result.dim() > 1 and result.size(-1) == VOCABULARY:
                 kind = str(result.dtype)
-                widest[kind] = max(widest.get(kind, 0), result.numel() // columns)
+                widest[kind] = max(widest.get(kind, 0), result.numel() // VOCABULARY)
             return result
 
     with Widest():

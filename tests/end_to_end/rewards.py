@@ -5,7 +5,10 @@ from __future__ import annotations
 from megatron_pmd.data.problems import Problem
 
 
+def share_of_letters(response: str, answer: str) -> float:
+    """How many of the answer's letters the response has, in any order."""
+    return len(set(answer) & set(response)) / len(set(answer))
+
+
 def letters(response: str, problem: Problem) -> float:
-    """Share of the answer's letters that the response has."""
-    wanted = set(problem.answer)
-    return len(wanted & set(response)) / len(wanted)
+    return share_of_letters(response, problem.answer)

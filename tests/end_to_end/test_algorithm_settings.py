@@ -10,6 +10,7 @@ import pytest
 
 from megatron_pmd.rollout.samples import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine
+from tests.end_to_end.rewards import share_of_letters
 
 pytestmark = pytest.mark.serial
 
@@ -111,4 +112,4 @@ def test_length_and_truncation_enter_the_advantage_but_not_the_reward(scheduled:
             own = [s for s in samples if s.group == group]
             mean = np.mean([s.shaped_reward for s in own])
             assert [s.advantage for s in own] == pytest.approx([s.shaped_reward - mean for s in own])
-            assert all(0 <= s.reward <= 1 for s in own)
+            assert [s.reward for s in own] == [share_of_letters(s.response, s.answer) for s in own]
