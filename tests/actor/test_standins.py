@@ -54,6 +54,27 @@ def test_training_is_not_right_without_the_stand_in(outcomes, name):
     )
 
 
+def test_a_model_on_the_meta_device_takes_no_memory_under_the_stand_ins(models, tmp_path):
+    # of a process that has made no tensor in a device context before
+    program = """
+import sys
+from pathlib import Path
+from megatron_pmd.convert.session import ranks
+with ranks():
+    import torch
+    from megatron_pmd.actor.parameters import build_whole, open_bridge
+    for name in ("dense", "moe"):
+        folder = Path(sys.argv[1]) / name
+        module = build_whole(open_bridge(folder), folder, dtype=torch.float32, on_meta=True)
+        assert {p.device.type for p in module.parameters()} == {"meta"}, name
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, models], cwd=REPOSITORY, capture_output=True, text=True,
+        timeout=DEADLINE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_megatron_bridge_still_imports_transformer_engine_and_triton_unasked(outcomes):
     assert "ModuleNotFoundError: No module named 'transformer_engine'" in outcomes["transformer_engine"]
     assert "ModuleNotFoundError: No module named 'triton'" in outcomes["triton"]

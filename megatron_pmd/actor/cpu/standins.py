@@ -34,6 +34,10 @@ def cuda_literals() -> None:
 
         return allocate
 
+    # A device context knows torch's functions from its first use on: without this one, it would know only
+    # those that stand in their place, and a model that is to be on the meta device would take real memory.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, redirected(getattr(torch, name)))
 
