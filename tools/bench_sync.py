@@ -136,7 +136,7 @@ def export_ranks(order: Path) -> None:
     )
 
     def ours() -> int:
-        return push.push(actor.shards(), 1, leads=control.is_driver).bytes
+        return push.push(actor.shards(), 1, serves=[control.node] if control.is_driver else []).bytes
 
     def bridge() -> int:
         return sum(tensor.nbytes for _, tensor in actor.export())

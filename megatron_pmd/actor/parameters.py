@@ -109,7 +109,9 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
     registry = bridge._model_bridge.mapping_registry()
     modules = dict(module.named_modules())
     parameters = []
-    for name, pieces in _places(module, keys):
+    placed = list(_places(module, keys))
+    _without_memory(module)
+    for name, pieces in placed:
         mapping = registry.megatron_to_hf_lookup(name)
         if mapping is None:
             raise ModelError(f"{path}: Megatron-Bridge has no mapping for the parameter {name}")
@@ -119,6 +121,18 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
         shape = getattr(owner, name.rpartition(".")[2]).shape
         parameters.append(Parameter(name, shape, pieces, mapping, owner))
     return Model(parameters, tied=bool(module.share_embeddings_and_output_weights))
+
+
+def _without_memory(module: torch.nn.Module) -> None:
+    """Put parameters on the CPU in the place of those on the meta device, each of one number, expanded.
+
+    Megatron-Bridge's ReplicatedMapping moves what it is given to where its module is.
+    """
+    for owner in module.modules():
+        for name, old in list(owner.named_parameters(recurse=False)):
+            new = torch.nn.Parameter(torch.zeros((), dtype=old.dtype).expand(old.shape))
+            vars(new).update(vars(old))  # how it is parallel is written on the parameter
+            setattr(owner, name, new)
 
 
 @torch.no_grad()

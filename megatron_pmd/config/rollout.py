@@ -70,7 +70,7 @@ class Repetition(Frozen):
 
 class Rollout(Frozen):
     tensor_parallel: PositiveInt = 1
-    """Tensor-parallel size of one engine."""
+    """Tensor-parallel size of one engine; one that is larger than a node reaches over several."""
     fp8: bool = False
     """Engines get and compute with blockwise (128x128) FP8 weights; not on a CPU. Which layers:
     docs/weight_sync.md."""

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.launch.cluster import Cluster
+from megatron_pmd.rollout.placement import check_places
 
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 DIVIDING_LINE = "# --- from here on"
@@ -42,13 +43,16 @@ class Job:
 
 
 def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: str | None = None) -> Job:
-    """The job of a run. Raises LayoutError when its ranks do not fill nodes."""
+    """The job of a run. Raises LayoutError when its ranks do not fill nodes, or its engines fit none."""
     job = Job(config, cluster, root, replay)
     if config.layout.ranks % job.ranks_per_node:
         raise LayoutError(
             f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "
             f"(gpus_per_node of cluster {cluster.name}); change layout.data"
         )
+    check_places(
+        config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.rollout.tensor_parallel
+    )
     mounts = [mount.split(":")[1] for mount in cluster.container.mounts if ":" in mount]
     inside = any(root == PurePosixPath(m) or PurePosixPath(m) in root.parents for m in mounts)
     if cluster.container.runtime != "none" and not inside:

@@ -13,6 +13,7 @@ from megatron_pmd.plan.cost import Cost, cost
 from megatron_pmd.plan.hardware import Assumptions, Machines
 from megatron_pmd.plan.shapes import Shape, shape_of
 from megatron_pmd.plan.sharding import Stage, stages
+from megatron_pmd.rollout.placement import check_places
 
 MOST_GROWTH = 16
 """How many times the ranks asked for a nearest layout may have."""
@@ -92,6 +93,11 @@ class Plan:
         ranks = config.layout.ranks
         if ranks > machines.devices_per_node and ranks % machines.devices_per_node:
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
+        try:
+            per_node = min(ranks, machines.devices_per_node)
+            check_places(ranks, per_node, config.ranks_per_engine, config.rollout.tensor_parallel)
+        except LayoutError as error:
+            found.append(str(error))
         longest = config.batch.max_prompt_tokens + config.batch.max_response_tokens
         if longest > self.shape.context_limit > 0:
             found.append(

@@ -52,6 +52,12 @@ def node_address() -> str:
     return address
 
 
+def meeting_address() -> str:
+    """Where other nodes of the job reach this one; raises EngineError as node_address does."""
+    address = node_address()
+    return os.environ.get("MASTER_ADDR", LOOPBACK) if address == LOOPBACK else address
+
+
 def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
     """This process's environment without torchrun's variables, and with no proxy for local addresses.
 

@@ -22,7 +22,6 @@ import torch
 
 from megatron_pmd.errors import EngineError, StaleWeights
 from megatron_pmd.rollout.engine import LOADER, NO_WEIGHTS, EngineSpec
-from megatron_pmd.weight_sync.loader import reply_path
 
 Tag = Literal["weights", "kv_cache"]
 CONNECT_SECONDS = 10.0
@@ -80,28 +79,26 @@ class EngineControl:
     def load_bucket(self, description: dict[str, Any]) -> None:
         """Have every rank of the engine load a SharedBucket; returns when all of them are done reading it.
 
+        description: of the bucket; its `paths` has one for each of the engine's nodes.
         EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
         """
-        ranks = self.spec.rollout.tensor_parallel
-        prefix = f"{description['path']}.reply-{self.spec.port}"  # engines of one node read the same bucket
-        replies = [reply_path(prefix, rank) for rank in range(ranks)]
-        for reply in replies:
-            reply.unlink(missing_ok=True)
+        # engines of one node read the same bucket
+        reply = Path(f"{description['paths'][0]}.reply-{self.spec.port}.json")
+        reply.unlink(missing_ok=True)
         body = torch.frombuffer(
-            bytearray(json.dumps(description | {"reply": prefix}).encode()), dtype=torch.uint8
+            bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8
         )
         # By value: torch's own way of sharing between processes lets only related processes read it.
         payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
         request = {
-            "serialized_named_tensors": [payload] * ranks,
+            "serialized_named_tensors": [payload] * self.spec.rollout.tensor_parallel,
             "load_format": LOADER,
             "flush_cache": False,  # a flush that fails here is an assertion that kills the engine
         }
         self._confirmed("/update_weights_from_tensor", request)
-        for rank, reply in enumerate(replies):
-            self._check_reply(rank, reply, description)
+        self._check_reply(reply, description)
 
-    def _check_reply(self, rank: int, reply: Path, description: dict[str, Any]) -> None:
+    def _check_reply(self, reply: Path, description: dict[str, Any]) -> None:
         try:
             answer = json.loads(reply.read_text())
             reply.unlink()
@@ -109,11 +106,12 @@ class EngineControl:
             answer = {"bucket": None}
         if answer["bucket"] != description["bucket"]:
             raise EngineError(
-                f"{self._where()}: rank {rank} gave no reply to weight bucket {description['bucket']} "
+                f"{self._where()} gave no reply to weight bucket {description['bucket']} "
                 f"(expected in {reply}); does the engine share /dev/shm with this process?"
             )
-        if answer["error"]:
-            raise EngineError(f"{self._where()}: rank {rank} refused the weights: {answer['error']}")
+        for rank, failure in enumerate(answer["failures"]):
+            if failure:
+                raise EngineError(f"{self._where()}: rank {rank} refused the weights: {failure}")
 
     def join_group(self, host: str, port: int, name: str, *, rank_offset: int, world: int) -> None:
         """Join the driver's process group; returns when all its members have."""

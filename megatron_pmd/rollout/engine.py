@@ -42,6 +42,9 @@ OUR_OPTIONS = {
     "admin_api_key": "this program",
     "device": "this program",
     "base_gpu_id": "this program",
+    "nnodes": "rollout.tensor_parallel (and where its ranks are)",
+    "node_rank": "this program",
+    "dist_init_addr": "this program",
     "skip_tokenizer_init": "this program (only token ids go in and out)",
     "load_format": "this program (the actor sends the weights)",
     "weight_version": "this program",
@@ -54,7 +57,7 @@ OUR_OPTIONS = {
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """All that one engine needs to know; pure data, so a leader can start it again from the same spec."""
+    """All that one engine, or its part on one node, needs to know; pure data, so it can be started again."""
 
     number: int
     """Counts the engines of a run from 0."""
@@ -73,7 +76,13 @@ class EngineSpec:
     """Calls that change weights or memory, or abort, must then carry this one: the update endpoint unpickles
     what it is sent, and the router, which has the other key, needs none of them."""
     first_gpu: int = 0
-    """The first of its tensor_parallel devices, counted among the visible ones."""
+    """The first of its devices on this node, counted among the visible ones."""
+    nodes: int = 1
+    """Over how many nodes the engine reaches: equal parts of tensor_parallel, one server process on each."""
+    node: int = 0
+    """Which of them this part is on; the first one's process takes the requests for all."""
+    rendezvous: str | None = None
+    """host:port at which the parts of several nodes find each other; on the first one's node."""
     record_routing: bool = False
     """Every answer says which experts each token went to (plugins/)."""
     load_model_weights: bool = False
@@ -102,6 +111,8 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         "custom_weight_loader": [LOADER],
         "log_level": "warning",
     }
+    if spec.nodes > 1:
+        options |= {"nnodes": spec.nodes, "node_rank": spec.node, "dist_init_addr": spec.rendezvous}
     if spec.api_key is not None:
         options["api_key"] = spec.api_key
     if spec.record_routing:
@@ -158,12 +169,21 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         path.insert(0, str(stub_path()))
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["OMP_NUM_THREADS"] = str(spec.rollout.threads_per_engine)
+        if spec.rollout.tensor_parallel > 1:
+            # SGLang else refuses more ranks than the machine has NUMA nodes; here they share its cores
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * spec.rollout.tensor_parallel)
+            # tensor-parallel embeddings are compiled, by a compiler that is not there
+            environment["TORCHDYNAMO_DISABLE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(path + [p for p in [environment.get("PYTHONPATH")] if p])
     return environment
 
 
 class EngineProcess(ServerProcess):
-    """One SGLang server; when this process dies, however it dies, the server and its children die with it."""
+    """One SGLang server, or the part of one that is on this node.
+
+    When this process dies, however it dies, the server and its children die with it.
+    """
 
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine and returns at once; ConfigError for a wrong option, before any start."""
@@ -173,7 +193,7 @@ class EngineProcess(ServerProcess):
         # SGLang's --config wants YAML, and JSON is YAML.
         _write_private(arguments, {server_options()[name]: value for name, value in options.items()})
         command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--config", str(arguments)]
-        name = f"engine {spec.number}"
+        name = f"engine {spec.number}" + (f", node {spec.node} of {spec.nodes}" if spec.nodes > 1 else "")
         super().__init__(name, command, engine_environment(spec), spec.url, "/ready", spec.log)
 
 

@@ -1,12 +1,11 @@
-"""All engines of a run: each leader rank owns one, every rank calls the same methods together."""
+"""All engines of a run: a rank owns one, or its part on a node, or none; all call the methods together."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +15,11 @@ from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import EngineError, PmdError
 from megatron_pmd.observe.parts import Parts
-from megatron_pmd.rollout.child import node_address
+from megatron_pmd.rollout.child import meeting_address, node_address
 from megatron_pmd.rollout.control import EngineControl, Tag, resident_bytes
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 from megatron_pmd.rollout.memory import DeviceMemory, device_memory, wait_freed
+from megatron_pmd.rollout.placement import place_of
 from megatron_pmd.rollout.watch import Watch
 
 T = TypeVar("T")
@@ -35,9 +35,11 @@ class Fleet:
     """
 
     def __init__(self, config: RunConfig, control: Control, folder: Path, parts: Parts, *, cpu: bool) -> None:
-        """Starts this rank's engine, if it leads one, and returns at once; logs go to folder/logs.
+        """Starts this rank's engine, or its part of one, if it has any; logs go to folder/logs.
 
         parts: the clock that its sub-phases are entered into.
+        Raises LayoutError for engines that cannot be shared out to the nodes, EngineError without a route
+        between them.
         """
         self._config, self._control, self._folder, self._parts = config, control, folder, parts
         keys = [secrets.token_hex(24) for _ in range(2)] if control.is_driver else None
@@ -51,33 +53,55 @@ class Fleet:
         """What this leader's engine holds in memory now."""
         self._taken: dict[Tag, int] = {}
         """Bytes that a kind of memory took of the device when it was last resumed."""
-        if control.rank % config.ranks_per_engine == 0:
-            number, host = control.rank // config.ranks_per_engine, node_address()
-            spec = EngineSpec(
-                number=number,
-                model=config.model,
-                rollout=config.rollout,
-                host=host,
-                port=free_port(host),
-                log=folder / "logs" / f"engine-{number}.log",
-                seed=config.seed + number,
-                cpu=cpu,
-                api_key=self.key,
-                record_routing=config.actor.experts.replay_routing,
-                admin_key=self.admin_key,
-                first_gpu=int(os.environ.get("LOCAL_RANK", "0")),
-            )
-            self._start(spec)
+        nodes = control.all_gather(control.node)
+        self._place = place_of(control.rank, nodes, config.ranks_per_engine, config.rollout.tensor_parallel)
+        self._cpu = cpu
+        self._start(range(config.engines))
 
-    def _start(self, spec: EngineSpec) -> EngineProcess:
-        """Start this leader's engine; it answers later."""
+    def _start(self, engines: Collection[int]) -> None:
+        """Start these engines, on every node they reach; they answer later."""
+        mine = self._place if self._place and self._place.engine in engines else None
+        meeting = None
+        if mine and mine.part == 0 and len(mine.nodes) > 1:
+            address = meeting_address()
+            meeting = (mine.engine, f"{address}:{free_port(address)}")
+        meetings = dict(filter(None, self._control.all_gather(meeting)))
+        if mine is None:
+            return
+        host, suffix = node_address(), f"-node-{mine.part}" if mine.part else ""
+        spec = EngineSpec(
+            number=mine.engine,
+            model=self._config.model,
+            rollout=self._config.rollout,
+            host=host,
+            port=free_port(host),
+            log=self._folder / "logs" / f"engine-{mine.engine}{suffix}.log",
+            seed=self._config.seed + mine.engine,
+            cpu=self._cpu,
+            api_key=self.key,
+            record_routing=self._config.actor.experts.replay_routing,
+            admin_key=self.admin_key,
+            first_gpu=int(os.environ.get("LOCAL_RANK", "0")),
+            nodes=len(mine.nodes),
+            node=mine.part,
+            rendezvous=meetings.get(mine.engine),
+        )
+        self._start_part(spec)
+
+    def _start_part(self, spec: EngineSpec) -> None:
         self._engine, self._resident = EngineProcess(spec), {"kv_cache", "weights"}
-        self._calls = EngineControl(spec, self._config.sync.timeout_seconds)
-        return self._engine
+        if self.leads:
+            self._calls = EngineControl(spec, self._config.sync.timeout_seconds)
 
     @property
     def leads(self) -> bool:
-        return self._engine is not None
+        """Whether this rank is the one that calls an engine."""
+        return self._place is not None and self._place.part == 0
+
+    @property
+    def serves(self) -> tuple[int, ...]:
+        """The nodes of the engine that this rank leads; () if it leads none."""
+        return self._place.nodes if self._place is not None and self.leads else ()
 
     @property
     def calls(self) -> EngineControl:
@@ -104,7 +128,7 @@ class Fleet:
     def on_leaders(self, action: Callable[[EngineProcess], T]) -> list[T]:
         """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
         outcome: tuple[T | None, PmdError | None] = (None, None)
-        if self._engine is not None:
+        if self._engine is not None and self.leads:
             try:
                 outcome = (action(self._engine), None)
             except PmdError as error:
@@ -118,17 +142,33 @@ class Fleet:
     def wait_ready(self) -> None:
         """Block until every engine answers; EngineError with the end of its log if one does not."""
 
-        def ready(engine: EngineProcess) -> str:
-            try:
-                engine.wait_ready(self._config.rollout.start_timeout_seconds)
-            except EngineError as error:
-                # SGLang looks for free ports and opens them much later: two starts at once may find the same
-                if "address already in use" not in str(error).lower():
-                    raise
-                engine = self._replace(engine, str(error))
-            return engine.url
+        failures = self._failures_at_start(range(self._config.engines))
+        for failure in failures.values():
+            # SGLang looks for free ports and opens them much later: two starts at once may find the same
+            if "address already in use" not in failure.lower():
+                raise EngineError(failure)
+        if failures:
+            self._replace(failures)
+        self._note_urls()
 
-        self.urls = self.on_leaders(ready)
+    def _failures_at_start(self, engines: Collection[int]) -> dict[int, str]:
+        """Wait until these engines answer; by engine, why one does not."""
+
+        def wait(engine: EngineProcess) -> tuple[int, str] | None:
+            number = engine.spec.number
+            if number in engines:
+                try:
+                    engine.wait_ready(self._config.rollout.start_timeout_seconds)
+                except EngineError as error:
+                    return number, str(error)
+            return None
+
+        failures = dict(filter(None, self.on_leaders(wait)))
+        # a part that died on another node is the reason why the first one's process waited in vain
+        return failures | {n: why for n, why in self._lost_parts(probe=False).items() if n in failures}
+
+    def _note_urls(self) -> None:
+        self.urls = self.on_leaders(lambda engine: engine.url)
 
     def release(self) -> None:
         """Engines give their memory to the actors: the KV cache first, then the weights.
@@ -136,16 +176,17 @@ class Fleet:
         One that does not, because it is dead or stuck, is killed: that frees its memory too.
         """
 
-        def give_up(engine: EngineProcess) -> None:
+        def give_up(engine: EngineProcess) -> int | None:
             self._unwatch()
             try:
                 self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False)
             except EngineError:
                 if self._why_lost(engine) is None:
                     raise
-                engine.stop()
+                return engine.spec.number
+            return None
 
-        self.on_leaders(give_up)
+        self._stop_parts([number for number in self.on_leaders(give_up) if number is not None])
 
     def resume_weights(self) -> None:
         self.on_leaders(lambda _: self._hand_over(["weights"], self.calls.resume, resident=True))
@@ -187,7 +228,7 @@ class Fleet:
     def serve(self) -> None:
         """Make the engines routable and watch them; on the driver, starts the router if there is none."""
         self._control.on_driver(self._start_router)
-        if self._engine is not None:
+        if self._engine is not None and self.leads:
             rollout = self._config.rollout
             self._unwatch()
             self._watch = Watch(
@@ -221,21 +262,29 @@ class Fleet:
         Raises EngineError for one that does not come up in `rollout.restarts` attempts.
         """
 
-        def check(engine: EngineProcess) -> tuple[str | None, str]:
-            reason = self._why_lost(engine, probe=probe)
-            return reason, engine.url if reason is None else self._replace(engine, reason).url
-
-        outcomes = self.on_leaders(check)
-        self.urls = [url for _, url in outcomes]
-        reasons = [reason for reason, _ in outcomes if reason is not None]
-        if reasons and self._router is not None:
-            self._router.stop()  # its picture of who is alive is out of date
-            self._router = None
-        return reasons
+        reasons = self._lost_parts(probe=probe)
+        if reasons:
+            self._replace(reasons)
+            self._note_urls()
+            if self._router is not None:
+                self._router.stop()  # its picture of who is alive is out of date
+                self._router = None
+        return list(reasons.values())
 
     def any_lost(self) -> bool:
         """Whether an engine is dead or stuck."""
-        return any(self.on_leaders(lambda engine: self._why_lost(engine) is not None))
+        return bool(self._lost_parts(probe=True))
+
+    def _lost_parts(self, *, probe: bool) -> dict[int, str]:
+        """By engine, what is wrong with it, or with its part on one of its nodes."""
+        mine = None
+        if self._engine is not None:
+            reason = self._why_lost(self._engine, probe=probe)
+            mine = (self._engine.spec.number, reason) if reason else None
+        found: dict[int, str] = {}
+        for number, reason in filter(None, self._control.all_gather(mine)):
+            found.setdefault(number, reason)
+        return found
 
     def _why_lost(self, engine: EngineProcess, *, probe: bool = True) -> str | None:
         if self._watch is not None and self._watch.reason:
@@ -245,29 +294,37 @@ class Fleet:
         except EngineError as died:
             return str(died)
         seconds = self._config.rollout.health_timeout_seconds
-        if not probe or self.calls.responds(seconds):
+        if not probe or not self.leads or self.calls.responds(seconds):
             return None
         return f"engine {engine.spec.number} ({engine.url}) did not answer within {seconds:g} s"
 
-    def _replace(self, lost: EngineProcess, reason: str) -> EngineProcess:
-        """Kill what is left of this leader's engine and start it again, on another port."""
-        self._unwatch()
-        lost.stop()
-        failure: EngineError | None = None
+    def _replace(self, reasons: dict[int, str]) -> None:
+        """Kill what is left of these engines and start them again, on other ports.
+
+        reasons: what was wrong with each.
+        """
+        lost = reasons
         for attempt in range(self._config.rollout.restarts):
+            self._stop_parts(lost)
             time.sleep(RESTART_PAUSE_SECONDS * (2**attempt - 1))
-            self.calls.close()
-            engine = self._start(dataclasses.replace(lost.spec, port=free_port(lost.spec.host)))
-            try:
-                engine.wait_ready(self._config.rollout.start_timeout_seconds)
-                return engine
-            except EngineError as error:
-                failure = error
-                engine.stop()
+            self._start(lost)
+            lost = self._failures_at_start(lost)
+            if not lost:
+                return
+        self._stop_parts(lost)
+        number, failure = next(iter(lost.items()))
         raise EngineError(
-            f"{reason}\nit was started again {self._config.rollout.restarts} times, in vain; "
+            f"{reasons[number]}\nit was started again {self._config.rollout.restarts} times, in vain; "
             f"the last time: {failure}"
         )
+
+    def _stop_parts(self, engines: Collection[int]) -> None:
+        """Kill this rank's part of one of these engines."""
+        if self._engine is not None and self._engine.spec.number in engines:
+            self._unwatch()
+            self._engine.stop()
+            if self._calls is not None:
+                self._calls.close()
 
     def any_alive(self) -> bool:
         """Whether the router runs and at least one engine's server answers. For the driver alone."""
@@ -282,7 +339,7 @@ class Fleet:
         return False
 
     def resident_bytes(self) -> int:
-        """Memory of this leader's engine; 0 on other ranks."""
+        """Memory of this rank's engine, or its part of one; 0 on ranks without."""
         return resident_bytes(self._engine.pid) if self._engine is not None and self._engine.alive() else 0
 
     def stop(self) -> None:

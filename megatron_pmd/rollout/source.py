@@ -169,7 +169,7 @@ class LiveEngines:
         raise AssertionError("unreachable")
 
     def _send(self, actor: Actor, version: int) -> PushReport:
-        return self._push.push(actor.shards(), version, leads=self.fleet.leads)
+        return self._push.push(actor.shards(), version, serves=self.fleet.serves)
 
     def resume(self) -> None:
         self.fleet.resume_cache()

@@ -146,6 +146,11 @@ def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:
     return removed
 
 
+def path_of(key: str, folder: Path = SHARED_MEMORY) -> Path:
+    """The file of the bucket of this key."""
+    return folder / f"{PREFIX}{key}"
+
+
 class SharedBucket:
     """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
 
@@ -160,7 +165,7 @@ class SharedBucket:
         none.
         """
         self.key, self.capacity = key, padded(capacity)
-        self.path = folder / f"{PREFIX}{key}"
+        self.path = path_of(key, folder)
         self.layout = BucketLayout(self.capacity)
         self._sequence, self._owner = 0, owner
         descriptor = self._create(folder) if owner else self._open()
@@ -230,7 +235,7 @@ class SharedBucket:
             sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
         return {
             "bucket": f"{self.key}#{self._sequence}",
-            "path": str(self.path),
+            "paths": [str(self.path)],
             "bytes": self.capacity,
             "tensors": self.layout.as_json(),
             "sums": [sums[name] for name in self.layout.entries],

@@ -4,9 +4,9 @@ SGLang calls load_bucket in every tensor-parallel rank of the engine, with what 
 carried: one byte tensor that holds the bucket's description as JSON. The weights themselves are read from
 shared memory.
 
-SGLang ignores what a custom loader returns, and an exception from it kills the whole server. So the outcome
-goes into a reply file, one for each rank; EngineControl.load_bucket reads them, and takes a missing one for
-a failure.
+SGLang ignores what a custom loader returns, and an exception from it kills the whole server. So the outcomes
+of all ranks, which may be of several nodes, go into a reply file beside the first one's bucket;
+EngineControl.load_bucket reads it, and takes a missing one for a failure.
 
 Runs in the engine: imports nothing of the trainer but the bucket's layout.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_pmd.weight_sync.bucket import BucketLayout, word_sum
 
@@ -55,24 +56,38 @@ _mappings: dict[tuple[str, int, int], torch.Tensor] = {}
 
 
 def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Check the described bucket, load it into the model and leave a reply.
+    """Check the described bucket, load it into the model and leave a reply: the error of each rank, or null.
 
     A bucket that is not as described changes nothing in the model. Never raises after the description is
     read.
     """
     description = json.loads(bytes(named_tensors[0][1].cpu().numpy()))
-    reply: dict[str, Any] = {"bucket": description["bucket"], "tensors": 0, "error": None}
+    failure = None
     try:
-        reply["tensors"] = _load(model, description)
+        _load(model, description)
     except Exception as error:  # whatever it is, the server must live to report it
-        reply["error"] = f"{type(error).__name__}: {error}"
-    target = reply_path(description["reply"], _rank())
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(reply))
-    partial.rename(target)
+        failure = f"{type(error).__name__}: {error}"
+    failures = _of_all_ranks(failure)
+    if failures is not None:
+        target = Path(description["reply"])
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps({"bucket": description["bucket"], "failures": failures}))
+        partial.rename(target)
 
 
-def _load(model: Any, description: dict[str, Any]) -> int:
+def _of_all_ranks(failure: str | None) -> list[str | None] | None:
+    """What became of the bucket on each tensor-parallel rank, on the first; None on the others."""
+    if not dist.is_initialized():
+        return [failure]
+    from sglang.srt.distributed import get_tp_group
+
+    group = get_tp_group()
+    failures: list[str | None] | None = [None] * group.world_size if group.is_first_rank else None
+    dist.gather_object(failure, failures, dst=group.first_rank, group=group.cpu_group)
+    return failures
+
+
+def _load(model: Any, description: dict[str, Any]) -> None:
     weights = read_bucket(description)
     update = description.get("update", {})
     if update.get("verify") == "first":
@@ -87,7 +102,6 @@ def _load(model: Any, description: dict[str, Any]) -> int:
     _account(update, weights)
     if update.get("verify_last"):
         _compare(_digests(model), update["name"])
-    return len(weights)
 
 
 def _account(update: dict[str, Any], weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -139,7 +153,8 @@ def _compare(digests: dict[str, str], update: str) -> None:
 
 def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """The bucket's tensors, as views of shared memory; BucketError if it is not as described."""
-    name, path, size = description["bucket"], description["path"], description["bytes"]
+    name, size = description["bucket"], description["bytes"]
+    path = path_of_node(description["paths"])
     try:
         found = os.stat(path)
     except OSError as error:
@@ -211,10 +226,8 @@ def _unknown_weights(bucket: str) -> Iterator[None]:
         raise BucketError(f"weight bucket {bucket}: {len(unknown)} weights are unknown to the model: {few}")
 
 
-def reply_path(prefix: str, rank: int) -> Path:
-    """Where a tensor-parallel rank of an engine leaves its reply."""
-    return Path(f"{prefix}-{rank}.json")
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+def path_of_node(paths: list[str]) -> str:
+    """Of an engine's buckets, which are one on each of its nodes, in order, that of this rank's node."""
+    if len(paths) == 1:
+        return paths[0]
+    return paths[dist.get_rank() * len(paths) // dist.get_world_size()]

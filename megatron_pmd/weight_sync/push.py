@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.errors import ModelError, PmdError
-from megatron_pmd.weight_sync.bucket import SharedBucket, sweep, word_sum
+from megatron_pmd.weight_sync.bucket import SharedBucket, path_of, sweep, word_sum
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
@@ -73,16 +73,16 @@ class WeightPush:
         self._token = secrets.token_hex(4)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
-    def push(self, export: ShardExport, version: int, *, leads: bool) -> PushReport:
+    def push(self, export: ShardExport, version: int, *, serves: Sequence[int]) -> PushReport:
         """Send every tensor to every engine and confirm the version.
 
         Collective; the weights' memory must be resident in actor and engines.
-        leads: whether this rank has an engine of its own to call.
+        serves: the nodes of the engine that this rank leads, in the engine's order; none: it leads none.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
         confirm.
         """
         if export is not self._export:
-            self._prepare(export, leads)
+            self._prepare(export, serves)
         assert self._plan is not None
         plan = self._plan
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
@@ -96,33 +96,36 @@ class WeightPush:
             self._together(lambda: self._transport.end(version))
         return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
 
-    def _prepare(self, export: ShardExport, leads: bool) -> None:
+    def _prepare(self, export: ShardExport, serves: Sequence[int]) -> None:
         """Make the plan and the buckets: sizes do not change while a run lasts."""
         control = self._control
-        shares = control.all_gather((control.node, leads, export.regions))
+        shares = control.all_gather((control.node, serves, export.regions))
         nodes = [node for node, _, _ in shares]
-        leading = {node for node, leads, _ in shares if leads}
-        targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in leading, n)]
+        serving = {node for _, serves, _ in shares for node in serves}
+        targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in serving, n)]
         self._plan = make_plan(
             [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
             last=[region.name for region in export.irregular],
         )  # fmt: skip
-        self._nodes, self._export = nodes, export
+        self._nodes, self._serves, self._export = nodes, serves or [control.node], export
         self._close_buckets()
         writes_here = control.node in targets
         first = nodes.index(control.node) == control.rank
         count = min(2, len(self._plan.buckets))
-        keys = [f"{self._key}-{control.node}-{turn}" for turn in range(count)]
 
         def make(owner: bool) -> None:
             if writes_here and owner == first:
                 if owner:
                     sweep()
                 capacity = self._plan.capacity if self._plan else 0
+                keys = [self._bucket_key(control.node, turn) for turn in range(count)]
                 self._buckets = [SharedBucket(key, capacity, owner=owner) for key in keys]
 
         self._together(lambda: make(owner=True))
         self._together(lambda: make(owner=False))
+
+    def _bucket_key(self, node: int, turn: int) -> str:
+        return f"{self._key}-{node}-{turn}"
 
     def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
@@ -146,7 +149,10 @@ class WeightPush:
                     name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
                     for name, word in bucket_plan.words.items()
                 }
-                description = bucket.description(checks) | {"update": _position(update, number, last, plan)}
+                # the nodes' buckets of one turn hold the same
+                paths = [str(path_of(self._bucket_key(node, number % 2))) for node in self._serves]
+                description = bucket.description(checks) | {"paths": paths}
+                description["update"] = _position(update, number, last, plan)
             loading = self._loader.submit(self._transport.load, bucket, description)
         with self._parts(load, plan.bytes):
             failure = _outcome(loading)

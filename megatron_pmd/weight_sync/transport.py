@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class Transport(Protocol):
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
-        """Whether this node's bucket has to be filled. node_leads: an engine has its leader there."""
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
+        """Whether this node's bucket has to be filled. node_serves: an engine, or a part of one, is there."""
 
     def begin(self) -> None:
         """The engines hold no version from here on."""
@@ -56,8 +56,8 @@ class SharedMemory:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
-        return node_leads
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
+        return node_serves
 
     def begin(self) -> None:
         if self._fleet.leads:
@@ -93,7 +93,7 @@ class Broadcast(SharedMemory):
         self._name = ""
         self._members: list[str] = []
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node == 0
 
     def connect(self) -> None:
@@ -164,7 +164,7 @@ class Disk(SharedMemory):
         super().__init__(fleet)
         self._folder, self._control = folder, control
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node == 0
 
     def begin(self) -> None:

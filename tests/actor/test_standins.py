@@ -63,7 +63,7 @@ from megatron_pmd.convert.session import ranks
 with ranks():
     import torch
     from megatron_pmd.actor.parameters import build_whole, open_bridge
-    for name in ("dense", "moe"):
+    for name in ("qwen3", "qwen3moe", "deepseek"):
         folder = Path(sys.argv[1]) / name
         module = build_whole(open_bridge(folder), folder, dtype=torch.float32, on_meta=True)
         assert {p.device.type for p in module.parameters()} == {"meta"}, name

@@ -58,6 +58,12 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
 
 
+def test_engines_of_which_nodes_would_have_unequal_parts_are_refused() -> None:
+    config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=12", "rollout.tensor_parallel=12"])
+    with pytest.raises(LayoutError, match=r"engine 0 .*8 \+ 4 ranks on nodes 0, 1"):
+        job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
+
+
 def test_a_shared_folder_outside_the_container_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"/home/me is under none of container\.mounts' targets"):
         job_for(recipe("qwen2_5_7b_dapo_8xh100"), load_cluster("h100"), PurePosixPath("/home/me"))

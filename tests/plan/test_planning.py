@@ -122,6 +122,8 @@ def test_samples_longer_than_the_models_positions_are_refused(h100: Machines) ->
 def test_nodes_that_are_not_filled_are_refused(h100: Machines) -> None:
     config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=6"])
     assert any("do not fill nodes of 8" in problem for problem in make_plan(config, h100).problems)
+    config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=12", "rollout.tensor_parallel=12"])
+    assert any("8 + 4 ranks on nodes 0, 1" in problem for problem in make_plan(config, h100).problems)
 
 
 @pytest.mark.parametrize(

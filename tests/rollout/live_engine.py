@@ -98,13 +98,13 @@ def update(control: EngineControl, bucket: SharedBucket, model, version: int) ->
     control.flush_cache()
 
 
-def generate(url: str, **sampling) -> list[dict]:
+def generate(url: str, key: str = KEY, **sampling) -> list[dict]:
     sampling = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True} | sampling
     request = {"input_ids": PROMPTS, "sampling_params": sampling, "return_logprob": True}
     reply = httpx.post(
         url + "/generate",
         json=request,
-        headers={"Authorization": f"Bearer {KEY}"},
+        headers={"Authorization": f"Bearer {key}"},
         timeout=60,
         trust_env=False,
     )

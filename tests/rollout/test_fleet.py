@@ -14,7 +14,7 @@ from recipes import recipe
 class OnlyRank(Control):
     """The control of a run of one rank, without a process group."""
 
-    rank, is_driver = 0, True
+    rank, node, is_driver = 0, 0, True
 
     def __init__(self):
         pass
@@ -41,6 +41,9 @@ def start(monkeypatch, tmp_path):
             def wait_ready(self, deadline_seconds):
                 if left:
                     raise EngineError(left.pop(0))
+
+            def check_alive(self):
+                pass
 
             def stop(self):
                 pass

@@ -28,6 +28,7 @@ SMALL = [
     "checkpoint.every=null",
     "checkpoint.hf_export=false",
     "rollout.max_total_tokens=4096",
+    "reward.name=tests.end_to_end.rewards:letters",
 ]
 
 PROFILE = """

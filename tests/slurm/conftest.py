@@ -37,8 +37,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def live(cluster: Cluster) -> str:
-    """A complete run on two nodes with a live engine; its rollouts are what the other runs train on."""
-    number = cluster.launch("live", cluster.profile())
+    """A complete run on two nodes with one live engine over both; the other runs train on its rollouts."""
+    number = cluster.launch("live", cluster.profile(), "rollout.tensor_parallel=2")
     assert cluster.wait_for_end(number, "live") == "COMPLETED", cluster.log("live")
     return number
 

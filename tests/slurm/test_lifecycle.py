@@ -13,7 +13,8 @@ pytestmark = pytest.mark.serial
 
 
 def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> None:
-    assert len(cluster.steps("live")) == 16
+    steps = cluster.steps("live")
+    assert len(steps) == 16 and all(step["gradient_norm"] > 0 for step in steps)
     assert cluster.text("live", "launch/outcome") == "complete\n"
     assert cluster.job(live)["ExitCode"] == "0:0"
     iteration = ["rollout", "release", "anchor", "update", "sync", "resume"]
@@ -21,6 +22,7 @@ def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> No
     reports = cluster.run("live") / "launch" / "preflight" / "1"
     assert sorted(path.name for path in reports.glob("*.json")) == ["0.json", "1.json"]
     assert (cluster.run("live") / "logs" / "attempt-1").is_dir()
+    assert (cluster.run("live") / "logs" / "engine-0-node-1.log").is_file()
     status = cluster.command("status", str(cluster.run("live")))
     assert "4 of 4 iterations" in status and f"job {live}: COMPLETED" in status
 

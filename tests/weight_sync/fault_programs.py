@@ -48,13 +48,13 @@ class Trial:
         self.version = 0
         self.transport = self.engines._push._transport
         self.load_bucket = self.transport.load
-        self.starts, start = 1, self.engines.fleet._start
+        self.starts, start = 1, self.engines.fleet._start_part
 
         def counted(spec: Any) -> Any:
             self.starts += 1
             return start(spec)
 
-        self.engines.fleet._start = counted  # type: ignore[method-assign]
+        self.engines.fleet._start_part = counted  # type: ignore[method-assign]
 
     @property
     def engine(self) -> Any:

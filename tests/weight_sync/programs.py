@@ -35,8 +35,8 @@ class Recorder:
         self.descriptions: list[dict[str, Any]] = []
         self.fails_at = -1
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
-        return node_leads
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
+        return node_serves
 
     def begin(self) -> None:
         self.calls.append("begin")
@@ -96,7 +96,7 @@ def export(
     result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
     recorder.fails_at = 2
     try:
-        push.push(actor.shards(), 3, leads=recorder.records)
+        push.push(actor.shards(), 3, serves=[control.node] if recorder.records else [])
     except EngineError as error:
         result["refused"] = str(error)
     result["calls"] = recorder.calls
@@ -114,7 +114,7 @@ def _fp8(
     shards = export_module.ShardExport(actor._bridge, actor.chunks, control, actor._shapes, fp8=True)
     recorder = Recorder(records)
     push = WeightPush(recorder, control, key, Parts(), bucket_bytes=2**19)
-    push.push(shards, 1, leads=records)
+    push.push(shards, 1, serves=[control.node] if records else [])
     push.close()
     own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
     return _bridge(actor), recorder.tensors, own, len(shards.irregular)
@@ -131,7 +131,7 @@ def _all_irregular(
     assert not shards.shards
     recorder = Recorder(records)
     push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
-    push.push(shards, 4, leads=records)
+    push.push(shards, 4, serves=[control.node] if records else [])
     push.close()
     return recorder.tensors
 
@@ -139,7 +139,8 @@ def _all_irregular(
 def _pushed(
     push: WeightPush, recorder: Recorder, actor: Actor, version: int, result: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    report: PushReport = push.push(actor.shards(), version, leads=recorder.records)
+    serves = [result["node"]] if recorder.records else []
+    report: PushReport = push.push(actor.shards(), version, serves=serves)
     result["report"] = (report.tensors, report.bytes, report.buckets)
     if recorder.records:
         result["manifest"] = recorder.descriptions[-1]["update"]["manifest"]

@@ -16,7 +16,7 @@ import torch
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket, sweep, word_sum
-from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket, reply_path
+from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket
 
 DTYPES = [
     torch.float32,
@@ -50,7 +50,7 @@ def deliver(model, description, folder: Path) -> dict:
     """Call the loader as SGLang does: the description is one byte tensor."""
     body = json.dumps(description | {"reply": str(folder / "reply")}).encode()
     load_bucket(model, [("bucket", torch.frombuffer(bytearray(body), dtype=torch.uint8))])
-    return json.loads(reply_path(str(folder / "reply"), 0).read_text())
+    return json.loads((folder / "reply").read_text())
 
 
 def test_every_tensor_starts_on_a_cache_line_and_none_overlap():
@@ -98,7 +98,7 @@ def test_every_dtype_and_layout_of_memory_arrives_bit_for_bit(bucket, tmp_path):
         bucket.place(name, tensor)
     model = Recorder()
     reply = deliver(model, bucket.description(), tmp_path)
-    assert reply == {"bucket": "test#1", "tensors": len(tensors), "error": None}
+    assert reply == {"bucket": "test#1", "failures": [None]}
     assert list(model.loaded) == list(tensors)
     for name, tensor in tensors.items():
         assert model.loaded[name].dtype == tensor.dtype and torch.equal(model.loaded[name], tensor), name
@@ -120,7 +120,8 @@ def test_a_changed_byte_is_refused_by_the_buckets_name_and_nothing_is_loaded(buc
     bucket.data[1234] ^= 1
     model = Recorder()
     reply = deliver(model, description, tmp_path)
-    assert "weight bucket test#1: tensor w" in reply["error"] and "checksum" in reply["error"]
+    [failure] = reply["failures"]
+    assert "weight bucket test#1: tensor w" in failure and "checksum" in failure
     assert not model.loaded
 
 
@@ -139,7 +140,9 @@ def test_a_model_that_fails_is_reported_and_does_not_raise(bucket, tmp_path):
             raise ValueError("expected 4 experts")
 
     bucket.place("w", torch.randn(10))
-    assert deliver(Refuses(), bucket.description(), tmp_path)["error"] == "ValueError: expected 4 experts"
+    assert (
+        deliver(Refuses(), bucket.description(), tmp_path)["failures"][0] == "ValueError: expected 4 experts"
+    )
 
 
 def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
@@ -153,7 +156,7 @@ def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
                 )
 
     bucket.place("model.nonsense", torch.randn(10))
-    error = deliver(Warns(), bucket.description(), tmp_path)["error"]
+    error = deliver(Warns(), bucket.description(), tmp_path)["failures"][0]
     assert "model.nonsense not found" in error and "test#1" in error
 
 
@@ -244,7 +247,7 @@ class TestUpdate:
         for tensor in names:
             bucket.place(tensor, torch.ones(3) if tensor == "a" else torch.ones(2, 2))
         update = {"name": name} | ({} if manifest is None else {"manifest": manifest})
-        return deliver(Recorder(), bucket.description() | {"update": update | changes}, folder)["error"]
+        return deliver(Recorder(), bucket.description() | {"update": update | changes}, folder)["failures"][0]
 
     def test_an_update_with_every_announced_tensor_is_complete(self, bucket, tmp_path):
         assert self.send(bucket, tmp_path, "a", "1#1") is None
@@ -296,7 +299,7 @@ def verify(model: Linear, bucket: SharedBucket, folder: Path, spoil: bool = Fals
             position: dict[str, object] = {"name": folder.name}
             if again:
                 position |= {"verify": "first" if name == "a" else "next", "verify_last": name == "b"}
-            errors.append(deliver(model, bucket.description() | {"update": position}, folder)["error"])
+            errors.append(deliver(model, bucket.description() | {"update": position}, folder)["failures"][0])
         if spoil:
             model.a.data[2] = 7.0
     return next((error for error in errors if error), None)

@@ -1,0 +1,94 @@
+"""An engine over two nodes, which here are two ranks: `python -m tests.weight_sync.node_programs ORDER`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import Control, initialize
+from megatron_pmd.config import Rollout, Sync
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.console import Console
+from megatron_pmd.rollout.source import LiveEngines
+from tests.actor.tiny_models import config_for
+from tests.rollout.live_engine import generate
+
+
+def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
+    """What it answers; what a bucket damaged on the second node, and the death of that part, lead to."""
+    config = config_for(path, dict(tensor=2)).model_copy(
+        update={
+            "rollout": Rollout(max_total_tokens=1024, tensor_parallel=2),
+            "sync": Sync(timeout_seconds=60, verify="full"),
+        }
+    )
+    initialize(config.layout, seed=0, timeout_seconds=300)
+    control = Control(300)
+    control.node = control.rank
+    engines = LiveEngines(config, control, folder, None, None, Console(), cpu=True)
+    engine = engines.fleet._engine
+    assert engine is not None
+    result: dict[str, Any] = {"serves": engines.fleet.serves, "log": engine.log.name}
+
+    def answers() -> list[dict[str, Any]]:
+        return generate(engines.fleet.router_url, key=engines.fleet.key, max_new_tokens=8)
+
+    try:
+        actor = Actor(config, control)
+        engines.load(actor, 1)
+        engines.resume()
+        result["answers"] = control.on_driver(answers)
+
+        engines.release()
+        result["refused"] = _with_damage(engines, actor)
+
+        if control.node == 1:
+            engine.stop()
+        engines.load(actor, 3)
+        engines.resume()
+        result["answers of another"] = control.on_driver(answers)
+    finally:
+        engines.close()
+    result["processes left"] = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    return result
+
+
+def _with_damage(engines: LiveEngines, actor: Actor) -> str:
+    """What a sync ends with, in which the second node's bucket changes after it was described."""
+    transport = engines._push._transport
+    load = transport.load
+
+    def damage(bucket: Any, description: dict[str, Any]) -> None:
+        if engines.fleet.leads:
+            with open(description["paths"][1], "r+b") as file:
+                file.write(bytes(range(1, 65)))
+        load(bucket, description)
+
+    transport.load = damage  # type: ignore[method-assign]
+    try:
+        engines.load(actor, 2)
+    except EngineError as error:
+        return str(error)
+    finally:
+        transport.load = load  # type: ignore[method-assign]
+    return ""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    order = Path(sys.argv[1])
+    name, arguments = pickle.loads(order.read_bytes())
+    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
