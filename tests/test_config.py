@@ -39,6 +39,8 @@ def config() -> RunConfig:
         ("actor.fp8.recipe=blockwise", "FP8 kernels take and give bf16; set model.precision=bf16"),
         ("optimizer.moments=bf16", "is for models trained in bf16"),
         ("rollout.ranks_per_engine=3", "cannot be shared out to engines of ranks_per_engine=3"),
+        ('rollout.servers=["https://a:1"]', "'https://a:1' is not of the form http://host:port"),
+        ('rollout.servers=["http://a:1"]', "sync.transport=ipc is for engines beside the actors"),
         ("name=../elsewhere", "name: String should match pattern"),
     ],
 )

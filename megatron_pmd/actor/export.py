@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ import torch
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.plan import Region
-from megatron_pmd.weight_sync.quantize import BLOCK, SCALE_SUFFIX, is_quantized, quantize, quantized
+from megatron_pmd.weight_sync.quantize import (
+    BLOCK,
+    SCALE_SUFFIX,
+    Blocks,
+    blocks_held,
+    is_quantized,
+    quantize,
+    quantized,
+)
 
 View = Callable[[torch.Tensor], torch.Tensor]
 Cut = tuple[str, int, int, int, View]
@@ -36,6 +45,8 @@ class Shard:
     tensor: Callable[[], torch.Tensor]
     """The region's values: as many elements, in its order, mostly a view of a parameter. Read anew at every
     export: between them parameters leave the device, and come back elsewhere."""
+    blocks: Callable[[], Blocks | None] = lambda: None
+    """Its FP8 values and scales, where the parameter itself is held in such blocks."""
 
 
 class ShardExport:
@@ -148,7 +159,11 @@ def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:
         return lambda: view(mapping.maybe_dequantize(parameter.detach()))
 
     return [
-        Shard(Region(str(names[kind]), dtype, whole[kind], dim, start, length), reader(view))
+        Shard(
+            Region(str(names[kind]), dtype, whole[kind], dim, start, length),
+            reader(view),
+            partial(blocks_held, parameter, view),
+        )
         for kind, dim, start, length, view in cuts
     ]
 
@@ -171,13 +186,16 @@ def _quantized(shard: Shard) -> list[Shard]:
     local[region.dim] = region.length
     kept: list[torch.Tensor] = []
 
+    def both() -> Blocks:
+        return shard.blocks() or quantize(shard.tensor().reshape(local))
+
     def values() -> torch.Tensor:
-        kept[:], result = [], quantize(shard.tensor().reshape(local))
+        kept[:], result = [], both()
         kept.append(result[1])
         return result[0]
 
     def scales() -> torch.Tensor:
-        return kept.pop() if kept else quantize(shard.tensor().reshape(local))[1]
+        return kept.pop() if kept else both()[1]
 
     blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
     first, count = region.start // BLOCK, -(-region.length // BLOCK)

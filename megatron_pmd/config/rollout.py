@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -76,6 +77,10 @@ class Rollout(Frozen):
     docs/weight_sync.md."""
     ranks_per_engine: PositiveInt | None = None
     """Consecutive actor ranks that share one engine; None: tensor_parallel."""
+    servers: tuple[str, ...] = ()
+    """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
+    Their options are those they were started with; they take weights by `disk` or `broadcast`
+    (docs/rollout.md)."""
     temperature: PositiveFloat = 1.0
     """Also divides the actor's logits: π is the policy at this temperature."""
     temperature_schedule: Schedule | None = None
@@ -111,6 +116,19 @@ class Rollout(Frozen):
     repetition: Repetition | None = None
     sglang: dict[str, Any] = {}
     """Further fields of SGLang's ServerArgs, by their own names."""
+
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Self:
+        for server in self.servers:
+            parts = urlsplit(server)
+            if parts.scheme != "http" or not parts.hostname or parts.port is None:
+                raise ConfigError(f"rollout.servers: {server!r} is not of the form http://host:port")
+        if self.servers and self.ranks_per_engine:
+            raise ConfigError(
+                f"rollout.ranks_per_engine={self.ranks_per_engine} is for engines beside the actors; "
+                "rollout.servers are shared out to the ranks evenly: remove it"
+            )
+        return self
 
 
 class Sync(Frozen):

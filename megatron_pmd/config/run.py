@@ -98,6 +98,8 @@ class RunConfig(Frozen):
 
     @property
     def ranks_per_engine(self) -> int:
+        if self.rollout.servers:
+            return self.layout.ranks // len(self.rollout.servers)
         return self.rollout.ranks_per_engine or self.rollout.tensor_parallel
 
     @property
@@ -139,7 +141,9 @@ class RunConfig(Frozen):
         self.algorithm.check(self.batch.samples_per_prompt)
         self._check_anchor()
         self._check_supervision()
-        if self.ranks_per_engine < self.rollout.tensor_parallel or self.layout.ranks % self.ranks_per_engine:
+        self._check_servers()
+        too_few = not self.rollout.servers and self.ranks_per_engine < self.rollout.tensor_parallel
+        if too_few or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
                 f"ranks_per_engine={self.ranks_per_engine} (tensor_parallel={self.rollout.tensor_parallel})"
@@ -158,6 +162,19 @@ class RunConfig(Frozen):
                 "set layout.expert above 1, or use alltoall"
             )
         return self
+
+    def _check_servers(self) -> None:
+        servers, ranks = len(self.rollout.servers), self.layout.ranks
+        if servers and ranks % servers:
+            raise LayoutError(
+                f"{servers} rollout.servers cannot be shared out evenly to {ranks} actor ranks, "
+                "at most one to each"
+            )
+        if servers and self.sync.transport == "ipc":
+            raise ConfigError(
+                "sync.transport=ipc is for engines beside the actors; rollout.servers take weights by disk "
+                "(from a run folder that they see) or broadcast"
+            )
 
     def _check_lengths(self) -> None:
         batch, context, multiple = self.batch, self.layout.context, self.layout.sequence_multiple

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,6 +162,10 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     environment["SGLANG_HEALTH_CHECK_TIMEOUT"] = str(math.ceil(spec.rollout.health_timeout_seconds))
     # With it on, every health check generates a token; on released memory that is a crash.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+    if spec.nodes > 1 and spec.rendezvous:
+        # SGLang's ranks talk to each other on the first interface it finds; it shall be the job's
+        own = spec.host if spec.node else spec.rendezvous.rpartition(":")[0]
+        environment["SGLANG_HOST_IP"] = socket.gethostbyname(own)
     # The loader runs inside the engine, where this package need not be installed.
     path = [str(Path(__file__).parents[2])]
     if spec.record_routing:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -15,9 +16,11 @@ from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import EngineError, PmdError
 from megatron_pmd.observe.parts import Parts
+from megatron_pmd.rollout import external
 from megatron_pmd.rollout.child import meeting_address, node_address
 from megatron_pmd.rollout.control import EngineControl, Tag, resident_bytes
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
+from megatron_pmd.rollout.external import Engine, ExternalEngine
 from megatron_pmd.rollout.memory import DeviceMemory, device_memory, wait_freed
 from megatron_pmd.rollout.placement import place_of
 from megatron_pmd.rollout.watch import Watch
@@ -42,10 +45,11 @@ class Fleet:
         between them.
         """
         self._config, self._control, self._folder, self._parts = config, control, folder, parts
-        keys = [secrets.token_hex(24) for _ in range(2)] if control.is_driver else None
+        self._external = bool(config.rollout.servers)
+        keys = external.keys() if self._external else (secrets.token_hex(24), secrets.token_hex(24))
         self.key, self.admin_key = control.from_driver(keys)
         self.urls: list[str] = []
-        self._engine: EngineProcess | None = None
+        self._engine: Engine | None = None
         self._calls: EngineControl | None = None
         self._router: RouterProcess | None = None
         self._watch: Watch | None = None
@@ -54,7 +58,8 @@ class Fleet:
         self._taken: dict[Tag, int] = {}
         """Bytes that a kind of memory took of the device when it was last resumed."""
         nodes = control.all_gather(control.node)
-        self._place = place_of(control.rank, nodes, config.ranks_per_engine, config.rollout.tensor_parallel)
+        size = 1 if self._external else config.rollout.tensor_parallel
+        self._place = place_of(control.rank, nodes, config.ranks_per_engine, size)
         self._cpu = cpu
         self._start(range(config.engines))
 
@@ -68,14 +73,21 @@ class Fleet:
         meetings = dict(filter(None, self._control.all_gather(meeting)))
         if mine is None:
             return
-        host, suffix = node_address(), f"-node-{mine.part}" if mine.part else ""
+        suffix = f"-node-{mine.part}" if mine.part else ""
+        log = self._folder / "logs" / f"engine-{mine.engine}{suffix}.log"
+        if self._external:
+            server = urlsplit(self._config.rollout.servers[mine.engine])
+            host, port, log = server.hostname or "", server.port or 0, Path("where the server was started")
+        else:
+            host = node_address()
+            port = free_port(host)
         spec = EngineSpec(
             number=mine.engine,
             model=self._config.model,
             rollout=self._config.rollout,
             host=host,
-            port=free_port(host),
-            log=self._folder / "logs" / f"engine-{mine.engine}{suffix}.log",
+            port=port,
+            log=log,
             seed=self._config.seed + mine.engine,
             cpu=self._cpu,
             api_key=self.key,
@@ -89,7 +101,8 @@ class Fleet:
         self._start_part(spec)
 
     def _start_part(self, spec: EngineSpec) -> None:
-        self._engine, self._resident = EngineProcess(spec), {"kv_cache", "weights"}
+        self._engine = ExternalEngine(spec) if self._external else EngineProcess(spec)
+        self._resident = {"kv_cache", "weights"}
         if self.leads:
             self._calls = EngineControl(spec, self._config.sync.timeout_seconds)
 
@@ -118,14 +131,14 @@ class Fleet:
     @property
     def headers(self) -> dict[str, str]:
         """For requests to the router and the engines."""
-        return {"Authorization": f"Bearer {self.key}"}
+        return _bearer(self.key)
 
     @property
     def admin_headers(self) -> dict[str, str]:
         """For calls to an engine that change or abort something; the router has none of them."""
-        return {"Authorization": f"Bearer {self.admin_key}"}
+        return _bearer(self.admin_key or self.key)
 
-    def on_leaders(self, action: Callable[[EngineProcess], T]) -> list[T]:
+    def on_leaders(self, action: Callable[[Engine], T]) -> list[T]:
         """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
         outcome: tuple[T | None, PmdError | None] = (None, None)
         if self._engine is not None and self.leads:
@@ -154,7 +167,7 @@ class Fleet:
     def _failures_at_start(self, engines: Collection[int]) -> dict[int, str]:
         """Wait until these engines answer; by engine, why one does not."""
 
-        def wait(engine: EngineProcess) -> tuple[int, str] | None:
+        def wait(engine: Engine) -> tuple[int, str] | None:
             number = engine.spec.number
             if number in engines:
                 try:
@@ -176,7 +189,7 @@ class Fleet:
         One that does not, because it is dead or stuck, is killed: that frees its memory too.
         """
 
-        def give_up(engine: EngineProcess) -> int | None:
+        def give_up(engine: Engine) -> int | None:
             self._unwatch()
             try:
                 self._hand_over(["kv_cache", "weights"], self.calls.release, resident=False)
@@ -194,7 +207,7 @@ class Fleet:
     def resume_cache(self) -> None:
         """Take the KV cache back and forget what earlier weights left in it."""
 
-        def resume(_: EngineProcess) -> None:
+        def resume(_: Engine) -> None:
             self._hand_over(["kv_cache"], self.calls.resume, resident=True)
             with self._parts("flush"):
                 self.calls.flush_cache()
@@ -202,10 +215,12 @@ class Fleet:
         self.on_leaders(resume)
 
     def _hand_over(self, tags: list[Tag], call: Callable[[list[Tag]], None], *, resident: bool) -> None:
-        """Release or resume kinds of memory, one call each.
+        """Release or resume kinds of memory, one call each; a server of others keeps its memory.
 
         An engine dies of being asked for what it has done already.
         """
+        if self._external:
+            return
         for tag in tags:
             if (tag in self._resident) != resident:
                 with self._parts(tag):
@@ -286,7 +301,7 @@ class Fleet:
             found.setdefault(number, reason)
         return found
 
-    def _why_lost(self, engine: EngineProcess, *, probe: bool = True) -> str | None:
+    def _why_lost(self, engine: Engine, *, probe: bool = True) -> str | None:
         if self._watch is not None and self._watch.reason:
             return self._watch.reason
         try:
@@ -340,7 +355,8 @@ class Fleet:
 
     def resident_bytes(self) -> int:
         """Memory of this rank's engine, or its part of one; 0 on ranks without."""
-        return resident_bytes(self._engine.pid) if self._engine is not None and self._engine.alive() else 0
+        engine = self._engine
+        return resident_bytes(engine.pid) if isinstance(engine, EngineProcess) and engine.alive() else 0
 
     def stop(self) -> None:
         """End this rank's engine and router; not collective, never fails."""
@@ -349,3 +365,7 @@ class Fleet:
             self._router.stop()
         if self._engine is not None:
             self._engine.stop()
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 from megatron_pmd.rollout.control import EngineControl
-from megatron_pmd.rollout.engine import EngineProcess, EngineSpec
+from megatron_pmd.rollout.engine import EngineSpec
+from megatron_pmd.rollout.external import Engine
 
 
 class Watch(threading.Thread):
@@ -15,7 +16,7 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, engine: EngineProcess, spec: EngineSpec, interval_seconds: float, timeout_seconds: float
+        self, engine: Engine, spec: EngineSpec, interval_seconds: float, timeout_seconds: float
     ) -> None:
         """Starts watching. Only while the engine's weights and KV cache are resident."""
         super().__init__(name=f"watch-engine-{spec.number}", daemon=True)

@@ -7,7 +7,7 @@ and `x.weight_scale_inv` with weight ≈ value * scale_inv, block by block.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ BLOCK = 128
 LARGEST = 448.0
 """The largest finite float8_e4m3fn."""
 SCALE_SUFFIX = "_scale_inv"
+Blocks = tuple[torch.Tensor, torch.Tensor]
+"""Values and scales."""
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
@@ -38,7 +40,7 @@ def is_quantized(name: str) -> bool:
     return kind == "weight" and module.rpartition(".")[2] in QUANTIZED
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor) -> Blocks:
     """Values and scales of a matrix; a block at the edge may be smaller.
 
     weight    [rows, columns], floating point
@@ -73,6 +75,29 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     rows, columns = values.shape
     spread = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return values.float() * spread
+
+
+def blocks_held(parameter: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor]) -> Blocks | None:
+    """Values and scales of a part of a parameter that is in such blocks already; None if it is not.
+
+    parameter  [rows, columns]; Transformer Engine's Float8BlockwiseQTensor with 2-D scaling, or anything else
+    view       cuts whole rows out of a matrix of these rows, as actor/export.py's views do
+    None also where the cut goes through a block: its rows then need a scale that the parameter has not.
+    Source: Transformer Engine 2.11, tensor/storage/float8_blockwise_tensor_storage.py (get_metadata; scales
+    are padded to four columns).
+    """
+    metadata: dict[str, Any] = getattr(parameter, "get_metadata", dict)()
+    if not metadata.get("is_2D_scaled") or metadata["rowwise_data"] is None:
+        return None
+    data, scales = metadata["rowwise_data"], metadata["rowwise_scale_inv"]
+    rows = view(torch.arange(len(data))[:, None]).reshape(-1)
+    firsts = rows[::BLOCK]
+    together = (firsts[:, None] + torch.arange(BLOCK)).reshape(-1)[: len(rows)]
+    ends_with_matrix = len(rows) % BLOCK == 0 or int(rows[-1]) == len(data) - 1
+    if bool((firsts % BLOCK).any()) or not torch.equal(rows, together) or not ends_with_matrix:
+        return None
+    values = view(data.view(torch.float8_e4m3fn)).reshape(len(rows), -1)
+    return values, scales[(firsts // BLOCK).to(scales.device), : -(-data.shape[1] // BLOCK)]
 
 
 def quantized(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

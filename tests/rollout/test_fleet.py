@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_pmd.actor.parallel import Control
+from megatron_pmd.config import override
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout import fleet
@@ -71,3 +72,14 @@ def test_an_engine_that_cannot_start_is_not_started_twice(start):
 def test_ports_that_are_never_free_end_the_start_with_both_messages(start):
     with pytest.raises(EngineError, match=r"(?s)port 1.*Address already in use.*in vain.*port 9"):
         start("port 1: Address already in use", *["port 9: Address already in use"] * 9)
+
+
+def test_a_server_of_others_that_never_answers_ends_the_start_with_its_address(tmp_path):
+    config = override(
+        recipe("tiny_moe_cpu"),
+        ['rollout.servers=["http://127.0.0.1:9"]', "rollout.ranks_per_engine=null", "sync.transport=disk",
+         "rollout.start_timeout_seconds=0.1"],
+    )  # fmt: skip
+    engines = fleet.Fleet(config, OnlyRank(), tmp_path, Parts(), cpu=True)
+    with pytest.raises(EngineError, match=r"server 0 of rollout\.servers \(http://127\.0\.0\.1:9\) did not"):
+        engines.wait_ready()

@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.config import Rollout
 from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout.control import EngineControl
+from megatron_pmd.rollout.fleet import Fleet
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
+from tests.actor.tiny_models import config_for
 from tests.rollout.live_engine import (
+    ADMIN_KEY,
+    KEY,
     bucket,
     control,
     engine,
@@ -141,6 +147,48 @@ def through(transport, bucket: SharedBucket, model, version: int) -> None:
             bucket.place(name, tensor)
         transport.load(bucket, bucket.description())
     transport.end(version)
+
+
+@pytest.fixture
+def servers_fleet(engine, models, folder, tmp_path, monkeypatch):
+    """A fleet whose engine someone else has started."""
+    monkeypatch.setenv("PMD_SERVER_KEY", KEY)
+    monkeypatch.setenv("PMD_SERVER_ADMIN_KEY", ADMIN_KEY)
+    config = config_for(folder / "model-0").model_copy(
+        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
+    )
+    fleet = Fleet(config, ALONE, tmp_path, Parts(), cpu=True)
+    yield fleet
+    fleet.stop()
+
+
+def test_a_server_of_others_serves_the_weights_it_is_given_and_outlives_the_run(
+    control, engine, bucket, models, servers_fleet, tmp_path
+):
+    fleet = servers_fleet
+    fleet.wait_ready()
+    transport = Disk(fleet, ALONE, tmp_path / "weights")
+    for version, model in ((50, models[1]), (51, models[0])):
+        fleet.release()
+        fleet.resume_weights()
+        through(transport, bucket, model, version)
+        fleet.resume_cache()
+        fleet.serve()
+        answers = generate(fleet.router_url)
+        assert {answer["meta_info"]["weight_version"] for answer in answers} == {str(version)}
+        assert largest_difference(model, answers) < 1e-4
+    assert not fleet.any_lost() and fleet.resident_bytes() == 0
+    transport.close()
+    fleet.stop()
+    assert engine.alive() and control.health()
+
+
+def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(servers_fleet, engine):
+    servers_fleet.wait_ready()
+    servers_fleet._engine.url = "http://127.0.0.1:9"
+    [reason] = servers_fleet.restart_lost(probe=False)
+    assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in reason
+    assert servers_fleet.urls == [engine.url]
 
 
 def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(

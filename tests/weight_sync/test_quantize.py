@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_pmd.weight_sync.quantize import (
     BLOCK,
     LARGEST,
+    blocks_held,
     dequantize,
     is_quantized,
     quantization_config,
@@ -120,3 +123,62 @@ def test_scales_follow_their_tensor_and_fp8_from_the_actor_passes_as_it_is():
 def test_the_configuration_lists_every_matrix_that_keeps_its_precision():
     kept = quantization_config(NAMES)["modules_to_not_convert"]
     assert kept == sorted(n.removesuffix(".weight") for n in NAMES if n.endswith(".weight") and not NAMES[n])
+
+
+def held_by_transformer_engine(rows: int, columns: int, **changes):
+    """A parameter with the attributes of a Float8BlockwiseQTensor, whose scales are powers of two."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    scales = torch.exp2(torch.ceil(torch.log2(quantize(weight)[1])))
+    values = (weight / dequantize(torch.ones(rows, columns), scales)).to(torch.float8_e4m3fn)
+    padded = torch.full((len(scales), -(-scales.shape[1] // 4) * 4), torch.nan)
+    padded[:, : scales.shape[1]] = scales
+    held = {"rowwise_data": values.view(torch.uint8), "rowwise_scale_inv": padded, "is_2D_scaled": True}
+    return SimpleNamespace(get_metadata=lambda: held | changes)
+
+
+VIEWS = {
+    "whole": (lambda p: p, list(range(300))),
+    "the gate of a gated MLP": (lambda p: p[:128], list(range(128))),
+    "its up-projection": (lambda p: p[128:256], list(range(128, 256))),
+    "the rows from a block's start to the end": (lambda p: p[256:], list(range(256, 300))),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_blocks_that_a_parameter_holds_leave_with_its_own_bytes_and_scales(name):
+    view, rows = VIEWS[name]
+    parameter = held_by_transformer_engine(300, 200)
+    held = parameter.get_metadata()
+    found = blocks_held(parameter, view)
+    assert found is not None
+    values, scales = found
+    assert torch.equal(values.view(torch.uint8), held["rowwise_data"][rows])
+    assert torch.equal(scales, held["rowwise_scale_inv"][[row // 128 for row in rows[::128]], :2])
+    # quantised anew from what they stand for, they would be others
+    assert not torch.equal(quantize(dequantize(values, scales))[1], scales)
+
+
+def test_the_heads_of_a_fused_qkv_take_the_blocks_of_their_rows():
+    parameter = held_by_transformer_engine(2 * 512, 200)
+    held = parameter.get_metadata()
+    found = blocks_held(parameter, lambda p: p.view(2, 512, *p.shape[1:])[:, 256:384])
+    assert found is not None
+    values, scales = found
+    rows = [*range(256, 384), *range(512 + 256, 512 + 384)]
+    assert torch.equal(values.view(torch.uint8), held["rowwise_data"][rows])
+    assert torch.equal(scales, held["rowwise_scale_inv"][[2, 6], :2])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda p: p[:100], lambda p: p[64:192], lambda p: p.view(4, 75, *p.shape[1:])[:, :64]],
+    ids=["ends within a block", "begins within one", "heads smaller than one"],
+)
+def test_a_cut_through_a_block_cannot_take_its_scale(view):
+    assert blocks_held(held_by_transformer_engine(300, 200), view) is None
+
+
+@pytest.mark.parametrize("changes", [{"is_2D_scaled": False}, {"rowwise_data": None}])
+def test_other_forms_of_fp8_are_not_taken_for_blocks(changes):
+    assert blocks_held(held_by_transformer_engine(300, 200, **changes), lambda p: p) is None
+    assert blocks_held(torch.randn(300, 200), lambda p: p) is None

@@ -1,0 +1,55 @@
+"""SGLang servers that others started (rollout.servers): called, but never started, emptied or ended."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import httpx
+
+from megatron_pmd.errors import EngineError
+from megatron_pmd.rollout.child import POLL_SECONDS
+from megatron_pmd.rollout.engine import EngineProcess, EngineSpec
+
+KEY, ADMIN_KEY = "PMD_SERVER_KEY", "PMD_SERVER_ADMIN_KEY"
+"""Environment variables with the servers' `--api-key` and `--admin-api-key`; unset: they have none."""
+
+
+def keys() -> tuple[str | None, str | None]:
+    return os.environ.get(KEY), os.environ.get(ADMIN_KEY)
+
+
+class ExternalEngine:
+    """In the place of an EngineProcess. One that is lost is waited for, and given the current weights."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec, self.url, self.log = spec, spec.url, spec.log
+
+    def alive(self) -> bool:
+        try:
+            return httpx.get(self.url + "/health", timeout=5.0, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, deadline_seconds: float) -> None:
+        """Block until the server answers; EngineError at the deadline."""
+        started = time.monotonic()
+        while not self.alive():
+            if (waited := time.monotonic() - started) > deadline_seconds:
+                raise EngineError(
+                    f"{self._where()} did not answer /health for {waited:.0f} s; is it running?"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def check_alive(self) -> None:
+        if not self.alive():
+            raise EngineError(f"{self._where()} does not answer /health")
+
+    def stop(self) -> None:
+        """It is not ours to end."""
+
+    def _where(self) -> str:
+        return f"server {self.spec.number} of rollout.servers ({self.url})"
+
+
+Engine = EngineProcess | ExternalEngine
