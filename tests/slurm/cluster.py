@@ -31,6 +31,9 @@ SMALL = [
     "reward.name=tests.end_to_end.rewards:letters",
 ]
 
+LIVE = ["rollout.tensor_parallel=2"]
+"""Of the run with an engine: it reaches over both nodes."""
+
 PROFILE = """
 partition = "batch"
 gpus_per_node = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import NEMO_PYTHON, PROJECT, Cluster
+from tests.slurm.cluster import LIVE, NEMO_PYTHON, PROJECT, Cluster
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "gcc")
 
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def live(cluster: Cluster) -> str:
     """A complete run on two nodes with one live engine over both; the other runs train on its rollouts."""
-    number = cluster.launch("live", cluster.profile(), "rollout.tensor_parallel=2")
+    number = cluster.launch("live", cluster.profile(), *LIVE)
     assert cluster.wait_for_end(number, "live") == "COMPLETED", cluster.log("live")
     return number
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import PROJECT, Cluster, processes_on_nodes, slurm
+from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm
 
 pytestmark = pytest.mark.serial
 
@@ -29,7 +29,7 @@ def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> No
 
 def test_a_finished_run_submitted_again_says_so_and_a_chain_ends_with_it(cluster: Cluster, live: str) -> None:
     before = cluster.text("live", "ledger.jsonl")
-    first = cluster.launch("live", cluster.profile(), "--chain", "2")
+    first = cluster.launch("live", cluster.profile(), *LIVE, "--chain", "2")
     numbers = cluster.text("live", "launch/jobs").split()
     assert numbers[0] == first and len(numbers) == 2
     for number in numbers:
