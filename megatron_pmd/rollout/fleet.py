@@ -178,7 +178,8 @@ class Fleet:
 
         failures = dict(filter(None, self.on_leaders(wait)))
         # a part that died on another node is the reason why the first one's process waited in vain
-        return failures | {n: why for n, why in self._lost_parts(probe=False).items() if n in failures}
+        others = self._control.all_gather(None if self.leads else self._own_loss(probe=False))
+        return failures | {number: why for number, why in filter(None, others) if number in failures}
 
     def _note_urls(self) -> None:
         self.urls = self.on_leaders(lambda engine: engine.url)
@@ -292,14 +293,15 @@ class Fleet:
 
     def _lost_parts(self, *, probe: bool) -> dict[int, str]:
         """By engine, what is wrong with it, or with its part on one of its nodes."""
-        mine = None
-        if self._engine is not None:
-            reason = self._why_lost(self._engine, probe=probe)
-            mine = (self._engine.spec.number, reason) if reason else None
         found: dict[int, str] = {}
-        for number, reason in filter(None, self._control.all_gather(mine)):
+        for number, reason in filter(None, self._control.all_gather(self._own_loss(probe=probe))):
             found.setdefault(number, reason)
         return found
+
+    def _own_loss(self, *, probe: bool) -> tuple[int, str] | None:
+        """The number of this rank's engine, and what is wrong with it or its part on this node."""
+        reason = self._why_lost(self._engine, probe=probe) if self._engine is not None else None
+        return (self._engine.spec.number, reason) if self._engine is not None and reason else None
 
     def _why_lost(self, engine: Engine, *, probe: bool = True) -> str | None:
         if self._watch is not None and self._watch.reason:

@@ -52,6 +52,21 @@ def test_values_with_spaces_and_quotes_reach_the_environment_unharmed() -> None:
     assert done.stdout == "module load 'cuda 12' && echo \"$HOME\""
 
 
+def test_a_job_of_a_chain_whose_first_start_slurm_lost_still_ends_with_the_run(tmp_path: Path) -> None:
+    """Slurm calls its second start a restart, but the script has not been there before."""
+    state = tmp_path / "done" / "launch"
+    state.mkdir(parents=True)
+    (state / "outcome").write_text("complete\n")
+    (state / "history").write_text("submitted 4\nbegin 2 at iteration-4\n")
+    variables = {
+        "PMD_RECIPE": "x", "PMD_NAME": "done", "PMD_RUNS": str(tmp_path), "PMD_CHAIN_LINK": "2",
+        "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "megatron-pmd: not started: an earlier job of this chain completed the run\n"
+
+
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=6"])
     with pytest.raises(LayoutError, match="12 ranks do not fill nodes of 8"):

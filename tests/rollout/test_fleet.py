@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import override
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout import fleet
 from recipes import recipe
-
-
-class OnlyRank(Control):
-    """The control of a run of one rank, without a process group."""
-
-    rank, node, is_driver = 0, 0, True
-
-    def __init__(self):
-        pass
-
-    def from_driver(self, value=None):
-        return value
-
-    def all_gather(self, value):
-        return [value]
+from tests.rollout.only_rank import OnlyRank
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import re
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -33,6 +32,7 @@ from tests.rollout.live_engine import (
     starting,
     update,
 )
+from tests.rollout.only_rank import OnlyRank
 
 pytestmark = [
     pytest.mark.serial,
@@ -114,21 +114,7 @@ def test_full_verification_names_the_parameters_that_other_weights_went_into(con
         send(control, bucket, tensors[9:], "w", verify="next", verify_last=True)
 
 
-class Alone:
-    """The control group of a single process."""
-
-    rank = node = 0
-    world = 1
-    is_driver = True
-
-    def from_driver(self, value):
-        return value
-
-    def all_gather(self, value):
-        return [value]
-
-
-ALONE: Any = Alone()
+ALONE = OnlyRank()
 
 
 @pytest.fixture
