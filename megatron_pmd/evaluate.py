@@ -24,6 +24,7 @@ from megatron_pmd.observe.folder import read_object, write_whole
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.remote import grading
+from megatron_pmd.rollout.child import tail
 from megatron_pmd.rollout.control import EngineControl
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, free_port
 from megatron_pmd.rollout.episode import rollout_function
@@ -288,7 +289,7 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
             console.say(
                 f"the engine died after {plan.finished} of {plan.total} samples ({attempt + 1} times)"
             )
-            ended = engine.log_tail()
+            ended = tail(engine.log)
         finally:
             engine.stop()
     raise EngineError(f"the engine died {attempts} times; log: {task.log}, which ends:\n{ended}")

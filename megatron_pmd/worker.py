@@ -51,12 +51,15 @@ def main(order: Order) -> None:
 
         standins.install()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from megatron_pmd.actor import parallel, settings
-    from megatron_pmd.launch.bandwidth import check_bandwidth
+    from megatron_pmd.actor import settings
 
     config = build(order.config)
     if not cpu:
+        # before megatron-core, which imports Transformer Engine, which reads it while it is imported
         settings.set_environment(config)
+    from megatron_pmd.actor import parallel
+    from megatron_pmd.launch.bandwidth import check_bandwidth
+
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     # the driver may take this long in a rollout while the others wait for it
     waiting = config.longest_rollout_seconds + config.actor.timeout_seconds
@@ -143,6 +146,8 @@ def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu
                     cpu=cpu, interrupted=ending.must_cut,
                 )  # fmt: skip
                 cleanup.callback(rollouts.close)
+            if not cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
+                rollouts.make_room()
             actor = Actor(config, control)
             if resume_from:
                 actor.load(resume_from)

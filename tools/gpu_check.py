@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,14 @@ class Trial:
             from megatron_pmd.actor.cpu import standins
 
             standins.install()
-        from megatron_pmd.actor.actor import Actor
-        from megatron_pmd.actor.parallel import Control, initialize
         from megatron_pmd.actor.settings import set_environment
-        from megatron_pmd.rollout.samples import RolloutBatch
 
         if cuda:
-            set_environment(config)
+            set_environment(config)  # before megatron-core imports Transformer Engine, as in the worker
+        from megatron_pmd.actor.actor import Actor
+        from megatron_pmd.actor.parallel import Control, initialize
+        from megatron_pmd.rollout.samples import RolloutBatch
+
         single = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         os.environ.update(single)
         initialize(config.layout, seed=0, timeout_seconds=300)
@@ -264,6 +266,7 @@ def main(
 ) -> None:
     """Run all checks; --check and --folder are for the processes that this starts."""
     from megatron_pmd.errors import PmdError
+    from megatron_pmd.observe.versions import versions as environment_versions
 
     if check_name:
         try:
@@ -282,7 +285,8 @@ def main(
         for name in CHECKS:
             results[name] = run_check(name, Path(temporary))
     relative_to_bf16(results)
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
+    versions = {"date": f"{datetime.now():%Y-%m-%d}", "device": device, "cuda": torch.version.cuda}
+    versions |= environment_versions()["packages"]
     output.write_text(json.dumps({"versions": versions, "checks": results}, indent=1))
     table = Table("check", "status", "figures, or why not", title=f"{device}, torch {torch.__version__}")
     for name, result in results.items():

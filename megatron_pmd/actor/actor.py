@@ -307,6 +307,10 @@ class Actor:
         """Make room for the engines' weights; the parameters stay, to be exported."""
         residency.release_optimizer(self.optimizer)
 
+    def wake_parameters(self) -> None:
+        """Parameters alone, to be exported while engines are started again."""
+        residency.wake_parameters(self.chunks)
+
     def release_parameters(self) -> None:
         """Make room for the engines' KV cache."""
         residency.release_parameters(self.chunks)

@@ -36,6 +36,13 @@ def release_parameters(chunks: list[Any]) -> None:
         return_freed_memory()
 
 
+def wake_parameters(chunks: list[Any]) -> None:
+    """Parameters back on the device, without their gradients."""
+    if torch.cuda.is_available():
+        for buffer in _buffers(chunks):
+            buffer.reload_from_cpu(move_params=True, move_grads=False)
+
+
 def _buffers(chunks: list[Any]) -> list[Any]:
     return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 

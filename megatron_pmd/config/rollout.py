@@ -79,8 +79,7 @@ class Rollout(Frozen):
     """Consecutive actor ranks that share one engine; None: tensor_parallel."""
     servers: tuple[str, ...] = ()
     """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
-    Their options are those they were started with; they take weights by `disk` or `broadcast`
-    (docs/rollout.md)."""
+    Their options are those they were started with; they take weights by `disk` (docs/rollout.md)."""
     temperature: PositiveFloat = 1.0
     """Also divides the actor's logits: π is the policy at this temperature."""
     temperature_schedule: Schedule | None = None
@@ -121,13 +120,16 @@ class Rollout(Frozen):
     def _servers_have_addresses(self) -> Self:
         for server in self.servers:
             parts = urlsplit(server)
-            if parts.scheme != "http" or not parts.hostname or parts.port is None:
+            if server != f"http://{parts.hostname}:{parts.port}":
                 raise ConfigError(f"rollout.servers: {server!r} is not of the form http://host:port")
-        if self.servers and self.ranks_per_engine:
-            raise ConfigError(
-                f"rollout.ranks_per_engine={self.ranks_per_engine} is for engines beside the actors; "
-                "rollout.servers are shared out to the ranks evenly: remove it"
-            )
+        if len(set(self.servers)) < len(self.servers):
+            raise ConfigError("rollout.servers names a server twice")
+        for name in ("ranks_per_engine", "sglang"):
+            if self.servers and getattr(self, name):
+                raise ConfigError(
+                    f"rollout.{name} is for engines that this program starts, and means nothing to "
+                    "rollout.servers: remove it"
+                )
         return self
 
 

@@ -103,6 +103,11 @@ class RunConfig(Frozen):
         return self.rollout.ranks_per_engine or self.rollout.tensor_parallel
 
     @property
+    def devices_per_engine(self) -> int:
+        """Ranks on whose devices an engine computes; for a server of others, the one that calls it."""
+        return 1 if self.rollout.servers else self.rollout.tensor_parallel
+
+    @property
     def longest_rollout_seconds(self) -> float:
         """What the deadlines of requests allow a rollout to take at the very most."""
         sampling, rounds = self.rollout, 1
@@ -142,8 +147,7 @@ class RunConfig(Frozen):
         self._check_anchor()
         self._check_supervision()
         self._check_servers()
-        too_few = not self.rollout.servers and self.ranks_per_engine < self.rollout.tensor_parallel
-        if too_few or self.layout.ranks % self.ranks_per_engine:
+        if self.ranks_per_engine < self.devices_per_engine or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
                 f"ranks_per_engine={self.ranks_per_engine} (tensor_parallel={self.rollout.tensor_parallel})"
@@ -170,10 +174,10 @@ class RunConfig(Frozen):
                 f"{servers} rollout.servers cannot be shared out evenly to {ranks} actor ranks, "
                 "at most one to each"
             )
-        if servers and self.sync.transport == "ipc":
+        if servers and self.sync.transport != "disk":
             raise ConfigError(
-                "sync.transport=ipc is for engines beside the actors; rollout.servers take weights by disk "
-                "(from a run folder that they see) or broadcast"
+                f"sync.transport={self.sync.transport} is for engines beside the actors; rollout.servers "
+                "take weights by disk, from a run folder that they see"
             )
 
     def _check_lengths(self) -> None:

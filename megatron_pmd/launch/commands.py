@@ -50,6 +50,11 @@ def launch(
 
     config = configuration(recipe, settings or [])
     if local:
+        if dry_run or chain > 1:
+            raise LaunchError(
+                "--local trains here at once: --dry-run and --chain are for a cluster; "
+                "`megatron-pmd plan` says whether the run fits"
+            )
         from megatron_pmd.cli import train
 
         return train(recipe, settings, replay=replay)

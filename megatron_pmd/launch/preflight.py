@@ -62,7 +62,7 @@ def check_nodes(config: RunConfig, folder: Path, place: Place) -> Report:
     found = versions()
     report.software = {key: found[key] for key in ("python", "packages", "commit")}
     report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
-    report.problems += memory_problems(config, place)
+    report.problems += plan_problems(config, place, folder)
     if os.environ.get("PMD_GPU", "cpu") != "cpu":
         report.problems += gpu_problems(_nvidia_smi(), place.ranks_per_node, limits.driver)
     meeting = place.state / "preflight" / str(place.attempt)
@@ -170,8 +170,8 @@ def disk_problems(limits: Preflight, folders: Sequence[str | Path]) -> list[str]
     return found
 
 
-def memory_problems(config: RunConfig, place: Place) -> list[str]:
-    """Free host memory against the plan's."""
+def plan_problems(config: RunConfig, place: Place, folder: Path) -> list[str]:
+    """Free host memory, and room for the run's checkpoints in its folder, against the plan's."""
     from megatron_pmd.plan.hardware import DEVICES, Machines
     from megatron_pmd.plan.planning import make_plan
 
@@ -180,12 +180,22 @@ def memory_problems(config: RunConfig, place: Place) -> list[str]:
     try:
         plan = make_plan(config, Machines(device, place.ranks_per_node, free, 1e9))
     except ModelError as error:
-        print(f"{place.host}: host memory not compared with a plan: {error}", flush=True)
+        print(f"{place.host}: memory and disk not compared with a plan: {error}", flush=True)
         return []
+    found = []
     need = sum(plan.host.values())
     if need > free:
-        return [f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB"]
-    return []
+        found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
+    # one is written before the oldest goes
+    there = len(list((folder / "checkpoints").glob("iteration-*")))
+    missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
+    room = shutil.disk_usage(folder).free
+    if missing > room:
+        found.append(
+            f"{folder}: {room / 1e9:.1f} GB free, checkpoints of {plan.checkpoint_bytes / 1e9:.1f} GB, "
+            f"of which {config.checkpoint.keep} are kept and {there} there, need {missing / 1e9:.1f} GB"
+        )
+    return found
 
 
 def gpu_problems(answer: str, wanted: int, driver: str | None) -> list[str]:

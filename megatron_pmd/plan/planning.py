@@ -95,7 +95,7 @@ class Plan:
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
         try:
             per_node = min(ranks, machines.devices_per_node)
-            check_places(ranks, per_node, config.ranks_per_engine, config.rollout.tensor_parallel)
+            check_places(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
         except LayoutError as error:
             found.append(str(error))
         longest = config.batch.max_prompt_tokens + config.batch.max_response_tokens

@@ -53,9 +53,23 @@ def node_address() -> str:
 
 
 def meeting_address() -> str:
-    """Where other nodes of the job reach this one; raises EngineError as node_address does."""
+    """The address at which other nodes of the job reach this one; raises EngineError where there is none."""
     address = node_address()
-    return os.environ.get("MASTER_ADDR", LOOPBACK) if address == LOOPBACK else address
+    if address != LOOPBACK:
+        return address
+    name = os.environ.get("MASTER_ADDR", LOOPBACK)
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise EngineError(f"the job's first node {name} (MASTER_ADDR) has no address: {error}") from None
+
+
+def answers(url: str, timeout_seconds: float) -> bool:
+    """Whether GET gives status 200 within this time."""
+    try:
+        return httpx.get(url, timeout=timeout_seconds, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
@@ -73,6 +87,15 @@ def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
     local += sorted(set(hosts) - set(local))
     environment["NO_PROXY"] = environment["no_proxy"] = ",".join(entry for entry in local if entry)
     return environment
+
+
+def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
+    """The last lines of a log; "" if there is none yet."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 300 * lines))
+        return "\n".join(file.read().decode(errors="replace").rstrip().splitlines()[-lines:])
 
 
 class ServerProcess:
@@ -108,10 +131,7 @@ class ServerProcess:
 
     def ready(self) -> bool:
         """Whether the server accepts requests now."""
-        try:
-            return httpx.get(self._ready_url, timeout=5.0, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+        return answers(self._ready_url, 5.0)
 
     def wait_ready(self, deadline_seconds: float) -> None:
         """Block until the server accepts requests; EngineError at once if it exits, or at the deadline."""
@@ -147,14 +167,8 @@ class ServerProcess:
             self._process.kill()  # the server's main process goes with its warden
             self._process.wait()
 
-    def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
-        """The last lines of the server's log."""
-        with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - 300 * lines))
-            return "\n".join(log.read().decode(errors="replace").rstrip().splitlines()[-lines:])
-
     def _where(self) -> str:
         return f"{self.name} ({self.url})"
 
     def _log(self) -> str:
-        return f"log: {self.log}, which ends:\n{self.log_tail()}"
+        return f"log: {self.log}, which ends:\n{tail(self.log)}"

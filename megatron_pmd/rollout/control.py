@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from megatron_pmd.errors import EngineError, StaleWeights
+from megatron_pmd.rollout.child import tail
 from megatron_pmd.rollout.engine import LOADER, NO_WEIGHTS, EngineSpec
 
 Tag = Literal["weights", "kv_cache"]
@@ -152,7 +153,7 @@ class EngineControl:
         served = self.weight_version()
         if served != version:
             raise StaleWeights(
-                f"{self._where()} serves weight version {served}, expected {version}; log: {self.spec.log}"
+                f"{self._where()} serves weight version {served}, expected {version}; {self._log()}"
             )
 
     def flush_cache(self) -> None:
@@ -214,17 +215,20 @@ class EngineControl:
             )
         except httpx.TimeoutException:
             raise EngineError(
-                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; "
-                f"log: {self.spec.log}"
+                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; {self._log()}"
             ) from None
         except httpx.HTTPError as error:
-            raise EngineError(f"{self._where()} failed in {path}: {error}; log: {self.spec.log}") from None
+            raise EngineError(f"{self._where()} failed in {path}: {error}; {self._log()}") from None
         if response.status_code not in accept:
             raise EngineError(
                 f"{self._where()} answered {path} with status {response.status_code}: {response.text[:500]}; "
-                f"log: {self.spec.log}"
+                f"{self._log()}"
             )
         return response
+
+    def _log(self) -> str:
+        log = self.spec.log
+        return f"log: {log}, which ends:\n{tail(log)}" if log else "log: the server's own"
 
     def _where(self) -> str:
         return f"engine {self.spec.number} ({self.spec.host}, port {self.spec.port})"

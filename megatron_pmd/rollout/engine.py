@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,8 +64,9 @@ class EngineSpec:
     model: Model
     rollout: Rollout
     port: int
-    log: Path
-    """Appended to; the options the engine was started with are written beside it, as `<log>.yaml`."""
+    log: Path | None
+    """Appended to; the options the engine was started with are written beside it, as `<log>.yaml`. None: a
+    server that others started keeps its own."""
     seed: int
     cpu: bool
     host: str = LOOPBACK
@@ -164,8 +164,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     if spec.nodes > 1 and spec.rendezvous:
         # SGLang's ranks talk to each other on the first interface it finds; it shall be the job's
-        own = spec.host if spec.node else spec.rendezvous.rpartition(":")[0]
-        environment["SGLANG_HOST_IP"] = socket.gethostbyname(own)
+        environment["SGLANG_HOST_IP"] = spec.host if spec.node else spec.rendezvous.rpartition(":")[0]
     # The loader runs inside the engine, where this package need not be installed.
     path = [str(Path(__file__).parents[2])]
     if spec.record_routing:
@@ -193,6 +192,7 @@ class EngineProcess(ServerProcess):
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine and returns at once; ConfigError for a wrong option, before any start."""
         options = engine_options(spec)
+        assert spec.log is not None, "an engine of ours has a log"
         self.spec = spec
         arguments = spec.log.with_name(spec.log.name + ".yaml")
         # SGLang's --config wants YAML, and JSON is YAML.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 
-import httpx
-
 from megatron_pmd.errors import EngineError
-from megatron_pmd.rollout.child import POLL_SECONDS
+from megatron_pmd.rollout.child import POLL_SECONDS, answers
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec
 
 KEY, ADMIN_KEY = "PMD_SERVER_KEY", "PMD_SERVER_ADMIN_KEY"
 """Environment variables with the servers' `--api-key` and `--admin-api-key`; unset: they have none."""
+ANSWER_SECONDS = 30.0
+"""SGLang's /health has the server generate a token, unless it was started otherwise."""
 
 
 def keys() -> tuple[str | None, str | None]:
@@ -26,24 +26,19 @@ class ExternalEngine:
         self.spec, self.url, self.log = spec, spec.url, spec.log
 
     def alive(self) -> bool:
-        try:
-            return httpx.get(self.url + "/health", timeout=5.0, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+        return answers(self.url + "/health", ANSWER_SECONDS)
 
     def wait_ready(self, deadline_seconds: float) -> None:
-        """Block until the server answers; EngineError at the deadline."""
+        """Block until the server generates; EngineError at the deadline."""
         started = time.monotonic()
-        while not self.alive():
+        while not answers(self.url + "/health_generate", ANSWER_SECONDS):
             if (waited := time.monotonic() - started) > deadline_seconds:
-                raise EngineError(
-                    f"{self._where()} did not answer /health for {waited:.0f} s; is it running?"
-                )
+                raise EngineError(f"{self._where()} did not answer for {waited:.0f} s; is it running?")
             time.sleep(POLL_SECONDS)
 
     def check_alive(self) -> None:
         if not self.alive():
-            raise EngineError(f"{self._where()} does not answer /health")
+            raise EngineError(f"{self._where()} does not answer")
 
     def stop(self) -> None:
         """It is not ours to end."""

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import httpx
-
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import EngineError, PmdError
 from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout import external
-from megatron_pmd.rollout.child import meeting_address, node_address
+from megatron_pmd.rollout.child import answers, meeting_address, node_address
 from megatron_pmd.rollout.control import EngineControl, Tag, resident_bytes
 from megatron_pmd.rollout.engine import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 from megatron_pmd.rollout.external import Engine, ExternalEngine
 from megatron_pmd.rollout.memory import DeviceMemory, device_memory, wait_freed
-from megatron_pmd.rollout.placement import place_of
+from megatron_pmd.rollout.placement import Place, place_of
 from megatron_pmd.rollout.watch import Watch
 
 T = TypeVar("T")
+PORT_TAKEN = ("address already in use", "is not available in 30 seconds")
+"""How the system says so, and how SGLang does of a port that follows from another."""
 RESTART_PAUSE_SECONDS = 2.0
 """Before the second attempt to start an engine again; about doubled for each further one."""
 
@@ -58,29 +58,25 @@ class Fleet:
         self._taken: dict[Tag, int] = {}
         """Bytes that a kind of memory took of the device when it was last resumed."""
         nodes = control.all_gather(control.node)
-        size = 1 if self._external else config.rollout.tensor_parallel
-        self._place = place_of(control.rank, nodes, config.ranks_per_engine, size)
+        self._place = place_of(control.rank, nodes, config.ranks_per_engine, config.devices_per_engine)
         self._cpu = cpu
         self._start(range(config.engines))
 
     def _start(self, engines: Collection[int]) -> None:
         """Start these engines, on every node they reach; they answer later."""
         mine = self._place if self._place and self._place.engine in engines else None
-        meeting = None
-        if mine and mine.part == 0 and len(mine.nodes) > 1:
-            address = meeting_address()
-            meeting = (mine.engine, f"{address}:{free_port(address)}")
-        meetings = dict(filter(None, self._control.all_gather(meeting)))
+        meetings = self._meetings(engines)
         if mine is None:
             return
-        suffix = f"-node-{mine.part}" if mine.part else ""
-        log = self._folder / "logs" / f"engine-{mine.engine}{suffix}.log"
+        log: Path | None = None
         if self._external:
             server = urlsplit(self._config.rollout.servers[mine.engine])
-            host, port, log = server.hostname or "", server.port or 0, Path("where the server was started")
+            host, port = server.hostname or "", server.port or 0
         else:
             host = node_address()
             port = free_port(host)
+            suffix = f"-node-{mine.part}" if mine.part else ""
+            log = self._folder / "logs" / f"engine-{mine.engine}{suffix}.log"
         spec = EngineSpec(
             number=mine.engine,
             model=self._config.model,
@@ -99,6 +95,20 @@ class Fleet:
             rendezvous=meetings.get(mine.engine),
         )
         self._start_part(spec)
+
+    def _meetings(self, engines: Collection[int]) -> dict[int, str]:
+        """By engine, host:port where its parts on several nodes find each other."""
+
+        def meet(engine: int) -> tuple[int, str]:
+            address = meeting_address()
+            return engine, f"{address}:{free_port(address)}"
+
+        return dict(
+            self._on(
+                lambda place: place.part == 0 and len(place.nodes) > 1 and place.engine in engines,
+                lambda place: meet(place.engine),
+            )
+        )
 
     def _start_part(self, spec: EngineSpec) -> None:
         self._engine = ExternalEngine(spec) if self._external else EngineProcess(spec)
@@ -140,17 +150,27 @@ class Fleet:
 
     def on_leaders(self, action: Callable[[Engine], T]) -> list[T]:
         """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
+
+        def act(_: Place) -> T:
+            assert self._engine is not None, "a leader has an engine"
+            return action(self._engine)
+
+        return self._on(lambda place: place.part == 0, act)
+
+    def _on(self, chosen: Callable[[Place], bool], action: Callable[[Place], T]) -> list[T]:
+        """Run the action where the place is chosen; on all ranks, its results or the first failure."""
+        acts = self._place is not None and chosen(self._place)
         outcome: tuple[T | None, PmdError | None] = (None, None)
-        if self._engine is not None and self.leads:
+        if acts and self._place is not None:
             try:
-                outcome = (action(self._engine), None)
+                outcome = (action(self._place), None)
             except PmdError as error:
                 outcome = (None, error)
-        outcomes = self._control.all_gather((self.leads, *outcome))
+        outcomes = self._control.all_gather((acts, *outcome))
         for _, _, failure in outcomes:
             if failure is not None:
                 raise failure
-        return [result for leads, result, _ in outcomes if leads]
+        return [result for acted, result, _ in outcomes if acted]
 
     def wait_ready(self) -> None:
         """Block until every engine answers; EngineError with the end of its log if one does not."""
@@ -158,7 +178,7 @@ class Fleet:
         failures = self._failures_at_start(range(self._config.engines))
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
-            if "address already in use" not in failure.lower():
+            if not any(words in failure.lower() for words in PORT_TAKEN):
                 raise EngineError(failure)
         if failures:
             self._replace(failures)
@@ -177,9 +197,12 @@ class Fleet:
             return None
 
         failures = dict(filter(None, self.on_leaders(wait)))
-        # a part that died on another node is the reason why the first one's process waited in vain
+        # a part that died on another node may be the reason why the first one's process waited in vain
         others = self._control.all_gather(None if self.leads else self._own_loss(probe=False))
-        return failures | {number: why for number, why in filter(None, others) if number in failures}
+        for number, reason in filter(None, others):
+            if number in failures:
+                failures[number] += f"\n{reason}"
+        return failures
 
     def _note_urls(self) -> None:
         self.urls = self.on_leaders(lambda engine: engine.url)
@@ -347,13 +370,7 @@ class Fleet:
         """Whether the router runs and at least one engine's server answers. For the driver alone."""
         if self._router is not None and not self._router.alive():
             return False
-        for url in self.urls:
-            try:
-                if httpx.get(url + "/health", timeout=10.0, trust_env=False).status_code == 200:
-                    return True
-            except httpx.HTTPError:
-                continue
-        return False
+        return any(answers(url + "/health", 10.0) for url in self.urls)
 
     def resident_bytes(self) -> int:
         """Memory of this rank's engine, or its part of one; 0 on ranks without."""

@@ -20,31 +20,36 @@ class Place:
     """Which of these this rank's is. The rank with the first part leads the engine: only it makes calls."""
 
 
-def place_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, tensor_parallel: int) -> Place | None:
+def place_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, devices: int) -> Place | None:
     """The place of a rank; None for one that runs nothing.
 
-    nodes: of every rank. An engine computes where the first `tensor_parallel` of its ranks are.
-    Raises LayoutError for an engine that nodes would have unequal parts of: SGLang cuts it into equal ones.
+    nodes: of every rank. devices: an engine computes where so many of its ranks, the first ones, are.
+    Raises LayoutError, on every rank alike, for an engine that nodes would have unequal parts of (SGLang cuts
+    it into equal ones), or that is on several nodes although it would fit one.
     """
+    for first in range(0, len(nodes), ranks_per_engine):
+        _check(first // ranks_per_engine, list(nodes[first : first + devices]), nodes)
     engine = rank // ranks_per_engine
     first = engine * ranks_per_engine
-    serving = list(nodes[first : first + tensor_parallel])
+    serving = list(nodes[first : first + devices])
     reached = tuple(dict.fromkeys(serving))
-    shares = [serving.count(node) for node in reached]
-    if len(set(shares)) > 1:
-        raise LayoutError(
-            f"engine {engine} (rollout.tensor_parallel={tensor_parallel}, "
-            f"ranks_per_engine={ranks_per_engine}) would have {' + '.join(map(str, shares))} ranks "
-            f"on nodes {', '.join(map(str, reached))}; "
-            "set rollout.ranks_per_engine so that it fills nodes, or divides one"
-        )
-    if rank >= first + tensor_parallel or rank != first + serving.index(nodes[rank]):
+    if rank >= first + devices or rank != first + serving.index(nodes[rank]):
         return None
     return Place(engine, reached, reached.index(nodes[rank]))
 
 
-def check_places(ranks: int, ranks_per_node: int, ranks_per_engine: int, tensor_parallel: int) -> None:
+def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
+    reached = list(dict.fromkeys(serving))
+    shares = [serving.count(node) for node in reached]
+    fits_one = len(serving) <= max(nodes.count(node) for node in reached)
+    if len(reached) > 1 and (fits_one or len(set(shares)) > 1):
+        raise LayoutError(
+            f"engine {engine} of rollout.tensor_parallel={len(serving)} would have "
+            f"{' + '.join(map(str, shares))} ranks on nodes {', '.join(map(str, reached))}; "
+            "set tensor_parallel and ranks_per_engine so that engines share a node evenly, or nodes an engine"
+        )
+
+
+def check_places(ranks: int, ranks_per_node: int, ranks_per_engine: int, devices: int) -> None:
     """Before anything starts: raises place_of's LayoutError for nodes that are filled one after the other."""
-    nodes = [rank // ranks_per_node for rank in range(ranks)]
-    for rank in range(0, ranks, ranks_per_engine):
-        place_of(rank, nodes, ranks_per_engine, tensor_parallel)
+    place_of(0, [rank // ranks_per_node for rank in range(ranks)], ranks_per_engine, devices)

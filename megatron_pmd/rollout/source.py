@@ -15,7 +15,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import DataError, EngineError, PmdError
+from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rewards.pool import RewardPool
@@ -44,6 +44,9 @@ class RolloutSource(Protocol):
 
         actor: whose weights an engine is given that has to be started again.
         """
+
+    def make_room(self) -> None:
+        """Before there is an actor: engines have started, and have left the device to it."""
 
     def release(self) -> None:
         """Engines leave the device to the actors."""
@@ -99,10 +102,12 @@ class LiveEngines:
             failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
             if failure is None:
                 return plan.samples(self._tokenizer) if plan else []
-            if not isinstance(failure, EnginesLost):
+            # a server of others that came back by itself has forgotten the weights it was given
+            forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
+            if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
             version = self._control.from_driver(plan.weight_version if plan else None)
-            self._revive(actor, version)
+            self._revive(actor, version, forgotten=forgotten)
         raise failure
 
     def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
@@ -136,10 +141,18 @@ class LiveEngines:
             return error
         return None
 
-    def _revive(self, actor: Actor, version: int) -> None:
-        """Start lost engines and a lost router again; give all engines the current weights if any is new."""
-        if self._restart(probe=True):
+    def _revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
+        """Start lost engines and a lost router again; give all engines the current weights if any is new.
+
+        As in the phases sync and resume: in a rollout the actors' parameters have left the device.
+        """
+        if self._restart(probe=True) or forgotten:
+            self.fleet.release()
+            actor.wake_parameters()
+            self.fleet.resume_weights()
             self._send(actor, version)
+            actor.release_parameters()
+            self.fleet.resume_cache()
         self.fleet.serve()
 
     def _restart(self, *, probe: bool) -> bool:
@@ -150,6 +163,10 @@ class LiveEngines:
             self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
         return bool(reasons)
 
+    def make_room(self) -> None:
+        self.fleet.wait_ready()
+        self.fleet.release()
+
     def release(self) -> None:
         self.fleet.release()
 
@@ -158,7 +175,8 @@ class LiveEngines:
         if not self.fleet.urls:
             self.fleet.wait_ready()
         for attempt in itertools.count():
-            self._restart(probe=attempt > 0)
+            if self._restart(probe=attempt > 0):
+                self.fleet.release()  # a new engine has its cache, too, beside the actors' parameters
             try:
                 self.fleet.resume_weights()
                 return self._send(actor, version)
@@ -201,6 +219,8 @@ class WithoutEngines:
 
     def __init__(self) -> None:
         self.parts = Parts()
+
+    def make_room(self) -> None: ...
 
     def release(self) -> None: ...
 

@@ -35,7 +35,7 @@ class Watch(threading.Thread):
                 continue
             self.reason = (
                 f"engine {self._engine.spec.number} ({self._engine.url}) produced no token within "
-                f"{self._timeout:g} s and was killed; log: {self._engine.log}"
+                f"{self._timeout:g} s and was given up; log: {self._engine.log or 'its own'}"
             )
             self._engine.stop()
             return

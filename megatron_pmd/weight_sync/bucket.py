@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,10 +224,13 @@ class SharedBucket:
         region = self.data[entry.offset : entry.offset + entry.nbytes]
         return region.view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def description(self, sums: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
+    def description(
+        self, sums: Mapping[str, tuple[int, int]] | None = None, paths: Sequence[Path] = ()
+    ) -> dict[str, Any]:
         """What an engine needs to read the bucket: JSON-serialisable, different at every call.
 
-        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket.
+        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket. paths: of
+        the buckets with the same contents, one on each of the engine's nodes; none: this one alone.
         """
         self._sequence += 1
         if sums is None:
@@ -235,7 +238,7 @@ class SharedBucket:
             sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
         return {
             "bucket": f"{self.key}#{self._sequence}",
-            "paths": [str(self.path)],
+            "paths": [str(path) for path in paths or [self.path]],
             "bytes": self.capacity,
             "tensors": self.layout.as_json(),
             "sums": [sums[name] for name in self.layout.entries],

@@ -82,9 +82,8 @@ def _of_all_ranks(failure: str | None) -> list[str | None] | None:
     from sglang.srt.distributed import get_tp_group
 
     group = get_tp_group()
-    failures: list[str | None] | None = [None] * group.world_size if group.is_first_rank else None
-    dist.gather_object(failure, failures, dst=group.first_rank, group=group.cpu_group)
-    return failures
+    failures = group.all_gather_object(failure)
+    return failures if group.is_first_rank else None
 
 
 def _load(model: Any, description: dict[str, Any]) -> None:

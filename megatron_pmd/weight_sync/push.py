@@ -107,7 +107,7 @@ class WeightPush:
             [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
             last=[region.name for region in export.irregular],
         )  # fmt: skip
-        self._nodes, self._serves, self._export = nodes, serves or [control.node], export
+        self._nodes, self._serves, self._export = nodes, serves, export
         self._close_buckets()
         writes_here = control.node in targets
         first = nodes.index(control.node) == control.rank
@@ -150,8 +150,8 @@ class WeightPush:
                     for name, word in bucket_plan.words.items()
                 }
                 # the nodes' buckets of one turn hold the same
-                paths = [str(path_of(self._bucket_key(node, number % 2))) for node in self._serves]
-                description = bucket.description(checks) | {"paths": paths}
+                paths = [path_of(self._bucket_key(node, number % 2)) for node in self._serves]
+                description = bucket.description(checks, paths)
                 description["update"] = _position(update, number, last, plan)
             loading = self._loader.submit(self._transport.load, bucket, description)
         with self._parts(load, plan.bytes):

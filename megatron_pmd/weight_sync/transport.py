@@ -162,7 +162,8 @@ class Disk(SharedMemory):
 
     def __init__(self, fleet: Fleet, control: Control, folder: Path) -> None:
         super().__init__(fleet)
-        self._folder, self._control = folder, control
+        # a server that others started has another working directory
+        self._folder, self._control = folder.resolve(), control
 
     def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node == 0

@@ -16,10 +16,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, untied": ("qwen2", dict(tie_word_embeddings=False)),
     "llama, tied": ("llama", dict(tie_word_embeddings=True)),
     "qwen3, no grouping": ("qwen3", dict(num_key_value_heads=4)),
+    "kimi": ("deepseek", dict(n_group=1, topk_group=1)),
     "qwen3moe, an odd vocabulary": ("qwen3moe", dict(vocab_size=509)),
 }
 """Names of models: (family, what differs from it): biases, qk-norm, tied and untied, dense and MoE."""
-VERIFIED = ["qwen3moe", "deepseek"]
+VERIFIED = [*FAMILIES, "kimi"]
+"""Also by the logits of both models."""
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,43 @@ def to_hf(control: Any, cases: dict[str, tuple[Path, Path, Path]], **options: An
     }
 
 
+def proofs(
+    control: Any,
+    checkpoint: Path,
+    same: Path,
+    damaged: Path,
+    doubled: Path,
+    latent: tuple[Path, Path],
+    out: Path,
+) -> dict[str, Any]:
+    """What verifying a damaged folder, and one whose model computes otherwise, raises; what is left out.
+
+    same, damaged: Hugging Face folders of the checkpoint's model. doubled: a tied model that has its output
+    layer all the same. latent: a checkpoint and its model, written to out/bf16 and verified.
+    """
+    from megatron_pmd.convert import reference
+    from megatron_pmd.convert.to_hugging_face import megatron_to_hf
+    from megatron_pmd.convert.to_megatron import hf_to_megatron
+    from megatron_pmd.convert.verify import verify
+
+    def shifted(*arguments: Any) -> torch.Tensor:
+        return logits(*arguments) + 2e-4
+
+    logits = reference.logits
+    results: dict[str, Any] = {
+        "unchanged": _message(lambda: verify(same, checkpoint, control)),
+        "damaged": _message(lambda: verify(damaged, checkpoint, control)),
+    }
+    reference.logits = shifted  # type: ignore[assignment]
+    results["other logits"] = _message(lambda: verify(same, checkpoint, control))
+    reference.logits = logits
+    results["left out"] = hf_to_megatron(doubled, out / "doubled", control, part_bytes=PART_BYTES)["left_out"]
+    results["bf16"] = megatron_to_hf(
+        *latent, out / "bf16", control, shard_bytes=PART_BYTES, dtype="bf16", verified=True
+    )["verified"]
+    return results
+
+
 def to_megatron(control: Any, model: Path, out: Path, kill_at: int | None = None) -> dict:
     """Convert; kill_at: this process kills itself when it is to write this part."""
     from megatron_pmd.convert import sharded

@@ -44,6 +44,8 @@ def test_two_ranks_write_what_one_does(variants, converted, tmp_path):
         assert {p.name for p in alone.iterdir()} == {p.name for p in together.iterdir()}
         for path in alone.glob("*.safetensors"):
             assert path.read_bytes() == (together / path.name).read_bytes()
+    launch("to_megatron", module=PROGRAMS, ranks=2, model=variants / "qwen3moe", out=tmp_path / "megatron")
+    assert files(tmp_path / "megatron") == files(converted[0] / "qwen3moe/megatron")
 
 
 def test_a_full_disk_publishes_nothing_and_the_same_command_goes_on(variants, converted, tmp_path):

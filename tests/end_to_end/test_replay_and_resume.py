@@ -101,6 +101,22 @@ def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
     assert command_line.steps("stale") == []
 
 
+def test_in_bf16_engines_and_actor_agree_within_its_bounds_and_a_third_of_a_nat_is_found(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    words = ["model.precision=bf16", "iterations=1", "data.evaluation=null", "checkpoint.hf_export=false"]
+    command_line.run("bf16", *words)
+    assert all(step["gradient_norm"] > 0 for step in command_line.steps("bf16"))
+    [line] = [m for m in command_line.lines("bf16", "metrics.jsonl") if m["kind"] == "iteration"]
+    assert 1e-5 < line["sync/mean_abs_difference"] < 0.05, "rounded to 8 bits, and no more than that"
+    samples, _ = read_rollout(command_line.path("bf16") / "rollouts" / "0.parquet")
+    for sample in samples:
+        sample.engine_log_probs = [value - 0.3 for value in sample.engine_log_probs]
+    write_rollout(tmp_path / "0.parquet", samples, 0)
+    output = command_line.run("bf16_stale", *words, "--replay", str(tmp_path / "0.parquet"), expect=1)
+    assert "StaleWeights" in output and "weight version 0" in output
+
+
 def test_a_rollout_of_another_iteration_or_a_broken_file_is_refused(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:

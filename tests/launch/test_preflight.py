@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_pmd.errors import LaunchError
+from megatron_pmd.launch import preflight
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.launch.place import Place
 from megatron_pmd.launch.preflight import (
@@ -17,8 +19,10 @@ from megatron_pmd.launch.preflight import (
     exchange,
     gpu_problems,
     judge,
+    plan_problems,
     refuse,
 )
+from recipes import recipe
 
 SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.21"}, "commit": "abc"}
 HEALTHY = "\n".join(f"{i}, 580.65.06, 0, 4, 81559" for i in range(8))
@@ -118,6 +122,25 @@ def test_a_node_that_is_slow_with_the_first_is_named_and_a_slow_network_is_not()
     assert slow_nodes({"n2": 180.0, "n3": 21.0, "n4": 175.0}) == ["n3"]
     assert slow_nodes({"n2": 20.0, "n3": 21.0, "n4": 19.0}) == []
     assert slow_nodes({}) == []
+
+
+def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe("qwen2_5_7b_dapo_8xh100")
+    monkeypatch.setenv("PMD_GPU", "h100")
+    healthy = SimpleNamespace(available=2e12), SimpleNamespace(free=2e12)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: healthy[0])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: healthy[1])
+    of_eight = Place("n1", 0, 1, 8, 1, tmp_path, "n1", 20000)
+    assert plan_problems(config, of_eight, tmp_path) == []
+    healthy[0].available, healthy[1].free = 1e9, 250e9
+    memory, room = plan_problems(config, of_eight, tmp_path)
+    assert "1.0 GB of host memory free, the plan needs" in memory
+    assert "250.0 GB free, checkpoints of 106.6 GB, of which 2 are kept and 0 there, need 319.8 GB" in room
+    for number in (10, 20):
+        (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
+    assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"
 
 
 def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:

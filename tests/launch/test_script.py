@@ -59,8 +59,9 @@ def test_a_job_of_a_chain_whose_first_start_slurm_lost_still_ends_with_the_run(t
     (state / "outcome").write_text("complete\n")
     (state / "history").write_text("submitted 4\nbegin 2 at iteration-4\n")
     variables = {
-        "PMD_RECIPE": "x", "PMD_NAME": "done", "PMD_RUNS": str(tmp_path), "PMD_CHAIN_LINK": "2",
-        "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "done", "PMD_RUNS": str(tmp_path),
+        "PMD_CHAIN_LINK": "2", "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
     }  # fmt: skip
     done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

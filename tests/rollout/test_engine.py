@@ -73,7 +73,7 @@ def test_an_unknown_sglang_option_is_refused_with_the_nearest_name(folder, tmp_p
     )
     with pytest.raises(ConfigError, match=r"rollout\.sglang\.chunked_prefil_size .*chunked_prefill_size"):
         EngineProcess(wrong)
-    assert not wrong.log.parent.exists()  # nothing was written, let alone started
+    assert wrong.log is not None and not wrong.log.parent.exists()  # nothing was written, let alone started
 
 
 def test_an_option_that_follows_a_setting_of_ours_is_refused_by_that_setting(folder):

@@ -40,21 +40,29 @@ def test_a_finished_run_submitted_again_says_so_and_a_chain_ends_with_it(cluster
     assert cluster.text("live", "ledger.jsonl") == before
 
 
-def test_the_script_alone_does_the_same_from_environment_variables(cluster: Cluster, live: str) -> None:
+def test_the_script_alone_trains_the_same_from_environment_variables(cluster: Cluster, live: str) -> None:
     variables = {
         "PMD_RECIPE": str(cluster.run("live") / "launch" / "config.json"),
-        "PMD_NAME": "live",
+        "PMD_NAME": "alone",
+        "PMD_SETTINGS": "name=alone",
+        "PMD_REPLAY": str(cluster.run("live") / "rollouts"),
         "PMD_RUNS": str(cluster.shared / "runs"),
         "PMD_ROOT": str(cluster.shared),
         "PMD_PYTHON": sys.executable,
+        "PMD_GPU": "cpu",
         "PMD_RANKS_PER_NODE": "1",
         "PYTHONPATH": str(PROJECT),
     }
-    words = ("--parsable", "--nodes=2", f"--output={cluster.run('live')}/logs/alone.out")
-    number = slurm("sbatch", *words, str(PROJECT / "slurm" / "train.sbatch"), environment=variables)
-    assert cluster.wait_for_end(number, "live") == "COMPLETED", cluster.log("live")
-    alone = cluster.text("live", "logs/alone.out")
-    assert "nodes n1 n2" in alone and "is complete: nothing is left to train" in alone
+    words = ("--parsable", "--nodes=2", f"--output={cluster.shared}/alone-%j.out")
+    script = str(PROJECT / "slurm" / "train.sbatch")
+    number = slurm("sbatch", *words, script, environment=variables)
+    assert cluster.wait_for_end(number, "alone") == "COMPLETED", cluster.log("alone")
+    assert cluster.steps("alone") == cluster.steps("live")
+    assert f"job {number}: COMPLETED" in cluster.command("status", str(cluster.run("alone")))
+    number = slurm("sbatch", *words, script, environment=variables)
+    assert cluster.wait_for_end(number, "alone") == "COMPLETED", cluster.log("alone")
+    again = (cluster.shared / f"alone-{number}.out").read_text()
+    assert "nodes n1 n2" in again and "is complete: nothing is left to train" in again
 
 
 def test_told_to_save_a_run_is_requeued_and_resumes_to_the_same_metrics(

@@ -39,7 +39,7 @@ def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
     control.node = control.rank
     engines = LiveEngines(config, control, folder, None, None, Console(), cpu=True)
     engine = engines.fleet._engine
-    assert engine is not None
+    assert engine is not None and engine.log is not None
     result: dict[str, Any] = {"serves": engines.fleet.serves, "log": engine.log.name}
 
     def answers() -> list[dict[str, Any]]:
