@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ class Saving:
         """Begin a checkpoint after `completed` iterations: the number is the weight version's too."""
         state = self._control.from_driver({"iteration": completed, **self._problems})
         self._under_way = (self.path(completed), time.monotonic())
-        self._actor.save(
-            self._folder / "checkpoints", completed, state, lambda folder: write_kept(folder, self._kept)
-        )
+        self._actor.save(self._folder / "checkpoints", completed, state, self._write_more)
+
+    def _write_more(self, checkpoint: Path) -> None:
+        write_kept(checkpoint, self._kept)
+        for name in ("config.json", "versions.json"):  # a copy of the checkpoint alone then says what it is
+            shutil.copyfile(self._folder / name, checkpoint / f"run_{name}")
 
     def publish(self, *, wait: bool) -> None:
         """Publish a complete checkpoint; its time counts whole although it is written beside other phases."""

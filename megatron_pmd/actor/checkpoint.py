@@ -60,7 +60,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """What the driver kept beside the tensors: iteration, step, prompt order, weight version."""
+    """What the driver kept beside the tensors: prompt order, and the iterations done: the weight version."""
     try:
         return json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -206,6 +206,13 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     missing = sorted(needed - present.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
+    quantized = [name for name, tensor in TensorFiles(path).tensors.items() if tensor.dtype == "F8_E4M3"]
+    if quantized:
+        raise ModelError(
+            f"{path}: {quantized[0]} is FP8, which no actor trains from. Write a bf16 folder, and set "
+            f"model.path to it: megatron-pmd convert hf-to-megatron {path} --out CHECKPOINT, then "
+            "megatron-pmd convert megatron-to-hf CHECKPOINT --dtype bf16 --out FOLDER"
+        )
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
     check_shapes(path, present, trust=trust)
     bridge.load_hf_weights(chunks)

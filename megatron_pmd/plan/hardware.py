@@ -50,7 +50,7 @@ class Assumptions:
     """Everything the plan takes for granted; printed with it."""
 
     train_efficiency: float = 0.35
-    """Share of peak FLOP/s in the update; published MoE runs on H100 reach 0.2 to 0.4 (docs/recipes.md)."""
+    """Share of peak FLOP/s in the update: an assumption, not a measurement."""
     forward_efficiency: float = 0.40
     decode_bandwidth_share: float = 0.6
     """Of memory bandwidth, while decoding."""

@@ -103,7 +103,7 @@ def blocks_held(parameter: torch.Tensor, view: Callable[[torch.Tensor], torch.Te
 def quantized(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The same tensors with those of QUANTIZED as FP8, each followed by its scales; others as they come.
 
-    One that is FP8 already passes unchanged: an actor that trains in FP8 sends its own values and scales.
+    One that is FP8 already passes unchanged.
     """
     for name, tensor in tensors:
         if not is_quantized(name) or tensor.dtype is torch.float8_e4m3fn:

@@ -109,6 +109,15 @@ FOLDERS: dict[str, tuple[str, Change, str, list[str]]] = {
         ["model.layers.0.self_attn.k_proj.bias has shape [1], config.json asks for [32]"],
     ),
     "truncated weights": ("qwen3", truncate, "ModelError", ["model.safetensors", "is the file complete?"]),
+    "weights in FP8": (
+        "qwen3",
+        edit_weights(lambda t: t.update({k: t[k].to(torch.float8_e4m3fn) for k in t if "q_proj" in k})),
+        "ModelError",
+        [
+            "q_proj.weight is FP8, which no actor trains from",
+            "convert megatron-to-hf CHECKPOINT --dtype bf16",
+        ],
+    ),
     "an index naming a file that is not there": (
         "qwen3",
         index_of_a_missing_file,

@@ -267,6 +267,12 @@ def test_the_router_passes_tokens_and_log_probs_and_says_when_no_engine_is_left(
         router.wait_ready(START_SECONDS)
         assert KEY not in " ".join(psutil.Process(router.pid).cmdline())
         assert largest_difference(models[0], generate(router.url)) < 1e-4
+        for key in ("", "another", ADMIN_KEY):
+            stranger = httpx.post(
+                router.url + "/generate", json={"input_ids": [1]}, timeout=60, trust_env=False,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+            )  # fmt: skip
+            assert stranger.status_code == 401, key
         family = [psutil.Process(engine.pid), *psutil.Process(engine.pid).children(recursive=True)]
         engine.stop()
         engine.stop()

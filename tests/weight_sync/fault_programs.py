@@ -55,6 +55,19 @@ class Trial:
             return start(spec)
 
         self.engines.fleet._start_part = counted  # type: ignore[method-assign]
+        self.events: list[str] = []
+        """What became of the actor's parameters, in order."""
+        for owner, name in (
+            (self.actor, "wake_parameters"), (self.actor, "release_parameters"), (self.engines._push, "push")
+        ):  # fmt: skip
+            setattr(owner, name, self._noting(name, getattr(owner, name)))
+
+    def _noting(self, name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            self.events.append(name)
+            return action(*arguments, **options)
+
+        return noted
 
     @property
     def engine(self) -> Any:
@@ -137,8 +150,11 @@ def faults(path: Path, folder: Path, health_seconds: float, sync_seconds: float)
             "alive": trial.engine.alive(), "seconds": time.monotonic() - begun,
             "lost": engines.fleet.any_lost(),
         }  # fmt: skip
+        trial.events.clear()
         engines._revive(trial.actor, trial.version)
-        results["stopped while generating"] |= trial.served() | {"expected": str(trial.version)}
+        results["stopped while generating"] |= trial.served() | {
+            "expected": str(trial.version), "events": list(trial.events)
+        }  # fmt: skip
 
         trial.processes("sglang::scheduler")[0].kill()
         engines.release()

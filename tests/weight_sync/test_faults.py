@@ -68,6 +68,11 @@ def test_a_stuck_engine_is_killed_within_its_deadline(outcome):
     assert seen["seconds"] < 2 * HEALTH_SECONDS + 10
 
 
+def test_an_engine_started_in_a_rollout_gets_weights_that_have_come_back_to_the_device(outcome):
+    """There the actors' parameters have left it for the engines' caches."""
+    assert outcome["stopped while generating"]["events"] == ["wake_parameters", "push", "release_parameters"]
+
+
 def test_a_killed_router_is_noticed(outcome):
     assert outcome["router killed"]["noticed"]
 
