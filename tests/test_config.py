@@ -40,7 +40,10 @@ def config() -> RunConfig:
         ("optimizer.moments=bf16", "is for models trained in bf16"),
         ("rollout.ranks_per_engine=3", "cannot be shared out to engines of ranks_per_engine=3"),
         ('rollout.servers=["https://a:1"]', "'https://a:1' is not of the form http://host:port"),
-        ('rollout.servers=["http://a:1"]', "sync.transport=ipc is for engines beside the actors"),
+        (
+            'rollout.servers=["http://a:1"]',
+            "rollout.ranks_per_engine is for engines that this program starts",
+        ),
         ("name=../elsewhere", "name: String should match pattern"),
     ],
 )
@@ -54,6 +57,14 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
     ("settings", "reason"),
     [
         (["actor.fp8.recipe=delayed", "actor.fp8.last_layers_bf16=1"], "maxima of all layers"),
+        (
+            ['rollout.servers=["http://a:1"]', "rollout.ranks_per_engine=null"],
+            "sync.transport=ipc is for engines beside the actors",
+        ),
+        (
+            ['rollout.servers=["http://a:1", "http://a:1"]', "rollout.ranks_per_engine=null"],
+            "names a server twice",
+        ),
         (
             ["actor.fp8.recipe=tensorwise", "actor.fp8.parameter_gather=true", "optimizer.offload=1"],
             "writes bf16 parameters, not FP8 ones",

@@ -46,7 +46,7 @@ def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
         raise LayoutError(
             f"engine {engine} of rollout.tensor_parallel={len(serving)} would have "
             f"{' + '.join(map(str, shares))} ranks on nodes {', '.join(map(str, reached))}; "
-            "set tensor_parallel and ranks_per_engine so that engines share a node evenly, or nodes an engine"
+            "set tensor_parallel and ranks_per_engine so that whole engines fill a node, or one whole nodes"
         )
 
 

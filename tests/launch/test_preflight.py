@@ -137,7 +137,7 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
     healthy[0].available, healthy[1].free = 1e9, 250e9
     memory, room = plan_problems(config, of_eight, tmp_path)
     assert "1.0 GB of host memory free, the plan needs" in memory
-    assert "250.0 GB free, checkpoints of 106.6 GB, of which 2 are kept and 0 there, need 319.8 GB" in room
+    assert "250.0 GB free, checkpoints of 106.6 GB, of which 2 are kept and 0 there, need 319.9 GB" in room
     for number in (10, 20):
         (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
     assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"

@@ -33,5 +33,17 @@ def test_two_engines_on_a_node_have_a_leader_each():
 
 
 def test_unequal_parts_are_refused_with_the_nodes():
-    with pytest.raises(LayoutError, match=r"engine 0 .*2 \+ 1 ranks on nodes 0, 1; set rollout.ranks_per"):
+    with pytest.raises(LayoutError, match=r"engine 0 .*2 \+ 1 ranks on nodes 0, 1; set tensor_parallel"):
         places([0, 0, 1, 1, 2, 2], 3, 3)
+
+
+def test_an_engine_that_would_fit_a_node_is_not_laid_across_two():
+    with pytest.raises(LayoutError, match=r"engine 1 of rollout.tensor_parallel=2 would have 1 \+ 1 ranks"):
+        places([0, 0, 0, 0, 1, 1, 1, 1, 2], 3, 2)
+
+
+def test_a_rank_of_another_engine_hears_of_it_too():
+    nodes = [0, 0, 1, 1, 2, 2]
+    for rank in range(6):
+        with pytest.raises(LayoutError, match="engine 0 "):
+            place_of(rank, nodes, 3, 3)
