@@ -21,12 +21,23 @@ from megatron_pmd.errors import ModelError
 DEADLINE_SECONDS = 3600
 
 
-def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """fp32 [tokens, vocabulary] of a folder's model; raises ModelError when it cannot be run."""
+def logits(folder: Path, tokens: list[int], rounded_to: torch.dtype | None = None) -> torch.Tensor:
+    """fp32 [tokens, vocabulary] of a folder's model; raises ModelError when it cannot be run.
+
+    rounded_to: round the weights to this dtype first.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "logits.safetensors"
         process = subprocess.run(
-            [sys.executable, "-m", __name__, str(folder), json.dumps(tokens), str(path)],
+            [
+                sys.executable,
+                "-m",
+                __name__,
+                str(folder),
+                json.dumps(tokens),
+                str(path),
+                str(rounded_to or torch.float32).removeprefix("torch."),
+            ],
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,
@@ -39,11 +50,13 @@ def logits(folder: Path, tokens: list[int]) -> torch.Tensor:
         return load_file(path)["logits"]
 
 
-def main(folder: str, tokens: str, path: str) -> None:
+def main(folder: str, tokens: str, path: str, rounded_to: str) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, rounded_to)))
         found = model(torch.tensor([json.loads(tokens)])).logits[0]
     save_file({"logits": found.float().contiguous()}, path)
 

@@ -91,19 +91,31 @@ def _compare(
 def compare_logits(folder: Path, checkpoint: Path, model: parameters.Model) -> Any:
     """The largest difference of the logits of a fixed prompt, in fp32; or why they were not compared.
 
+    Where a conversion narrows the dtype, both sides compute with the narrower weights.
     Raises CheckpointError when it is above LARGEST_LOGIT_DIFFERENCE.
     """
     needed = 4.5 * sum(p.elements for p in model.parameters)  # fp32, and room for the largest tensors
     available = psutil.virtual_memory().available
     if needed > available:
         return f"not compared: {needed / 1e9:.1f} GB of memory needed, {available / 1e9:.1f} available"
-    if any(tensor.dtype == "F8_E4M3" for tensor in TensorFiles(folder).tensors.values()):
+    files, reader = TensorFiles(folder), ShardedReader(checkpoint)
+    if any(tensor.dtype == "F8_E4M3" for tensor in files.tensors.values()):
         return "not compared: transformers runs FP8 on GPUs only"
+
+    def read(parameter: parameters.Parameter) -> torch.Tensor:
+        saved = reader.read(parameter)
+        held = precision.plain_dtype(parameter.tensor_names[0], files)
+        return saved.to(held) if held.itemsize < saved.dtype.itemsize else saved
+
     try:
-        tokens, ours = parameters.logits(folder, model, _tokens, ShardedReader(checkpoint).read)
+        tokens, ours = parameters.logits(folder, model, _tokens, read)
     except ModelError as error:
         return f"not compared: {error}"
-    theirs = reference.logits(folder, tokens.tolist())
+    first = model.parameters[0]
+    saved, held = reader.dtype(first), precision.plain_dtype(first.tensor_names[0], files)
+    theirs = reference.logits(
+        folder, tokens.tolist(), rounded_to=saved if saved.itemsize < held.itemsize else None
+    )
     difference = float((ours - theirs).abs().max())
     if not difference <= LARGEST_LOGIT_DIFFERENCE:
         raise CheckpointError(

@@ -37,6 +37,7 @@ class EngineControl:
         """timeout_seconds: deadline of each call."""
         self.spec = spec
         self.timeout_seconds = timeout_seconds
+        self._must_end = True
         self._client = httpx.Client(
             base_url=spec.url, trust_env=False,
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
@@ -72,8 +73,9 @@ class EngineControl:
         tried again.
         """
         self.withdraw_version()
-        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400)).json()
-        if not begun.get("success"):  # an earlier update is still open
+        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400, 404))
+        self._must_end = begun.status_code != 404  # 0.5.17 knows neither call, and takes buckets at any time
+        if self._must_end and not begun.json().get("success"):  # an earlier update is still open
             self._confirmed("/end_weight_update", {})
             self._confirmed("/begin_weight_update", {})
 
@@ -140,7 +142,8 @@ class EngineControl:
 
     def end_update(self, version: int) -> None:
         """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
-        self._confirmed("/end_weight_update", {})
+        if self._must_end:
+            self._confirmed("/end_weight_update", {})
         self.confirm(version)
 
     def withdraw_version(self) -> None:

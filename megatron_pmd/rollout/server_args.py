@@ -24,15 +24,16 @@ def server_options() -> dict[str, str]:
             "sglang is not installed in this environment; install the versions in pyproject.toml"
         )
     root = Path(spec.submodule_search_locations[0]) / "srt"
-    options: dict[str, str] = {}
+    whole = ast.parse((root / "server_args.py").read_text())
+    options = _declared(whole)  # 0.5.17; 0.5.21 has them in files of their own
     for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
         options |= _declared(ast.parse(source.read_text()))
     if "model_path" not in options:
         raise EngineError(
-            f"the sglang at {root.parent} does not declare its options in srt/arg_groups/fields; "
-            f"this program is written for sglang 0.5.21"
+            f"the sglang at {root.parent} does not declare its options where 0.5.17 and 0.5.21 do; "
+            "this program is written for these two"
         )
-    return options | _registered_by_hand(ast.parse((root / "server_args.py").read_text()))
+    return options | _registered_by_hand(whole)
 
 
 def check_options(given: dict[str, Any], taken: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3moe, an odd vocabulary": ("qwen3moe", dict(vocab_size=509)),
 }
 """Names of models: (family, what differs from it): biases, qk-norm, tied and untied, dense and MoE."""
-VERIFIED = [*FAMILIES, "kimi"]
+VERIFIED = [*FAMILIES, "kimi", "bf16"]
 """Also by the logits of both models."""
 
 

@@ -82,15 +82,15 @@ def proofs(
     from megatron_pmd.convert.to_megatron import hf_to_megatron
     from megatron_pmd.convert.verify import verify
 
-    def shifted(*arguments: Any) -> torch.Tensor:
-        return logits(*arguments) + 2e-4
+    def shifted(*arguments: Any, **options: Any) -> torch.Tensor:
+        return logits(*arguments, **options) + 2e-4
 
     logits = reference.logits
     results: dict[str, Any] = {
         "unchanged": _message(lambda: verify(same, checkpoint, control)),
         "damaged": _message(lambda: verify(damaged, checkpoint, control)),
     }
-    reference.logits = shifted  # type: ignore[assignment]
+    reference.logits = shifted
     results["other logits"] = _message(lambda: verify(same, checkpoint, control))
     reference.logits = logits
     results["left out"] = hf_to_megatron(doubled, out / "doubled", control, part_bytes=PART_BYTES)["left_out"]

@@ -31,7 +31,7 @@ def outcome(variants, converted, tmp_path_factory) -> dict[str, Any]:
     found = launch(
         "proofs", module=PROGRAMS, checkpoint=converted[0] / "qwen3/megatron", same=converted[0] / "qwen3/hf",
         damaged=damaged, doubled=doubled,
-        latent=(converted[0] / "deepseek/megatron", variants / "deepseek"), out=folder,
+        latent=(converted[0] / "deepseek/megatron", variants / "deepseek"), out=folder / "out",
     )[0]  # fmt: skip
     return found | {"damaged tensor": list(load_file(shard))[-1], "folder": folder}
 
@@ -56,7 +56,7 @@ def test_what_no_parameter_is_made_of_is_listed_with_its_reason(outcome):
 
 @pytest.mark.serial
 def test_a_checkpoint_in_fp32_is_written_in_bf16_and_the_router_bias_keeps_its_precision(variants, outcome):
-    before, after = tensors(variants / "deepseek"), tensors(outcome["folder"] / "bf16")
+    before, after = tensors(variants / "deepseek"), tensors(outcome["folder"] / "out/bf16")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         wide = name.endswith("e_score_correction_bias")

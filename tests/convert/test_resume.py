@@ -21,14 +21,14 @@ def files(folder):
 def test_a_killed_conversion_goes_on_and_does_no_part_twice(variants, converted, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(AssertionError, match="ended with -9"):
-        launch("to_megatron", module=PROGRAMS, model=variants / "llama", out=out, kill_at=3)
+        launch("to_megatron", module=PROGRAMS, model=variants / "llama, tied", out=out, kill_at=3)
     assert not out.exists()
     done = {path.name: path.stat().st_mtime_ns for path in partial.glob("__[012]_0.distcp")}
     assert len(done) == 3
-    launch("to_megatron", module=PROGRAMS, model=variants / "llama", out=out)
+    launch("to_megatron", module=PROGRAMS, model=variants / "llama, tied", out=out)
     assert not partial.exists()
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
-    whole = converted[0] / "llama/megatron"
+    whole = converted[0] / "llama, tied/megatron"
     assert files(out) == files(whole)
     assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
 
