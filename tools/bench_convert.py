@@ -115,6 +115,8 @@ def bridge_alone(direction: str, source: str, out: str, config_folder: str) -> N
             dist_checkpointing.save(module.sharded_state_dict(metadata={"dp_cp_group": group}), out)
         else:
             state = module.sharded_state_dict(metadata={"dp_cp_group": group})
+            # Transformer Engine's objects: our checkpoint has none of them
+            state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
             module.load_state_dict(dist_checkpointing.load(state, source), strict=False)
             bridge.save_hf_pretrained([module], out, show_progress=False)
         os.sync()
@@ -180,7 +182,7 @@ def memory_bytes(tree: psutil.Process) -> int:
     return total
 
 
-def bench(folder: Path, gigabytes: float, repetitions: int) -> dict[str, object]:
+def bench(folder: Path, gigabytes: float, repetitions: int, directions: list[str]) -> dict[str, object]:
     model, checkpoint, out = folder / "model", folder / "checkpoint", folder / "out"
     if not model.exists():
         model.mkdir(parents=True)
@@ -190,6 +192,8 @@ def bench(folder: Path, gigabytes: float, repetitions: int) -> dict[str, object]
         measure(command("ours, 1 process", "to-megatron", model, checkpoint, model), folder / "output")
     rows = []
     for direction, source in (("to-megatron", model), ("to-hf", checkpoint)):
+        if direction not in directions:
+            continue
         found: dict[str, list[tuple[float, float, float, float]]] = {side: [] for side in SIDES}
         for _ in range(repetitions):
             for side in SIDES:
@@ -218,6 +222,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="scratch, with four times the model's size free")
+    parser.add_argument("--only", choices=("to-megatron", "to-hf"), help="one direction; both without it")
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.side:
@@ -227,7 +232,8 @@ def main() -> None:
     elif asked.folder is None:
         parser.error("--folder is needed")
     else:
-        print(json.dumps(bench(asked.folder, asked.gigabytes, asked.repetitions), indent=1))
+        directions = [asked.only] if asked.only else ["to-megatron", "to-hf"]
+        print(json.dumps(bench(asked.folder, asked.gigabytes, asked.repetitions, directions), indent=1))
 
 
 if __name__ == "__main__":
