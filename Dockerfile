@@ -10,14 +10,12 @@ ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
 
-ARG TORCH=2.11.0
-ARG TRANSFORMER_ENGINE=2.11.0
+# Versions: those of constraints/gpu.txt and nemo.txt, but for what is named here, e.g. --build-arg PINS="sglang==0.5.21 torch==2.13.0"
+ARG PINS=""
 # NVIDIA's apex, from source: the package of that name on the index is another project. megatron-core uses its fused Adam
 # where Transformer Engine has none.
 # Tag 25.09:
 ARG APEX_COMMIT=4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49
-ARG SGLANG=0.5.17
-ARG MEGATRON_BRIDGE=0.3.1
 ARG MAX_JOBS=16
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -31,21 +29,24 @@ RUN apt-get update && apt-get install --yes --no-install-recommends git python3 
 WORKDIR /opt/megatron-pmd
 # what compiles for half an hour comes before what changes every day
 COPY constraints/ constraints/
-RUN python3 -m pip install --constraint constraints/gpu.txt "torch==${TORCH}"
-RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint constraints/gpu.txt \
-    "transformer-engine==${TRANSFORMER_ENGINE}" "transformer-engine-cu13==${TRANSFORMER_ENGINE}" \
-    "transformer-engine-torch==${TRANSFORMER_ENGINE}"
+RUN for pin in ${PINS}; do \
+        grep -q "^${pin%%==*}==" constraints/gpu.txt constraints/nemo.txt || { echo "PINS: ${pin%%==*} is no pin of ours" >&2; exit 1; }; \
+        sed -i "s/^${pin%%==*}==.*/${pin}/" constraints/gpu.txt constraints/nemo.txt; \
+    done; cp constraints/*.txt /opt/
+RUN python3 -m pip install --constraint /opt/gpu.txt torch
+RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/gpu.txt \
+    transformer-engine transformer-engine-cu13 transformer-engine-torch
 RUN git clone https://github.com/NVIDIA/apex /opt/apex && git -C /opt/apex checkout "${APEX_COMMIT}" \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation /opt/apex \
     && rm -rf /opt/apex
-RUN python3 -m pip install --no-deps --constraint constraints/gpu.txt "megatron-bridge==${MEGATRON_BRIDGE}" \
-    && python3 -m pip install --constraint constraints/gpu.txt "sglang==${SGLANG}" sglang-kernel sglang-router
+RUN python3 -m pip install --no-deps --constraint /opt/gpu.txt megatron-bridge \
+    && python3 -m pip install --constraint /opt/gpu.txt sglang sglang-kernel sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint constraints/gpu.txt --editable '.[gpu]'
+RUN python3 -m pip install --constraint /opt/gpu.txt --editable '.[gpu]'
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m pip install virtualenv==21.15.8 && virtualenv /opt/nemo \
-    && /opt/nemo/bin/pip install --constraint constraints/nemo.txt --editable '.[nemo]'
+    && /opt/nemo/bin/pip install --constraint /opt/cpu.txt --constraint /opt/nemo.txt --editable '.[nemo]'
 
 # the smoke test: what can be seen without a GPU
 RUN megatron-pmd plan qwen3_30b_a3b_dapo_32xh100 && megatron-pmd launch qwen3_30b_a3b_dapo_32xh100 --dry-run > /dev/null \

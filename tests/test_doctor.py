@@ -155,6 +155,7 @@ def test_everything_an_extra_asks_for_is_pinned_in_its_stacks_constraints():
     for extra in ("cpu", "dev", "nemo"):
         pinned = doctor.pins("cpu") | doctor.pins("nemo")
         assert [name for name in doctor.extra(extra) if name not in pinned] == []
+    assert [name for name in doctor.extra("gpu") if name not in doctor.pins("gpu")] == []
 
 
 def test_nothing_heavy_is_imported_so_that_a_login_node_can_run_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from megatron_pmd import cli
 from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError, LaunchError, LayoutError
+from megatron_pmd.launch import commands
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.launch.script import TEMPLATE, Job, body, job_for, render
 from megatron_pmd.launch.submit import slurm
@@ -90,6 +93,20 @@ def test_nodes_that_failed_before_are_left_out() -> None:
         recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath("/s"), excluded_nodes=("n1", "n7")
     )
     assert "#SBATCH --exclude=n1,n7\n" in render(excluding)
+
+
+def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[object, ...]] = []
+    monkeypatch.setattr(cli, "train", lambda *words, replay: trained.append((*words, replay)))
+    launch = functools.partial(
+        commands.launch, "tiny_moe_cpu", ["iterations=3"], cluster="h100", through="auto", local=True
+    )
+    for dry_run, chain in ((True, 1), (False, 2)):
+        with pytest.raises(LaunchError, match="--dry-run and --chain are for a cluster"):
+            launch(dry_run=dry_run, chain=chain)
+    assert trained == []
+    launch(dry_run=False, chain=1)
+    assert trained == [("tiny_moe_cpu", ["iterations=3"], None)]
 
 
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
