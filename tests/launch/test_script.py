@@ -71,6 +71,38 @@ def test_a_job_of_a_chain_whose_first_start_slurm_lost_still_ends_with_the_run(t
     assert done.stdout == "megatron-pmd: not started: an earlier job of this chain completed the run\n"
 
 
+def test_a_first_node_that_was_lost_is_excluded_although_the_script_went_with_it(tmp_path: Path) -> None:
+    """Slurm's commands are played: the job starts again on other nodes, fails there, and is requeued."""
+    state, programs, calls = tmp_path / "run" / "launch", tmp_path / "bin", tmp_path / "calls"
+    state.mkdir(parents=True)
+    programs.mkdir()
+    (state / "history").write_text("submitted 5\nbegin 1 at nothing\n")
+    (state / "nodes").write_text("n[1-2]\n")
+    played = {
+        "sinfo": '[[ "$*" == *"n[1-2]" ]] && echo "n1 down*" && echo "n2 idle" || echo "n3 idle"',
+        "scontrol": 'echo "$*" >>"$CALLS"; [[ "$2" == hostnames ]] && printf "n2\\nn3\\n" || true',
+        "srun": "exit 3",
+        "sleep": "true",
+    }
+    for name, body_of in played.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body_of}\n")
+        (programs / name).chmod(0o755)
+    variables = {
+        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(tmp_path),
+        "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "n[2-3]", "SLURM_NNODES": "2", "CALLS": str(calls),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
+    assert done.returncode == 1, done.stderr
+    assert (
+        "megatron-pmd: node n1 is excluded from now on\nmegatron-pmd: attempt 1, job 5, nodes n2 n3"
+        in done.stdout
+    )
+    assert (state / "excluded_nodes").read_text() == "n1\n"
+    assert calls.read_text().splitlines()[-2:] == ["requeue 5", "update JobId=5 ExcNodeList=n1"]
+
+
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=6"])
     with pytest.raises(LayoutError, match="12 ranks do not fill nodes of 8"):
