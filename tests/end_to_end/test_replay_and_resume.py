@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -32,26 +35,50 @@ def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: Comman
     assert command_line.steps("one_file") == command_line.steps("live")[:2]
 
 
-@pytest.mark.parametrize(("iteration", "phase"), [(2, "anchor"), (1, "save")])
-def test_a_killed_run_resumes_to_the_metrics_of_the_uninterrupted_one(
-    iteration: int, phase: str, live: Path, replayed: str, command_line: CommandLine
+def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_one(
+    live: Path, replayed: str, command_line: CommandLine
 ) -> None:
-    """Killed right after a phase: inside update, or while the second checkpoint is being written.
-
-    The first one is there for sure: the second save waits for it.
-    """
-    name = f"killed_after_{phase}"
+    """One run, killed seven times, each time at a random moment of the next phase."""
+    moments = random.Random(0)
+    phases = [phase for t, phase in command_line.phases(replayed) if t == 1]
+    assert sorted(phases) == sorted(
+        ["rollout", "release", "anchor", "update", "save", "export", "sync", "resume"]
+    )
+    phases.remove("export")  # it is due once in two iterations
+    seconds = {line["phase"]: line["seconds"] for line in command_line.lines(replayed, "ledger.jsonl")}
     words = ("--replay", str(live / "rollouts"))
-    process = command_line.start(name, *words)
-    wait_until(lambda: (iteration, phase) in command_line.phases(name), f"{phase} of {iteration}", process)
-    started = descendants(process)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert still_there(started) == []
-    process.communicate(timeout=60)
-    output = command_line.run(name, *words)
+    folder = command_line.path("killed")
+
+    def has_begun(after: str, completed: int, started: float) -> bool:
+        """Whether this attempt, which rewrites the ledger first, has come to the end of the phase before."""
+        ledger = folder / "ledger.jsonl"
+        fresh = ledger.exists() and ledger.stat().st_mtime > started
+        return fresh and any(p == after and t >= completed for t, p in command_line.phases("killed"))
+
+    for before, phase in zip(["start", *phases], phases, strict=False):
+        checkpoints = (folder / "checkpoints").glob("iteration-[0-9]")
+        completed = max((int(path.name[-1]) for path in checkpoints), default=0)
+        begun = functools.partial(has_begun, before, completed, time.time())
+        process = command_line.start("killed", *words)
+        wait_until(begun, f"{phase}, which follows {before}", process)
+        time.sleep(moments.uniform(0, seconds[phase]))
+        started = descendants(process)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert still_there(started) == [], phase
+        process.communicate(timeout=60)
+    output = command_line.run("killed", *words)
     assert "resuming after" in output
-    assert command_line.steps(name) == command_line.steps(replayed)
-    assert command_line.summary(name)["iterations"] == 3
+    for kind in ("step", "iteration"):
+        lines = [
+            [
+                {key: value for key, value in line.items() if not key.endswith("per_second")}
+                for line in command_line.lines(name, "metrics.jsonl")
+                if line["kind"] == kind
+            ]
+            for name in ("killed", replayed)
+        ]
+        assert lines[0] == lines[1] and len(lines[0]) == {"step": 6, "iteration": 3}[kind]
+    assert command_line.summary("killed")["iterations"] == 3
 
 
 def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(command_line: CommandLine) -> None:
