@@ -57,7 +57,8 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
 
     for before, phase in zip(["start", *phases], phases, strict=False):
         checkpoints = (folder / "checkpoints").glob("iteration-[0-9]")
-        completed = max((int(path.name[-1]) for path in checkpoints), default=0)
+        # from iteration 1 on, so that there is a checkpoint to go on from, sooner or later
+        completed = max((int(path.name[-1]) for path in checkpoints), default=1)
         begun = functools.partial(has_begun, before, completed, time.time())
         process = command_line.start("killed", *words)
         wait_until(begun, f"{phase}, which follows {before}", process)
