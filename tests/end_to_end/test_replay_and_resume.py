@@ -55,10 +55,11 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
         fresh = ledger.exists() and ledger.stat().st_mtime > started
         return fresh and any(p == after and t >= completed for t, p in command_line.phases("killed"))
 
-    for before, phase in zip(["start", *phases], phases, strict=False):
+    for before, phase in zip([phases[-1], *phases], phases, strict=False):
         checkpoints = (folder / "checkpoints").glob("iteration-[0-9]")
-        # from iteration 1 on, so that there is a checkpoint to go on from, sooner or later
-        completed = max((int(path.name[-1]) for path in checkpoints), default=1)
+        completed = max((int(path.name[-1]) for path in checkpoints), default=0)
+        if phase != "rollout":  # which follows the iteration before
+            completed = max(1, completed)  # late enough that there is a checkpoint to go on from
         begun = functools.partial(has_begun, before, completed, time.time())
         process = command_line.start("killed", *words)
         wait_until(begun, f"{phase}, which follows {before}", process)
