@@ -257,6 +257,8 @@ def test_ctrl_c_while_the_engine_starts_leaves_no_process(tmp_path, model, probl
     running = subprocess.Popen(
         command(model, "--data", problems, "--reward", "exact", "--max-response-tokens", "6"),
         cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # what a shell starts in the background ignores Ctrl-C, the tests included, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         log = tmp_path / "runs" / "evaluate" / "moe-sums-k32" / "logs" / "engine-0.log"
