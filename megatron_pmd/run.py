@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 
 from megatron_pmd.actor import batching
@@ -17,6 +16,7 @@ from megatron_pmd.actor.actor import Actor, AnchorReport, Examples
 from megatron_pmd.actor.expert_load import imbalance
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.actor.parallel import Control
+from megatron_pmd.actor.residency import resident_bytes
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import histogram_quantile, over_iteration
 from megatron_pmd.config import RunConfig, StopAfter
@@ -106,7 +106,7 @@ class Run:
             yield record
             self._saving.publish(wait=False)
             mine = (
-                psutil.Process().memory_info().rss, self.rollouts.engine_bytes(), self.rollouts.parts.take()
+                resident_bytes(), self.rollouts.engine_bytes(), self.rollouts.parts.take()
             )  # fmt: skip
             ranks = self.control.gather(mine)
             if ranks:

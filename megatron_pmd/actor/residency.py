@@ -1,7 +1,9 @@
 """What of the actor is in device memory, and when: the engines live on the same devices.
 
 On a CPU there is one memory: leaving it means handing freed pages back to the system, where the engines find
-them. The CUDA half calls megatron-core's own offloading; it is written, not run (docs/gpu.md).
+them. The CUDA half calls megatron-core's own offloading; it is written, not run (docs/gpu.md). Parameters
+have one pinned copy on the host, made the first time; the optimizer's states go to pageable memory, made anew
+each time.
 """
 
 from __future__ import annotations
@@ -9,7 +11,15 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import psutil
 import torch
+
+
+def resident_bytes() -> int:
+    """What this rank holds: of its device, and of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved()
+    return psutil.Process().memory_info().rss
 
 
 def return_freed_memory() -> None:

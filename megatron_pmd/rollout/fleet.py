@@ -373,8 +373,13 @@ class Fleet:
         return any(answers(url + "/health", 10.0) for url in self.urls)
 
     def resident_bytes(self) -> int:
-        """Memory of this rank's engine, or its part of one; 0 on ranks without."""
+        """Memory of this rank's engine, or its part of one; 0 on ranks without.
+
+        With CUDA: what others than this rank hold of its device.
+        """
         engine = self._engine
+        if engine is not None and not self._cpu and not self._external:
+            return device_memory().others
         return resident_bytes(engine.pid) if isinstance(engine, EngineProcess) and engine.alive() else 0
 
     def stop(self) -> None:

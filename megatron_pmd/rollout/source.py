@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control
+from megatron_pmd.actor.residency import resident_bytes
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
@@ -85,7 +84,7 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
-        self.parts = Parts(lambda: (psutil.Process().memory_info().rss, self.engine_bytes()))
+        self.parts = Parts(lambda: (resident_bytes(), self.engine_bytes()))
         self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu)
         self._push = WeightPush(
             _transport(config, self.fleet, control, folder),

@@ -13,8 +13,9 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pmd.actor import settings
-from megatron_pmd.config import RunConfig, override
-from megatron_pmd.errors import ConfigError
+from megatron_pmd.actor.parallel import initialize
+from megatron_pmd.config import Layout, RunConfig, override
+from megatron_pmd.errors import ConfigError, LayoutError
 from tests.actor.tiny_models import config_for
 
 FP8 = ["model.precision=bf16", "actor.fp8.recipe=tensorwise"]
@@ -92,3 +93,9 @@ def test_what_only_cuda_can_do_is_refused_without_it(setting: str) -> None:
         settings.refuse_without_cuda(chosen)
     assert setting.replace('["', "").replace('"]', "") in str(caught.value)
     settings.refuse_without_cuda(configured("model.precision=bf16"))
+
+
+def test_as_many_ranks_as_the_layout_has_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LayoutError, match=r"3 ranks were started, but tensor=2 .* needs 2; start 2 ranks"):
+        initialize(Layout(tensor=2), seed=0, timeout_seconds=1)
