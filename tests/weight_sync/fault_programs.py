@@ -160,13 +160,17 @@ def faults(path: Path, folder: Path, health_seconds: float, sync_seconds: float)
         engines.release()
         results["killed before release"] = trial.iteration(expected_starts=3)
 
+        trial.processes("sglang::scheduler")[0].send_signal(signal.SIGSTOP)
+        engines.release()
+        results["stopped before release"] = trial.iteration(expected_starts=4)
+
         engines.release()
         trial.during_sync(lambda *_: trial.processes("sglang::scheduler")[0].kill())
-        results["killed during sync"] = trial.iteration(expected_starts=4)
+        results["killed during sync"] = trial.iteration(expected_starts=5)
 
         engines.release()
         trial.during_sync(lambda *_: trial.processes("sglang::scheduler")[0].send_signal(signal.SIGSTOP))
-        results["stopped during sync"] = trial.iteration(expected_starts=5)
+        results["stopped during sync"] = trial.iteration(expected_starts=6)
     finally:
         engines.close()
     results["processes left"] = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]

@@ -33,7 +33,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 FAULTS = (
     "none", "router killed", "after a corrupted bucket", "after a dropped tensor", "stopped while generating",
-    "killed before release", "killed during sync", "stopped during sync",
+    "killed before release", "stopped before release", "killed during sync", "stopped during sync",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_the_engine_serves_the_actors_weights_after(outcome, fault):
 
 
 @pytest.mark.parametrize(
-    "fault", [f for f in FAULTS if f.startswith(("none", "after", "killed", "stopped d"))]
+    "fault", [f for f in FAULTS if f.startswith(("none", "after", "killed", "stopped d", "stopped b"))]
 )
 def test_a_lost_engine_is_started_again_once_and_a_living_one_is_not(outcome, fault):
     assert outcome[fault]["starts"] == outcome[fault]["expected_starts"]
