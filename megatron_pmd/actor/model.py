@@ -198,15 +198,15 @@ def tensors_of_policy(path: Path, layers: int) -> dict[str, list[int]]:
 
 def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
     """Copy the folder's tensors into the modules, after checking that every one it needs is there."""
-    present = tensors_in(path)
+    files = TensorFiles(path).tensors
     needed: set[str] = set()
     for task in bridge.get_conversion_tasks(chunks):
         names = task.mapping.hf_param
         needed.update(names.values() if isinstance(names, dict) else [names])
-    missing = sorted(needed - present.keys())
+    missing = sorted(needed - files.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    quantized = [name for name, tensor in TensorFiles(path).tensors.items() if tensor.dtype == "F8_E4M3"]
+    quantized = [name for name, tensor in files.items() if tensor.dtype == "F8_E4M3"]
     if quantized:
         raise ModelError(
             f"{path}: {quantized[0]} is FP8, which no actor trains from. Write a bf16 folder, and set "
@@ -214,7 +214,7 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
             "megatron-pmd convert megatron-to-hf CHECKPOINT --dtype bf16 --out FOLDER"
         )
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
-    check_shapes(path, present, trust=trust)
+    check_shapes(path, {name: tensor.shape for name, tensor in files.items()}, trust=trust)
     bridge.load_hf_weights(chunks)
 
 

@@ -174,7 +174,6 @@ class Fleet:
 
     def wait_ready(self) -> None:
         """Block until every engine answers; EngineError with the end of its log if one does not."""
-
         failures = self._failures_at_start(range(self._config.engines))
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
@@ -300,7 +299,6 @@ class Fleet:
         probe: ask each whether it responds; without it, a stuck engine shows at its next call's deadline.
         Raises EngineError for one that does not come up in `rollout.restarts` attempts.
         """
-
         reasons = self._lost_parts(probe=probe)
         if reasons:
             self._replace(reasons)

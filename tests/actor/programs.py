@@ -6,10 +6,8 @@ import errno
 import functools
 import json
 import os
-import pickle
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +33,7 @@ from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout.samples import RolloutBatch
 from tests.actor import objective_gradients
+from tests.actor.launch import obey
 from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
 
 OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
@@ -358,8 +357,4 @@ def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tup
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    obey(globals())

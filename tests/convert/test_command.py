@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_pmd.convert.command import locate
 from megatron_pmd.errors import CheckpointError, ConfigError
+from tests.actor.launch import REPOSITORY
 from tests.actor.test_bad_models import edit_weights
 from tests.actor.tiny_models import config_for
 from tests.convert.command_line import convert
@@ -77,6 +80,20 @@ def test_diff_of_a_model_and_its_checkpoint_finds_nothing(variants, converted):
     done = convert("diff", variants / "qwen3moe", converted[0] / "qwen3moe/megatron")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "87 tensors are the same bit for bit, 0 are not"
+
+
+@pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
+def test_the_tools_share_a_conversion_under_torchrun(variants, converted, tmp_path, direction):
+    source = variants / "qwen3" if direction == "hf_to_megatron" else converted[0] / "qwen3/megatron"
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", f"tools/convert_{direction}.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, source, "--out", tmp_path / "out"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads((tmp_path / "out" / "conversion.json").read_text())["tensors"]
+    alone = converted[1]["qwen3"][0]["tensors"]
+    assert {name: made[name]["sha256"] for name in made} == {name: alone[name]["sha256"] for name in alone}
 
 
 def test_an_error_is_one_message(converted, tmp_path):

@@ -71,11 +71,19 @@ def test_a_job_of_a_chain_whose_first_start_slurm_lost_still_ends_with_the_run(t
     assert done.stdout == "megatron-pmd: not started: an earlier job of this chain completed the run\n"
 
 
+def play(folder: Path, programs: dict[str, str]) -> str:
+    """A PATH on which these programs, name and body, stand before the machine's own."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_a_first_node_that_was_lost_is_excluded_although_the_script_went_with_it(tmp_path: Path) -> None:
     """Slurm's commands are played: the job starts again on other nodes, fails there, and is requeued."""
-    state, programs, calls = tmp_path / "run" / "launch", tmp_path / "bin", tmp_path / "calls"
+    state, calls = tmp_path / "run" / "launch", tmp_path / "calls"
     state.mkdir(parents=True)
-    programs.mkdir()
     (state / "history").write_text("submitted 5\nbegin 1 at nothing\n")
     (state / "nodes").write_text("n[1-2]\n")
     played = {
@@ -84,14 +92,11 @@ def test_a_first_node_that_was_lost_is_excluded_although_the_script_went_with_it
         "srun": "exit 3",
         "sleep": "true",
     }
-    for name, body_of in played.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body_of}\n")
-        (programs / name).chmod(0o755)
     variables = {
         "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(tmp_path),
         "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_NODELIST": "n[2-3]", "SLURM_NNODES": "2", "CALLS": str(calls),
-        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PATH": play(tmp_path / "bin", played),
     }  # fmt: skip
     done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
     assert done.returncode == 1, done.stderr
@@ -101,6 +106,26 @@ def test_a_first_node_that_was_lost_is_excluded_although_the_script_went_with_it
     )
     assert (state / "excluded_nodes").read_text() == "n1\n"
     assert calls.read_text().splitlines()[-2:] == ["requeue 5", "update JobId=5 ExcNodeList=n1"]
+
+
+def test_apptainer_gets_its_image_its_mounts_and_the_shared_folder(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    played = {"scontrol": "echo n1", "srun": 'printf "%s\\n" "$@" >"$CALLS"; exit 3'}
+    variables = {
+        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(tmp_path),
+        "PMD_ROOT": "/shared", "PMD_MAX_CRASHES": "1", "PMD_CONTAINER_RUNTIME": "apptainer",
+        "PMD_CONTAINER_IMAGE": "pmd.sif",
+        "PMD_CONTAINER_MOUNTS": "/shared:/shared,/data:/data", "SLURM_JOB_ID": "5", "SLURM_SUBMIT_DIR": "/",
+        "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "CALLS": str(calls),
+        "PATH": play(tmp_path / "bin", played),
+    }  # fmt: skip
+    subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
+    words = calls.read_text().splitlines()
+    start = words.index("apptainer")
+    assert words[start : start + 10] == [
+        "apptainer", "exec", "--nv", "--no-home", "--pwd", "/shared", "--bind", "/shared:/shared,/data:/data",
+        "pmd.sif", "bash",
+    ]  # fmt: skip
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:

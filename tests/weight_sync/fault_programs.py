@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +23,7 @@ from megatron_pmd.config import Rollout, Sync
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.rollout.source import LiveEngines
+from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 
 
@@ -193,8 +191,4 @@ def _message(action: Callable[[], None]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    obey(globals())

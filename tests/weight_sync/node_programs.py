@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from megatron_pmd.actor.cpu import standins
 
@@ -22,6 +18,7 @@ from megatron_pmd.config import Rollout, Sync
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.rollout.source import LiveEngines
+from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 from tests.rollout.live_engine import generate
 
@@ -87,8 +84,4 @@ def _with_damage(engines: LiveEngines, actor: Actor) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    obey(globals())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from megatron_pmd.observe.parts import Parts
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
+from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 
 
@@ -161,8 +159,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    torch.save(globals()[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    obey(globals())
