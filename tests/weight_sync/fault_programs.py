@@ -19,29 +19,24 @@ if __name__ == "__main__":
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control, initialize
-from megatron_pmd.config import Rollout, Sync
+from megatron_pmd.config import Rollout, RunConfig, Sync
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.rollout.source import LiveEngines
 from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 
+START_SECONDS = 180.0
+"""A rank waits so long for one that starts an engine."""
+
 
 class Trial:
-    """An actor and its engine. Every load is verified in full, so that no wrong weight passes."""
+    """An actor and the engines of its run, as one rank has them."""
 
-    def __init__(self, path: Path, folder: Path, health_seconds: float, sync_seconds: float) -> None:
-        config = config_for(path).model_copy(
-            update={
-                "rollout": Rollout(
-                    max_total_tokens=1024, health_interval_seconds=1.0, health_timeout_seconds=health_seconds
-                ),
-                "sync": Sync(timeout_seconds=sync_seconds, verify="full"),
-            }
-        )
+    def __init__(self, config: RunConfig, folder: Path, tokenizer: Any = None, rewards: Any = None) -> None:
         initialize(config.layout, seed=0, timeout_seconds=60)
-        self.control = Control(60)
-        self.engines = LiveEngines(config, self.control, folder, None, None, Console(), cpu=True)
+        self.control = Control(START_SECONDS)
+        self.engines = LiveEngines(config, self.control, folder, tokenizer, rewards, Console(), cpu=True)
         self.actor = Actor(config, self.control)
         self.version = 0
         self.transport = self.engines._push._transport
@@ -69,6 +64,7 @@ class Trial:
 
     @property
     def engine(self) -> Any:
+        """This rank's."""
         return self.engines.fleet._engine
 
     def processes(self, name: str) -> list[psutil.Process]:
@@ -118,7 +114,13 @@ class Trial:
 
 def faults(path: Path, folder: Path, health_seconds: float, sync_seconds: float) -> dict[str, Any]:
     """One fault after another; by name, what came of it."""
-    trial = Trial(path, folder, health_seconds, sync_seconds)
+    rollout = Rollout(
+        max_total_tokens=1024, health_interval_seconds=1.0, health_timeout_seconds=health_seconds
+    )
+    # verified in full, so that no wrong weight passes
+    sync = Sync(timeout_seconds=sync_seconds, verify="full")
+    config = config_for(path).model_copy(update={"rollout": rollout, "sync": sync})
+    trial = Trial(config, folder)
     engines, results = trial.engines, dict[str, Any]()
     try:
         results["none"] = trial.iteration(expected_starts=1)

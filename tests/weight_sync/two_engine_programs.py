@@ -1,0 +1,174 @@
+"""Two ranks with an engine each, and deaths: `python -m tests.weight_sync.two_engine_programs ORDER`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron_pmd.config import Batch, Rollout, Sync
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.rollout.plan import SamplingPlan
+from megatron_pmd.rollout.samples import RolloutBatch, Sample
+from tests.actor.launch import obey
+from tests.actor.tiny_models import config_for
+from tests.rollout.test_sampler import Grading, Numbers, plan_for
+from tests.weight_sync.fault_programs import Trial
+
+BATCH = Batch(
+    prompts_per_rollout=4, samples_per_prompt=4, prompts_per_step=4, max_tokens_per_microbatch=1000,
+    max_prompt_tokens=20, max_response_tokens=300,
+)  # fmt: skip
+SHORT_TOKENS = 40
+"""Length of the first group's responses; when they are finished, all others are under way."""
+
+
+class Endless(Numbers):
+    """Knows no token that ends a response: each has the length it is given."""
+
+    eos_token_id = None
+
+
+class Pair:
+    """The trial of two ranks, whose driver draws rollouts."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        config = config_for(path, dict(data=2)).model_copy(
+            update={
+                # some requests wait in their engine
+                "rollout": Rollout(max_total_tokens=4096, max_running_requests=4),
+                "sync": Sync(timeout_seconds=60, verify="full"),
+                "batch": BATCH,
+            }
+        )
+        self.trial = Trial(config, folder, Endless(), Grading(lambda *_: 1.0))
+        self.control, self.engines = self.trial.control, self.trial.engines
+
+    @property
+    def is_driver(self) -> bool:
+        return self.control.is_driver
+
+    def rollout(self, blow: Callable[[], None]) -> dict[str, Any]:
+        """A rollout in whose middle the blow falls; where it fell, and what came of the rollout."""
+        plan = self._plan() if self.is_driver else None
+        record: dict[str, Any] = {}
+        striker = threading.Thread(target=self._strike, args=(plan, blow, record), daemon=True)
+        if plan:
+            striker.start()
+        begun = time.monotonic()
+        samples = self.engines.draw(plan, self.trial.actor, "rollout")
+        record["seconds"] = time.monotonic() - begun
+        if plan:
+            striker.join()
+            record |= {
+                "numbers": [(sample.group, sample.number) for sample in samples],
+                "lengths": [len(sample.response_tokens) for sample in samples],
+                "budgets": [member.problem.token_budget for group in plan.groups for member in group.members],
+                "versions": {segment.weight_version for sample in samples for segment in sample.segments},
+                "started": plan.accounts.started,
+                "sampled tokens": plan.accounts.sampled_tokens,
+            }
+        return record | self._state() | {"difference": self._difference(samples)}
+
+    def _state(self) -> dict[str, Any]:
+        router = self.engines.fleet._router
+        return {
+            "version": self.trial.version,
+            "starts": self.trial.starts,
+            "router": router.pid if router else None,
+        }
+
+    def _plan(self) -> SamplingPlan:
+        budgets = [SHORT_TOKENS] + [BATCH.max_response_tokens] * (BATCH.prompts_per_rollout - 1)
+        problems = [
+            Problem(index=i, messages=(), answer="", tokens=(5, 10 * i + 1), token_budget=budget)
+            for i, budget in enumerate(budgets)
+        ]
+        version = self.trial.version
+        return plan_for(0, problems=problems, iteration=version, weight_version=version)
+
+    def _strike(self, plan: SamplingPlan, blow: Callable[[], None], record: dict[str, Any]) -> None:
+        """Once a group is finished while both engines have work."""
+        while plan.finished < plan.total:
+            in_flight = [self._in_flight(url) for url in self.engines.fleet.urls]
+            if plan.finished >= BATCH.samples_per_prompt and all(in_flight):
+                blow()
+                record |= {"in flight": in_flight, "finished before": plan.finished}
+                return
+            time.sleep(0.02)
+
+    def _in_flight(self, url: str) -> int:
+        """Requests that the engine works on, or that wait in it, when it last noted them."""
+        reply = httpx.get(
+            url + "/v1/loads", headers=self.engines.fleet.headers, timeout=60, trust_env=False
+        ).json()
+        return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in reply["loads"])
+
+    def _difference(self, samples: list[Sample]) -> float:
+        """Largest |log π_actor − log π_engine| of the sampled tokens that this rank computes."""
+        batch = self.control.from_driver(RolloutBatch.pack(samples, 1.0) if self.is_driver else None)
+        actor = self.trial.actor
+        return actor.log_probs(batch, actor.microbatches(batch, np.arange(len(batch)))).max_absolute
+
+    def served(self) -> dict[str, Any]:
+        """What the router's answers to four requests say, and what each engine itself."""
+        answers = self.control.on_driver(lambda: [self.trial.served() for _ in range(4)])
+        own = self.engines.fleet.on_leaders(lambda _: self.engines.fleet.calls.weight_version())
+        return self._state() | {"answers": answers, "versions": own}
+
+    def next_version(self) -> dict[str, Any]:
+        self.trial.sync()
+        self.engines.resume()
+        return self.served()
+
+
+def two_engines(path: Path, folder: Path) -> dict[str, Any]:
+    """Three rollouts and two syncs, and something dies in each; by its name, what this rank saw."""
+    pair = Pair(path, folder)
+    trial, engines, results = pair.trial, pair.engines, dict[str, Any]()
+    try:
+        pair.next_version()
+        pids = pair.control.all_gather((_server(trial), trial.processes("sglang::scheduler")[0].pid))
+        (first_server, _), (_, second_scheduler) = pids
+        results["engine killed"] = pair.rollout(lambda: psutil.Process(second_scheduler).kill())
+        engines.release()
+        results["sync after a killed engine"] = pair.next_version()
+
+        results["router killed"] = pair.rollout(lambda: _kill_router(trial))
+        engines.release()
+        if pair.is_driver:
+            trial.during_sync(lambda *_: _kill_router(trial))
+        results["router killed during sync"] = pair.next_version()
+
+        results["server killed"] = pair.rollout(lambda: psutil.Process(first_server).kill())
+    finally:
+        engines.close()
+    results["processes left"] = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    return results
+
+
+def _server(trial: Trial) -> int:
+    """The engine's main process: it answers requests, and its warden outlives it."""
+    return psutil.Process(trial.engine.pid).children()[0].pid
+
+
+def _kill_router(trial: Trial) -> None:
+    router = trial.engines.fleet._router
+    assert router is not None
+    for process in psutil.Process(router.pid).children(recursive=True):
+        process.kill()
+
+
+if __name__ == "__main__":
+    obey(globals())
