@@ -102,6 +102,7 @@ def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu
 
     from megatron_pmd.actor import checkpoint
     from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.device import SharedDevice
     from megatron_pmd.loop import train
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.folder import read_records
@@ -135,6 +136,7 @@ def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu
             problems = control.on_driver(lambda: _problems(config, tokenizer, console, state))
             kept = read_kept(resume_from, problems.train.problem) if resume_from and problems else []
             rollouts: RolloutSource
+            device = SharedDevice()
             if order.replay:
                 rollouts = ReplayedRollouts(Path(order.replay), control)
             elif config.algorithm.objective == "sft":
@@ -143,12 +145,12 @@ def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu
                 rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
                 rollouts = LiveEngines(
                     config, control, folder, tokenizer, rewards, console,
-                    cpu=cpu, interrupted=ending.must_cut,
+                    cpu=cpu, interrupted=ending.must_cut, device=device,
                 )  # fmt: skip
                 cleanup.callback(rollouts.close)
             if not cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
                 rollouts.make_room()
-            actor = Actor(config, control)
+            actor = Actor(config, control, device)
             if resume_from:
                 actor.load(resume_from)
             run = Run(

@@ -27,6 +27,7 @@ from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
 from megatron_pmd.config import RunConfig
 from megatron_pmd.convert import live
+from megatron_pmd.device import SharedDevice
 from megatron_pmd.errors import ModelError, NonFiniteLoss
 from megatron_pmd.rollout.samples import RolloutBatch
 
@@ -101,13 +102,17 @@ class _StepSums:
 class Actor:
     """One rank's part of the policy π_θ, its optimizer, and the passes over them."""
 
-    def __init__(self, config: RunConfig, control: Control) -> None:
-        """Build the model from the configuration's folder and load its weights."""
+    def __init__(self, config: RunConfig, control: Control, device: SharedDevice | None = None) -> None:
+        """Build the model from the configuration's folder and load its weights.
+
+        device: the account that the engines keep, too.
+        """
         settings.refuse_without_cuda(config)
         if torch.cuda.is_available():
             settings.check_device(config)
         self.config = config
-        self._control = control
+        self._control, self._device = control, device or SharedDevice()
+        self._device.held |= {"parameters", "optimizer"}
         self._bridge = model.load_bridge(
             Path(config.model.path), trust_remote_code=config.model.trust_remote_code
         )
@@ -301,19 +306,23 @@ class Actor:
 
     def wake(self) -> None:
         """Take the device back from the engines."""
+        self._device.take("parameters", "optimizer")
         residency.wake(self.chunks, self.optimizer)
 
     def release_optimizer(self) -> None:
         """Make room for the engines' weights; the parameters stay, to be exported."""
         residency.release_optimizer(self.optimizer)
+        self._device.leave("optimizer")
 
     def wake_parameters(self) -> None:
         """Parameters alone, to be exported while engines are started again."""
+        self._device.take("parameters")
         residency.wake_parameters(self.chunks)
 
     def release_parameters(self) -> None:
         """Make room for the engines' KV cache."""
         residency.release_parameters(self.chunks)
+        self._device.leave("parameters")
 
     def save_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, configuration, tokenizer, manifest."""

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from megatron_pmd.actor.parallel import Control
 from megatron_pmd.config import RunConfig
+from megatron_pmd.device import SharedDevice
 from megatron_pmd.errors import EngineError, PmdError
 from megatron_pmd.observe.parts import Parts
 from megatron_pmd.rollout import external
@@ -37,15 +38,20 @@ class Fleet:
     leader is raised on all ranks, so that none waits for ever.
     """
 
-    def __init__(self, config: RunConfig, control: Control, folder: Path, parts: Parts, *, cpu: bool) -> None:
+    def __init__(
+        self, config: RunConfig, control: Control, folder: Path, parts: Parts, *, cpu: bool,
+        device: SharedDevice | None = None,
+    ) -> None:  # fmt: skip
         """Starts this rank's engine, or its part of one, if it has any; logs go to folder/logs.
 
-        parts: the clock that its sub-phases are entered into.
+        parts: the clock that its sub-phases are entered into. device: the account that the actor keeps, too.
         Raises LayoutError for engines that cannot be shared out to the nodes, EngineError without a route
         between them.
         """
         self._config, self._control, self._folder, self._parts = config, control, folder, parts
         self._external = bool(config.rollout.servers)
+        # a server of others has its own
+        self._device = SharedDevice() if self._external or device is None else device
         keys = external.keys() if self._external else (secrets.token_hex(24), secrets.token_hex(24))
         self.key, self.admin_key = control.from_driver(keys)
         self.urls: list[str] = []
@@ -65,6 +71,7 @@ class Fleet:
     def _start(self, engines: Collection[int]) -> None:
         """Start these engines, on every node they reach; they answer later."""
         mine = self._place if self._place and self._place.engine in engines else None
+        self._device.held |= {"weights", "kv_cache"}
         meetings = self._meetings(engines)
         if mine is None:
             return
@@ -223,8 +230,10 @@ class Fleet:
             return None
 
         self._stop_parts([number for number in self.on_leaders(give_up) if number is not None])
+        self._device.leave("kv_cache", "weights")
 
     def resume_weights(self) -> None:
+        self._device.take("weights")
         self.on_leaders(lambda _: self._hand_over(["weights"], self.calls.resume, resident=True))
 
     def resume_cache(self) -> None:
@@ -235,6 +244,7 @@ class Fleet:
             with self._parts("flush"):
                 self.calls.flush_cache()
 
+        self._device.take("kv_cache")
         self.on_leaders(resume)
 
     def _hand_over(self, tags: list[Tag], call: Callable[[list[Tag]], None], *, resident: bool) -> None:

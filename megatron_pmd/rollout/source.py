@@ -14,6 +14,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
+from megatron_pmd.device import SharedDevice
 from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.parts import Parts
@@ -79,13 +80,17 @@ class LiveEngines:
         *,
         cpu: bool,
         interrupted: Callable[[], bool] = lambda: False,
+        device: SharedDevice | None = None,
     ) -> None:
-        """Starts the engines; they answer only after the first load(). interrupted: see Sampler."""
+        """Starts the engines; they answer only after the first load().
+
+        interrupted: see Sampler. device: the account that the actor keeps, too.
+        """
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
         self.parts = Parts(lambda: (resident_bytes(), self.engine_bytes()))
-        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu)
+        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu, device=device)
         self._push = WeightPush(
             _transport(config, self.fleet, control, folder),
             control,

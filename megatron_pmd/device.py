@@ -1,0 +1,39 @@
+"""What actor and engines hold of the device they share, and what may be there at one time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Part = Literal["parameters", "optimizer", "weights", "kv_cache"]
+"""`parameters` (with their gradients) and `optimizer` are the actor's, the others the engine's."""
+APART: tuple[tuple[Part, Part], ...] = (
+    ("optimizer", "weights"),
+    ("optimizer", "kv_cache"),
+    ("parameters", "kv_cache"),
+)
+"""What is never brought together. In a sync the parameters are beside the engine's weights."""
+
+
+class SharedDevice:
+    """A rank's account of its device, by what the actor and the engines were told to hold.
+
+    Not checked is what begins to exist: at a run's start on a CPU, and when an engine is started again in a
+    sync, an engine with its cache is beside the actor until it is released.
+    """
+
+    def __init__(self) -> None:
+        self.held: set[Part] = set()
+
+    def take(self, *parts: Part) -> None:
+        """To be called before these come. RuntimeError if something is there that has to leave first."""
+        for pair in APART:
+            for part, other in (pair, pair[::-1]):
+                if part in parts and other in self.held:
+                    raise RuntimeError(
+                        f"{part} would come to a device that {other} has not left: wrong order of phases"
+                    )
+        self.held |= set(parts)
+
+    def leave(self, *parts: Part) -> None:
+        """To be called when these have left the device."""
+        self.held -= set(parts)
