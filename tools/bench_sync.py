@@ -97,6 +97,8 @@ def bench_export(model: Path, repetitions: int, folder: Path) -> list[Row]:
 class _Nowhere:
     """A transport without engines."""
 
+    opens_buckets = True
+
     def needs_buckets(self, node_leads: bool, node: int) -> bool:
         return True
 
@@ -136,7 +138,7 @@ def export_ranks(order: Path) -> None:
     )
 
     def ours() -> int:
-        return push.push(actor.shards(), 1, serves=[control.node] if control.is_driver else []).bytes
+        return push.push(actor.shards(), 1, serves=[control.rank] if control.is_driver else []).bytes
 
     def bridge() -> int:
         return sum(tensor.nbytes for _, tensor in actor.export())

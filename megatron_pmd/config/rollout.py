@@ -135,8 +135,9 @@ class Rollout(Frozen):
 
 class Sync(Frozen):
     transport: Literal["ipc", "broadcast", "disk"] = "ipc"
-    """`ipc`: engines map buckets in their node's shared memory. `broadcast`: the driver sends them over a
-    process group. `disk`: engines read safetensors in the run folder (docs/weight_sync.md)."""
+    """`ipc`: engines open buckets in their node's shared memory, or with CUDA on the device that they share
+    with an actor rank. `broadcast`: the driver sends them over a process group. `disk`: engines read
+    safetensors in the run folder (docs/weight_sync.md)."""
     bucket_megabytes: PositiveInt = 512
     """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;
     two exist at a time."""

@@ -211,12 +211,13 @@ def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, a
     rollout = batch.samples_per_rollout * (batch.max_prompt_tokens + batch.max_response_tokens)
     process = assume.cpu_process_bytes if machines.shares_host_memory else assume.process_host_bytes
     owners: Owners = {
-        "weight buckets": 2 * config.sync.bucket_megabytes * 2**20,
         "processes": per_node * process,
         "rollouts": rollout * ROLLOUT_TOKEN_BYTES,
         "checkpoint being written": per_node * (heaviest.weight_bytes + heaviest.optimizer_bytes),
     }
-    if not machines.shares_host_memory:
+    if machines.shares_host_memory:
+        owners["weight buckets"] = 2 * config.sync.bucket_megabytes * 2**20
+    else:
         owners["offloaded weights"] = per_node * heaviest.weight_bytes
         owners["offloaded optimizer"] = per_node * heaviest.optimizer_bytes
     return owners

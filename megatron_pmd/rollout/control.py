@@ -80,13 +80,13 @@ class EngineControl:
             self._confirmed("/begin_weight_update", {})
 
     def load_bucket(self, description: dict[str, Any]) -> None:
-        """Have every rank of the engine load a SharedBucket; returns when all of them are done reading it.
+        """Have every rank of the engine load a bucket; returns when all of them are done reading it.
 
-        description: of the bucket; its `paths` has one for each of the engine's nodes.
+        description: see Bucket.description.
         EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
         """
         # engines of one node read the same bucket
-        reply = Path(f"{description['paths'][0]}.reply-{self.spec.port}.json")
+        reply = Path(f"{description['reply']}-{self.spec.port}.json")
         reply.unlink(missing_ok=True)
         body = torch.frombuffer(
             bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8

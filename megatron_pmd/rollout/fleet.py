@@ -130,8 +130,8 @@ class Fleet:
 
     @property
     def serves(self) -> tuple[int, ...]:
-        """The nodes of the engine that this rank leads; () if it leads none."""
-        return self._place.nodes if self._place is not None and self.leads else ()
+        """The ranks whose devices the engine that this rank leads computes on; () if it leads none."""
+        return self._place.ranks if self._place is not None and self.leads else ()
 
     @property
     def calls(self) -> EngineControl:

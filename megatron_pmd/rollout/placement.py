@@ -16,6 +16,8 @@ class Place:
     """Counts the engines of a run from 0."""
     nodes: tuple[int, ...]
     """The engine's, in the order of its tensor-parallel ranks, as torchrun counts nodes."""
+    ranks: tuple[int, ...]
+    """Those whose devices the engine computes on: position i shares its with the engine's rank i."""
     part: int
     """Which of these this rank's is. The rank with the first part leads the engine: only it makes calls."""
 
@@ -35,7 +37,7 @@ def place_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, devices: in
     reached = tuple(dict.fromkeys(serving))
     if rank >= first + devices or rank != first + serving.index(nodes[rank]):
         return None
-    return Place(engine, reached, reached.index(nodes[rank]))
+    return Place(engine, reached, tuple(range(first, first + len(serving))), reached.index(nodes[rank]))
 
 
 def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:

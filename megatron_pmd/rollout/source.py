@@ -28,7 +28,7 @@ from megatron_pmd.rollout.samples import Sample, read_rollout
 from megatron_pmd.rollout.transport import Endpoint, EnginesLost
 from megatron_pmd.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport, WeightPush, shared_memory_key
-from megatron_pmd.weight_sync.transport import Broadcast, Disk, SharedMemory, Transport
+from megatron_pmd.weight_sync.transport import Broadcast, Colocated, Disk, Transport
 
 
 class RolloutSource(Protocol):
@@ -98,6 +98,7 @@ class LiveEngines:
             self.parts,
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             verify=config.sync.verify == "full",
+            on_device=not cpu,
         )
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
@@ -211,9 +212,7 @@ def _transport(config: RunConfig, fleet: Fleet, control: Control, folder: Path) 
             fleet, control, tensor_parallel=config.rollout.tensor_parallel,
             timeout_seconds=config.sync.timeout_seconds,
         )  # fmt: skip
-    return (
-        Disk(fleet, control, folder / "weights") if config.sync.transport == "disk" else SharedMemory(fleet)
-    )
+    return Disk(fleet, control, folder / "weights") if config.sync.transport == "disk" else Colocated(fleet)
 
 
 class WithoutEngines:

@@ -1,4 +1,4 @@
-"""A weight bucket: a file in shared memory that the ranks of a node fill and its engines read."""
+"""A weight bucket, which the ranks of a node fill and its engines read; here as a file in shared memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,23 +151,73 @@ def path_of(key: str, folder: Path = SHARED_MEMORY) -> Path:
     return folder / f"{PREFIX}{key}"
 
 
-class SharedBucket:
-    """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
+class Bucket:
+    """Tensors one behind the other in one piece of memory."""
 
-    Its owner makes the file and removes it, by close() or at the exit of its process; the other ranks of the
-    node open it to write their parts.
-    """
+    data: torch.Tensor
+    """The whole bucket as bytes."""
 
-    def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY, *, owner: bool = True) -> None:
+    def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY) -> None:
         """key: names the run and the bucket, e.g. `3f2a-0-1`. capacity: bytes, rounded up to ALIGNMENT.
 
-        Raises ModelError if the machine's shared memory cannot hold it, or, not being the owner, if there is
-        none.
+        folder: where engines leave their replies.
         """
         self.key, self.capacity = key, padded(capacity)
         self.path = path_of(key, folder)
         self.layout = BucketLayout(self.capacity)
-        self._sequence, self._owner = 0, owner
+        self._sequence = 0
+
+    def begin(self, layout: BucketLayout) -> None:
+        """These tensors are written next. Only after every engine has answered for the last ones."""
+        self.layout = layout
+
+    def complete(self) -> None:
+        """After this rank has written its part; all ranks of the node call it."""
+
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        """The place of a tensor in the bucket."""
+        region = self.data[entry.offset : entry.offset + entry.nbytes]
+        return region.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def description(
+        self, sums: Mapping[str, tuple[int, int]] | None = None, places: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What an engine needs to read the bucket: JSON-serialisable, different at every call.
+
+        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket. places:
+        `paths` of the buckets with the same contents, one on each of the engine's nodes, or `handles`, one
+        for each of its ranks (device_bucket.py); None: the file of this one alone.
+        """
+        self._sequence += 1
+        if sums is None:
+            tensors = {name: self.tensor(entry) for name, entry in self.layout.entries.items()}
+            sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
+        return {
+            "bucket": f"{self.key}#{self._sequence}",
+            "bytes": self.capacity,
+            "reply": f"{self.path}.reply",
+            "tensors": self.layout.as_json(),
+            "sums": [sums[name] for name in self.layout.entries],
+            **(places or {"paths": [str(self.path)]}),
+        }
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+class SharedBucket(Bucket):
+    """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
+
+    Its owner makes the file and removes it, by close() or at the exit of its process; the other ranks of the
+    node open it to write their parts: what one has written is there for all.
+    """
+
+    def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY, *, owner: bool = True) -> None:
+        """See Bucket. Raises ModelError if the machine's shared memory cannot hold it, or, not being the
+        owner, if there is none.
+        """
+        super().__init__(key, capacity, folder)
+        self._owner = owner
         descriptor = self._create(folder) if owner else self._open()
         try:
             self._map = mmap.mmap(descriptor, self.capacity)
@@ -180,7 +230,6 @@ class SharedBucket:
             if not owner:
                 os.close(descriptor)
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
-        """The whole bucket as bytes."""
 
     def _create(self, folder: Path) -> int:
         self.path.unlink(missing_ok=True)  # left by a killed run of the same key
@@ -218,31 +267,6 @@ class SharedBucket:
         """Copy a tensor in, behind those placed before; ModelError if it does not fit (ask fits() first)."""
         entry = self.layout.add(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         self.tensor(entry).copy_(tensor)
-
-    def tensor(self, entry: Entry) -> torch.Tensor:
-        """The place of a tensor in the bucket."""
-        region = self.data[entry.offset : entry.offset + entry.nbytes]
-        return region.view(getattr(torch, entry.dtype)).view(entry.shape)
-
-    def description(
-        self, sums: Mapping[str, tuple[int, int]] | None = None, paths: Sequence[Path] = ()
-    ) -> dict[str, Any]:
-        """What an engine needs to read the bucket: JSON-serialisable, different at every call.
-
-        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket. paths: of
-        the buckets with the same contents, one on each of the engine's nodes; none: this one alone.
-        """
-        self._sequence += 1
-        if sums is None:
-            tensors = {name: self.tensor(entry) for name, entry in self.layout.entries.items()}
-            sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
-        return {
-            "bucket": f"{self.key}#{self._sequence}",
-            "paths": [str(path) for path in paths or [self.path]],
-            "bytes": self.capacity,
-            "tensors": self.layout.as_json(),
-            "sums": [sums[name] for name in self.layout.entries],
-        }
 
     def clear(self) -> None:
         """Make room for the next tensors. Only after every engine has answered for the last ones."""

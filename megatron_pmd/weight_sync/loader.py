@@ -2,7 +2,7 @@
 
 SGLang calls load_bucket in every tensor-parallel rank of the engine, with what /update_weights_from_tensor
 carried: one byte tensor that holds the bucket's description as JSON. The weights themselves are read from
-shared memory.
+shared memory, or on a GPU from the device that the actor's rank shares with the engine's.
 
 SGLang ignores what a custom loader returns, and an exception from it kills the whole server. So the outcomes
 of all ranks, which may be of several nodes, go into a reply file beside the first one's bucket;
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.weight_sync.bucket import BucketLayout, word_sum
+from megatron_pmd.weight_sync.device_bucket import open_handle
 
 KEPT_MAPPINGS = 4
 MADV_POPULATE_READ = 22
@@ -53,6 +54,8 @@ class Update:
 _update = Update()
 _mappings: dict[tuple[str, int, int], torch.Tensor] = {}
 """(path, inode, size) -> the bucket's bytes. Mapping one anew at each use costs as much as copying it."""
+_opened: dict[str, torch.Tensor] = {}
+"""CUDA IPC handle -> the bucket's bytes, until the sender takes the memory back at the end of the update."""
 
 
 def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -101,6 +104,8 @@ def _load(model: Any, description: dict[str, Any]) -> None:
     _account(update, weights)
     if update.get("verify_last"):
         _compare(_digests(model), update["name"])
+    if description.get("ends"):
+        _opened.clear()
 
 
 def _account(update: dict[str, Any], weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -151,16 +156,29 @@ def _compare(digests: dict[str, str], update: str) -> None:
 
 
 def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """The bucket's tensors, as views of shared memory; BucketError if it is not as described."""
+    """The bucket's tensors, as views of its memory; BucketError if it is not as described."""
+    size = description["bytes"]
+    layout = BucketLayout.from_json(size, description["tensors"])
+    if "paths" in description:
+        return _read_file(description, layout)
+    handle = of_this_rank(description["handles"])
+    if str(handle) not in _opened:
+        _opened[str(handle)] = open_handle(handle, size)
+    weights = _views(_opened[str(handle)], layout)
+    if wrong := _first_wrong(weights, description["sums"]):
+        raise BucketError(_changed(description, wrong, "on this rank's device"))
+    return weights
+
+
+def _read_file(description: dict[str, Any], layout: BucketLayout) -> list[tuple[str, torch.Tensor]]:
     name, size = description["bucket"], description["bytes"]
-    path = path_of_node(description["paths"])
+    path = of_this_rank(description["paths"])
     try:
         found = os.stat(path)
     except OSError as error:
         raise BucketError(f"weight bucket {name}: cannot open {path}: {error.strerror}") from None
     if found.st_size != size:
         raise BucketError(f"weight bucket {name}: {path} has {found.st_size} bytes, expected {size}")
-    layout = BucketLayout.from_json(size, description["tensors"])
     key = (path, found.st_ino, size)
     kept = key in _mappings
     weights = _views(_mappings[key] if kept else _map(key), layout)
@@ -170,11 +188,15 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
         weights = _views(_map(key), layout)
         wrong = _first_wrong(weights, description["sums"])
     if wrong:
-        raise BucketError(
-            f"weight bucket {name}: tensor {wrong} in {path} has not the checksum it was sent with; "
-            "it was changed after it was described"
-        )
+        raise BucketError(_changed(description, wrong, f"in {path}"))
     return weights
+
+
+def _changed(description: dict[str, Any], tensor: str, where: str) -> str:
+    return (
+        f"weight bucket {description['bucket']}: tensor {tensor} {where} has not the checksum it was sent "
+        "with; it was changed after it was described"
+    )
 
 
 def _map(key: tuple[str, int, int]) -> torch.Tensor:
@@ -225,8 +247,8 @@ def _unknown_weights(bucket: str) -> Iterator[None]:
         raise BucketError(f"weight bucket {bucket}: {len(unknown)} weights are unknown to the model: {few}")
 
 
-def path_of_node(paths: list[str]) -> str:
-    """Of an engine's buckets, which are one on each of its nodes, in order, that of this rank's node."""
-    if len(paths) == 1:
-        return paths[0]
-    return paths[dist.get_rank() * len(paths) // dist.get_world_size()]
+def of_this_rank(places: list[Any]) -> Any:
+    """Of an engine's buckets, one on each of its nodes or on each of its ranks, in order, this rank's."""
+    if len(places) == 1:
+        return places[0]
+    return places[dist.get_rank() * len(places) // dist.get_world_size()]

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.errors import ModelError, PmdError
-from megatron_pmd.weight_sync.bucket import SharedBucket, path_of, sweep, word_sum
+from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
@@ -44,7 +45,7 @@ def shared_memory_key(folder: Path) -> str:
 
 
 class WeightPush:
-    """Two buckets on every node that needs them; all ranks of the node write them.
+    """Two buckets on every node that needs them, or on each of its devices; all ranks of the node write them.
 
     At one point a bucket is full and its predecessor has been loaded; from there on engines load it, and the
     ranks write the next into the predecessor's memory.
@@ -59,16 +60,21 @@ class WeightPush:
         *,
         bucket_bytes: int,
         verify: bool = False,
+        on_device: bool = False,
     ) -> None:
         """parts: the clock for `begin` (engines withdraw their version), `write` (shards go into buckets),
         `load` (what is then left to wait for the engines), `verify` and `confirm`.
         bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
+        on_device: the buckets are DeviceBucket, else SharedBucket.
         """
         self._transport, self._control, self._key = transport, control, run_key
         self._parts, self._bucket_bytes, self._verify = parts, bucket_bytes, verify
+        self._on_device, self._node_group = on_device, None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
-        self._buckets: list[SharedBucket] = []
+        self._buckets: list[Bucket] = []
+        self._handles: list[list[list[Any]]] = []
+        """By rank, how its device's buckets are opened; of those that share it with an engine's rank."""
         self._updates = itertools.count()
         self._token = secrets.token_hex(4)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
@@ -77,7 +83,8 @@ class WeightPush:
         """Send every tensor to every engine and confirm the version.
 
         Collective; the weights' memory must be resident in actor and engines.
-        serves: the nodes of the engine that this rank leads, in the engine's order; none: it leads none.
+        serves: the ranks that share their devices with the engine that this rank leads, in the order of the
+        engine's own ranks; none: it leads none.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
         confirm.
         """
@@ -85,6 +92,8 @@ class WeightPush:
             self._prepare(export, serves)
         assert self._plan is not None
         plan = self._plan
+        if self._on_device and not self._handles:
+            self._make_device_buckets()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
         with self._parts("begin", memory=False):
             self._together(self._transport.begin)
@@ -94,6 +103,8 @@ class WeightPush:
             self._send(export, plan, {"name": name, "verify": "next"})
         with self._parts("confirm"):
             self._together(lambda: self._transport.end(version))
+        if self._on_device:
+            self._close_buckets()
         return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
 
     def _prepare(self, export: ShardExport, serves: Sequence[int]) -> None:
@@ -101,7 +112,8 @@ class WeightPush:
         control = self._control
         shares = control.all_gather((control.node, serves, export.regions))
         nodes = [node for node, _, _ in shares]
-        serving = {node for _, serves, _ in shares for node in serves}
+        self._serving = {rank for _, serves, _ in shares for rank in serves}
+        serving = {nodes[rank] for rank in self._serving}
         targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in serving, n)]
         self._plan = make_plan(
             [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
@@ -109,23 +121,44 @@ class WeightPush:
         )  # fmt: skip
         self._nodes, self._serves, self._export = nodes, serves, export
         self._close_buckets()
-        writes_here = control.node in targets
-        first = nodes.index(control.node) == control.rank
-        count = min(2, len(self._plan.buckets))
+        keys = [self._bucket_key(control.node, turn) for turn in range(min(2, len(self._plan.buckets)))]
+        self._keys = keys if control.node in targets else []
+        if self._on_device:
+            of_nodes = [[rank for rank, n in enumerate(nodes) if n == node] for node in sorted(set(nodes))]
+            self._node_group = self._node_group or dist.new_subgroups_by_enumeration(of_nodes)[0]
+        else:
+            self._make_shared_buckets(first=nodes.index(control.node) == control.rank)
+
+    def _make_shared_buckets(self, *, first: bool) -> None:
+        """first: whether this rank is its node's first, which owns the files."""
 
         def make(owner: bool) -> None:
-            if writes_here and owner == first:
+            if owner == first and self._plan is not None:
                 if owner:
                     sweep()
-                capacity = self._plan.capacity if self._plan else 0
-                keys = [self._bucket_key(control.node, turn) for turn in range(count)]
-                self._buckets = [SharedBucket(key, capacity, owner=owner) for key in keys]
+                self._buckets = [SharedBucket(key, self._plan.capacity, owner=owner) for key in self._keys]
 
         self._together(lambda: make(owner=True))
         self._together(lambda: make(owner=False))
 
+    def _make_device_buckets(self) -> None:
+        """Also says to all ranks how they are opened, by those who do."""
+        assert self._plan is not None
+        opened = self._transport.opens_buckets and self._control.rank in self._serving
+        buckets = [DeviceBucket(key, self._plan.capacity, self._node_group) for key in self._keys]
+        self._buckets = list(buckets)
+        handles = [bucket.handle() for bucket in buckets] if opened else []
+        self._handles = self._control.all_gather(handles)
+
     def _bucket_key(self, node: int, turn: int) -> str:
         return f"{self._key}-{node}-{turn}"
+
+    def _places(self, turn: int) -> dict[str, Any]:
+        """Where the engine that this rank leads finds the buckets of a turn: all hold the same."""
+        if self._on_device:
+            return {"handles": [self._handles[rank][turn] for rank in self._serves if self._handles[rank]]}
+        nodes = dict.fromkeys(self._nodes[rank] for rank in self._serves)
+        return {"paths": [str(path_of(self._bucket_key(node, turn))) for node in nodes]}
 
     def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
@@ -149,10 +182,9 @@ class WeightPush:
                     name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
                     for name, word in bucket_plan.words.items()
                 }
-                # the nodes' buckets of one turn hold the same
-                paths = [path_of(self._bucket_key(node, number % 2)) for node in self._serves]
-                description = bucket.description(checks, paths)
+                description = bucket.description(checks, self._places(number % 2))
                 description["update"] = _position(update, number, last, plan)
+                description["ends"] = last and self._verify == ("verify" in update)
             loading = self._loader.submit(self._transport.load, bucket, description)
         with self._parts(load, plan.bytes):
             failure = _outcome(loading)
@@ -166,7 +198,7 @@ class WeightPush:
         self,
         export: ShardExport,
         plan: BucketPlan,
-        bucket: SharedBucket | None,
+        bucket: Bucket | None,
         irregular: Iterator[tuple[str, torch.Tensor]],
     ) -> Sums:
         """This rank's share of a bucket; returns the sums of what it wrote."""
@@ -186,15 +218,17 @@ class WeightPush:
             sums[region.name] += word_sum(source, plan.words[region.name])
 
         if bucket is not None:
-            bucket.layout = plan.layout
+            bucket.begin(plan.layout)
         with torch.no_grad():
             arriving = _exchange(plan.moves, self._control.rank, held)
             for region in plan.writes.get(self._control.rank, []):
                 place(region, held(region))
             for region, tensor in arriving():
                 place(region, tensor)
+        if bucket is not None:
+            bucket.complete()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to the host must be there before an engine is told of them
+            torch.cuda.synchronize()  # the copies must be there before an engine is told of them
         return dict(sums)
 
     def _together(self, action: Callable[[], None]) -> None:
@@ -215,7 +249,7 @@ class WeightPush:
     def _close_buckets(self) -> None:
         for bucket in self._buckets:
             bucket.close()
-        self._buckets = []
+        self._buckets, self._handles = [], []
 
 
 def _exchange(

@@ -24,10 +24,13 @@ from megatron_pmd.rollout.child import LOOPBACK, free_port
 if TYPE_CHECKING:
     from megatron_pmd.actor.parallel import Control
     from megatron_pmd.rollout.fleet import Fleet
-    from megatron_pmd.weight_sync.bucket import SharedBucket
+    from megatron_pmd.weight_sync.bucket import Bucket
 
 
 class Transport(Protocol):
+    opens_buckets: bool
+    """Whether the engines read the buckets themselves."""
+
     def needs_buckets(self, node_serves: bool, node: int) -> bool:
         """Whether this node's bucket has to be filled. node_serves: an engine, or a part of one, is there."""
 
@@ -37,7 +40,7 @@ class Transport(Protocol):
     def connect(self) -> None:
         """What has to be set up once every engine has begun; raises on all ranks what fails on one."""
 
-    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         """Move the bucket; returns when the last of this rank's engines is done with it. Not collective.
 
         bucket: None on a rank whose node has none.
@@ -50,8 +53,10 @@ class Transport(Protocol):
         """Not collective, never fails."""
 
 
-class SharedMemory:
-    """Engines map their node's bucket: one copy, from the bucket into the parameter."""
+class Colocated:
+    """Engines open the bucket of their node, or device: one copy, from the bucket into the parameter."""
+
+    opens_buckets = True
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -65,7 +70,7 @@ class SharedMemory:
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         if self._fleet.leads:
             self._fleet.calls.load_bucket(description)
 
@@ -76,12 +81,14 @@ class SharedMemory:
     def close(self) -> None: ...
 
 
-class Broadcast(SharedMemory):
+class Broadcast(Colocated):
     """The driver broadcasts every tensor to all ranks of all engines, over gloo, or NCCL where CUDA exists.
 
     For engines that do not share a node with actors. What is checked is SGLang's own answer, not the loader's
     sums.
     """
+
+    opens_buckets = False
 
     def __init__(
         self, fleet: Fleet, control: Control, *, tensor_parallel: int, timeout_seconds: float
@@ -130,7 +137,7 @@ class Broadcast(SharedMemory):
                 raise failed
         self._members = list(self._fleet.urls)
 
-    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         def send() -> None:
             assert bucket is not None, "the driver's node has a bucket"
             device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -157,8 +164,10 @@ class Broadcast(SharedMemory):
                 future.result()
 
 
-class Disk(SharedMemory):
+class Disk(Colocated):
     """The driver writes safetensors into a folder that every engine reads, on a file system all share."""
+
+    opens_buckets = False
 
     def __init__(self, fleet: Fleet, control: Control, folder: Path) -> None:
         super().__init__(fleet)
@@ -175,7 +184,7 @@ class Disk(SharedMemory):
         if self._fleet.leads:
             self._fleet.calls.withdraw_version()
 
-    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         if not self._control.is_driver:
             return
         from safetensors.torch import save_file

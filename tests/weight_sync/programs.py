@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control, initialize
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.parts import Parts
-from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync import loader
+from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from tests.actor.launch import obey
@@ -26,6 +29,8 @@ from tests.actor.tiny_models import config_for
 
 class Recorder:
     """A transport to nowhere: keeps a copy of what an engine on this node would be given."""
+
+    opens_buckets = True
 
     def __init__(self, records: bool) -> None:
         self.records, self.calls = records, list[Any]()
@@ -42,7 +47,7 @@ class Recorder:
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: SharedBucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         if not self.records:
             return
         self.descriptions.append(description)
@@ -94,12 +99,13 @@ def export(
     result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
     recorder.fails_at = 2
     try:
-        push.push(actor.shards(), 3, serves=[control.node] if recorder.records else [])
+        push.push(actor.shards(), 3, serves=[control.rank] if recorder.records else [])
     except EngineError as error:
         result["refused"] = str(error)
     result["calls"] = recorder.calls
     push.close()
     result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
+    result["on devices"] = _on_devices(actor, control, recorder.records, bucket_bytes, key)
     result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
     return result
 
@@ -112,10 +118,41 @@ def _fp8(
     shards = export_module.ShardExport(actor._bridge, actor.chunks, control, actor._shapes, fp8=True)
     recorder = Recorder(records)
     push = WeightPush(recorder, control, key, Parts(), bucket_bytes=2**19)
-    push.push(shards, 1, serves=[control.node] if records else [])
+    push.push(shards, 1, serves=[control.rank] if records else [])
     push.close()
     own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
     return _bridge(actor), recorder.tensors, own, len(shards.irregular)
+
+
+def _on_devices(actor: Actor, control: Control, records: bool, bucket_bytes: int, key: str) -> dict[str, Any]:
+    """What arrives through a bucket on each rank's own device, here the CPU, after a refused update.
+
+    The handles are CUDA's: here the rank's own process looks its bucket up.
+    """
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes, on_device=True)
+    opened: list[int] = []
+
+    def handle(bucket: DeviceBucket) -> list[Any]:
+        return [id(bucket.data)]
+
+    def open_handle(handle: list[Any], nbytes: int) -> torch.Tensor:
+        opened.append(handle[0])
+        return next(bucket.data for bucket in push._buckets if id(bucket.data) == handle[0])
+
+    DeviceBucket.handle = handle  # type: ignore[assignment, method-assign]
+    loader.open_handle = open_handle
+    serves = [control.rank] if records else []
+    recorder.fails_at = 3
+    with contextlib.suppress(EngineError):
+        push.push(actor.shards(), 5, serves=serves)
+    kept = [bucket.data.numel() for bucket in push._buckets]
+    recorder.fails_at = -1
+    push.push(actor.shards(), 6, serves=serves)
+    ends = [description["ends"] for description in recorder.descriptions]
+    left = len(push._buckets)
+    push.close()
+    return {"tensors": recorder.tensors, "opened": opened, "kept": kept, "ends": ends, "left": left}
 
 
 def _all_irregular(
@@ -129,7 +166,7 @@ def _all_irregular(
     assert not shards.shards
     recorder = Recorder(records)
     push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
-    push.push(shards, 4, serves=[control.node] if records else [])
+    push.push(shards, 4, serves=[control.rank] if records else [])
     push.close()
     return recorder.tensors
 
@@ -137,7 +174,7 @@ def _all_irregular(
 def _pushed(
     push: WeightPush, recorder: Recorder, actor: Actor, version: int, result: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    serves = [result["node"]] if recorder.records else []
+    serves = [torch.distributed.get_rank()] if recorder.records else []
     report: PushReport = push.push(actor.shards(), version, serves=serves)
     result["report"] = (report.tensors, report.bytes, report.buckets)
     if recorder.records:

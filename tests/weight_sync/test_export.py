@@ -76,6 +76,22 @@ def test_tensors_that_only_the_bridge_can_make_arrive_too(ranks):
             assert same(rank["all irregular"], rank["second"][0])
 
 
+def test_buckets_on_the_ranks_own_devices_hold_the_same_on_each(ranks):
+    """As on GPUs, but for the handles: every rank sums what all of its node have written."""
+    for rank in ranks:
+        if rank["records"]:
+            assert same(rank["on devices"]["tensors"], rank["second"][0])
+
+
+def test_a_device_bucket_is_opened_once_an_update_even_after_one_that_failed_and_then_given_back(ranks):
+    for rank in ranks:
+        seen = rank["on devices"]
+        assert len(seen["kept"]) == 2 and seen["left"] == 0
+        if rank["records"]:
+            assert len(seen["opened"]) == len(set(seen["opened"])) == 2
+            assert seen["ends"] == [False] * (len(seen["ends"]) - 1) + [True]
+
+
 def test_blockwise_fp8_is_that_of_the_whole_tensors_bit_for_bit(ranks):
     for rank in ranks:
         bridge, pushed, own, irregular = rank["fp8"]
