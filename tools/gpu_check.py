@@ -30,10 +30,32 @@ from megatron_pmd.config import RunConfig, build, override
 
 LIMIT_SECONDS = 600
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-CHECKS = ["log-probs against transformers", "packed against alone", "step in bf16"]
+CHECKS = ["log-probs against transformers", "gradient against transformers", "packed against alone"]
+CHECKS += ["step in bf16"]
 CHECKS += [f"step in fp8, {recipe}" for recipe in RECIPES]
 CHECKS += ["step with bf16 moments", "step with the optimizer on the host", "offload and return"]
+CHECKS += ["weights through a CUDA IPC handle"]
 SKIPPED = "skipped"
+COMPARED = {
+    "query": "model.layers.0.self_attn.q_proj.weight",
+    "an expert": "model.layers.0.mlp.experts.0.down_proj.weight",
+    "last norm": "model.norm.weight",
+    "output layer": "lm_head.weight",
+}
+"""The tensors whose gradients are compared, by what the table calls them."""
+IPC_BYTES = 2**30
+READER = """
+import json, sys, time
+import torch
+from megatron_pmd.weight_sync import loader
+class Model:
+    def load_weights(self, weights):
+        self.loaded = [tensor.clone() for _, tensor in weights]
+begin = time.monotonic()
+loader.load_description(Model(), json.load(sys.stdin))
+print(time.monotonic() - begin)
+"""
+"""An engine as far as weights are concerned: opens the handle, checks every sum, copies every tensor."""
 
 
 def configuration(folder: Path, cuda: bool) -> RunConfig:
@@ -60,7 +82,11 @@ def configuration(folder: Path, cuda: bool) -> RunConfig:
 
 
 def make_model(folder: Path, cuda: bool) -> None:
-    """Weights of seed 0, and the log-probabilities that transformers gives the samples' responses."""
+    """Weights of seed 0; what transformers gives the samples' responses for log-probabilities, and gradients.
+
+    The gradient is that of the step in Trial.steps: at the anchor a response's loss, (τ/2)(s − A/τ)²/|y|, has
+    the gradient of −A s/|y|.
+    """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -68,11 +94,11 @@ def make_model(folder: Path, cuda: bool) -> None:
         hidden_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, vocab_size=512
     )
     large = dict(
-        hidden_size=4096, moe_intermediate_size=1536, num_experts=32, num_experts_per_tok=8, vocab_size=32_768
+        hidden_size=4096, moe_intermediate_size=1536, num_experts=16, num_experts_per_tok=8, vocab_size=32_768
     )
     shape = large if cuda else small
     config = Qwen3MoeConfig(
-        num_hidden_layers=4, num_attention_heads=shape["hidden_size"] // 16 if not cuda else 32,
+        num_hidden_layers=2 if cuda else 4, num_attention_heads=shape["hidden_size"] // 16 if not cuda else 32,
         num_key_value_heads=2 if not cuda else 4, head_dim=16 if not cuda else 128, norm_topk_prob=True,
         intermediate_size=shape["hidden_size"], tie_word_embeddings=False, dtype="bfloat16", **shape,
     )  # fmt: skip
@@ -81,13 +107,19 @@ def make_model(folder: Path, cuda: bool) -> None:
     model.save_pretrained(folder / "model")
     model.to("cuda" if cuda else "cpu")
     result = []
-    for sample in samples(configuration(folder, cuda), shape["vocab_size"]):
+    drawn = samples(configuration(folder, cuda), shape["vocab_size"])
+    for sample in drawn:
         tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens], device=model.device)
-        with torch.no_grad():
-            logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
+        logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
         chosen = tokens[0, len(sample.prompt_tokens) :, None]
-        result.append(logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist())
+        log_probs = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        (-sample.advantage * log_probs.mean() / len(drawn)).backward()
+        result.append(log_probs.tolist())
     (folder / "reference.json").write_text(json.dumps(result))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # transformers has a layer's experts in one tensor
+    gradients[COMPARED["an expert"]] = gradients["model.layers.0.mlp.experts.down_proj"][0]
+    torch.save({name: gradients[name].cpu() for name in COMPARED.values()}, folder / "gradients.pt")
 
 
 def samples(config: RunConfig, vocabulary: int) -> list[Any]:
@@ -166,6 +198,23 @@ def against_transformers(folder: Path) -> dict[str, float]:
     return {"mean difference": report.sum_absolute / report.tokens, "largest": report.max_absolute}
 
 
+def gradient_against_transformers(folder: Path) -> dict[str, float]:
+    """Relative errors; both sides compute in bf16."""
+    import torch
+
+    trial = Trial(folder, "optimizer.gradient_clip=1e9")
+    trial.steps(1)
+    for parameter in trial.actor.chunks[0].parameters():
+        parameter.data.copy_(parameter.main_grad)  # so that the export gives it its name
+    expected = torch.load(folder / "gradients.pt")
+    errors = {
+        name: float((tensor.cpu().float() - expected[name].float()).norm() / expected[name].float().norm())
+        for name, tensor in trial.actor.export()
+        if name in expected
+    }
+    return {what: errors[name] for what, name in COMPARED.items()}
+
+
 def packed_against_alone(folder: Path) -> dict[str, float]:
     trial = Trial(folder)
     packed = trial.log_probs([list(range(16))]).log_probs
@@ -198,6 +247,40 @@ def offload_and_return(folder: Path) -> dict[str, float]:
     }
 
 
+def read_elsewhere(description: dict[str, Any]) -> float:
+    """Seconds that another process takes to load the described bucket. Raises ModelError if it does not."""
+    from megatron_pmd.errors import ModelError
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER],
+        input=json.dumps(description), capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        raise ModelError(f"the other process did not load the bucket: {done.stderr[-500:]}")
+    return float(done.stdout)
+
+
+def through_a_handle(folder: Path) -> dict[str, float]:
+    """A bucket on this device, read by a process that stands for an engine; what is left of it afterwards."""
+    import torch
+
+    from megatron_pmd.weight_sync.device_bucket import DeviceBucket
+
+    bucket = DeviceBucket("gpu-check", IPC_BYTES, None)
+    for i in range(8):
+        entry = bucket.layout.add(f"tensor {i}", "bfloat16", (IPC_BYTES // 4096 // 8, 2048))
+        bucket.tensor(entry).normal_()
+    torch.cuda.synchronize()
+    description = bucket.description(places={"handles": [bucket.handle()]}) | {"ends": True}
+    seconds = read_elsewhere(description)
+    bucket.close()
+    return {
+        "GB": IPC_BYTES / 1e9,
+        "GB/s": IPC_BYTES / 1e9 / seconds,
+        "GB left": torch.cuda.memory_reserved() / 1e9,
+    }
+
+
 def check(name: str, folder: Path) -> dict[str, float]:
     """Run one of CHECKS in this process. Raises ConfigError where this machine cannot."""
     from megatron_pmd.errors import ConfigError
@@ -209,14 +292,19 @@ def check(name: str, folder: Path) -> dict[str, float]:
     } | {f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES}
     if name in settings:
         return Trial(folder, *settings[name]).steps(5)
-    if name == "offload and return":
+    of_cuda: dict[str, Callable[[Path], dict[str, float]]] = {
+        "offload and return": offload_and_return,
+        "weights through a CUDA IPC handle": through_a_handle,
+    }
+    if name in of_cuda:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("there is one memory on a CPU: nothing to leave or to return to")
-        return offload_and_return(folder)
+            raise ConfigError("there is one memory on a CPU: nothing to leave it, or to be opened on it")
+        return of_cuda[name](folder)
     actions: dict[str, Callable[[Path], dict[str, float]]] = {
         "log-probs against transformers": against_transformers,
+        "gradient against transformers": gradient_against_transformers,
         "packed against alone": packed_against_alone,
     }
     return actions[name](folder)
@@ -265,13 +353,13 @@ def main(
     folder: Path = Path(),
 ) -> None:
     """Run all checks; --check and --folder are for the processes that this starts."""
-    from megatron_pmd.errors import PmdError
+    from megatron_pmd.errors import ConfigError
     from megatron_pmd.observe.versions import versions as environment_versions
 
     if check_name:
         try:
             outcome: dict[str, Any] = {"status": "ran", "figures": check(check_name, folder)}
-        except PmdError as error:
+        except ConfigError as error:
             outcome = {"status": SKIPPED, "why": str(error)}
         (folder / "result.json").write_text(json.dumps(outcome))
         return

@@ -288,10 +288,12 @@ def _digest(chunks: list[Any]) -> int:
 
 
 def _random_state() -> dict[str, Any]:
+    """Of this rank; as Megatron-LM's checkpoints have it."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": get_cuda_rng_tracker().get_states(),
     }
 
@@ -300,6 +302,8 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 

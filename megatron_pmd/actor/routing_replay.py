@@ -32,6 +32,8 @@ class RoutingReplay:
     def begin(self, chunk: Any, experts: torch.Tensor) -> None:
         """Before a chunk's forward pass: its routers choose `experts` [row on this rank, layers, top-k].
 
+        Layers without experts have their places, too, as in what SGLang records
+        (sglang/srt/state_capturer/routed_experts.py).
         Sequence parallelism gives each tensor-parallel rank an equal run of the row's tokens.
         """
         ranks = parallel_state.get_tensor_model_parallel_world_size()

@@ -67,7 +67,7 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
     description = json.loads(bytes(named_tensors[0][1].cpu().numpy()))
     failure = None
     try:
-        _load(model, description)
+        load_description(model, description)
     except Exception as error:  # whatever it is, the server must live to report it
         failure = f"{type(error).__name__}: {error}"
     failures = _of_all_ranks(failure)
@@ -89,7 +89,8 @@ def _of_all_ranks(failure: str | None) -> list[str | None] | None:
     return failures if group.is_first_rank else None
 
 
-def _load(model: Any, description: dict[str, Any]) -> None:
+def load_description(model: Any, description: dict[str, Any]) -> None:
+    """Check the described bucket and load it; BucketError if it is not as described."""
     weights = read_bucket(description)
     update = description.get("update", {})
     if update.get("verify") == "first":

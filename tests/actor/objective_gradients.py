@@ -68,16 +68,27 @@ def _gradient(
     report = actor.update(trial.batch, microbatches, trial.anchor, objective, 0.0, examples)
     sums = trial.control.all_gather((report.loss_sum, report.loss_count))
     loss = sum(s for s, _ in sums) / sum(c for _, c in sums)
-    weights = [p.detach().clone() for p in actor.chunks[0].parameters()]
-    for buffer in [*actor.chunks[0].buffers, *actor.chunks[0].expert_parallel_buffers]:
-        for bucket in buffer.buckets:
-            # the distributed optimizer's reduce-scatter leaves each rank its own shard of the summed gradient
-            group = buffer.data_parallel_group
-            shards = list(bucket.grad_data.chunk(group.size()))
-            dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    for parameter in actor.chunks[0].parameters():
+    return loss, whole_gradient(actor)
+
+
+def whole_gradient(actor: Actor) -> dict[str, torch.Tensor]:
+    """The gradient that lies reduced in the ranks' buffers, whole, by Hugging Face name. Collective.
+
+    It passes through the export, in the weights' place; they are put back. Buffers of routers come as they
+    are.
+    """
+    for chunk in actor.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets:
+                # the distributed optimizer's reduce-scatter leaves each rank its own shard of the sum
+                group = buffer.data_parallel_group
+                shards = list(bucket.grad_data.chunk(group.size()))
+                dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+    parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
         parameter.data.copy_(parameter.main_grad)
     gradient = {name: tensor.detach().clone() for name, tensor in actor.export()}
-    for parameter, weight in zip(actor.chunks[0].parameters(), weights, strict=True):
+    for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data.copy_(weight)
-    return loss, gradient
+    return gradient

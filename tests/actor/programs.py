@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
+import random
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ if __name__ == "__main__":
     standins.install()
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_pmd.actor import checkpoint, model
 from megatron_pmd.actor.actor import Actor
@@ -70,6 +74,20 @@ class Trial:
         report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
         return report.loss_sum, report.loss_count, report.gradient_norm
 
+    @contextlib.contextmanager
+    def gradient_before_clipping(self, result: dict[str, Any]) -> Iterator[None]:
+        """Keep the whole gradient of a step made meanwhile: clipping scales it where it lies."""
+        step = self.actor.optimizer.step
+
+        def noted() -> Any:
+            gradient = objective_gradients.whole_gradient(self.actor)
+            result["gradient"] = gradient if self.control.is_driver else {}
+            return step()
+
+        self.actor.optimizer.step = noted
+        yield
+        self.actor.optimizer.step = step
+
     def save(self, folder: Path, iteration: int = 1) -> Path:
         """A published checkpoint."""
         saved = self.actor.save(folder, iteration, {"iteration": iteration})
@@ -89,6 +107,13 @@ def train(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]
     }
 
 
+def random_numbers() -> list[float]:
+    """The next of every generator that a run may draw from."""
+    with get_cuda_rng_tracker().fork():
+        forked = float(torch.rand(()))
+    return [random.random(), float(np.random.random()), float(torch.rand(())), forked]
+
+
 def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     trial = Trial(config)
     microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
@@ -104,13 +129,17 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
         ],
         "loaded_weights": trial.weights(),
     }
-    result["steps"] = [trial.step(samples) for samples in STEPS[:2]]
+    with trial.gradient_before_clipping(result):
+        first = trial.step(STEPS[0])
+    result["steps"] = [first, trial.step(STEPS[1])]
     result["weights"] = trial.weights()
     # the third step runs, and changes every tensor, while the checkpoint is being written
     result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
+    result["drawn"] = random_numbers()
     result["third"] = [trial.step(STEPS[2]), trial.weights()]
     trial.actor.publish_checkpoint(wait=True)
     trial.actor.load(result["checkpoint"])
+    result["drawn_resumed"] = random_numbers()
     result["third_resumed"] = [trial.step(STEPS[2]), trial.weights()]
     return result
 

@@ -23,6 +23,8 @@ class Step:
     """Mean over the step's sequences."""
     gradient_norm: float
     """Before clipping."""
+    gradient: dict[str, torch.Tensor]
+    """Before clipping, by Hugging Face name, as files hold the weights."""
     weights: dict[str, torch.Tensor]
     """After the step, by Hugging Face name, as files hold them."""
 
@@ -100,8 +102,9 @@ def _step(
         losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
     loss = torch.stack(losses).mean()
     loss.backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = optimizer.step()
-    return Step(float(loss.detach()), norm, _as_in_files(model))
+    return Step(float(loss.detach()), norm, _as_in_files(gradient), _as_in_files(model.state_dict()))
 
 
 class AdamW:
@@ -129,10 +132,10 @@ class AdamW:
         return norm
 
 
-def _as_in_files(model: Any) -> dict[str, torch.Tensor]:
-    """The weights with one tensor an expert; transformers 5 holds a layer's experts in one, gate above up."""
+def _as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One tensor an expert; transformers 5 holds a layer's experts in one, gate above up."""
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
             for i, expert in enumerate(tensor):
                 prefix = name.replace("gate_up_proj", str(i))

@@ -54,6 +54,18 @@ def test_losses_and_gradient_norms_equal_the_reference_and_one_process(case):
         assert norms.pop() == pytest.approx(expected.steps[k].gradient_norm, rel=1e-5)
 
 
+def test_whole_gradients_equal_the_reference_and_one_process(case):
+    ranks, expected, single = case
+    gradient, first = ranks[0]["gradient"], expected.steps[0]
+    assert first.gradient.keys() <= gradient.keys()
+    for other in (first.gradient, single["gradient"]):
+        errors = {
+            name: float((gradient[name].double() - other[name]).norm() / other[name].norm())
+            for name in first.gradient
+        }
+        assert max(errors.values()) < 1e-5, errors
+
+
 def test_weights_after_two_steps_equal_the_reference_and_one_process(case):
     ranks, expected, single = case
     weights = ranks[0]["weights"]
@@ -68,6 +80,11 @@ def test_loaded_tensors_come_out_again_bit_for_bit(case):
     assert ranks[0]["loaded_weights"].keys() == single["loaded_weights"].keys()
     for name, tensor in ranks[0]["loaded_weights"].items():
         assert torch.equal(tensor, single["loaded_weights"][name]), name
+
+
+def test_every_ranks_random_numbers_go_on_after_loading_a_checkpoint(case):
+    for rank in case[0]:
+        assert rank["drawn"] == rank["drawn_resumed"]
 
 
 def test_the_step_after_loading_a_checkpoint_is_bit_equal(case):

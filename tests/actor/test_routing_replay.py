@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,57 @@ from megatron_pmd.rollout.samples import RolloutBatch, read_rollout, write_rollo
 from tests.actor.launch import launch
 from tests.actor.tiny_models import STEPS, TAU, TEMPERATURE, rollout, with_routing
 
-SINGLE: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "one process": ({}, {}),
-    "recomputed layers": ({}, {"recompute": "full"}),
+Case = tuple[str, dict[str, int], dict[str, Any]]
+"""Family, layout, the actor's settings. The first of DeepSeek's layers has no experts."""
+SINGLE: dict[str, Case] = {
+    "one process": ("qwen3moe", {}, {}),
+    "recomputed layers": ("qwen3moe", {}, {"recompute": "full"}),
+    "latent, one process": ("deepseek", {}, {}),
 }
-TWO_RANKS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
-    "tensor=2, expert=2": (dict(tensor=2, expert=2), {"recompute": "full"}),
-    "context=2, expert=2": (dict(context=2, expert=2), {}),
-    "pipeline=2, virtual_pipeline=2": (dict(pipeline=2, virtual_pipeline=2), {"recompute": "full"}),
-    "data=2, expert=2": (dict(data=2, expert=2), {}),
+TWO_RANKS: dict[str, Case] = {
+    "tensor=2, expert=2": ("qwen3moe", dict(tensor=2, expert=2), {"recompute": "full"}),
+    "context=2, expert=2": ("qwen3moe", dict(context=2, expert=2), {}),
+    "pipeline=2, virtual_pipeline=2": (
+        "qwen3moe",
+        dict(pipeline=2, virtual_pipeline=2),
+        {"recompute": "full"},
+    ),
+    "data=2, expert=2": ("qwen3moe", dict(data=2, expert=2), {}),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2), {"recompute": "full"}),
+    "latent, pipeline=2": ("deepseek", dict(pipeline=2), {}),
 }
+Forced = tuple[torch.Tensor, float, float]
+"""Log-probs of all tokens (NaN at prompts), loss and gradient norm of the first step."""
 
 
 @pytest.fixture(scope="module")
-def forced(models, reference) -> tuple[torch.Tensor, float, float]:
-    """Log-probs of all tokens (NaN at prompts), loss and gradient norm of the first step, by transformers."""
-    return transformers_with_forced_routers(models / "qwen3moe", reference("qwen3moe"))
+def forced(models, reference) -> dict[str, Forced]:
+    """By family, by transformers."""
+    return {
+        family: transformers_with_forced_routers(models / family, reference(family))
+        for family in ("qwen3moe", "deepseek")
+    }
 
 
-def transformers_with_forced_routers(folder: Path, expected: Any) -> tuple[torch.Tensor, float, float]:
+def force(mlp: Any, chosen: Callable[[], torch.Tensor]) -> None:
+    """Have a layer's router take these experts, [tokens, top-k], with weights of its own."""
+
+    def qwen(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, mlp.gate.hidden_dim), mlp.gate.weight)
+        weights = logits.softmax(-1).gather(1, chosen())
+        return logits, weights / weights.sum(-1, keepdim=True), chosen()
+
+    def deepseek(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = logits.sigmoid().gather(1, chosen())
+        return chosen(), weights / weights.sum(-1, keepdim=True) * mlp.routed_scaling_factor
+
+    if hasattr(mlp, "route_tokens_to_experts"):
+        mlp.route_tokens_to_experts = deepseek
+    else:
+        mlp.gate.forward = qwen
+
+
+def transformers_with_forced_routers(folder: Path, expected: Any) -> Forced:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -42,16 +76,9 @@ def transformers_with_forced_routers(folder: Path, expected: Any) -> tuple[torch
     batch = RolloutBatch.pack(samples, TEMPERATURE)
     chosen: dict[int, torch.Tensor] = {}
 
-    def forward(gate: Any, layer: int) -> Any:
-        def route(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
-            weights = logits.softmax(-1).gather(1, chosen[layer])
-            return logits, weights / weights.sum(-1, keepdim=True), chosen[layer]
-
-        return route
-
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.gate.forward = forward(layer.mlp.gate, number)
+        if hasattr(layer.mlp, "gate"):
+            force(layer.mlp, functools.partial(chosen.__getitem__, number))
     whole, losses = [], []
     assert batch.routed_experts is not None
     for i, sample in enumerate(samples):
@@ -77,7 +104,7 @@ def replayed(models) -> dict[str, list[Any]]:
     """Every rank's (log-probs, step), by case."""
     results: dict[str, list[Any]] = {}
     for ranks, cases in ((1, SINGLE), (2, TWO_RANKS)):
-        orders = {name: (models / "qwen3moe", *case) for name, case in cases.items()}
+        orders = {name: (models / family, *rest) for name, (family, *rest) in cases.items()}
         outcomes = launch("replayed", ranks=ranks, cases=orders)
         results |= {name: [outcome[name] for outcome in outcomes] for name in cases}
     return results
@@ -86,7 +113,8 @@ def replayed(models) -> dict[str, list[Any]]:
 @pytest.mark.serial
 @pytest.mark.parametrize("name", [*SINGLE, *TWO_RANKS])
 def test_log_probs_and_gradient_are_those_of_transformers_with_the_same_experts(replayed, forced, name):
-    log_probs, loss, norm = forced
+    family = (SINGLE | TWO_RANKS)[name][0]
+    log_probs, loss, norm = forced[family]
     whole = torch.full_like(log_probs, torch.nan)
     for own, _ in replayed[name]:
         whole = torch.where(own.isnan(), whole, own)
@@ -96,10 +124,11 @@ def test_log_probs_and_gradient_are_those_of_transformers_with_the_same_experts(
     assert steps[0][2] == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_experts_drawn_are_not_those_that_the_model_would_choose(forced, reference):
-    expected = reference("qwen3moe")
-    own = torch.cat([torch.tensor(sample.engine_log_probs) for sample in expected.samples])
-    assert (forced[0][~forced[0].isnan()] - own).abs().max() > 0.1
+@pytest.mark.parametrize("family", ["qwen3moe", "deepseek"])
+def test_the_experts_drawn_are_not_those_that_the_model_would_choose(forced, reference, family):
+    own = torch.cat([torch.tensor(sample.engine_log_probs) for sample in reference(family).samples])
+    log_probs = forced[family][0]
+    assert (log_probs[~log_probs.isnan()] - own).abs().max() > 0.1
 
 
 def test_recorded_experts_survive_the_rollout_file(tmp_path):

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.errors import ModelError
+from megatron_pmd.weight_sync.bucket import SharedBucket
 from tools import gpu_check
 
 pytestmark = [
@@ -26,6 +28,24 @@ def test_a_check_that_needs_no_gpu_runs_and_says_what_it_measured(folder):
     result = gpu_check.run_check("log-probs against transformers", folder)
     assert result["status"] == "ran"
     assert 0 < result["figures"]["mean difference"] < 0.02
+
+
+def test_the_gradient_of_a_step_is_transformers_but_for_bf16(folder):
+    result = gpu_check.run_check("gradient against transformers", folder)
+    assert result["status"] == "ran"
+    assert result["figures"].keys() == gpu_check.COMPARED.keys()
+    assert 0 < max(result["figures"].values()) < 0.05
+
+
+def test_another_process_loads_a_bucket_and_refuses_a_changed_one(tmp_path):
+    bucket = SharedBucket("gpu-check-test", 4096, folder=tmp_path)
+    bucket.place("w", torch.ones(10))
+    description = bucket.description()
+    assert 0 < gpu_check.read_elsewhere(description) < 60
+    bucket.data[0] ^= 1
+    with pytest.raises(ModelError, match=r"tensor w .* has not the checksum"):
+        gpu_check.read_elsewhere(description)
+    bucket.close()
 
 
 def test_what_this_machine_cannot_do_is_skipped_with_the_reason(folder):

@@ -70,7 +70,7 @@ def test_the_reader_keeps_a_bucket_open_until_the_update_ends(opened):
     bucket, count = opened
     model = Model()
     for value, more in ((1.0, {}), (2.0, {"ends": True}), (3.0, {})):
-        loader._load(model, described(bucket, value, **more))
+        loader.load_description(model, described(bucket, value, **more))
         assert model.loaded["w"].tolist() == [value] * 10
     assert len(count) == 2
 
