@@ -30,9 +30,16 @@ from megatron_pmd.config import RunConfig, build, override
 
 LIMIT_SECONDS = 600
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+FP8_VARIANTS = {
+    "blockwise parameters gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
+    "tensorwise but for the first and last layer": [
+        "actor.fp8.recipe=tensorwise", "actor.fp8.first_layers_bf16=1", "actor.fp8.last_layers_bf16=1",
+    ],
+}  # fmt: skip
 CHECKS = ["log-probs against transformers", "gradient against transformers", "packed against alone"]
 CHECKS += ["step in bf16"]
 CHECKS += [f"step in fp8, {recipe}" for recipe in RECIPES]
+CHECKS += [f"step in fp8, {more}" for more in FP8_VARIANTS]
 CHECKS += ["step with bf16 moments", "step with the optimizer on the host", "offload and return"]
 CHECKS += ["weights through a CUDA IPC handle"]
 SKIPPED = "skipped"
@@ -91,17 +98,16 @@ def make_model(folder: Path, cuda: bool) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     small = dict(
-        hidden_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, vocab_size=512
-    )
-    large = dict(
-        hidden_size=4096, moe_intermediate_size=1536, num_experts=16, num_experts_per_tok=8, vocab_size=32_768
-    )
-    shape = large if cuda else small
-    config = Qwen3MoeConfig(
-        num_hidden_layers=2 if cuda else 4, num_attention_heads=shape["hidden_size"] // 16 if not cuda else 32,
-        num_key_value_heads=2 if not cuda else 4, head_dim=16 if not cuda else 128, norm_topk_prob=True,
-        intermediate_size=shape["hidden_size"], tie_word_embeddings=False, dtype="bfloat16", **shape,
+        num_hidden_layers=4, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512,
     )  # fmt: skip
+    large = dict(
+        num_hidden_layers=2, hidden_size=4096, intermediate_size=4096, moe_intermediate_size=1536,
+        num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        vocab_size=32_768,
+    )  # fmt: skip
+    shape = large if cuda else small
+    config = Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **shape)
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
     model.save_pretrained(folder / "model")
@@ -289,7 +295,9 @@ def check(name: str, folder: Path) -> dict[str, float]:
         "step in bf16": [],
         "step with bf16 moments": ["optimizer.moments=bf16"],
         "step with the optimizer on the host": ["optimizer.offload=1"],
-    } | {f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES}
+    }
+    settings |= {f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES}
+    settings |= {f"step in fp8, {name}": variant for name, variant in FP8_VARIANTS.items()}
     if name in settings:
         return Trial(folder, *settings[name]).steps(5)
     of_cuda: dict[str, Callable[[Path], dict[str, float]]] = {

@@ -118,6 +118,7 @@ class Actor:
         )
         self.chunks = model.build(self._bridge, config)
         self.optimizer = optimizer.build(self.chunks, config)
+        self._states = residency.OptimizerStates(self.chunks, self.optimizer)
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
@@ -307,11 +308,11 @@ class Actor:
     def wake(self) -> None:
         """Take the device back from the engines."""
         self._device.take("parameters", "optimizer")
-        residency.wake(self.chunks, self.optimizer)
+        residency.wake(self.chunks, self._states)
 
     def release_optimizer(self) -> None:
         """Make room for the engines' weights; the parameters stay, to be exported."""
-        residency.release_optimizer(self.optimizer)
+        residency.release_optimizer(self._states)
         self._device.leave("optimizer")
 
     def wake_parameters(self) -> None:

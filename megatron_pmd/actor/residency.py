@@ -1,14 +1,15 @@
 """What of the actor is in device memory, and when: the engines live on the same devices.
 
 On a CPU there is one memory: leaving it means handing freed pages back to the system, where the engines find
-them. The CUDA half calls megatron-core's own offloading; it is written, not run (docs/gpu.md). Parameters
-have one pinned copy on the host, made the first time; the optimizer's states go to pageable memory, made anew
-each time.
+them. The CUDA half is written, not run (docs/gpu.md). Whatever leaves has one pinned copy on the host, made
+the first time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -31,10 +32,55 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def release_optimizer(optimizer: Any) -> None:
+class OptimizerStates:
+    """The optimizer's tensors: fp32 parameters and moments, on the device or on the host.
+
+    megatron-core's own offload_to_cpu (optimizer/optimizer.py) makes new pageable copies each time. It also
+    moves parameters that are views of the model's, as those of an fp32 model: a second copy of what leaves
+    with the model's buffers; and with moments in bf16 Transformer Engine's Adam would then step beside the
+    model, as megatron-core leaves it to that to write them back (_copy_main_params_to_model_params).
+    """
+
+    def __init__(self, chunks: list[Any], optimizer: Any) -> None:
+        self._chunks, self._optimizer = chunks, optimizer
+        self._host: dict[tuple[int, str], torch.Tensor] = {}
+
+    def leave(self, device: torch.device) -> None:
+        """From the device to the host; what is there already stays."""
+        for key, tensor, put in self._tensors():
+            if tensor.device.type == device.type:
+                if key not in self._host:
+                    self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+                put(self._host[key].copy_(tensor, non_blocking=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def come_back(self, device: torch.device) -> None:
+        """To the device what has left it."""
+        for key, tensor, put in self._tensors():
+            host = self._host.get(key)
+            if host is not None and tensor.data_ptr() == host.data_ptr():
+                put(tensor.to(device, copy=True, non_blocking=True))
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Callable[[torch.Tensor], None]]]:
+        """A key for each tensor, the tensor, and how to put another in its place."""
+        models = {buffer.param_data.untyped_storage().data_ptr() for buffer in _buffers(self._chunks)}
+        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            if getattr(part, "is_stub_optimizer", False):
+                continue
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                if parameter.untyped_storage().data_ptr() not in models:
+                    yield (id(parameter), ""), parameter.data, functools.partial(setattr, parameter, "data")
+            for parameter, state in part.optimizer.state.items():
+                for name, value in list(state.items()):
+                    if torch.is_tensor(value) and value.dim():
+                        yield (id(parameter), name), value, functools.partial(state.__setitem__, name)
+
+
+def release_optimizer(states: OptimizerStates) -> None:
     """After the last optimizer step of an iteration: its states leave before the weights are exported."""
     if torch.cuda.is_available():
-        optimizer.offload_to_cpu()
+        states.leave(torch.device("cuda"))
     return_freed_memory()
 
 
@@ -57,9 +103,9 @@ def _buffers(chunks: list[Any]) -> list[Any]:
     return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
-def wake(chunks: list[Any], optimizer: Any) -> None:
+def wake(chunks: list[Any], states: OptimizerStates) -> None:
     """Everything back on the device, after the engines have released it."""
     if torch.cuda.is_available():
         for buffer in _buffers(chunks):
             buffer.reload_from_cpu(move_params=True, move_grads=True)
-        optimizer.restore_from_cpu()
+        states.come_back(torch.device("cuda", torch.cuda.current_device()))

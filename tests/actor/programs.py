@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_pmd.actor import checkpoint, model
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import Control, form_groups, holds_logits, initialize
+from megatron_pmd.actor.residency import OptimizerStates
 from megatron_pmd.algorithm.losses import pmd
 from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.errors import PmdError
@@ -229,6 +230,30 @@ def resets(path: Path) -> dict[str, Any]:
     for parameter, weight in zip(fresh.actor.chunks[0].parameters(), moved, strict=True):
         parameter.data.copy_(weight)
     return {"after reset": after_reset, "fresh": [fresh.step(STEPS[1]), fresh.weights()]}
+
+
+def off_and_on(cases: dict[str, tuple[Path, str]]) -> dict[str, Any]:
+    """By case, (model, precision): three steps between which the optimizer leaves and comes back, and three
+    alone."""
+    results = {}
+    for name, (path, precision) in cases.items():
+        trial, alone = (Trial(config_for(path, precision=precision)) for _ in range(2))
+        states, cpu = OptimizerStates(trial.actor.chunks, trial.actor.optimizer), torch.device("cpu")
+        seen: dict[str, Any] = {"addresses": [], "steps": [], "alone": [alone.step(s) for s in STEPS]}
+        for samples in STEPS:
+            seen["steps"].append(trial.step(samples))
+            states.leave(cpu)
+            seen["addresses"].append([host.data_ptr() for host in states._host.values()])
+            states.come_back(cpu)
+            for host in states._host.values():
+                host.fill_(torch.nan)  # whoever still uses the copy shows
+        parameters = list(trial.actor.chunks[0].parameters())
+        seen["kinds"] = len(states._host) / len(parameters)
+        seen["equal"] = all(
+            torch.equal(p, q) for p, q in zip(parameters, alone.actor.chunks[0].parameters(), strict=True)
+        )
+        results[name] = seen
+    return results
 
 
 def replayed(cases: dict[str, tuple[Path, dict[str, int], dict[str, Any]]]) -> dict[str, Any]:
