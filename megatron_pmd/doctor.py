@@ -100,7 +100,7 @@ def machine_checks() -> list[Check]:
 
 
 def shared_memory_check(path: str = "/dev/shm") -> Check:
-    """Weights pass through shared memory: two buckets of sync.bucket_megabytes for each engine."""
+    """On a CPU weights pass through shared memory: two buckets of sync.bucket_megabytes for each engine."""
     fix = "mount -o remount,size=8G /dev/shm; in Docker: --shm-size=8g"
     try:
         size = shutil.disk_usage(path)

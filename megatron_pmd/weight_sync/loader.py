@@ -37,7 +37,7 @@ POISON = 0x7B
 
 
 class BucketError(Exception):
-    """The bucket in shared memory is not what its description says, or an update is not complete."""
+    """The bucket is not what its description says, or an update is not complete."""
 
 
 @dataclass

@@ -241,7 +241,7 @@ class WeightPush:
         _raise_first(self._control.all_gather(failure))
 
     def close(self) -> None:
-        """Remove the buckets from shared memory."""
+        """Give the buckets' memory back."""
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
         self._close_buckets()
