@@ -16,7 +16,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize("pair", combinations(PARTS, 2))
+@pytest.mark.parametrize("pair", list(combinations(PARTS, 2)))
 def test_two_parts_come_together_only_where_a_phase_has_both(pair):
     for first, second in (pair, pair[::-1]):
         device = SharedDevice()

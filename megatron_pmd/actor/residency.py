@@ -73,7 +73,8 @@ class OptimizerStates:
                     yield (id(parameter), ""), parameter.data, functools.partial(setattr, parameter, "data")
             for parameter, state in part.optimizer.state.items():
                 for name, value in list(state.items()):
-                    if torch.is_tensor(value) and value.dim():
+                    of_model = torch.is_tensor(value) and value.untyped_storage().data_ptr() in models
+                    if torch.is_tensor(value) and value.dim() and not of_model:
                         yield (id(parameter), name), value, functools.partial(state.__setitem__, name)
 
 
