@@ -85,7 +85,7 @@ class EngineControl:
         description: see Bucket.description.
         EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
         """
-        # engines of one node read the same bucket
+        # engines of one node may be told of the same bucket
         reply = Path(f"{description['reply']}-{self.spec.port}.json")
         reply.unlink(missing_ok=True)
         body = torch.frombuffer(
