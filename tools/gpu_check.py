@@ -380,6 +380,8 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary), cuda)
+        if cuda:
+            torch.cuda.empty_cache()  # the checks have processes of their own, and need the device
         for name in CHECKS:
             results[name] = run_check(name, Path(temporary))
     relative_to_bf16(results)
