@@ -14,8 +14,7 @@ pytestmark = pytest.mark.serial
 
 def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> None:
     steps = cluster.steps("live")
-    # a step whose groups have equal rewards has no gradient, and live engines may draw such a one
-    assert len(steps) == 16 and sum(step["gradient_norm"] > 0 for step in steps) > 8
+    assert len(steps) == 16 and all(step["gradient_norm"] > 0 for step in steps)
     assert cluster.text("live", "launch/outcome") == "complete\n"
     assert cluster.job(live)["ExitCode"] == "0:0"
     iteration = ["rollout", "release", "anchor", "update", "sync", "resume"]
