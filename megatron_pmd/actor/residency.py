@@ -68,14 +68,18 @@ class OptimizerStates:
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             if getattr(part, "is_stub_optimizer", False):
                 continue
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                if parameter.untyped_storage().data_ptr() not in models:
-                    yield (id(parameter), ""), parameter.data, functools.partial(setattr, parameter, "data")
-            for parameter, state in part.optimizer.state.items():
-                for name, value in list(state.items()):
-                    of_model = torch.is_tensor(value) and value.untyped_storage().data_ptr() in models
-                    if torch.is_tensor(value) and value.dim() and not of_model:
-                        yield (id(parameter), name), value, functools.partial(state.__setitem__, name)
+            found = [
+                ((id(p), ""), p.data, functools.partial(setattr, p, "data"))
+                for group in part.optimizer.param_groups
+                for p in group["params"]
+            ]
+            found += [
+                ((id(p), name), value, functools.partial(state.__setitem__, name))
+                for p, state in part.optimizer.state.items()
+                for name, value in state.items()
+                if torch.is_tensor(value) and value.dim()
+            ]
+            yield from (entry for entry in found if entry[1].untyped_storage().data_ptr() not in models)
 
 
 def release_optimizer(states: OptimizerStates) -> None:
@@ -109,4 +113,4 @@ def wake(chunks: list[Any], states: OptimizerStates) -> None:
     if torch.cuda.is_available():
         for buffer in _buffers(chunks):
             buffer.reload_from_cpu(move_params=True, move_grads=True)
-        states.come_back(torch.device("cuda", torch.cuda.current_device()))
+        states.come_back(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""A weight bucket, which the ranks of a node fill and its engines read; here as a file in shared memory."""
+"""A weight bucket, which the ranks of a node fill and its engines read; and the one in shared memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import reductions
 
-from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.bucket import Bucket, BucketLayout
 
 HANDLE_ARGUMENTS = 7
 """Of rebuild_cuda_tensor's arguments, the first that the sender decides; before them is what a bucket is."""
@@ -34,7 +34,7 @@ class DeviceBucket(Bucket):
         self._group = group
         self.data = torch.zeros(self.capacity, dtype=torch.uint8, device=device())
 
-    def begin(self, layout: Any) -> None:
+    def begin(self, layout: BucketLayout) -> None:
         super().begin(layout)
         self.data.zero_()  # what another rank writes must find nothing here
 

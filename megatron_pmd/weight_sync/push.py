@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_pmd.errors import ModelError, PmdError
 from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
-from megatron_pmd.weight_sync.device_bucket import DeviceBucket
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket, device
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
@@ -256,7 +256,6 @@ def _exchange(
     moves: list[Move], rank: int, held: Callable[[Region], torch.Tensor]
 ) -> Callable[[], Iterator[tuple[Region, torch.Tensor]]]:
     """Start what has to cross nodes, one message for each pair of ranks; the result yields what arrived."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     outgoing: dict[int, list[Region]] = defaultdict(list)
     incoming: dict[int, list[Region]] = defaultdict(list)
     for move in moves:
@@ -269,7 +268,7 @@ def _exchange(
         data = torch.cat([held(r).reshape(-1).view(torch.uint8) for r in regions])
         operations.append(dist.P2POp(dist.isend, data, target))
     for source, regions in incoming.items():
-        buffers[source] = torch.empty(sum(r.nbytes for r in regions), dtype=torch.uint8, device=device)
+        buffers[source] = torch.empty(sum(r.nbytes for r in regions), dtype=torch.uint8, device=device())
         operations.append(dist.P2POp(dist.irecv, buffers[source], source))
     pending = dist.batch_isend_irecv(operations) if operations else []
 

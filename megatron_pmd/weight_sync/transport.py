@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_pmd.errors import EngineError, PmdError
 from megatron_pmd.rollout.child import LOOPBACK, free_port
+from megatron_pmd.weight_sync.device_bucket import device
 
 if TYPE_CHECKING:
     from megatron_pmd.actor.parallel import Control
@@ -140,9 +141,8 @@ class Broadcast(Colocated):
     def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         def send() -> None:
             assert bucket is not None, "the driver's node has a bucket"
-            device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
             for entry in bucket.layout.entries.values():
-                tensor = bucket.tensor(entry).to(device)
+                tensor = bucket.tensor(entry).to(device())
                 try:
                     # An engine that refused the request never joins in: without a deadline, this would hang.
                     dist.broadcast(tensor, 0, group=self._group, async_op=True).wait(self._deadline)
