@@ -182,7 +182,8 @@ def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # at once, also while blocked in a collective; engines notice (rollout/warden.py), the launcher tidies up
+    # At once, also while blocked in a collective: engines notice (engine/supervisor.py), the launcher tidies
+    # up.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent(parent=os.getppid())
     allow_many_files()
