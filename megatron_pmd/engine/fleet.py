@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -21,7 +22,7 @@ from megatron_pmd.engine.health import Watch
 from megatron_pmd.engine.placement import Place, place_of
 from megatron_pmd.engine.server import answers, meeting_address, node_address
 from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
-from megatron_pmd.errors import EngineError, PmdError
+from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import Parts
 
 T = TypeVar("T")
@@ -166,18 +167,12 @@ class Fleet:
 
     def _on(self, chosen: Callable[[Place], bool], action: Callable[[Place], T]) -> list[T]:
         """Run the action where the place is chosen; on all ranks, its results or the first failure."""
-        acts = self._place is not None and chosen(self._place)
-        outcome: tuple[T | None, PmdError | None] = (None, None)
-        if acts and self._place is not None:
-            try:
-                outcome = (action(self._place), None)
-            except PmdError as error:
-                outcome = (None, error)
-        outcomes = self._control.all_gather((acts, *outcome))
-        for _, _, failure in outcomes:
-            if failure is not None:
-                raise failure
-        return [result for acted, result, _ in outcomes if acted]
+        place = self._place
+
+        def act() -> list[T]:
+            return [action(place)] if place is not None and chosen(place) else []
+
+        return list(itertools.chain.from_iterable(self._control.on_all(act)))
 
     def wait_ready(self) -> None:
         """Block until every engine answers; EngineError with the end of its log if one does not."""

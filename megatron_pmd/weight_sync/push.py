@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket, device
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
@@ -89,13 +90,13 @@ class WeightPush:
             self._make_device_buckets()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
         with self._parts("begin", memory=False):
-            self._together(self._transport.begin)
+            self._control.on_all(self._transport.begin)
             self._transport.connect()
         self._send(export, plan, {"name": name})
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
         with self._parts("confirm"):
-            self._together(lambda: self._transport.end(version))
+            self._control.on_all(lambda: self._transport.end(version))
         if self._on_device:
             self._close_buckets()
         return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
@@ -131,8 +132,8 @@ class WeightPush:
                     sweep()
                 self._buckets = [SharedBucket(key, self._plan.capacity, owner=owner) for key in self._keys]
 
-        self._together(lambda: make(owner=True))
-        self._together(lambda: make(owner=False))
+        self._control.on_all(lambda: make(owner=True))
+        self._control.on_all(lambda: make(owner=False))
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
@@ -156,6 +157,13 @@ class WeightPush:
     def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
+
+        def loaded(sums: Sums) -> Sums:
+            """This rank's sums, once its engines have taken the bucket before."""
+            if loading is not None:
+                loading.result()
+            return sums
+
         irregular = export.irregular_tensors()
         # sub-phases of a verification do not count as the update's own
         write, load = ("verify", "verify") if "verify" in update else ("write", "load")
@@ -165,12 +173,10 @@ class WeightPush:
             with self._parts(write, bucket_plan.nbytes, memory=first):
                 sums = self._write(export, bucket_plan, bucket, irregular)
             with self._parts(load, memory=False):
-                failure = _outcome(loading)
-                shares = self._control.all_gather((failure, sums))
-            _raise_first(failure for failure, _ in shares)
+                shares = self._control.on_all(partial(loaded, sums))
             description: dict[str, Any] = {"tensors": bucket_plan.layout.as_json()}
             if bucket is not None:
-                parts = [part for rank, (_, part) in enumerate(shares) if self._is_here(rank)]
+                parts = [part for rank, part in enumerate(shares) if self._is_here(rank)]
                 checks = {
                     name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
                     for name, word in bucket_plan.words.items()
@@ -180,8 +186,7 @@ class WeightPush:
                 description["ends"] = last and self._verify == ("verify" in update)
             loading = self._loader.submit(self._transport.load, bucket, description)
         with self._parts(load, plan.bytes):
-            failure = _outcome(loading)
-            _raise_first(self._control.all_gather(failure))
+            self._control.on_all(partial(loaded, {}))
 
     def _is_here(self, rank: int) -> bool:
         """Whether a rank shares this one's node."""
@@ -223,15 +228,6 @@ class WeightPush:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies must be there before an engine is told of them
         return dict(sums)
-
-    def _together(self, action: Callable[[], None]) -> None:
-        """Run the action on every rank; raise the first PmdError of any on all of them."""
-        failure: PmdError | None = None
-        try:
-            action()
-        except PmdError as error:
-            failure = error
-        _raise_first(self._control.all_gather(failure))
 
     def close(self) -> None:
         """Give the buckets' memory back."""
@@ -299,19 +295,3 @@ def _position(update: dict[str, Any], number: int, last: bool, plan: Plan) -> di
     if "verify" in update:
         return update | {"verify": "next" if number else "first", "verify_last": last}
     return update | ({"manifest": plan.manifest} if last else {})
-
-
-def _outcome(loading: Future[None] | None) -> PmdError | None:
-    """The failure of a load, once it has ended."""
-    try:
-        if loading is not None:
-            loading.result()
-    except PmdError as error:
-        return error
-    return None
-
-
-def _raise_first(failures: Any) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure

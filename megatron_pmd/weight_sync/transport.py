@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.engine.server import LOOPBACK, free_port
-from megatron_pmd.errors import EngineError, PmdError
+from megatron_pmd.errors import EngineError
 from megatron_pmd.weight_sync.device_bucket import device
 
 if TYPE_CHECKING:
@@ -128,14 +128,7 @@ class Broadcast(Colocated):
                 self._group = None
             self._group = _group(host, port, self._name, world, self._deadline)
 
-        failure: PmdError | None = None
-        try:
-            self._side_by_side(found, join)
-        except PmdError as error:
-            failure = error
-        for failed in self._control.all_gather(failure):
-            if failed is not None:
-                raise failed
+        self._control.on_all(lambda: self._side_by_side(found, join))
         self._members = list(self._fleet.urls)
 
     def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
