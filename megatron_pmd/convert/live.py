@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, write_whole, writing
+from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, writing
 from megatron_pmd.distributed import Control
+from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import ShardWriter, TensorFiles, copy_side_files, write_index
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from rich.progress import (
 from megatron_pmd.actor.parameters import Parameter
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import DTYPE_NAMES, bytes_of
 
 MANIFEST = "conversion.json"
@@ -182,16 +182,6 @@ def writing(folder: Path, then: str = "the same command goes on where this one s
         raise CheckpointError(
             f"{folder}: could not be written (is the disk full?): {reason}; {then}"
         ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete, or not at all, also when the machine fails."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 @contextmanager

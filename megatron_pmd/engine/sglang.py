@@ -16,6 +16,7 @@ from megatron_pmd.config import Model, Rollout, RouterPolicy
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, free_port, inherited_environment
 from megatron_pmd.engine.server_args import check_options, server_options
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.files import write_whole
 from megatron_pmd.fp8 import names_in, quantization_config
 from megatron_pmd.stubs import stub_path
 
@@ -205,9 +206,7 @@ class EngineProcess(ServerProcess):
 def _write_private(path: Path, arguments: Any) -> None:
     """Write arguments as JSON, for this user only: from a command line, every user could read the API key."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an old file would keep its old mode
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(arguments, file, indent=1)
+    write_whole(path, json.dumps(arguments, indent=1), mode=0o600)
 
 
 @dataclass(frozen=True)

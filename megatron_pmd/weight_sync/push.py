@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_pmd.device import current_device
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
-from megatron_pmd.weight_sync.device_bucket import DeviceBucket, device
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
@@ -257,7 +258,9 @@ def _exchange(
         data = torch.cat([held(r).reshape(-1).view(torch.uint8) for r in regions])
         operations.append(dist.P2POp(dist.isend, data, target))
     for source, regions in incoming.items():
-        buffers[source] = torch.empty(sum(r.nbytes for r in regions), dtype=torch.uint8, device=device())
+        buffers[source] = torch.empty(
+            sum(r.nbytes for r in regions), dtype=torch.uint8, device=current_device()
+        )
         operations.append(dist.P2POp(dist.irecv, buffers[source], source))
     pending = dist.batch_isend_irecv(operations) if operations else []
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_pmd.device import current_device
 from megatron_pmd.engine.server import LOOPBACK, free_port
 from megatron_pmd.errors import EngineError
-from megatron_pmd.weight_sync.device_bucket import device
 
 if TYPE_CHECKING:
     from megatron_pmd.distributed import Control
@@ -135,7 +135,7 @@ class Broadcast(Colocated):
         def send() -> None:
             assert bucket is not None, "the driver's node has a bucket"
             for entry in bucket.layout.entries.values():
-                tensor = bucket.tensor(entry).to(device())
+                tensor = bucket.tensor(entry).to(current_device())
                 try:
                     # An engine that refused the request never joins in: without a deadline, this would hang.
                     dist.broadcast(tensor, 0, group=self._group, async_op=True).wait(self._deadline)
