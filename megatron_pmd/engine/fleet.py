@@ -23,7 +23,7 @@ from megatron_pmd.engine.placement import Place, place_of
 from megatron_pmd.engine.server import answers, meeting_address, node_address
 from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 
 T = TypeVar("T")
 PORT_TAKEN = ("address already in use", "is not available in 30 seconds")
@@ -40,16 +40,16 @@ class Fleet:
     """
 
     def __init__(
-        self, config: RunConfig, control: Control, folder: Path, parts: Parts, *, cpu: bool,
+        self, config: RunConfig, control: Control, folder: Path, clock: SubphaseClock, *, cpu: bool,
         device: SharedDevice | None = None,
     ) -> None:  # fmt: skip
         """Starts this rank's engine, or its part of one, if it has any; logs go to folder/logs.
 
-        parts: the clock that its sub-phases are entered into. device: the account that the actor keeps, too.
+        clock: the one that its sub-phases are entered into. device: the account that the actor keeps, too.
         Raises LayoutError for engines that cannot be shared out to the nodes, EngineError without a route
         between them.
         """
-        self._config, self._control, self._folder, self._parts = config, control, folder, parts
+        self._config, self._control, self._folder, self._clock = config, control, folder, clock
         self._external = bool(config.rollout.servers)
         # a server of others has its own
         self._device = SharedDevice() if self._external or device is None else device
@@ -236,7 +236,7 @@ class Fleet:
 
         def resume(_: Engine) -> None:
             self._hand_over(["kv_cache"], self.calls.resume, resident=True)
-            with self._parts("flush"):
+            with self._clock("flush"):
                 self.calls.flush_cache()
 
         self._device.take("kv_cache")
@@ -251,7 +251,7 @@ class Fleet:
             return
         for tag in tags:
             if (tag in self._resident) != resident:
-                with self._parts(tag):
+                with self._clock(tag):
                     before = None if self.calls.spec.cpu else device_memory()
                     call([tag])
                     if before is not None:

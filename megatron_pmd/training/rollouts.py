@@ -19,7 +19,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
@@ -38,7 +38,7 @@ class RolloutSource(Protocol):
 
     live: bool
     """Whether there are engines: only they can be evaluated, and have weights to be checked."""
-    parts: Parts
+    clock: SubphaseClock
     """What the phases spend their time on."""
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
@@ -91,14 +91,14 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
-        self.parts = Parts(lambda: (resident_bytes(), self.engine_bytes()))
-        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu, device=device)
+        self.clock = SubphaseClock(lambda: (resident_bytes(), self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu, device=device)
         self._shards: ShardExport | None = None
         self._push = WeightPush(
             _transport(config, self.fleet, control, folder),
             control,
             shared_memory_key(folder),
-            self.parts,
+            self.clock,
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             verify=config.sync.verify == "full",
             on_device=not cpu,
@@ -228,7 +228,7 @@ class WithoutEngines:
     live = False
 
     def __init__(self) -> None:
-        self.parts = Parts()
+        self.clock = SubphaseClock()
 
     def make_room(self) -> None: ...
 

@@ -107,13 +107,13 @@ class Run:
             yield record
             self._saving.publish(wait=False)
             mine = (
-                resident_bytes(), self.rollouts.engine_bytes(), self.rollouts.parts.take()
+                resident_bytes(), self.rollouts.engine_bytes(), self.rollouts.clock.take()
             )  # fmt: skip
             ranks = self.control.gather(mine)
             if ranks:
-                actor, engine, parts = zip(*ranks, strict=True)
+                actor, engine, subphases = zip(*ranks, strict=True)
                 record.actor_bytes, record.engine_bytes = sum(actor), sum(engine)
-                record.parts = together(list(parts))
+                record.subphases = together(list(subphases))
         self._seconds[name] = record.seconds
         self._ending.expect(name, record.seconds)
         if name == "update":

@@ -22,7 +22,7 @@ from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_p
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
     from megatron_pmd.distributed import Control
-    from megatron_pmd.observe.subphases import Parts
+    from megatron_pmd.observe.subphases import SubphaseClock
     from megatron_pmd.weight_sync.shards import ShardExport
     from megatron_pmd.weight_sync.transport import Transport
 
@@ -51,19 +51,19 @@ class WeightPush:
         transport: Transport,
         control: Control,
         run_key: str,
-        parts: Parts,
+        clock: SubphaseClock,
         *,
         bucket_bytes: int,
         verify: bool = False,
         on_device: bool = False,
     ) -> None:
-        """parts: the clock for `begin` (engines withdraw their version), `write` (shards go into buckets),
-        `load` (what is then left to wait for the engines), `verify` and `confirm`.
+        """clock: measures `begin` (engines withdraw their version), `write` (shards go into buckets), `load`
+        (what is then left to wait for the engines), `verify` and `confirm`.
         bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
         on_device: the buckets are DeviceBucket, else SharedBucket.
         """
         self._transport, self._control, self._key = transport, control, run_key
-        self._parts, self._bucket_bytes, self._verify = parts, bucket_bytes, verify
+        self._clock, self._bucket_bytes, self._verify = clock, bucket_bytes, verify
         self._on_device, self._node_group = on_device, None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
@@ -90,13 +90,13 @@ class WeightPush:
         if self._on_device and not self._handles:
             self._make_device_buckets()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
-        with self._parts("begin", memory=False):
+        with self._clock("begin", memory=False):
             self._control.on_all(self._transport.begin)
             self._transport.connect()
         self._send(export, plan, {"name": name})
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
-        with self._parts("confirm"):
+        with self._clock("confirm"):
             self._control.on_all(lambda: self._transport.end(version))
         if self._on_device:
             self._close_buckets()
@@ -171,9 +171,9 @@ class WeightPush:
         for number, bucket_plan in enumerate(plan.buckets):
             bucket = self._buckets[number % 2] if self._buckets else None
             first, last = number == 0, number == len(plan.buckets) - 1
-            with self._parts(write, bucket_plan.nbytes, memory=first):
+            with self._clock(write, bucket_plan.nbytes, memory=first):
                 sums = self._write(export, bucket_plan, bucket, irregular)
-            with self._parts(load, memory=False):
+            with self._clock(load, memory=False):
                 shares = self._control.on_all(partial(loaded, sums))
             description: dict[str, Any] = {"tensors": bucket_plan.layout.as_json()}
             if bucket is not None:
@@ -186,7 +186,7 @@ class WeightPush:
                 description["update"] = _position(update, number, last, plan)
                 description["ends"] = last and self._verify == ("verify" in update)
             loading = self._loader.submit(self._transport.load, bucket, description)
-        with self._parts(load, plan.bytes):
+        with self._clock(load, plan.bytes):
             self._control.on_all(partial(loaded, {}))
 
     def _is_here(self, rank: int) -> bool:

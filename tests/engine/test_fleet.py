@@ -7,7 +7,7 @@ import pytest
 from megatron_pmd.config import override
 from megatron_pmd.engine import fleet
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from recipes import recipe
 from tests.engine.only_rank import OnlyRank
 
@@ -36,7 +36,7 @@ def start(monkeypatch, tmp_path):
 
         monkeypatch.setattr(fleet, "EngineProcess", Engine)
         monkeypatch.setattr(fleet, "RESTART_PAUSE_SECONDS", 0.0)
-        engines = fleet.Fleet(recipe("tiny_moe_cpu"), OnlyRank(), tmp_path, Parts(), cpu=True)
+        engines = fleet.Fleet(recipe("tiny_moe_cpu"), OnlyRank(), tmp_path, SubphaseClock(), cpu=True)
         engines.wait_ready()
         assert engines.urls == [specs[-1].url]
         return specs
@@ -65,6 +65,6 @@ def test_a_server_of_others_that_never_answers_ends_the_start_with_its_address(t
         ['rollout.servers=["http://127.0.0.1:9"]', "rollout.ranks_per_engine=null", "sync.transport=disk",
          "rollout.start_timeout_seconds=0.1"],
     )  # fmt: skip
-    engines = fleet.Fleet(config, OnlyRank(), tmp_path, Parts(), cpu=True)
+    engines = fleet.Fleet(config, OnlyRank(), tmp_path, SubphaseClock(), cpu=True)
     with pytest.raises(EngineError, match=r"server 0 of rollout\.servers \(http://127\.0\.0\.1:9\) did not"):
         engines.wait_ready()

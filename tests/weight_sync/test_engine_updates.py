@@ -14,7 +14,7 @@ from megatron_pmd.config import Rollout
 from megatron_pmd.engine.client import EngineControl
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for
@@ -143,7 +143,7 @@ def servers_fleet(engine, models, folder, tmp_path, monkeypatch):
     config = config_for(folder / "model-0").model_copy(
         update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
     )
-    fleet = Fleet(config, ALONE, tmp_path, Parts(), cpu=True)
+    fleet = Fleet(config, ALONE, tmp_path, SubphaseClock(), cpu=True)
     yield fleet
     fleet.stop()
 
