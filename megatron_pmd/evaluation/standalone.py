@@ -19,8 +19,9 @@ from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Roll
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.server import tail
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.server import free_port, tail
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.errors import ConfigError, EngineError, ModelError
 from megatron_pmd.evaluation.estimates import Evaluation, evaluate
 from megatron_pmd.files import read_object, write_whole
@@ -260,7 +261,7 @@ def _spec(task: Task) -> EngineSpec:
         log=task.log,
         seed=task.seed,
         cpu=_cpu(),
-        api_key=secrets.token_hex(24),
+        keys=Keys(api=secrets.token_hex(24)),
         load_model_weights=True,
     )
 
@@ -280,7 +281,7 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
                 control.end_update(plan.weight_version)
             endpoint = replace(
                 sampler.endpoint, router_url=spec.url, any_engine_alive=engine.ready,
-                headers={"Authorization": f"Bearer {spec.api_key}"},
+                headers=spec.keys.headers,
             )  # fmt: skip
             with console.progress("evaluation", plan.total - plan.finished) as advance:
                 replace(sampler, endpoint=endpoint).run(plan, advance)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.residency import resident_bytes
+from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.batch import Sample, read_rollout
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
@@ -17,6 +17,9 @@ from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.engine.handover import Handover
+from megatron_pmd.engine.recovery import Recovery
+from megatron_pmd.engine.router import Router
 from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
@@ -91,10 +94,13 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
-        self.clock = SubphaseClock(lambda: (resident_bytes(), self.engine_bytes()))
-        self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu, device=device)
+        self.clock = SubphaseClock(lambda: (actor_bytes(), self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
+        self.handover = Handover(self.fleet, self.clock, device)
+        self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
+        self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
         self._shards: ShardExport | None = None
-        self._push = WeightPush(
+        self.weight_push = WeightPush(
             _transport(config, self.fleet, control, folder),
             control,
             shared_memory_key(folder),
@@ -115,20 +121,20 @@ class LiveEngines:
             if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
             version = self._control.from_driver(plan.weight_version if plan else None)
-            self._revive(actor, version, forgotten=forgotten)
+            self.revive(actor, version, forgotten=forgotten)
         raise failure
 
     def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
         assert plan is not None, "the driver draws from a plan"
         sampling = self._config.rollout
         endpoint = Endpoint(
-            router_url=self.fleet.router_url,
+            router_url=self.router.url,
             engine_urls=self.fleet.urls,
-            headers=self.fleet.headers,
-            abort_headers=self.fleet.admin_headers,
+            headers=self.fleet.keys.headers,
+            abort_headers=self.fleet.keys.admin_headers,
             request_timeout_seconds=sampling.request_timeout_seconds,
             retries=sampling.retries,
-            any_engine_alive=self.fleet.any_alive,
+            any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
         )
         sampler = Sampler(
             endpoint=endpoint,
@@ -149,48 +155,55 @@ class LiveEngines:
             return error
         return None
 
-    def _revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
+    def revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
         """Start lost engines and a lost router again; give all engines the current weights if any is new.
 
         As in the phases sync and resume: in a rollout the actors' parameters have left the device.
         """
         if self._restart(probe=True) or forgotten:
-            self.fleet.release()
+            self.handover.release()
             actor.wake_parameters()
-            self.fleet.resume_weights()
+            self.handover.resume_weights()
             self._send(actor, version)
             actor.release_parameters()
-            self.fleet.resume_cache()
-        self.fleet.serve()
+            self.handover.resume_cache()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Make the engines routable, and watch them while they generate."""
+        self._control.on_driver(lambda: self.router.start(self.fleet.urls))
+        self.fleet.watch()
 
     def _restart(self, *, probe: bool) -> bool:
         """Start lost engines again, and say so."""
-        reasons = self.fleet.restart_lost(probe=probe)
+        reasons = self.recovery.restart_lost(probe=probe)
+        if reasons:
+            self.router.stop()  # its picture of who is alive is out of date
         if reasons and self._control.is_driver:
             first = "; ".join(reason.splitlines()[0] for reason in reasons)
             self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
         return bool(reasons)
 
     def make_room(self) -> None:
-        self.fleet.wait_ready()
-        self.fleet.release()
+        self.recovery.wait_ready()
+        self.handover.release()
 
     def release(self) -> None:
-        self.fleet.release()
+        self.handover.release()
 
     def load(self, actor: Actor, version: int) -> PushReport:
         """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
         if not self.fleet.urls:
-            self.fleet.wait_ready()
+            self.recovery.wait_ready()
         for attempt in itertools.count():
             if self._restart(probe=attempt > 0):
-                self.fleet.release()  # a new engine has its cache, too, beside the actors' parameters
+                self.handover.release()  # a new engine has its cache, too, beside the actors' parameters
             try:
-                self.fleet.resume_weights()
+                self.handover.resume_weights()
                 return self._send(actor, version)
             except EngineError:
                 # what a living engine refuses, it would refuse again
-                if attempt == self._config.rollout.restarts or not self.fleet.any_lost():
+                if attempt == self._config.rollout.restarts or not self.recovery.any_lost():
                     raise
         raise AssertionError("unreachable")
 
@@ -199,17 +212,18 @@ class LiveEngines:
             self._shards = ShardExport(
                 actor.bridge, actor.chunks, self._control, actor.shapes, fp8=self._config.rollout.fp8
             )
-        return self._push.push(self._shards, version, serves=self.fleet.serves)
+        return self.weight_push.push(self._shards, version, serves=self.fleet.serves)
 
     def resume(self) -> None:
-        self.fleet.resume_cache()
-        self.fleet.serve()
+        self.handover.resume_cache()
+        self._serve()
 
     def engine_bytes(self) -> int:
-        return self.fleet.resident_bytes()
+        return self.fleet.engine_bytes()
 
     def close(self) -> None:
-        self._push.close()
+        self.weight_push.close()
+        self.router.stop()
         self.fleet.stop()
 
 

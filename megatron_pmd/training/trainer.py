@@ -15,7 +15,7 @@ from megatron_pmd.actor import batching
 from megatron_pmd.actor.actor import Actor, AnchorReport, Examples
 from megatron_pmd.actor.expert_load import imbalance
 from megatron_pmd.actor.optimizer import learning_rate
-from megatron_pmd.actor.residency import resident_bytes
+from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import histogram_quantile, over_iteration
 from megatron_pmd.batch import RolloutBatch, Sample, write_rollout
@@ -107,7 +107,7 @@ class Run:
             yield record
             self._saving.publish(wait=False)
             mine = (
-                resident_bytes(), self.rollouts.engine_bytes(), self.rollouts.clock.take()
+                actor_bytes(), self.rollouts.engine_bytes(), self.rollouts.clock.take()
             )  # fmt: skip
             ranks = self.control.gather(mine)
             if ranks:

@@ -62,7 +62,7 @@ class WeightPush:
         bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
         on_device: the buckets are DeviceBucket, else SharedBucket.
         """
-        self._transport, self._control, self._key = transport, control, run_key
+        self.transport, self._control, self.run_key = transport, control, run_key
         self._clock, self._bucket_bytes, self._verify = clock, bucket_bytes, verify
         self._on_device, self._node_group = on_device, None
         self._export: ShardExport | None = None
@@ -91,13 +91,13 @@ class WeightPush:
             self._make_device_buckets()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
         with self._clock("begin", memory=False):
-            self._control.on_all(self._transport.begin)
-            self._transport.connect()
+            self._control.on_all(self.transport.begin)
+            self.transport.connect()
         self._send(export, plan, {"name": name})
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
         with self._clock("confirm"):
-            self._control.on_all(lambda: self._transport.end(version))
+            self._control.on_all(lambda: self.transport.end(version))
         if self._on_device:
             self._close_buckets()
         return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
@@ -109,7 +109,7 @@ class WeightPush:
         nodes = [node for node, _, _ in shares]
         self._serving = {rank for _, serves, _ in shares for rank in serves}
         serving = {nodes[rank] for rank in self._serving}
-        targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in serving, n)]
+        targets = [n for n in sorted(set(nodes)) if self.transport.needs_buckets(n in serving, n)]
         self._plan = make_plan(
             [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
             last=[region.name for region in export.irregular],
@@ -139,14 +139,14 @@ class WeightPush:
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
         assert self._plan is not None
-        opened = self._transport.opens_buckets and self._control.rank in self._serving
+        opened = self.transport.opens_buckets and self._control.rank in self._serving
         buckets = [DeviceBucket(key, self._plan.capacity, self._node_group) for key in self._keys]
         self._buckets = list(buckets)
         handles = [bucket.handle() for bucket in buckets] if opened else []
         self._handles = self._control.all_gather(handles)
 
     def _bucket_key(self, node: int, turn: int) -> str:
-        return f"{self._key}-{node}-{turn}"
+        return f"{self.run_key}-{node}-{turn}"
 
     def _places(self, turn: int) -> dict[str, Any]:
         """Where the engine that this rank leads finds the buckets of a turn: all hold the same."""
@@ -185,7 +185,7 @@ class WeightPush:
                 description = bucket.description(checks, self._places(number % 2))
                 description["update"] = _position(update, number, last, plan)
                 description["ends"] = last and self._verify == ("verify" in update)
-            loading = self._loader.submit(self._transport.load, bucket, description)
+            loading = self._loader.submit(self.transport.load, bucket, description)
         with self._clock(load, plan.bytes):
             self._control.on_all(partial(loaded, {}))
 
@@ -233,7 +233,7 @@ class WeightPush:
     def close(self) -> None:
         """Give the buckets' memory back."""
         self._loader.shutdown(wait=False, cancel_futures=True)
-        self._transport.close()
+        self.transport.close()
         self._close_buckets()
 
     def _close_buckets(self) -> None:

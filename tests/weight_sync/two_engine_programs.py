@@ -82,7 +82,7 @@ class Pair:
         return record | self._state() | {"difference": self._difference(samples)}
 
     def _state(self) -> dict[str, Any]:
-        router = self.engines.fleet._router
+        router = self.engines.router.process
         return {
             "version": self.trial.version,
             "starts": self.trial.starts,
@@ -111,7 +111,7 @@ class Pair:
     def _in_flight(self, url: str) -> int:
         """Requests that the engine works on, or that wait in it, when it last noted them."""
         reply = httpx.get(
-            url + "/v1/loads", headers=self.engines.fleet.headers, timeout=60, trust_env=False
+            url + "/v1/loads", headers=self.engines.fleet.keys.headers, timeout=60, trust_env=False
         ).json()
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in reply["loads"])
 
@@ -164,7 +164,7 @@ def _server(trial: Trial) -> int:
 
 
 def _kill_router(trial: Trial) -> None:
-    router = trial.engines.fleet._router
+    router = trial.engines.router.process
     assert router is not None
     for process in psutil.Process(router.pid).children(recursive=True):
         process.kill()

@@ -33,7 +33,10 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import prompt_source, tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.router import RouterProcess, RouterSpec
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
 from megatron_pmd.node.worker import prepare_model
@@ -87,14 +90,14 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
     """The recipe's engines, started as the fleet starts them."""
     import torch
 
-    key = secrets.token_hex(24)
+    keys = Keys(api=secrets.token_hex(24))
     with contextlib.ExitStack() as cleanup:
         engines = []
         for number in range(config.engines):
             spec = EngineSpec(
                 number=number, model=config.model, rollout=config.rollout, port=free_port(),
                 log=folder / f"engine-{number}.log", seed=number, cpu=not torch.cuda.is_available(),
-                api_key=key, first_gpu=number * config.ranks_per_engine, load_model_weights=True,
+                keys=keys, first_gpu=number * config.ranks_per_engine, load_model_weights=True,
             )  # fmt: skip
             engines.append(EngineProcess(spec))
             cleanup.callback(engines[-1].stop)
@@ -104,11 +107,11 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
                 control.begin_update()
                 control.end_update(0)
         router = RouterProcess(
-            RouterSpec([e.url for e in engines], free_port(), folder / "router.log", 600.0, api_key=key)
+            RouterSpec([e.url for e in engines], free_port(), folder / "router.log", 600.0, api_key=keys.api)
         )
         cleanup.callback(router.stop)
         router.wait_ready(60)
-        yield Served(engines, router, {"Authorization": f"Bearer {key}"})
+        yield Served(engines, router, keys.headers)
 
 
 def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row]:

@@ -222,7 +222,8 @@ def bench_update(model: Path, repetitions: int, folder: Path) -> list[Row]:
     from safetensors.torch import load_file
 
     from megatron_pmd.engine.client import EngineControl
-    from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+    from megatron_pmd.engine.server import free_port
+    from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
