@@ -26,7 +26,7 @@ from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
-from megatron_pmd.rollout.groups import Group, SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.shared_memory import shared_memory_key
@@ -44,18 +44,18 @@ class RolloutSource(Protocol):
     clock: SubphaseClock
     """What the phases spend their time on."""
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        """The rollout of the plan's iteration: complete groups, graded.
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        """The rollout of the rollout's iteration: complete groups, graded.
 
-        [] on ranks other than the driver, whose plan is None.
+        [] on ranks other than the driver, whose rollout is None.
 
         Each sample says which of its tokens were sampled under which weight version (Sample.segments): a
         source may have begun them in earlier iterations, or produced them while others were trained on.
         actor: whose weights an engine is given that has to be started again.
         """
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
-        """Samples for the plan, drawn now, under the actor's weights; only of live engines. As take()."""
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
+        """Samples for the rollout, drawn now, under the actor's weights; only of live engines. As take()."""
 
     def make_room(self) -> None:
         """Before there is an actor: engines have started, and have left the device to it."""
@@ -117,25 +117,27 @@ class LiveEngines:
             on_device=not cpu,
         )
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        return self.draw(plan, actor, "rollout")
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        return self.draw(rollout, actor, "rollout")
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
         for _ in range(self._config.rollout.retries + 1):
-            failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
+            failure = self._control.from_driver(
+                self._try(rollout, title) if self._control.is_driver else None
+            )
             if failure is None:
-                return plan.samples(self._tokenizer) if plan else []
+                return rollout.samples(self._tokenizer) if rollout else []
             # a server of others that came back by itself has forgotten the weights it was given
             forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
             if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
-            version = self._control.from_driver(plan.weight_version if plan else None)
+            version = self._control.from_driver(rollout.settings.weight_version if rollout else None)
             self.revive(actor, version, forgotten=forgotten)
         raise failure
 
-    def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
-        assert plan is not None, "the driver draws from a plan"
+    def _try(self, rollout: RolloutGroups | None, title: str) -> PmdError | None:
+        assert rollout is not None, "the driver knows what to draw"
         sampling = self._config.rollout
         endpoint = Endpoint(
             router_url=self.router.url,
@@ -159,8 +161,8 @@ class LiveEngines:
             interrupted=self._interrupted,
         )
         try:
-            with self._console.progress(title, plan.total - plan.finished) as advance:
-                sampler.run(plan, advance)
+            with self._console.progress(title, rollout.total - rollout.finished) as advance:
+                sampler.run(rollout, advance)
         except PmdError as error:
             return error
         return None
@@ -256,7 +258,7 @@ class WithoutEngines:
 
     def make_room(self) -> None: ...
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         raise AssertionError(f"{title}: only live engines are asked for more than rollouts")
 
     def release(self) -> None: ...
@@ -282,16 +284,17 @@ class ReplayedRollouts(WithoutEngines):
             raise DataError(f"{path}: no such rollout file or folder")
         self._path, self._control = path, control
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
-        return self._control.on_driver(lambda: self._read(plan)) or []
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        """The recorded samples of the rollout's iteration. DataError if they are of another iteration."""
+        return self._control.on_driver(lambda: self._read(rollout)) or []
 
-    def _read(self, plan: SamplingPlan | None) -> list[Sample]:
-        assert plan is not None, "the driver draws from a plan"
-        path = self._path / f"{plan.iteration}.parquet" if self._path.is_dir() else self._path
+    def _read(self, rollout: RolloutGroups | None) -> list[Sample]:
+        assert rollout is not None, "the driver knows what to draw"
+        wanted = rollout.settings.iteration
+        path = self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path
         samples, iteration = read_rollout(path)
-        if iteration != plan.iteration:
-            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {plan.iteration}")
+        if iteration != wanted:
+            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {wanted}")
         return samples
 
 
@@ -302,51 +305,55 @@ class Demonstrations(WithoutEngines):
         super().__init__()
         self._control, self._tokenizer = control, tokenizer
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        return demonstrations(plan.problems, self._tokenizer) if plan else []
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        if rollout is None:
+            return []
+        return demonstrations([group.problem for group in rollout.groups], self._tokenizer)
 
 
-def train_plan(
-    config: RunConfig, prompts: PromptSource, iteration: int, carried: list[Group]
-) -> SamplingPlan:
-    """The rollout of one iteration: first what the last one kept, then as many new prompts as it lacks."""
+def train_rollout(
+    config: RunConfig, prompts: PromptSource, iteration: int, carried_over: list[Group]
+) -> RolloutGroups:
+    """The rollout of one iteration: what the last one left over, then as many new prompts as it lacks."""
     sampling, wanted = config.rollout, config.batch.prompts_per_rollout
     extra = sampling.partial.extra_groups if sampling.partial else 0
-    return SamplingPlan(
-        problems=prompts.take(max(0, wanted + extra - len(carried))),
-        samples_per_prompt=config.batch.samples_per_prompt,
-        iteration=iteration,
-        weight_version=iteration,
-        temperature=Subproblem(config, iteration).temperature,
-        top_p=sampling.top_p,
-        run_seed=config.seed,
-        wanted=wanted,
-        groups_per_step=config.batch.prompts_per_step,
-        partial=sampling.partial,
-        group_filter=sampling.group_filter,
+    return RolloutGroups(
+        prompts.take(max(0, wanted + extra - len(carried_over))),
+        _as_in_training(config, iteration, samples_per_prompt=config.batch.samples_per_prompt),
+        EndRules(
+            wanted=wanted,
+            groups_per_step=config.batch.prompts_per_step,
+            partial=sampling.partial,
+            group_filter=sampling.group_filter,
+        ),
         next_problem=lambda: prompts.take(1)[0],
-        carried=carried,
+        carried_over=carried_over,
     )
 
 
-def check_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+def check_rollout(config: RunConfig, problems: list[Problem], iteration: int) -> RolloutGroups:
     """One response to each problem, as in training."""
-    return SamplingPlan(
-        problems=problems,
-        samples_per_prompt=1,
+    settings = _as_in_training(config, iteration, samples_per_prompt=1, stream="check")
+    return RolloutGroups(problems, settings)
+
+
+def _as_in_training(
+    config: RunConfig, iteration: int, *, samples_per_prompt: int, stream: str = "train"
+) -> DrawSettings:
+    return DrawSettings(
+        samples_per_prompt=samples_per_prompt,
         iteration=iteration,
         weight_version=iteration,
         temperature=Subproblem(config, iteration).temperature,
         top_p=config.rollout.top_p,
         run_seed=config.seed,
-        stream="check",
+        stream=stream,
     )
 
 
-def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+def evaluation_rollout(config: RunConfig, problems: list[Problem], iteration: int) -> RolloutGroups:
     """Held-out problems under the evaluation's own sampling settings."""
-    return SamplingPlan(
-        problems=problems[: config.evaluation.prompts],
+    settings = DrawSettings(
         samples_per_prompt=config.evaluation.samples_per_prompt,
         iteration=iteration,
         weight_version=iteration,
@@ -355,3 +362,4 @@ def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) 
         run_seed=config.seed,
         stream="evaluation",
     )
+    return RolloutGroups(problems[: config.evaluation.prompts], settings)
