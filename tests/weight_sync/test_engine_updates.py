@@ -141,7 +141,7 @@ def engines(engine, models, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PMD_SERVER_KEY", KEY)
     monkeypatch.setenv("PMD_SERVER_ADMIN_KEY", ADMIN_KEY)
     config = config_for(folder / "model-0").model_copy(
-        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
+        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=60, restarts=1)}
     )
     engines = LiveEngines(config, ALONE, tmp_path, None, None, Console(), cpu=True)
     yield engines
