@@ -5,6 +5,8 @@ of imports: a trainer killed in those seconds left a scheduler and a detokenizer
 supervisor is a small process between the trainer and the server. It starts the server in a process group of
 its own. When the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
 keeps in shared memory (SGLang itself never does). It exits with the server's exit status.
+
+Standard library only, and started by path: it must be running before anything slow is imported.
 """
 
 from __future__ import annotations
