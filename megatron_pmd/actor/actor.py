@@ -13,7 +13,8 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
-from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
+from megatron_pmd.actor.forward import run_schedule
+from megatron_pmd.actor.log_probs import microbatch_log_probs
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
