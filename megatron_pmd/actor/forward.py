@@ -15,6 +15,7 @@ from megatron_pmd.actor.batching import Microbatches
 from megatron_pmd.actor.packing import PackedMicrobatch, Row, pack_microbatch
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.device import current_device
 
 
 @contextlib.contextmanager
@@ -67,14 +68,10 @@ def run_schedule(
     and gradients are divided by the global count. replay: routers choose the experts that the batch has
     recorded.
     """
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
     # else Float16Module hands on an fp32 copy of all logits
     as_computed = {"fp32_output": False} if get_model_config(chunks[0]).bf16 else {}
     # every chunk of an interleaved pipeline reads the micro-batches by itself
+    device = current_device()
     packed = [(pack_microbatch(batch, samples, row, device) for samples in microbatches) for _ in chunks]
 
     def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable]:

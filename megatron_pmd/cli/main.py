@@ -38,9 +38,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
 ) -> None:
     """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
-    from megatron_pmd.evaluation.standalone import Asked, main
+    from megatron_pmd.evaluation.standalone import EvaluationRequest, main
 
-    main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+    main(EvaluationRequest(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
 
 
 @app.command()

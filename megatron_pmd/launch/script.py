@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import check_places
+from megatron_pmd.engine.placement import check_parts
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.launch.cluster import Cluster
 
@@ -50,7 +50,7 @@ def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: st
             f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "
             f"(gpus_per_node of cluster {cluster.name}); change layout.data"
         )
-    check_places(config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.devices_per_engine)
+    check_parts(config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.devices_per_engine)
     mounts = [mount.split(":")[1] for mount in cluster.container.mounts if ":" in mount]
     inside = any(root == PurePosixPath(m) or PurePosixPath(m) in root.parents for m in mounts)
     if cluster.container.runtime != "none" and not inside:

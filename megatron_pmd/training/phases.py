@@ -19,10 +19,10 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.errors import StaleWeights
 from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
-from megatron_pmd.rollout.groups import SamplingPlan
-from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
+from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
-from megatron_pmd.training.rollouts import check_plan, evaluation_plan, train_plan
+from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.training.trainer import Trainer
@@ -43,16 +43,16 @@ def start(run: Trainer) -> None:
 
 def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     """Take and grade the rollout of an iteration. Raises RunEnds if the run has to end before it is drawn."""
-    t, state, plan = iteration.number, run.state, None
+    t, state, rollout = iteration.number, run.state, None
     if run.control.is_driver:
-        plan = train_plan(run.config, run.problems.train, t, state.carried_over)
-    samples = run.rollouts.take(plan, run.actor)
-    if plan is not None and run.rollouts.live:
-        run.remember(plan.groups)
-        iteration.left_over = plan.kept
-        iteration.values |= plan_metrics(plan)
-    _end_if_cut(run, plan, "rollout")
-    packed = _grade_and_pack(run, iteration, plan, samples) if plan is not None else None
+        rollout = train_rollout(run.config, run.problems.train, t, state.carried_over)
+    samples = run.rollouts.take(rollout, run.actor)
+    if rollout is not None and run.rollouts.live:
+        run.remember(rollout.groups)
+        iteration.left_over = rollout.left_over
+        iteration.values |= account_values(rollout)
+    _end_if_cut(run, rollout, "rollout")
+    packed = _grade_and_pack(run, iteration, rollout, samples) if rollout is not None else None
     batch: RolloutBatch = run.control.from_driver(packed)
     if run.config.actor.experts.replay_routing:
         batch.check_routing(run.actor.routing_width)
@@ -60,7 +60,7 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
 
 
 def _grade_and_pack(
-    run: Trainer, iteration: Iteration, plan: SamplingPlan, samples: list[Sample]
+    run: Trainer, iteration: Iteration, rollout: RolloutGroups, samples: list[Sample]
 ) -> RolloutBatch:
     """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch."""
     t = iteration.number
@@ -68,15 +68,15 @@ def _grade_and_pack(
     subproblem.grade(samples)
     write_rollout(run.folder / "rollouts" / f"{t}.parquet", samples, t)
     if not subproblem.supervised:
-        drawn = [*samples, *plan.dropped_samples(run.tokenizer)]
+        drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
         run.problems.train.record(success_rates(drawn, run.config.reward.correct))
         iteration.values |= rollout_values(samples)
     return RolloutBatch.pack(samples, subproblem.temperature, examples=_examples(run), weight_version=t)
 
 
-def _end_if_cut(run: Trainer, plan: SamplingPlan | None, what: str) -> None:
+def _end_if_cut(run: Trainer, rollout: RolloutGroups | None, what: str) -> None:
     """Raises RunEnds, on all ranks, after a rollout that was ended because the run has to end."""
-    cut = plan is not None and run.rollouts.live and not plan.may_end
+    cut = rollout is not None and run.rollouts.live and not rollout.may_end
     if run.control.from_driver(cut):
         reason = run.control.from_driver(run.shutdown.reason_before("rollout"))
         raise RunEnds(RunOutcome(Status.SAVED, f"{reason}; the {what} was cut short"))
@@ -212,9 +212,9 @@ def evaluation_is_due(run: Trainer, t: int) -> bool:
 
 def evaluate(run: Trainer, t: int) -> None:
     """Sample the held-out problems under weight version t, and keep the samples."""
-    plan = evaluation_plan(run.config, run.problems.held_out, t) if run.control.is_driver else None
-    samples = run.rollouts.draw(plan, run.actor, "evaluation")
-    _end_if_cut(run, plan, "evaluation")
+    rollout = evaluation_rollout(run.config, run.problems.held_out, t) if run.control.is_driver else None
+    samples = run.rollouts.draw(rollout, run.actor, "evaluation")
+    _end_if_cut(run, rollout, "evaluation")
     if run.control.is_driver:
         write_rollout(run.folder / "evaluations" / f"{t}.parquet", samples, t)
         run.log.log("evaluation", estimate(samples, run.config.reward.correct).metrics())
@@ -255,12 +255,12 @@ def finish(run: Trainer) -> None:
 
 def _check_final_weights(run: Trainer, final: int) -> None:
     """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
-    plan = None
+    rollout = None
     if run.control.is_driver:
         problems = run.problems.train.peek(min(8, run.config.batch.prompts_per_rollout))
-        plan = check_plan(run.config, problems, final)
-    samples = run.rollouts.draw(plan, run.actor, "check of the final weights")
-    _end_if_cut(run, plan, "check of the final weights")
+        rollout = check_rollout(run.config, problems, final)
+    samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
+    _end_if_cut(run, rollout, "check of the final weights")
     temperature = Subproblem(run.config, final).temperature
     batch = run.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)
     run.rollouts.release()

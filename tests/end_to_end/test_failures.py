@@ -69,7 +69,7 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "the rollout was cut short" in output
-    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "kept_responses.parquet")
+    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "carried_over.parquet")
     assert kept.num_rows == 32
     tokens = {
         (row["problem"], row["number"]): [t for turn in row["turns"] for t in turn["tokens"]]
