@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_pmd import errors
 from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import Interrupted, PmdError
 from megatron_pmd.node.worker import Order
+from megatron_pmd.observe.folder import status
+from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.shared_memory import SHARED_MEMORY, shared_memory_key
 
 
@@ -34,7 +37,9 @@ def run_here(
 ) -> None:
     """Train on this machine alone; see run_ranks."""
     nodes = Nodes(1, 0, config.layout.ranks, "localhost:0")
-    run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+    outcome = run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+    if outcome.error:
+        raise getattr(errors, outcome.error, PmdError)(outcome.reason)
 
 
 def run_ranks(
@@ -44,11 +49,11 @@ def run_ranks(
     *,
     replay: Path | None = None,
     stop_after: StopAfter | None = None,
-) -> None:
+) -> RunOutcome:
     """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
-    The first rank of the node writes to this terminal, the others to folder/logs. Raises PmdError with the
-    failing rank's own words, Interrupted after Ctrl-C or SIGTERM.
+    The first rank of the node writes to this terminal, the others to folder/logs. The outcome is the run's
+    own, or that of the rank that failed first, in its words.
     """
     # the agent's own account of a failure is longer than the failure, which is shown below
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
@@ -84,20 +89,23 @@ def run_ranks(
         elastic_launch(launch, sys.executable)("-m", "megatron_pmd.node.worker", str(order))
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        raise PmdError(_reason(rank, failure.message, folder)) from None
+        return _of_rank(rank, failure.message, folder)
     except (KeyboardInterrupt, SignalException):
-        raise Interrupted(
-            f"{folder}: interrupted; the same command resumes it from its last checkpoint"
-        ) from None
+        reason = f"{folder}: interrupted; the same command resumes it from its last checkpoint"
+        return RunOutcome.of(Interrupted(reason))
     finally:
         # a rank that was killed could not remove its weight buckets
         for bucket in SHARED_MEMORY.glob(f"megatron-pmd-{shared_memory_key(folder)}-*"):
             bucket.unlink(missing_ok=True)
+    return RunOutcome(Status(status(folder) or "failed"))
 
 
-def _reason(rank: int, message: object, folder: Path) -> str:
-    """The failing rank's error, without torch's envelope."""
+def _of_rank(rank: int, message: object, folder: Path) -> RunOutcome:
+    """The failing rank's outcome, without torch's envelope."""
     text = message["message"] if isinstance(message, dict) else str(message)
     if isinstance(text, str) and text.startswith("{"):
         text = json.loads(text).get("message", text)
-    return f"rank {rank} failed: {text}; logs: {folder / 'logs'}"
+    name, _, words = text.partition(": ")
+    kind = getattr(errors, name, PmdError)
+    outcome = RunOutcome.of(kind(f"rank {rank} failed: {words or text}; logs: {folder / 'logs'}"))
+    return replace(outcome, status=Status.ALARMED) if kind is errors.AlarmStop else outcome
