@@ -46,7 +46,7 @@ def _interrupt(*_: object) -> None:
 def _run(allocation: Allocation) -> RunOutcome:
     from megatron_pmd.node import preflight
     from megatron_pmd.node.ranks import Nodes, run_ranks
-    from megatron_pmd.observe.folder import is_complete
+    from megatron_pmd.observe.summary import is_complete
     from recipes import configuration
 
     config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
