@@ -84,6 +84,9 @@ class Cluster(Frozen):
     exclusive: bool = True
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
+    host_python: str = "python3"
+    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts the
+    job again; a relative path starts at `shared`."""
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
     scratch: str | None = None
@@ -91,7 +94,7 @@ class Cluster(Frozen):
     setup: list[str] = []
     """Shell commands before the ranks start on a node, e.g. `module load cuda`."""
     max_attempts: PositiveInt = 20
-    """Starts of one run, over all its jobs."""
+    """Starts of one job, by Slurm and by the batch script; then it stops."""
     max_crashes: PositiveInt = 3
     """In a row without a new checkpoint; then the run stops with the reason."""
     extra_sbatch: list[str] = []

@@ -105,6 +105,7 @@ def variables(job: Job) -> dict[str, str]:
         "PMD_RUNS": f"{job.root}/runs",
         "PMD_ROOT": str(job.root),
         "PMD_PYTHON": cluster.python,
+        "PMD_HOST_PYTHON": cluster.host_python,
         "PMD_RANKS_PER_NODE": str(job.ranks_per_node),
         "PMD_GPU": cluster.gpu,
         "PMD_SETUP": " && ".join(cluster.setup) or "true",
