@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_pmd.config import RunConfig, build, known_keys, override
 from megatron_pmd.errors import ConfigError, LayoutError
-from recipes import RECIPES, configuration, recipe
+from recipes import RECIPES, recipe
 
 
 @pytest.fixture
@@ -159,11 +159,6 @@ def test_every_recipe_builds_and_its_derived_numbers_agree() -> None:
     for name in RECIPES:
         batch = recipe(name).batch
         assert batch.samples_per_rollout == batch.steps_per_rollout * batch.samples_per_step
-
-
-def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
-        configuration("tiny_mo_cpu", [])
 
 
 def test_known_keys_reach_into_unions_of_sources() -> None:

@@ -13,6 +13,7 @@ from megatron_pmd.config.algorithm import (
     Schedule,
 )
 from megatron_pmd.config.data import (
+    REWARDS,
     Data,
     Evaluation,
     FileSource,
@@ -24,7 +25,7 @@ from megatron_pmd.config.data import (
     Source,
 )
 from megatron_pmd.config.frozen import Frozen
-from megatron_pmd.config.reading import build, known_keys, load, override
+from megatron_pmd.config.reading import build, explain, known_keys, load, override
 from megatron_pmd.config.rollout import (
     GroupFilter,
     PartialRollouts,
@@ -42,6 +43,7 @@ from megatron_pmd.config.run import (
 )
 
 __all__ = [
+    "REWARDS",
     "Actor",
     "Alarm",
     "Alarms",
@@ -80,6 +82,7 @@ __all__ = [
     "Sync",
     "WarmStart",
     "build",
+    "explain",
     "known_keys",
     "load",
     "override",

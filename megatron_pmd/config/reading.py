@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.plugins import did_you_mean
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -34,16 +34,20 @@ def build(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(explain(error, RunConfig))) from None
 
 
-def _explain(error: Any) -> str:
-    # a discriminated union puts its tag (`file`, `reasoning_gym`) in the location: not part of the user's key
-    key = ".".join(str(p) for p in error["loc"] if p not in ("file", "reasoning_gym"))
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(RunConfig), n=1, cutoff=0.5)
-        return f"{key} is not a setting" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{key}: {error['msg']} (got {error['input']!r})"
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What was wrong with the model's values, one line a problem; an unknown key with the nearest."""
+    lines = []
+    for problem in error.errors():
+        # pydantic's own words for a place: a union's tag, a mapping's key
+        key = ".".join(str(p) for p in problem["loc"] if p not in ("file", "reasoning_gym", "[key]"))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key} is not a setting{did_you_mean(key, known_keys(model), cutoff=0.5)}")
+        else:
+            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+    return lines
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
