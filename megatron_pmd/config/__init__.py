@@ -2,12 +2,13 @@
 
 from megatron_pmd.config.actor import Actor, Experts, Fp8, Layout, Model, Optimizer, Precision
 from megatron_pmd.config.algorithm import (
+    OBJECTIVES,
     Alarm,
     Alarms,
     Algorithm,
     Baseline,
+    Counts,
     MismatchWeight,
-    Normaliser,
     Objective,
     Ptx,
     Schedule,
@@ -43,6 +44,7 @@ from megatron_pmd.config.run import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "REWARDS",
     "Actor",
     "Alarm",
@@ -51,6 +53,7 @@ __all__ = [
     "Baseline",
     "Batch",
     "Checkpoint",
+    "Counts",
     "Data",
     "Evaluation",
     "Experts",
@@ -62,7 +65,6 @@ __all__ = [
     "LengthReward",
     "MismatchWeight",
     "Model",
-    "Normaliser",
     "Objective",
     "Optimizer",
     "PartialRollouts",

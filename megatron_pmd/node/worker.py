@@ -128,7 +128,7 @@ def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu
             device = SharedDevice()
             if order.replay:
                 rollouts = ReplayedRollouts(Path(order.replay), control)
-            elif config.algorithm.objective == "sft":
+            elif config.algorithm.objective.supervised:
                 rollouts = Demonstrations(control, tokenizer)
             else:
                 rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))

@@ -184,7 +184,7 @@ class Run:
                 self._kept = plan.kept
                 self._iteration_values |= plan_metrics(plan)
             subproblem = Subproblem(self.config, t)
-            subproblem.grade(samples)
+            subproblem.compute_advantages(samples)
             write_rollout(self.folder / "rollouts" / f"{t}.parquet", samples, t)
             if not subproblem.supervised:
                 drawn = [*samples, *plan.dropped_samples(self._tokenizer)]
@@ -233,7 +233,7 @@ class Run:
         With algorithm.anchor=engine it is what the engines computed, and only the first step's is compared.
         Raises StaleWeights on all ranks when the difference is more than numerics explain.
         """
-        if self.config.algorithm.objective == "sft":
+        if self.config.algorithm.objective.supervised:
             return AnchorReport.absent(len(batch.tokens))
         engine = self.config.algorithm.anchor == "engine"
         compared = steps[:1] if engine else steps
@@ -285,9 +285,7 @@ class Run:
         global_step = iteration * self.config.batch.steps_per_rollout + step
         rate = learning_rate(self.config.optimizer, global_step)
         examples = self._examples_of(batch, subproblem, step)
-        report = self.actor.update(
-            batch, microbatches, anchor.log_probs, subproblem.objective, rate, examples
-        )
+        report = self.actor.update(batch, microbatches, anchor.log_probs, subproblem.loss, rate, examples)
         reports = self.control.gather(report)
         if reports is not None:
             values = step_values(batch, reports, subproblem)

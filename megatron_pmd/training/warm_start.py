@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.algorithm.losses import sft
+from megatron_pmd.algorithm.losses import next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
@@ -40,7 +40,7 @@ def warm_start(
         batch = control.from_driver(batch)
         microbatches = actor.microbatches(batch, torch.arange(len(batch)).numpy())
         no_anchor = torch.zeros(len(batch.tokens))
-        report = actor.update(batch, microbatches, no_anchor, sft, settings.learning_rate)
+        report = actor.update(batch, microbatches, no_anchor, next_token, settings.learning_rate)
         reports = control.gather(report)
         if reports is not None and journal is not None:
             loss = sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports)
