@@ -74,7 +74,7 @@ def _returns(function: Callable[..., Any]) -> str:
 def configuration(name_or_file: str, settings: list[str]) -> RunConfig:
     """The configuration that a recipe (see recipe) or a config.json stands for, with settings applied."""
     if not name_or_file.endswith(".json"):
-        return override(recipe(name_or_file), settings)
+        return override(recipe(name_or_file), settings).resolved()
     if not Path(name_or_file).is_file():
         raise ConfigError(f"{name_or_file}: no such file")
-    return override(load(Path(name_or_file)), settings)
+    return override(load(Path(name_or_file)), settings).resolved()
