@@ -19,7 +19,7 @@ from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
-from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
+from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
@@ -175,7 +175,7 @@ class Actor:
         batch: RolloutBatch,
         microbatches: batching.Microbatches,
         anchor: torch.Tensor,
-        objective: Objective,
+        objective: Loss,
         learning_rate: float,
         examples: Examples | None = None,
     ) -> StepReport:
@@ -202,7 +202,7 @@ class Actor:
                 advantages=advantages[microbatch.samples].to(logits.device),
             )
             if examples and microbatch.samples and microbatch.samples[0] >= batch.sampled:
-                terms = sft(x)
+                terms = next_token(x)
                 sums.example_loss += float(terms.sum)
                 sums.example_tokens += int(terms.count)
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None

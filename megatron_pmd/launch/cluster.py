@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from megatron_pmd.config import Frozen, known_keys
+from megatron_pmd.config import Frozen, explain
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.hardware import DEVICES, Machines
 
@@ -152,17 +151,9 @@ def load_cluster(profile: str) -> Cluster:
     try:
         return Cluster.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, Cluster))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(Cluster), n=1, cutoff=0.5)
-        return f"{key} is not a setting" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
 
 
 def job_name(run: str) -> str:
