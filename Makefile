@@ -95,7 +95,6 @@ format: setup
 docs: setup
 	$(BIN)/python tools/write_config_reference.py
 
-# --clean: the generator's cache would keep the warnings of an earlier build to itself
 docs-site: $(DOCS)/.installed
 	@$(DOCS)/bin/python tools/stage_docs.py build/docs
 	@$(DOCS)/bin/zensical build --strict --clean
