@@ -43,7 +43,7 @@ KERNELS = ["sglang-kernel", "flashinfer-python", "sgl-deep-gemm", "tilelang"]
 GPU_PACKAGES = [*ENGINE_AND_ACTOR, *TRANSFORMER_ENGINE, *KERNELS]
 GPU_INSTALL = "see constraints/gpu.txt"
 NEMO_PACKAGES = ("nemo-run", "leptonai")
-# Import-only stand-ins take their place (megatron_pmd/rollout/cpu/stubs); the real ones fail without a GPU.
+# Import-only stand-ins take their place (megatron_pmd/stubs/packages); the real ones fail without a GPU.
 NOT_ON_CPU = ("triton", "torchvision", "torchaudio")
 
 

@@ -172,7 +172,7 @@ def test_known_keys_reach_into_unions_of_sources() -> None:
 
 
 def test_configuration_and_recipes_import_no_torch() -> None:
-    code = "import sys, megatron_pmd.cli, recipes; recipes.recipe('tiny_moe_cpu')"
+    code = "import sys, megatron_pmd.cli.main, recipes; recipes.recipe('tiny_moe_cpu')"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
 
 

@@ -131,7 +131,7 @@ def make_model(folder: Path, cuda: bool) -> None:
 
 
 def samples(config: RunConfig, vocabulary: int) -> list[Any]:
-    from megatron_pmd.rollout.samples import Sample
+    from megatron_pmd.batch import Sample
 
     rng = np.random.default_rng(0)
     longest = config.batch.max_response_tokens
@@ -164,8 +164,9 @@ class Trial:
         if cuda:
             set_environment(config)  # before megatron-core imports Transformer Engine, as in the worker
         from megatron_pmd.actor.actor import Actor
-        from megatron_pmd.actor.parallel import Control, initialize
-        from megatron_pmd.rollout.samples import RolloutBatch
+        from megatron_pmd.actor.parallel import initialize
+        from megatron_pmd.batch import RolloutBatch
+        from megatron_pmd.distributed import Control
 
         single = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         os.environ.update(single)

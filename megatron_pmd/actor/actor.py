@@ -13,23 +13,17 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
-from megatron_pmd.actor.export import ShardExport
 from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
-from megatron_pmd.actor.parallel import (
-    Control,
-    context_parallel_position,
-    data_parallel_position,
-    holds_logits,
-)
+from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
-from megatron_pmd.convert import live
 from megatron_pmd.device import SharedDevice
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ModelError, NonFiniteLoss
-from megatron_pmd.rollout.samples import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -113,18 +107,17 @@ class Actor:
         self.config = config
         self._control, self._device = control, device or SharedDevice()
         self._device.held |= {"parameters", "optimizer"}
-        self._bridge = model.load_bridge(
+        self.bridge = model.load_bridge(
             Path(config.model.path), trust_remote_code=config.model.trust_remote_code
         )
-        self.chunks = model.build(self._bridge, config)
+        self.chunks = model.build(self.bridge, config)
         self.optimizer = optimizer.build(self.chunks, config)
         self._states = residency.OptimizerStates(self.chunks, self.optimizer)
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
         self._tokens_at_equal_cost = 12.0 * provider.hidden_size
-        self._shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
-        self._shards: ShardExport | None = None
+        self.shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
         self._expert_load = ExpertLoad(self.chunks)
         self.routing_width: int = provider.num_layers * provider.moe_router_topk
@@ -286,8 +279,8 @@ class Actor:
 
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """
-        waiting = set(self._shapes)
-        for name, tensor in self._bridge.export_hf_weights(
+        waiting = set(self.shapes)
+        for name, tensor in self.bridge.export_hf_weights(
             self.chunks, cpu=False, show_progress=False, merge_adapter_weights=False
         ):
             if name not in waiting:
@@ -296,14 +289,6 @@ class Actor:
             yield name, tensor
         if waiting:
             raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
-
-    def shards(self) -> ShardExport:
-        """What this rank holds of the policy's Hugging Face tensors; made once. Collective."""
-        if self._shards is None:
-            self._shards = ShardExport(
-                self._bridge, self.chunks, self._control, self._shapes, fp8=self.config.rollout.fp8
-            )
-        return self._shards
 
     def wake(self) -> None:
         """Take the device back from the engines."""
@@ -324,12 +309,6 @@ class Actor:
         """Make room for the engines' KV cache."""
         residency.release_parameters(self.chunks)
         self._device.leave("parameters")
-
-    def save_hf(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder: weights, configuration, tokenizer, manifest."""
-        live.write_policy(
-            self.export(), self._shapes.keys(), Path(self.config.model.path), folder, self._control
-        )
 
     def save(
         self,

@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.model import expert_biases
-from megatron_pmd.actor.parallel import Control
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.processes import die_with_parent
 

@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from megatron_pmd.actor.batching import Microbatches
 from megatron_pmd.actor.packing import PackedMicrobatch, Row, pack_microbatch
 from megatron_pmd.actor.routing_replay import RoutingReplay
-from megatron_pmd.rollout.samples import RolloutBatch
+from megatron_pmd.batch import RolloutBatch
 
 
 class _TokenLogProbs(torch.autograd.Function):

@@ -23,7 +23,7 @@ from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.hugging_face import TensorFiles
-from megatron_pmd.rollout.cpu import stub_path
+from megatron_pmd.stubs import stub_path
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_pmd.rollout.samples import RolloutBatch
+from megatron_pmd.batch import RolloutBatch
 
 
 @dataclass(frozen=True)

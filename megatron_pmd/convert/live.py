@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, write_whole, writing
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.hugging_face import ShardWriter, TensorFiles, copy_side_files, write_index
 

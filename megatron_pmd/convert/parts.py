@@ -24,8 +24,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.actor.parameters import Parameter
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError, PmdError
 from megatron_pmd.hugging_face import DTYPE_NAMES, bytes_of
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.fp8 import SCALE_SUFFIX, dequantize, is_quantized, quantized
 from megatron_pmd.hugging_face import DTYPES, TensorFiles
-from megatron_pmd.weight_sync.quantize import SCALE_SUFFIX, dequantize, is_quantized, quantized
 
 Precision = Literal["bf16", "fp32", "fp8"]
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}

@@ -16,7 +16,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 @contextmanager
 def ranks() -> Iterator[Any]:
     """Join the other ranks; yields their Control. No rank holds a part of another's parameters."""
-    from megatron_pmd.worker import quiet
+    from megatron_pmd.processes import quiet
 
     quiet()
     if "RANK" not in os.environ:
@@ -28,12 +28,13 @@ def ranks() -> Iterator[Any]:
     standins.install()  # nothing where CUDA exists
     from megatron_pmd.actor import parallel
     from megatron_pmd.config import Layout
+    from megatron_pmd.distributed import Control
 
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     try:
-        yield parallel.Control(TIMEOUT_SECONDS)
+        yield Control(TIMEOUT_SECONDS)
     finally:
         torch.distributed.destroy_process_group()

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import precision
 from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
 from megatron_pmd.convert.sharded import ShardedReader
 from megatron_pmd.convert.verify import verify
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.fp8 import quantization_config
 from megatron_pmd.hugging_face import ShardWriter, copy_side_files, write_index
-from megatron_pmd.weight_sync.quantize import quantization_config
 
 
 def megatron_to_hf(

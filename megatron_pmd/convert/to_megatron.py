@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from megatron_pmd.actor.model import check_files, check_shapes
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import SIDE_FILES, precision, sharded
 from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
 from megatron_pmd.convert.verify import verify
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.hugging_face import TensorFiles, bytes_of, copy_side_files
 

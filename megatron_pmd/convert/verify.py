@@ -9,10 +9,10 @@ import psutil
 import torch
 
 from megatron_pmd.actor import parameters
-from megatron_pmd.actor.parallel import Control
 from megatron_pmd.convert import precision, reference
 from megatron_pmd.convert.parts import progress
 from megatron_pmd.convert.sharded import ShardedReader
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ModelError, PmdError
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 

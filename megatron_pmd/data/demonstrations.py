@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_pmd.batch import NOT_SAMPLED, Sample, Segment
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample, Segment
 
 
 def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from megatron_pmd.config import Frozen, known_keys
 from megatron_pmd.errors import ConfigError
-from megatron_pmd.plan.hardware import DEVICES, Machines
+from megatron_pmd.planner.hardware import DEVICES, Machines
 
 PROFILES = Path(__file__).parents[2] / "slurm" / "clusters"
 

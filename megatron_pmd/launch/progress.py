@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_pmd.errors import LaunchError
+from megatron_pmd.files import read_object, read_records
 from megatron_pmd.launch.submit import is_queued, job_ids, slurm
-from megatron_pmd.observe.folder import read_object, read_records
 
 POLL_SECONDS = 0.5
 

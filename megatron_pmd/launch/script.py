@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import check_places
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.launch.cluster import Cluster
-from megatron_pmd.rollout.placement import check_places
 
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 DIVIDING_LINE = "# --- from here on"

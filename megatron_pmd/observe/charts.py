@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
-from megatron_pmd.observe.folder import Record, RunFolder
+from megatron_pmd.files import JsonObject
+from megatron_pmd.observe.folder import RunFolder
 from megatron_pmd.observe.quantities import when
 
 # readable on white and on near-black, and told apart by people who confuse red and green
@@ -118,10 +119,10 @@ def other_charts(run: RunFolder) -> list[Chart]:
     return [_aligned(chart, run) for chart in made if chart is not None]
 
 
-def spec(figure: go.Figure) -> Record:
+def spec(figure: go.Figure) -> JsonObject:
     """What Plotly.newPlot takes."""
     # plotly's own encoder: it leaves out what is not set
-    plain: Record = json.loads(figure.to_json())
+    plain: JsonObject = json.loads(figure.to_json())
     return {"data": plain["data"], "layout": plain["layout"]}
 
 
@@ -184,7 +185,7 @@ def _warm_start(run: RunFolder) -> Chart | None:
     return _curves("Warm start", "supervised loss before the first iteration", series, x_title="step")
 
 
-def _step_places(lines: list[Record]) -> list[float]:
+def _step_places(lines: list[JsonObject]) -> list[float]:
     """Steps of iteration t lie evenly in [t, t + 1)."""
     count = Counter(m["iteration"] for m in lines)
     seen: Counter[int] = Counter()
@@ -196,7 +197,7 @@ def _step_places(lines: list[Record]) -> list[float]:
     return places
 
 
-def _where(m: Record) -> str:
+def _where(m: JsonObject) -> str:
     if m["kind"] == "step":
         return f"iteration {m['iteration']}, step {m.get('step')} ({m.get('global_step')} in all)"
     return f"iteration {m['iteration']}"

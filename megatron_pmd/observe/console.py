@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.observe.folder import Record, RunFolder
+from megatron_pmd.files import JsonObject
+from megatron_pmd.observe.folder import RunFolder
 from megatron_pmd.observe.journal import IterationRecord
 from megatron_pmd.observe.quantities import MISSING, duration, number, percent, printable, size, when
 from megatron_pmd.observe.samples import before_and_after
@@ -148,7 +149,7 @@ def _rows(rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _phases(phases: list[Record]) -> Table:
+def _phases(phases: list[JsonObject]) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="dim")
     table.add_column("phase", no_wrap=True)
     for name in ("time", "share", "moved", "GB/s"):
@@ -163,7 +164,7 @@ def _phases(phases: list[Record]) -> Table:
     return table
 
 
-def _mean(steps: list[Record], key: str) -> float | None:
+def _mean(steps: list[JsonObject], key: str) -> float | None:
     values = [s[key] for s in steps if s.get(key) is not None]
     return sum(values) / len(values) if values else None
 
@@ -199,7 +200,7 @@ def _learned(record: IterationRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def _outcome(run: RunFolder, summary: Record) -> list[tuple[str, str]]:
+def _outcome(run: RunFolder, summary: JsonObject) -> list[tuple[str, str]]:
     rewards = [m.get("reward") for m in run.iterations]
     planned = run.config.get("iterations", MISSING)
     rows = [("iterations", f"{len(run.iterations)} of {planned}")]

@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import DataError
-
-Record = dict[str, Any]
-
-
-def read_records(path: Path) -> list[Record]:
-    """The lines of a JSON-lines file; one line cut off at its end, by a kill while writing, is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object")
-        records.append(record)
-    return records
+from megatron_pmd.files import JsonObject, read_object, read_records
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under its final name only when complete."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_object(path: Path) -> Record | None:
-    """A JSON object file; None if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
-
-
-def flatten(tree: Any, prefix: str = "") -> Record:
+def flatten(tree: Any, prefix: str = "") -> JsonObject:
     """Leaves of a tree of dictionaries by dotted key; an empty dictionary is a leaf."""
     if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
@@ -73,12 +28,12 @@ class RunFolder:
     """Everything a run has written so far; the configuration stays plain: reports outlive its schema."""
 
     path: Path
-    config: Record
-    versions: Record
-    summary: Record | None
+    config: JsonObject
+    versions: JsonObject
+    summary: JsonObject | None
     """None while the run is under way, and after it was killed."""
-    metrics: list[Record]
-    ledger: list[Record]
+    metrics: list[JsonObject]
+    ledger: list[JsonObject]
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -97,15 +52,15 @@ class RunFolder:
             ledger=read_records(path / "ledger.jsonl"),
         )
 
-    def of_kind(self, kind: str) -> list[Record]:
+    def of_kind(self, kind: str) -> list[JsonObject]:
         return [m for m in self.metrics if m.get("kind") == kind]
 
     @cached_property
-    def iterations(self) -> list[Record]:
+    def iterations(self) -> list[JsonObject]:
         return self.of_kind("iteration")
 
     @cached_property
-    def evaluations(self) -> list[Record]:
+    def evaluations(self) -> list[JsonObject]:
         return self.of_kind("evaluation")
 
     def sample_files(self, kind: str) -> dict[int, Path]:
@@ -118,9 +73,26 @@ class RunFolder:
         return {t: files[t] for t in sorted(files) if t <= under_way}
 
 
-def seconds_by_phase(ledger: list[Record]) -> dict[str, float]:
+def seconds_by_phase(ledger: list[JsonObject]) -> dict[str, float]:
     """Total seconds of each phase, in the order in which the phases first ran."""
     total: dict[str, float] = {}
     for line in ledger:
         total[line["phase"]] = total.get(line["phase"], 0.0) + (line["seconds"] or 0.0)
     return total
+
+
+def status(folder: Path) -> str | None:
+    """How the run in this folder ended; None while it is under way, and after it was killed."""
+    try:
+        return json.loads((folder / "summary.json").read_text())["status"]
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def is_complete(folder: Path, config: RunConfig) -> bool:
+    """Whether this very configuration has been trained to its end in this folder."""
+    try:
+        recorded = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return status(folder) == "complete" and recorded == config.model_dump(mode="json")

@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
-from megatron_pmd.observe.folder import (
-    Record,
-    flatten,
-    read_object,
-    read_records,
-    seconds_by_phase,
-    write_whole,
-)
+from megatron_pmd.files import JsonObject, read_object, read_records, write_whole
+from megatron_pmd.observe.folder import flatten, seconds_by_phase
 from megatron_pmd.observe.quantities import finite
 from megatron_pmd.observe.versions import versions
 
@@ -50,7 +44,7 @@ class Phase:
     """Resident memory of the actor ranks at the end of the phase."""
     engine_bytes: int | None = None
     """Resident memory of the engines at the end of the phase."""
-    parts: list[Record] = field(default_factory=list)
+    parts: list[JsonObject] = field(default_factory=list)
     """Its sub-phases, as parts.together() gives them; what they leave of the seconds is the phase's own."""
     seconds: float = 0.0
     """Set when the phase has ended."""
@@ -62,11 +56,11 @@ class IterationRecord:
 
     number: int
     planned: int
-    values: Record
+    values: JsonObject
     """The `iteration` line."""
-    steps: list[Record] = field(default_factory=list)
-    phases: list[Record] = field(default_factory=list)
-    evaluation: Record | None = None
+    steps: list[JsonObject] = field(default_factory=list)
+    phases: list[JsonObject] = field(default_factory=list)
+    evaluation: JsonObject | None = None
     """The latest evaluation so far."""
 
 
@@ -81,7 +75,7 @@ class Journal:
         metrics = read_records(folder / "metrics.jsonl")
         self._iterations = [m for m in metrics if m["kind"] == "iteration"]
         self._evaluations = [m for m in metrics if m["kind"] == "evaluation"]
-        self._steps: list[Record] = []
+        self._steps: list[JsonObject] = []
         self._ledger = read_records(folder / "ledger.jsonl")
         self._phase: Phase | None = None
         self._opened = time.monotonic()
@@ -126,7 +120,7 @@ class Journal:
         """Append one line to metrics.jsonl and send its numbers to TensorBoard."""
         if kind not in AXIS:
             raise ValueError(f"metrics of kind {kind!r}; known: {', '.join(AXIS)}")
-        line: Record = {"kind": kind}
+        line: JsonObject = {"kind": kind}
         if kind != "warm_start":
             line["iteration"] = self._iteration
         line |= finite(dict(values))
@@ -163,7 +157,7 @@ class Journal:
 
     def _enter(self, phase: Phase, error: str | None) -> None:
         rate = None if phase.bytes is None else phase.bytes / max(phase.seconds, 1e-9) / 1e9
-        line: Record = {
+        line: JsonObject = {
             "iteration": self._iteration,
             "phase": phase.name,
             "seconds": round(phase.seconds, 6),
@@ -193,15 +187,15 @@ class Journal:
             evaluation=self._evaluations[-1] if self._evaluations else None,
         )
 
-    def iterations_before(self, t: int) -> list[Record]:
+    def iterations_before(self, t: int) -> list[JsonObject]:
         """The `iteration` lines of the iterations before t, oldest first."""
         return [m for m in self._iterations if m["iteration"] < t]
 
-    def finish(self, status: Status, error: str | None = None) -> Record:
+    def finish(self, status: Status, error: str | None = None) -> JsonObject:
         """Write summary.json and close every file; returns the summary."""
         rewards = [m.get("reward") for m in self._iterations]
         by_phase = seconds_by_phase(self._ledger)
-        summary: Record = {
+        summary: JsonObject = {
             "name": self._config.name,
             "status": status,
             "iterations": len(self._iterations),
@@ -226,7 +220,7 @@ class Journal:
         self._metrics_file.close()
         self._ledger_file.close()
 
-    def _to_tensorboard(self, kind: str, line: Record) -> None:
+    def _to_tensorboard(self, kind: str, line: JsonObject) -> None:
         if kind not in self._writers:
             # tensorboard takes seconds to import; a run that logs nothing does not wait for it
             from torch.utils.tensorboard import SummaryWriter
@@ -240,12 +234,12 @@ class Journal:
             self._writers[kind].add_scalar(key, value, line[AXIS[kind]])
 
 
-def _append(file: TextIO, line: Record) -> None:
+def _append(file: TextIO, line: JsonObject) -> None:
     file.write(json.dumps(line, allow_nan=False) + "\n")
     file.flush()
 
 
-def _axis_values(metrics: list[Record], kind: str) -> list[int]:
+def _axis_values(metrics: list[JsonObject], kind: str) -> list[int]:
     return [m[AXIS[kind]] for m in metrics if m["kind"] == kind]
 
 
@@ -279,7 +273,7 @@ def _refuse_strange_folder(folder: Path, resume_iteration: int) -> None:
         raise ConfigError(f"{folder} holds no run: it cannot be resumed at iteration {resume_iteration}")
 
 
-def _refuse_differences(folder: Path, recorded: Record, given: Record) -> None:
+def _refuse_differences(folder: Path, recorded: JsonObject, given: JsonObject) -> None:
     there, here = flatten(recorded), flatten(given)
     keys = [k for k in {**there, **here} if there.get(k, ...) != here.get(k, ...)]
     if "iterations" in keys and here["iterations"] > there.get("iterations", 0):
@@ -294,5 +288,5 @@ def _refuse_differences(folder: Path, recorded: Record, given: Record) -> None:
         )
 
 
-def _shown(leaves: Record, key: str) -> str:
+def _shown(leaves: JsonObject, key: str) -> str:
     return json.dumps(leaves[key]) if key in leaves else "absent"

@@ -10,9 +10,10 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from megatron_pmd.files import JsonObject, write_whole
 from megatron_pmd.observe import quantities
 from megatron_pmd.observe.charts import charts, other_charts, phase_bars, phase_colours, spec
-from megatron_pmd.observe.folder import Record, RunFolder, flatten, seconds_by_phase, write_whole
+from megatron_pmd.observe.folder import RunFolder, flatten, seconds_by_phase
 from megatron_pmd.observe.samples import evenly, grades, read_prompts
 
 ITERATIONS = 40
@@ -131,14 +132,14 @@ def _phase_rows(run: RunFolder, colours: dict[str, str]) -> list[PhaseRow]:
     for name in by_phase:
         lines = [line for line in run.ledger if line["phase"] == name]
         rows.append(_phase_row(name, lines, total, colours[name]))
-        parts: dict[str, list[Record]] = {}
+        parts: dict[str, list[JsonObject]] = {}
         for part in (part for line in lines for part in line.get("parts") or []):
             parts.setdefault(part["part"], []).append(part)
         rows += [_phase_row(part, found, total, None) for part, found in parts.items()]
     return rows
 
 
-def _phase_row(name: str, lines: list[Record], total: float, colour: str | None) -> PhaseRow:
+def _phase_row(name: str, lines: list[JsonObject], total: float, colour: str | None) -> PhaseRow:
     seconds = sum(line["seconds"] or 0.0 for line in lines)
     moving = [line for line in lines if line.get("bytes") is not None]
     moved = sum(line["bytes"] for line in moving) if moving else None
@@ -156,7 +157,7 @@ def _phase_row(name: str, lines: list[Record], total: float, colour: str | None)
     )
 
 
-def _shown(tree: Record) -> list[tuple[str, str]]:
+def _shown(tree: JsonObject) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         if value is None or value == [] or value == {}:
             return quantities.MISSING
@@ -165,14 +166,14 @@ def _shown(tree: Record) -> list[tuple[str, str]]:
     return [(key, text(value)) for key, value in flatten(tree).items()]
 
 
-def _samples(run: RunFolder) -> Record:
+def _samples(run: RunFolder) -> JsonObject:
     """What the sample browser shows: of each kind, some iterations, of each some prompts and responses."""
     files = {kind: run.sample_files(kind) for kind in ("rollouts", "evaluations")}
     chosen = {kind: evenly(list(found), ITERATIONS) for kind, found in files.items()}
     count = max(1, sum(map(len, chosen.values()))) * PROMPTS * RESPONSES
     least, most = RESPONSE_CHARACTERS
     limit = max(least, min(most, SAMPLE_CHARACTERS // count))
-    embedded: Record = {}
+    embedded: JsonObject = {}
     for kind, iterations in chosen.items():
         evaluated = evenly(_problems(files[kind], iterations), PROMPTS) if kind == "evaluations" else None
         embedded[kind] = [_sampled(files[kind][t], t, evaluated, limit) for t in iterations]
@@ -189,7 +190,7 @@ def _problems(files: dict[int, Path], iterations: list[int]) -> list[int]:
     return [problem for problem in grades(files[iterations[0]]) if problem in last]
 
 
-def _sampled(path: Path, iteration: int, problems: list[int] | None, limit: int) -> Record:
+def _sampled(path: Path, iteration: int, problems: list[int] | None, limit: int) -> JsonObject:
     found = grades(path)
     groups = [group for means in found.values() for group in means]
     if problems:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_pmd.errors import DataError
-from megatron_pmd.observe.folder import Record
+from megatron_pmd.files import JsonObject
 from megatron_pmd.observe.quantities import clip, finite
 
 COLUMNS = [
@@ -64,7 +64,7 @@ def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) 
     return [_prompt([r for r in rows if r["group"] == g], responses, limit) for g in groups]
 
 
-def _prompt(rows: list[Record], responses: int, limit: int) -> dict[str, Any]:
+def _prompt(rows: list[JsonObject], responses: int, limit: int) -> dict[str, Any]:
     ranked = sorted(rows, key=lambda r: (-(r["reward"] or 0.0), r["number"]))
     first = rows[0]
     return {
@@ -90,7 +90,7 @@ def _prompt(rows: list[Record], responses: int, limit: int) -> dict[str, Any]:
     }
 
 
-def before_and_after(first: Path, last: Path, limit: int) -> tuple[Record, Record] | None:
+def before_and_after(first: Path, last: Path, limit: int) -> tuple[JsonObject, JsonObject] | None:
     """One problem's answers in two evaluation files: the first whose grade changed, else the first of all."""
     before, after = grades(first), grades(last)
     common = [p for p in before if p in after]

@@ -13,9 +13,9 @@ import numpy as np
 from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, RolloutError, StaleWeights
-from megatron_pmd.rollout.plan import Accounts
+from megatron_pmd.rollout.groups import Accounts
+from megatron_pmd.rollout.http import Stopped, Transport
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
-from megatron_pmd.rollout.transport import Stopped, Transport
 
 TOKEN_BUDGET = "token_budget"
 """Why a response was stopped that had used up rollout.partial.max_new_tokens."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_pmd.rollout.plan import SamplingPlan
-from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample
+from megatron_pmd.batch import NOT_SAMPLED, Sample
+from megatron_pmd.rollout.groups import SamplingPlan
 
 FINISH_REASONS = ("stop", "length", "repetition")
 

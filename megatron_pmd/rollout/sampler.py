@@ -17,9 +17,9 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
-from megatron_pmd.rollout.plan import Group, SamplingPlan
+from megatron_pmd.rollout.groups import Group, SamplingPlan
+from megatron_pmd.rollout.http import Endpoint, Stopped, Transport
 from megatron_pmd.rollout.trajectory import Trajectory
-from megatron_pmd.rollout.transport import Endpoint, Stopped, Transport
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""

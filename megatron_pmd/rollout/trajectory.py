@@ -6,10 +6,10 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_pmd.batch import NOT_SAMPLED, Segment
 from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import EngineError
-from megatron_pmd.rollout.samples import NOT_SAMPLED, Segment
 
 INSERTED = "inserted"
 """Finish reason of a turn that no engine made."""

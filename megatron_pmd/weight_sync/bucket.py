@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY
 
 ALIGNMENT = 64
 """Bytes; a cache line, and a multiple of every element size."""
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "megatron-pmd-"
 NEW_SECONDS = 60.0
 MADV_POPULATE_WRITE = 23
 """Linux 5.14; Python 3.11 has no name for it."""

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.fp8 import SCALE_SUFFIX
 from megatron_pmd.weight_sync.bucket import BucketLayout, nbytes_of, padded
-from megatron_pmd.weight_sync.quantize import SCALE_SUFFIX
 
 WANTED_BUCKETS = 8
 """A small model is cut into about so many, so that engines load one while the next is written."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +19,9 @@ from megatron_pmd.weight_sync.device_bucket import DeviceBucket, device
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
-    from megatron_pmd.actor.export import ShardExport
-    from megatron_pmd.actor.parallel import Control
-    from megatron_pmd.observe.parts import Parts
+    from megatron_pmd.distributed import Control
+    from megatron_pmd.observe.subphases import Parts
+    from megatron_pmd.weight_sync.shards import ShardExport
     from megatron_pmd.weight_sync.transport import Transport
 
 Sums = dict[str, int]
@@ -37,11 +35,6 @@ class PushReport:
     tensors: int = 0
     bytes: int = 0
     buckets: int = 0
-
-
-def shared_memory_key(folder: Path) -> str:
-    """Names a run's buckets: always the same for one run folder, so that a killed run's can be found."""
-    return hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
 
 
 class WeightPush:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_pmd.engine.server import LOOPBACK, free_port
 from megatron_pmd.errors import EngineError, PmdError
-from megatron_pmd.rollout.child import LOOPBACK, free_port
 from megatron_pmd.weight_sync.device_bucket import device
 
 if TYPE_CHECKING:
-    from megatron_pmd.actor.parallel import Control
-    from megatron_pmd.rollout.fleet import Fleet
+    from megatron_pmd.distributed import Control
+    from megatron_pmd.engine.fleet import Fleet
     from megatron_pmd.weight_sync.bucket import Bucket
 
 

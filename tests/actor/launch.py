@@ -18,7 +18,7 @@ DEADLINE_SECONDS = 600
 
 
 def launch(
-    program: str, *, ranks: int = 1, module: str = "tests.actor.programs", **arguments: Any
+    program: str, *, ranks: int = 1, module: str = "tests.actor.actor_programs", **arguments: Any
 ) -> list[Any]:
     """Every rank's return value of `<program>(**arguments)` of the module; torchrun starts several ranks.
 

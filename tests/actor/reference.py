@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.rollout.samples import Sample
+from megatron_pmd.batch import Sample
 from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, rollout
 
 

@@ -23,7 +23,8 @@ from unittest import mock
 import torch
 
 from megatron_pmd.actor.cpu import bridge_import, standins
-from megatron_pmd.rollout.cpu import stub_path
+from megatron_pmd.stubs import stub_path
+from tests.actor import actor_programs
 
 CHILD_SECONDS = 90
 TWO_RANKS = {
@@ -88,13 +89,12 @@ def _fork(action: Callable[[], object], rank: int, ranks: int, port: str, report
 def train_without(name: str | None, model: Path, layout: dict[str, int]) -> None:
     """Log-probs, two steps, save, load and a step of a tiny model; raises where a number is wrong."""
     standins.install(leave_out=(name,) if name else ())
-    from tests.actor import programs
 
     reference = torch.load(model / "reference.pt", weights_only=False)
     with tempfile.TemporaryDirectory() as folder:
-        config = programs.config_for(model, layout)
-        shared = programs.start(config.layout).from_driver(folder)
-        result = programs.train_one(config, Path(shared))
+        config = actor_programs.config_for(model, layout)
+        shared = actor_programs.start(config.layout).from_driver(folder)
+        result = actor_programs.train_one(config, Path(shared))
     if result["holds_logits"] and result["anchors"][0].max_absolute > 1e-4:
         raise AssertionError(f"log-probs are off by {result['anchors'][0].max_absolute}")
     for (_, _, norm), step in zip(result["steps"], reference.steps, strict=False):

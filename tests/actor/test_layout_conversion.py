@@ -21,7 +21,7 @@ def converted(trained, models, tmp_path_factory) -> tuple[Path, dict[str, dict]]
         name: (trained(name)[0]["checkpoint"], models / family, folder / name)
         for name, (family, _) in LAYOUTS.items()
     }
-    return folder, launch("to_hf", module="tests.convert.programs", cases=cases)[0]
+    return folder, launch("to_hf", module="tests.convert.conversion_programs", cases=cases)[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

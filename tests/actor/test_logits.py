@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_pmd.rollout.samples import RolloutBatch
+from megatron_pmd.batch import RolloutBatch
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, OPTIMIZER, STEPS, TEMPERATURE, WEIGHT_TOLERANCE
 

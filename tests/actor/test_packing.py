@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_pmd.actor.packing import Row, pack_microbatch
-from megatron_pmd.rollout.samples import RolloutBatch
+from megatron_pmd.batch import RolloutBatch
 from tests.actor.tiny_models import TEMPERATURE, rollout
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_pmd.batch import RolloutBatch, read_rollout, write_rollout
 from megatron_pmd.errors import DataError
-from megatron_pmd.rollout.samples import RolloutBatch, read_rollout, write_rollout
 from tests.actor.launch import launch
 from tests.actor.tiny_models import STEPS, TAU, TEMPERATURE, rollout, with_routing
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_pmd import config as c
-from megatron_pmd.rollout.samples import NOT_SAMPLED, Sample, Segment
+from megatron_pmd.batch import NOT_SAMPLED, Sample, Segment
 
 VOCABULARY = 512
 TEMPERATURE = 0.8

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 def convert(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_pmd.cli", "convert", *map(str, words)],
+        [sys.executable, "-m", "megatron_pmd.cli.main", "convert", *map(str, words)],
         capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
 

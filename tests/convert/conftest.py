@@ -10,7 +10,7 @@ import pytest
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, write_model
 
-PROGRAMS = "tests.convert.programs"
+PROGRAMS = "tests.convert.conversion_programs"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     "qwen2, untied": ("qwen2", dict(tie_word_embeddings=False)),

@@ -40,7 +40,7 @@ class CommandLine:
         self.folder = folder
 
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
-        module = [sys.executable, "-m", "megatron_pmd.cli"]
+        module = [sys.executable, "-m", "megatron_pmd.cli.main"]
         command = [*module, "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
         return subprocess.Popen(

@@ -10,7 +10,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_pmd.rollout.samples import read_rollout
+from megatron_pmd.batch import read_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.serial
@@ -47,7 +47,7 @@ def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
     process = command_line.start("interrupted", *LONG_ROLLOUT)
     wait_until(lambda: (0, "start") in command_line.phases("interrupted"), "the first sync", process)
     started = descendants(process)
-    assert len([p for p in started if "megatron_pmd.worker" in " ".join(p.cmdline())]) >= 2
+    assert len([p for p in started if "megatron_pmd.node.worker" in " ".join(p.cmdline())]) >= 2
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -62,7 +62,7 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     wait_until(lambda: (0, "start") in command_line.phases("cut"), "the first sync", process)
     time.sleep(1.5)
     for rank in descendants(process):
-        if "megatron_pmd.worker" in " ".join(rank.cmdline()):
+        if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
@@ -96,7 +96,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> N
     wait_until(lambda: (0, "start") in command_line.phases("rank_killed"), "the first sync", process)
     started = descendants(process)
     ranks = [p for p in started if p.environ().get("RANK") == "1"]
-    ranks = [p for p in ranks if "megatron_pmd.worker" in " ".join(p.cmdline())]
+    ranks = [p for p in ranks if "megatron_pmd.node.worker" in " ".join(p.cmdline())]
     psutil.Process(ranks[0].pid).kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output

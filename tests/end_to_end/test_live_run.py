@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_pmd.rollout.samples import read_rollout
-from megatron_pmd.weight_sync.push import shared_memory_key
+from megatron_pmd.batch import read_rollout
+from megatron_pmd.shared_memory import shared_memory_key
 from recipes.tiny_moe_cpu import TEMPERATURE
 from tests.convert.command_line import convert, tensors
 from tests.end_to_end.command_line import CommandLine

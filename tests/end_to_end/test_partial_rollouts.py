@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_pmd.rollout.kept import FILE
-from megatron_pmd.rollout.samples import NOT_SAMPLED, read_rollout
+from megatron_pmd.batch import NOT_SAMPLED, read_rollout
+from megatron_pmd.rollout.carried_over import FILE
 from tests.end_to_end.command_line import CommandLine
 
 pytestmark = pytest.mark.serial

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from megatron_pmd import cli
+from megatron_pmd.cli import cluster as commands
+from megatron_pmd.cli import train as cli
 from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError, LaunchError, LayoutError
-from megatron_pmd.launch import commands
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.launch.script import TEMPLATE, Job, body, job_for, render
 from megatron_pmd.launch.submit import slurm
@@ -172,7 +172,7 @@ def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
         "for name in ('torch', 'numpy', 'psutil', 'transformers', 'megatron', 'sglang'):\n"
         "    sys.modules[name] = None\n"
         "sys.argv = ['megatron-pmd', 'launch', 'kimi_k2_1t_512xh100', '--dry-run', 'algorithm.tau=0.05']\n"
-        "from megatron_pmd.cli import main\n"
+        "from megatron_pmd.cli.main import main\n"
         "main()\n"
     )
     done = subprocess.run(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_pmd.errors import ConfigError, DataError
-from megatron_pmd.observe.folder import RunFolder, read_records
+from megatron_pmd.files import read_records
+from megatron_pmd.observe.folder import RunFolder
 from megatron_pmd.observe.journal import Journal
 from tests.observe.synthetic_run import STEPS, make_config, run_iterations
 

@@ -13,7 +13,7 @@ from megatron_pmd.rollout.tools.calculator import last_block, rollout
 from megatron_pmd.rollout.tools.python import Limits, run_python
 from tests.rollout.test_episode import answering
 from tests.rollout.test_sampler import Numbers, plan_for, sampler_for
-from tools.stub_engine import StubEngine, serving
+from tools.bench.stub_engine import StubEngine, serving
 
 
 def result(code: str, **limits: float) -> str:

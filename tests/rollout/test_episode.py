@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from megatron_pmd.batch import NOT_SAMPLED, RolloutBatch
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.errors import RolloutError
 from megatron_pmd.rollout.episode import Episode, message_text
+from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.metrics import rollout_values
-from megatron_pmd.rollout.plan import Group
-from megatron_pmd.rollout.samples import NOT_SAMPLED, RolloutBatch
 from tests.rollout.test_sampler import Numbers, plan_for, problem, sampler_for
-from tools.stub_engine import StubEngine, serving
+from tools.bench.stub_engine import StubEngine, serving
 
 
 class Turns(StubEngine):

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from megatron_pmd.batch import RolloutBatch, Sample, Segment
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.errors import CheckpointError, RolloutError
-from megatron_pmd.rollout.kept import FILE, read_kept, write_kept
+from megatron_pmd.rollout.carried_over import FILE, read_kept, write_kept
+from megatron_pmd.rollout.groups import Group, SamplingPlan
 from megatron_pmd.rollout.metrics import plan_metrics
-from megatron_pmd.rollout.plan import Group, SamplingPlan
-from megatron_pmd.rollout.samples import RolloutBatch, Sample, Segment
 from tests.rollout.test_sampler import Numbers, plan_for, problem, sampler_for
-from tools.stub_engine import StubEngine, serving
+from tools.bench.stub_engine import StubEngine, serving
 
 
 class Drawn(NamedTuple):

@@ -16,12 +16,12 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWeights
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
+from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
-from megatron_pmd.rollout.plan import SamplingPlan
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats
-from megatron_pmd.rollout.transport import Endpoint, EnginesLost
-from tools.stub_engine import STOP_TOKEN, StubEngine, serving
+from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving
 
 
 class Numbers:

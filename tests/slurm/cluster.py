@@ -89,7 +89,7 @@ class Cluster:
     def command(self, *words: str, python: str | Path = sys.executable, expect: int = 0) -> str:
         """`megatron-pmd …`; returns what was printed."""
         done = subprocess.run(
-            [python, "-m", "megatron_pmd.cli", *words],
+            [python, "-m", "megatron_pmd.cli.main", *words],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(PROJECT)},
             stdin=subprocess.DEVNULL,

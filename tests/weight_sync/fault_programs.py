@@ -18,11 +18,12 @@ if __name__ == "__main__":
     standins.install()
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.parallel import Control, initialize
+from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import Rollout, RunConfig, Sync
+from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
-from megatron_pmd.rollout.source import LiveEngines
+from megatron_pmd.training.rollouts import LiveEngines
 from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from megatron_pmd.config import Rollout
+from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.parts import Parts
-from megatron_pmd.rollout.control import EngineControl
-from megatron_pmd.rollout.fleet import Fleet
+from megatron_pmd.observe.subphases import Parts
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for
-from tests.rollout.live_engine import (
+from tests.engine.live_engine import (
     ADMIN_KEY,
     KEY,
     bucket,
@@ -32,7 +32,7 @@ from tests.rollout.live_engine import (
     starting,
     update,
 )
-from tests.rollout.only_rank import OnlyRank
+from tests.engine.only_rank import OnlyRank
 
 pytestmark = [
     pytest.mark.serial,

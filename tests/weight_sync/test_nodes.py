@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.actor.launch import launch
 from tests.actor.tiny_models import write_model
-from tests.rollout.live_engine import largest_difference
+from tests.engine.live_engine import largest_difference
 
 pytestmark = [
     pytest.mark.serial,

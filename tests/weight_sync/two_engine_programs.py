@@ -17,10 +17,10 @@ from megatron_pmd.actor.cpu import standins
 if __name__ == "__main__":
     standins.install()
 
+from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.rollout.plan import SamplingPlan
-from megatron_pmd.rollout.samples import RolloutBatch, Sample
+from megatron_pmd.rollout.groups import SamplingPlan
 from tests.actor.launch import obey
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, plan_for

@@ -1,0 +1,3 @@
+from megatron_pmd.cli.main import main
+
+main()

@@ -1,0 +1,75 @@
+"""The command line: megatron-pmd train · evaluate · convert · report · doctor, and those of launch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megatron_pmd.cli import cluster
+from megatron_pmd.cli.convert import app as convert
+from megatron_pmd.cli.train import train
+from megatron_pmd.errors import Interrupted, PmdError
+
+app = typer.Typer(
+    help="Post-train language models by policy mirror descent.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+app.add_typer(convert, name="convert")
+
+AnswerPart = Literal["whole", "last_integer", "last_line"]
+
+
+@app.command()
+def evaluate(
+    model_or_run: Annotated[Path, typer.Argument(help="a Hugging Face model folder, or a run's folder")],
+    data: Annotated[
+        Path | None, typer.Option(help="problems, .jsonl or .parquet; a run has held-out ones of its own")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="samples of each problem")] = 32,
+    reward: Annotated[str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")] = None,
+    answer: Annotated[AnswerPart | None, typer.Option(help="part of a response that is graded")] = None,
+    max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
+) -> None:
+    """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
+    from megatron_pmd.evaluation.standalone import Asked, main
+
+    main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write RUN/report.html: curves, phase ledger, samples, configuration, in one file."""
+    from megatron_pmd.observe.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what is missing for CPU, GPU and Slurm, and how to mend it."""
+    from megatron_pmd import doctor as checks
+
+    raise typer.Exit(checks.main())
+
+
+for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.logs, cluster.cancel):
+    app.command()(command)
+
+
+def main(command: Callable[[], object] = app) -> None:
+    """Entry point; a PmdError is one message and exit code 1, not a traceback."""
+    try:
+        command()
+    except PmdError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""How the ranks of a run wait for each other and pass small objects, apart from Megatron's groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_pmd.errors import PmdError
+
+T = TypeVar("T")
+
+
+class Control:
+    """The ranks' way to wait for each other and to pass small Python objects, over gloo even on GPUs.
+
+    A rank that waits here blocks in the kernel; it does not spin on the GPU as NCCL would.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.node = int(os.environ.get("GROUP_RANK", "0"))
+        """The machine this rank runs on, as torchrun counts them."""
+
+    @property
+    def is_driver(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+
+    def from_driver(self, value: Any = None) -> Any:
+        """The driver's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def on_driver(self, action: Callable[[], T]) -> T | None:
+        """The action's result on the driver, None elsewhere; a PmdError in it is raised on every rank."""
+        result, failure = None, None
+        if self.is_driver:
+            try:
+                result = action()
+            except PmdError as error:
+                failure = error
+        failure = self.from_driver(failure)
+        if failure is not None:
+            raise failure
+        return result
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, in rank order, on the driver; None elsewhere."""
+        values = [None] * self.world if self.is_driver else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values

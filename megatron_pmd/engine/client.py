@@ -1,0 +1,248 @@
+"""Control of one engine over HTTP: memory, weights, version. Every call has a deadline.
+
+The order in one iteration, of which nothing here is optional on a GPU:
+    release(["kv_cache"]), release(["weights"])            the engine is idle; its memory goes to the actor
+    resume(["weights"]), begin_update(), load_bucket(...) for each bucket, end_update(version)
+    resume(["kv_cache"]), flush_cache()                    now it may be sent requests again
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+import psutil
+import torch
+
+from megatron_pmd.engine.server import tail
+from megatron_pmd.engine.sglang import LOADER, NO_WEIGHTS, EngineSpec
+from megatron_pmd.errors import EngineError, StaleWeights
+
+Tag = Literal["weights", "kv_cache"]
+CONNECT_SECONDS = 10.0
+READING = ("/model_info", "/server_info", "/health", "/health_generate")
+"""Endpoints that only tell."""
+
+
+class EngineControl:
+    """The only caller of one engine's control endpoints: its leader's. Calls must not overlap in time."""
+
+    def __init__(self, spec: EngineSpec, timeout_seconds: float) -> None:
+        """timeout_seconds: deadline of each call."""
+        self.spec = spec
+        self.timeout_seconds = timeout_seconds
+        self._must_end = True
+        self._client = httpx.Client(
+            base_url=spec.url, trust_env=False,
+            timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def release(self, tags: Sequence[Tag]) -> None:
+        """Free the engine's memory of these kinds, which must be resident; waits until the engine is idle."""
+        if "kv_cache" in tags:
+            # Right after its last answer the scheduler still holds the batch, and dies of an assertion if it
+            # is told to release then (SGLang, scheduler.py: is_fully_idle). A flush waits until it is idle.
+            self.flush_cache()
+        self._call("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    def resume(self, tags: Sequence[Tag]) -> None:
+        """Take the memory back. Its contents are undefined: load the weights, flush the cache."""
+        self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
+    def begin_update(self) -> None:
+        """Open a weight update; SGLang refuses buckets outside of one. Until end_update there is no version.
+
+        An update that a failure left open is closed first, so that an engine which refused a bucket can be
+        tried again.
+        """
+        self.withdraw_version()
+        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400, 404))
+        self._must_end = begun.status_code != 404  # 0.5.17 knows neither call, and takes buckets at any time
+        if self._must_end and not begun.json().get("success"):  # an earlier update is still open
+            self._confirmed("/end_weight_update", {})
+            self._confirmed("/begin_weight_update", {})
+
+    def load_bucket(self, description: dict[str, Any]) -> None:
+        """Have every rank of the engine load a bucket; returns when all of them are done reading it.
+
+        description: see Bucket.description.
+        EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
+        """
+        # engines of one node may be told of the same bucket
+        reply = Path(f"{description['reply']}-{self.spec.port}.json")
+        reply.unlink(missing_ok=True)
+        body = torch.frombuffer(
+            bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8
+        )
+        # By value: torch's own way of sharing between processes lets only related processes read it.
+        payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
+        request = {
+            "serialized_named_tensors": [payload] * self.spec.rollout.tensor_parallel,
+            "load_format": LOADER,
+            "flush_cache": False,  # a flush that fails here is an assertion that kills the engine
+        }
+        self._confirmed("/update_weights_from_tensor", request)
+        self._check_reply(reply, description)
+
+    def _check_reply(self, reply: Path, description: dict[str, Any]) -> None:
+        try:
+            answer = json.loads(reply.read_text())
+            reply.unlink()
+        except FileNotFoundError:
+            answer = {"bucket": None}
+        if answer["bucket"] != description["bucket"]:
+            raise EngineError(
+                f"{self._where()} gave no reply to weight bucket {description['bucket']} "
+                f"(expected in {reply}); does the engine share /dev/shm with this process?"
+            )
+        for rank, failure in enumerate(answer["failures"]):
+            if failure:
+                raise EngineError(f"{self._where()}: rank {rank} refused the weights: {failure}")
+
+    def join_group(self, host: str, port: int, name: str, *, rank_offset: int, world: int) -> None:
+        """Join the driver's process group; returns when all its members have."""
+        backend = "gloo" if self.spec.cpu else "nccl"
+        group = {"master_address": host, "master_port": port, "group_name": name, "backend": backend}
+        self._confirmed(
+            "/init_weights_update_group", group | {"rank_offset": rank_offset, "world_size": world}
+        )
+
+    def leave_group(self, name: str) -> None:
+        """Forget a group; one that the engine does not know of is none to leave."""
+        self._call("POST", "/destroy_weights_update_group", {"group_name": name}, accept=(200, 400))
+
+    def load_broadcast(self, description: dict[str, Any], group: str) -> None:
+        """Have every rank of the engine take the bucket's tensors from the group's rank 0, in their order."""
+        names, dtypes, shapes = zip(*(entry[:3] for entry in description["tensors"]), strict=True)
+        request = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        self._confirmed("/update_weights_from_distributed", request | {"flush_cache": False})
+
+    def load_from_disk(self, folder: Path) -> None:
+        """Have the engine read a folder of safetensors; no update may be open."""
+        # otherwise it reads in the way it was started with: not at all
+        request = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
+        self._confirmed("/update_weights_from_disk", request)
+
+    def end_update(self, version: int) -> None:
+        """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
+        if self._must_end:
+            self._confirmed("/end_weight_update", {})
+        self.confirm(version)
+
+    def withdraw_version(self) -> None:
+        """Between two versions the engine holds a mixture, and must not serve it as either."""
+        self._set_version(NO_WEIGHTS)
+
+    def confirm(self, version: int) -> None:
+        """Tell the engine what it serves now; StaleWeights if it says otherwise."""
+        self._set_version(str(version))
+        served = self.weight_version()
+        if served != version:
+            raise StaleWeights(
+                f"{self._where()} serves weight version {served}, expected {version}; {self._log()}"
+            )
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix: it was computed with earlier weights."""
+        self._call("POST", "/flush_cache", {}, query={"timeout": self.timeout_seconds})
+
+    def weight_version(self) -> int | None:
+        """The version served; None before the first completed update, and from begin_update to end_update."""
+        version = self._call("GET", "/model_info").json()["weight_version"]
+        return int(version) if version.isdecimal() else None
+
+    def health(self) -> bool:
+        """Whether the engine's HTTP server answers; a hung scheduler shows only in responds()."""
+        return self._answers("/health", CONNECT_SECONDS)
+
+    def responds(self, seconds: float) -> bool:
+        """Whether the scheduler, too, answers within this time; touches no memory that may be released."""
+        return self._answers("/server_info", seconds)
+
+    def generates(self, seconds: float) -> bool:
+        """Whether the engine produces a token within this time, or is producing some.
+
+        Only while weights and KV cache are resident: on released memory it is a crash.
+        """
+        return self._answers("/health_generate", seconds)
+
+    def _answers(self, path: str, seconds: float) -> bool:
+        try:
+            patience = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+            return self._client.get(path, headers=self._headers(path), timeout=patience).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _headers(self, path: str) -> dict[str, str]:
+        """SGLang takes the admin key for what changes an engine, and only the other one for the rest."""
+        key = self.spec.api_key if path in READING else self.spec.admin_key or self.spec.api_key
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _set_version(self, version: str) -> None:
+        self._confirmed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    def _confirmed(self, path: str, body: dict[str, Any]) -> None:
+        answer = self._call("POST", path, body).json()
+        if not answer.get("success"):
+            raise EngineError(f"{self._where()} refused {path}: {answer.get('message')}")
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        query: dict[str, Any] | None = None,
+        accept: Sequence[int] = (200,),
+    ) -> httpx.Response:
+        try:
+            response = self._client.request(
+                method, path, json=body, params=query, headers=self._headers(path)
+            )
+        except httpx.TimeoutException:
+            raise EngineError(
+                f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; {self._log()}"
+            ) from None
+        except httpx.HTTPError as error:
+            raise EngineError(f"{self._where()} failed in {path}: {error}; {self._log()}") from None
+        if response.status_code not in accept:
+            raise EngineError(
+                f"{self._where()} answered {path} with status {response.status_code}: {response.text[:500]}; "
+                f"{self._log()}"
+            )
+        return response
+
+    def _log(self) -> str:
+        log = self.spec.log
+        return f"log: {log}, which ends:\n{tail(log)}" if log else "log: the server's own"
+
+    def _where(self) -> str:
+        return f"engine {self.spec.number} ({self.spec.host}, port {self.spec.port})"
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants, in bytes; what they share counts more than once."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total

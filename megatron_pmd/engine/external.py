@@ -1,0 +1,50 @@
+"""SGLang servers that others started (rollout.servers): called, but never started, emptied or ended."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from megatron_pmd.engine.server import POLL_SECONDS, answers
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.errors import EngineError
+
+KEY, ADMIN_KEY = "PMD_SERVER_KEY", "PMD_SERVER_ADMIN_KEY"
+"""Environment variables with the servers' `--api-key` and `--admin-api-key`; unset: they have none."""
+ANSWER_SECONDS = 30.0
+"""SGLang's /health has the server generate a token, unless it was started otherwise."""
+
+
+def keys() -> tuple[str | None, str | None]:
+    return os.environ.get(KEY), os.environ.get(ADMIN_KEY)
+
+
+class ExternalEngine:
+    """In the place of an EngineProcess. One that is lost is waited for, and given the current weights."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec, self.url, self.log = spec, spec.url, spec.log
+
+    def alive(self) -> bool:
+        return answers(self.url + "/health", ANSWER_SECONDS)
+
+    def wait_ready(self, deadline_seconds: float) -> None:
+        """Block until the server generates; EngineError at the deadline."""
+        started = time.monotonic()
+        while not answers(self.url + "/health_generate", ANSWER_SECONDS):
+            if (waited := time.monotonic() - started) > deadline_seconds:
+                raise EngineError(f"{self._where()} did not answer for {waited:.0f} s; is it running?")
+            time.sleep(POLL_SECONDS)
+
+    def check_alive(self) -> None:
+        if not self.alive():
+            raise EngineError(f"{self._where()} does not answer")
+
+    def stop(self) -> None:
+        """It is not ours to end."""
+
+    def _where(self) -> str:
+        return f"server {self.spec.number} of rollout.servers ({self.url})"
+
+
+Engine = EngineProcess | ExternalEngine

@@ -1,0 +1,85 @@
+"""What a set of graded samples says about a policy: mean@k and pass@k, with confidence intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from megatron_pmd.batch import Sample
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over prompts with the bounds of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a correct sample."""
+
+    k: int
+    prompts: int
+    mean_at_k: Score
+    pass_at_k: Score
+    response_tokens: float
+    truncated_share: float
+    reward_errors: int
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "k": self.k,
+            "prompts": self.prompts,
+            "mean_at_k": self.mean_at_k.value,
+            "mean_at_k/low": self.mean_at_k.low,
+            "mean_at_k/high": self.mean_at_k.high,
+            "pass_at_k": self.pass_at_k.value,
+            "pass_at_k/low": self.pass_at_k.low,
+            "pass_at_k/high": self.pass_at_k.high,
+            "response_tokens": self.response_tokens,
+            "truncated_share": self.truncated_share,
+            "reward_errors": self.reward_errors,
+        }
+
+
+def evaluate(samples: Sequence[Sample], correct: float = 1.0) -> Evaluation:
+    """Score samples of k responses to each prompt; a reward of at least `correct` passes.
+
+    Prompts, not samples, are the independent draws.
+    """
+    rewards: dict[int, list[float]] = defaultdict(list)
+    for sample in samples:
+        rewards[sample.group].append(sample.reward)
+    return Evaluation(
+        k=max(map(len, rewards.values())),
+        prompts=len(rewards),
+        mean_at_k=_mean([float(np.mean(r)) for r in rewards.values()]),
+        pass_at_k=_share([max(r) >= correct for r in rewards.values()]),
+        response_tokens=float(np.mean([len(s.response_tokens) for s in samples])),
+        truncated_share=float(np.mean([s.finish_reason == "length" for s in samples])),
+        reward_errors=sum(s.reward_error is not None for s in samples),
+    )
+
+
+def _mean(per_prompt: list[float]) -> Score:
+    """Percentile bootstrap over prompts; no width when all prompts agree or there is only one."""
+    value = float(np.mean(per_prompt))
+    if len(set(per_prompt)) < 2:
+        return Score(value, value, value)
+    interval = bootstrap(
+        (np.array(per_prompt),), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Score(value, float(interval.low), float(interval.high))
+
+
+def _share(passed: list[bool]) -> Score:
+    """Wilson's interval of a proportion, which has a width also where every prompt passed, or none."""
+    interval = binomtest(sum(passed), len(passed)).proportion_ci(method="wilson")
+    return Score(float(np.mean(passed)), float(interval.low), float(interval.high))

@@ -1,0 +1,341 @@
+"""`megatron-pmd evaluate`: one engine serves a model folder, k responses to each problem are graded."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from megatron_pmd.batch import Sample, write_rollout
+from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Rollout, RunConfig, Source, load
+from megatron_pmd.data.prompts import tokenize
+from megatron_pmd.data.sources import load_problems
+from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.server import tail
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+from megatron_pmd.errors import ConfigError, EngineError, ModelError
+from megatron_pmd.evaluation.estimates import Evaluation, evaluate
+from megatron_pmd.files import read_object, write_whole
+from megatron_pmd.observe.console import Console
+from megatron_pmd.observe.quantities import number, percent
+from megatron_pmd.observe.versions import versions
+from megatron_pmd.rewards.remote import grading
+from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.http import Endpoint, EnginesLost
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+
+DEFAULT_RESPONSE_TOKENS = 1024
+CPU_CACHE_TOKENS = 16384
+REQUESTS_PER_SLOT = 4
+"""Requests in flight for each that the engine decodes: its queue is never empty, and none waits for long."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line. None: what the run says, or the default for a model folder."""
+
+    target: Path
+    data: Path | None = None
+    samples_per_prompt: int = 32
+    reward: str | None = None
+    answer: str | None = None
+    max_response_tokens: int | None = None
+    temperature: float | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation with nothing left open."""
+
+    model: Model
+    iteration: int
+    """Of the run that the model is from, and the weight version its samples carry; 0 for a model folder."""
+    data: Data
+    source: Source
+    limit: int | None
+    """The first so many problems."""
+    reward: Reward
+    rollout: Rollout
+    samples_per_prompt: int
+    temperature: float
+    top_p: float
+    max_prompt_tokens: int
+    max_response_tokens: int
+    seed: int
+    folder: Path
+    """Results and logs go here."""
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / "engine-0.log"
+
+
+def task(asked: Asked) -> Task:
+    """Work out what is asked; ConfigError or ModelError for what is missing or does not fit."""
+    found = read_object(asked.target / "config.json")
+    if found is None:
+        raise ConfigError(
+            f"{asked.target}: no config.json there; give a Hugging Face model folder, or a run's folder"
+        )
+    return _of_model(asked, found) if "model_type" in found else _of_run(asked)
+
+
+def _of_run(asked: Asked) -> Task:
+    """The run's newest exported model, under its own evaluation settings."""
+    config = load(asked.target / "config.json")
+    exports = {
+        int(p.name.split("-")[1]): p
+        for p in (asked.target / "hf").glob("iteration-*")
+        if p.is_dir() and not p.suffix
+    }
+    if not exports:
+        raise ModelError(
+            f"{asked.target} holds no exported model (hf/iteration-N): train it to the end with "
+            "checkpoint.hf_export=true"
+        )
+    iteration = max(exports)
+    source: Source
+    limit = None
+    if asked.data is not None:
+        source = _file(asked.data, config)
+    elif config.data.evaluation is not None:
+        source, limit = config.data.evaluation, config.evaluation.prompts
+    else:
+        raise ConfigError(f"{asked.target} has no held-out problems (data.evaluation); give --data FILE")
+    response = asked.max_response_tokens or config.batch.max_response_tokens
+    name = f"iteration-{iteration}-{asked.data.stem if asked.data else 'held-out'}"
+    return Task(
+        model=config.model.model_copy(update={"path": str(exports[iteration])}),
+        iteration=iteration,
+        data=config.data,
+        source=source,
+        limit=asked.limit or limit,
+        reward=_reward(asked, config.reward),
+        rollout=_engine(config.rollout, config.batch.max_prompt_tokens + response),
+        samples_per_prompt=asked.samples_per_prompt,
+        temperature=config.evaluation.temperature if asked.temperature is None else asked.temperature,
+        top_p=config.evaluation.top_p,
+        max_prompt_tokens=config.batch.max_prompt_tokens,
+        max_response_tokens=response,
+        seed=config.seed,
+        folder=_unused(asked.target / "evaluate" / f"{name}-k{asked.samples_per_prompt}"),
+    )
+
+
+def _of_model(asked: Asked, description: dict[str, Any]) -> Task:
+    """A model folder says how it is computed; the problems and their reward must be given."""
+    if asked.data is None or asked.reward is None:
+        missing = "--data FILE" if asked.data is None else "--reward NAME (math, exact, or module:function)"
+        raise ConfigError(f"{asked.target} is a model, not a run: it needs {missing}")
+    response = asked.max_response_tokens or DEFAULT_RESPONSE_TOKENS
+    context = description.get("max_position_embeddings") or CPU_CACHE_TOKENS
+    if response >= context:
+        raise ConfigError(
+            f"--max-response-tokens {response} leaves no room for a prompt: {asked.target} takes {context} "
+            "tokens; lower it"
+        )
+    name = f"{asked.target.resolve().name}-{asked.data.stem}-k{asked.samples_per_prompt}"
+    source = FileSource(path=str(asked.data))
+    return Task(
+        model=Model(path=str(asked.target), precision=_precision(asked.target, description)),
+        iteration=0,
+        data=Data(train=source),
+        source=source,
+        limit=asked.limit,
+        reward=_reward(asked, Reward(name=asked.reward)),
+        rollout=_engine(Rollout(), response + 1),
+        samples_per_prompt=asked.samples_per_prompt,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0,
+        max_prompt_tokens=context - response,
+        max_response_tokens=response,
+        seed=0,
+        folder=_unused(Path("runs") / "evaluate" / name),
+    )
+
+
+def _file(path: Path, config: RunConfig) -> FileSource:
+    """The file, its columns named as those of the run's own files."""
+    own = next((s for s in (config.data.evaluation, config.data.train) if isinstance(s, FileSource)), None)
+    return own.model_copy(update={"path": str(path)}) if own else FileSource(path=str(path))
+
+
+def _reward(asked: Asked, own: Reward) -> Reward:
+    changes = {"name": asked.reward, "answer": asked.answer}
+    return Reward.model_validate(own.model_dump() | {k: v for k, v in changes.items() if v is not None})
+
+
+def _precision(folder: Path, description: dict[str, Any]) -> Precision:
+    names: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+    dtype = description.get("dtype") or description.get("torch_dtype") or "bfloat16"
+    if dtype not in names:
+        raise ModelError(f"{folder / 'config.json'}: dtype {dtype!r} is none of {', '.join(names)}")
+    return names[dtype]
+
+
+def _engine(rollout: Rollout, longest: int) -> Rollout:
+    """The one engine has this machine's cores to itself, and room for the longest sample."""
+    cache = max(rollout.max_total_tokens or CPU_CACHE_TOKENS, longest) if _cpu() else rollout.max_total_tokens
+    cores = len(os.sched_getaffinity(0))
+    return rollout.model_copy(update={"threads_per_engine": cores, "max_total_tokens": cache})
+
+
+def _cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first free `folder-2`, `-3`, …: no evaluation overwrites another's."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def run(task: Task, console: Console) -> Evaluation:
+    """Sample, grade, score; leaves samples.parquet and result.json in the task's folder.
+
+    However it ends, the engine and the graders end with it.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model.path, trust_remote_code=task.model.trust_remote_code)
+    problems = load_problems(task.source, task.data)[: task.limit]
+    kept, dropped = tokenize(problems, tokenizer, task.max_prompt_tokens)
+    if dropped:
+        console.say(f"{dropped} of {len(problems)} prompts are over {task.max_prompt_tokens} tokens: dropped")
+    plan = SamplingPlan(
+        problems=kept,
+        samples_per_prompt=task.samples_per_prompt,
+        iteration=task.iteration,
+        weight_version=task.iteration,
+        temperature=task.temperature,
+        top_p=task.top_p,
+        run_seed=task.seed,
+        stream="evaluation",
+    )
+    with grading(task.reward) as rewards:
+        sampler = Sampler(
+            endpoint=Endpoint(
+                router_url="",  # there is one engine: it is asked without a router
+                engine_urls=(),
+                headers={},
+                request_timeout_seconds=task.rollout.request_timeout_seconds,
+                retries=task.rollout.retries,
+                any_engine_alive=lambda: False,
+                max_in_flight=REQUESTS_PER_SLOT * task.rollout.max_running_requests,
+            ),
+            tokenizer=tokenizer,
+            stop_tokens=stop_tokens(tokenizer, task.model.path),
+            max_response_tokens=task.max_response_tokens,
+            grader=rewards,
+            max_turns=task.rollout.max_turns,
+            repetition=task.rollout.repetition,
+            function=rollout_function(task.rollout.function),
+        )
+        console.say(f"starting an engine for {task.model.path}; log: {task.log}")
+        samples = _sample(task, plan, sampler, console)
+    return _record(task, samples, dropped)
+
+
+def _spec(task: Task) -> EngineSpec:
+    return EngineSpec(
+        number=0,
+        model=task.model,
+        rollout=task.rollout,
+        port=free_port(),
+        log=task.log,
+        seed=task.seed,
+        cpu=_cpu(),
+        api_key=secrets.token_hex(24),
+        load_model_weights=True,
+    )
+
+
+def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) -> list[Sample]:
+    """Draw the plan from an engine, which is started again when it dies; what was drawn before is kept."""
+    attempts = task.rollout.retries + 1
+    for attempt in range(attempts):
+        spec = _spec(task)
+        engine = EngineProcess(spec)
+        try:
+            engine.wait_ready(task.rollout.start_timeout_seconds)
+            with EngineControl(spec, task.rollout.start_timeout_seconds) as control:
+                # No bucket in between: the weights stay the folder's, and get the number that every sample
+                # must carry. Samples of an engine that was never given one are refused.
+                control.begin_update()
+                control.end_update(plan.weight_version)
+            endpoint = replace(
+                sampler.endpoint, router_url=spec.url, any_engine_alive=engine.ready,
+                headers={"Authorization": f"Bearer {spec.api_key}"},
+            )  # fmt: skip
+            with console.progress("evaluation", plan.total - plan.finished) as advance:
+                replace(sampler, endpoint=endpoint).run(plan, advance)
+            return plan.samples(sampler.tokenizer)
+        except EnginesLost:
+            console.say(
+                f"the engine died after {plan.finished} of {plan.total} samples ({attempt + 1} times)"
+            )
+            ended = tail(engine.log)
+        finally:
+            engine.stop()
+    raise EngineError(f"the engine died {attempts} times; log: {task.log}, which ends:\n{ended}")
+
+
+def _record(task: Task, samples: list[Sample], dropped: int) -> Evaluation:
+    result = evaluate(samples, task.reward.correct)
+    write_rollout(task.folder / "samples.parquet", samples, task.iteration)
+    settings = {
+        key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+        for key, value in vars(task).items()
+        if key not in ("data", "folder")
+    }
+    content = {
+        "result": asdict(result),
+        "dropped_prompts": dropped,
+        "settings": settings,
+        "versions": versions(),
+    }
+    write_whole(task.folder / "result.json", json.dumps(content, indent=2) + "\n")
+    return result
+
+
+def table(task: Task, result: Evaluation) -> Table:
+    """The result as a person reads it."""
+    title = f"{task.model.path} · temperature {task.temperature:g}, at most {task.max_response_tokens} tokens"
+    shown = Table(
+        box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", pad_edge=False
+    )
+    shown.add_column(f"{result.prompts:,} prompts × {result.k} samples")
+    shown.add_column("", justify="right")
+    shown.add_column("95 % interval", justify="right")
+    for name, score in (("mean", result.mean_at_k), ("pass", result.pass_at_k)):
+        shown.add_row(
+            f"{name}@{result.k}", number(score.value), f"{number(score.low)} – {number(score.high)}"
+        )
+    shown.add_row("cut at the limit", percent(result.truncated_share), "")
+    shown.add_row("response tokens", number(result.response_tokens), "")
+    shown.add_row("reward errors", number(result.reward_errors), "")
+    return shown
+
+
+def main(asked: Asked) -> None:
+    """The command: evaluate, show the table, and say where the results are."""
+    console = Console()
+    work = task(asked)
+    result = run(work, console)
+    rich.console.Console(highlight=False).print(table(work, result))
+    console.say(f"samples and table: {work.folder}")

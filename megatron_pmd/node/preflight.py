@@ -1,0 +1,229 @@
+"""Checks of every node of a job before its ranks start; a node that fails is named.
+
+Each node writes a report into the shared run folder, which proves that it sees it and can write to it, waits
+for those of the others, and judges all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import LaunchError, ModelError
+from megatron_pmd.launch.cluster import Preflight
+from megatron_pmd.node.allocation import Place
+from megatron_pmd.observe.versions import versions
+
+POLL_SECONDS = 0.2
+GPU_QUERY = "index,driver_version,ecc.errors.uncorrected.volatile.total,memory.used,memory.total"
+
+
+@dataclass
+class Report:
+    """What one node found out about itself."""
+
+    host: str
+    interface: str = ""
+    address: str = ""
+    clock_offset_seconds: float = 0.0
+    """Of this node's clock from that of the shared file system."""
+    software: dict[str, Any] = field(default_factory=dict)
+    """Versions and commit; the same on all nodes."""
+    problems: list[str] = field(default_factory=list)
+
+
+def check_nodes(config: RunConfig, folder: Path, place: Place) -> Report:
+    """Examine this node, wait for the reports of all; returns its own.
+
+    Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. Raises LaunchError naming each node with a problem; they
+    are listed in the file bad_nodes for the batch script to leave out.
+    """
+    limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+    report = Report(place.host)
+    try:
+        interfaces = os.environ.get("PMD_INTERFACES", "").split()
+        report.interface, report.address = choose_interface(interfaces, place.master)
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, report.interface)
+    except LaunchError as error:
+        report.problems.append(str(error))
+    found = versions()
+    report.software = {key: found[key] for key in ("python", "packages", "commit")}
+    report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
+    report.problems += plan_problems(config, place, folder)
+    if os.environ.get("PMD_GPU", "cpu") != "cpu":
+        report.problems += gpu_problems(_nvidia_smi(), place.ranks_per_node, limits.driver)
+    meeting = place.state / "preflight" / str(place.attempt)
+    reports = exchange(report, meeting, place, limits.deadline_seconds)
+    refuse(judge(reports, limits.clock_skew_seconds), place)
+    return report
+
+
+def exchange(report: Report, meeting: Path, place: Place, deadline_seconds: float) -> list[Report]:
+    """Write this node's report, and read those of all nodes, in their order.
+
+    Raises LaunchError naming the nodes that have not reported by the deadline.
+    """
+    meeting.mkdir(parents=True, exist_ok=True)
+    own, partial = meeting / f"{place.rank}.json", meeting / f"{place.rank}.partial"
+    partial.write_text("")
+    report.clock_offset_seconds = time.time() - partial.stat().st_mtime
+    partial.write_text(json.dumps(asdict(report)))
+    partial.rename(own)
+    limit = time.monotonic() + deadline_seconds
+    waiting = set(range(place.nodes))
+    while waiting := {rank for rank in waiting if not (meeting / f"{rank}.json").exists()}:
+        if time.monotonic() > limit:
+            names = os.environ.get("PMD_NODES", "").split()
+            missing = [names[rank] if rank < len(names) else f"number {rank}" for rank in sorted(waiting)]
+            refuse(
+                {
+                    name: [
+                        f"no report in {meeting} after {deadline_seconds:g} s: is the folder mounted there?"
+                    ]
+                    for name in missing
+                },
+                place,
+            )
+        time.sleep(POLL_SECONDS)
+    return [Report(**json.loads((meeting / f"{rank}.json").read_text())) for rank in range(place.nodes)]
+
+
+def judge(reports: Sequence[Report], clock_skew_seconds: float) -> dict[str, list[str]]:
+    """Problems by node: its own, and where it differs from what most nodes have."""
+    problems = {report.host: list(report.problems) for report in reports}
+    most = json.loads(Counter(json.dumps(r.software, sort_keys=True) for r in reports).most_common(1)[0][0])
+    for report in reports:
+        for key, value in _flat(report.software).items():
+            if value != _flat(most).get(key):
+                problems[report.host].append(f"{key} is {value}, elsewhere {_flat(most).get(key)}")
+    offsets = sorted(report.clock_offset_seconds for report in reports)
+    middle = offsets[len(offsets) // 2]
+    for report in reports:
+        skew = report.clock_offset_seconds - middle
+        if abs(skew) > clock_skew_seconds:
+            problems[report.host].append(f"its clock is {skew:+.1f} s off the others'")
+    return {host: found for host, found in problems.items() if found}
+
+
+def refuse(problems: dict[str, list[str]], place: Place) -> None:
+    """Raise LaunchError when there are problems, after listing their nodes for the batch script."""
+    if not problems:
+        return
+    (place.state / "bad_nodes").write_text("".join(f"{host}\n" for host in problems))
+    listed = "\n".join(f"  node {host}: {problem}" for host, found in problems.items() for problem in found)
+    raise LaunchError(f"pre-flight: {len(problems)} node(s) cannot take part:\n{listed}")
+
+
+def choose_interface(wanted: Sequence[str], master: str) -> tuple[str, str]:
+    """(name, IPv4 address) of the network interface that control traffic takes.
+
+    wanted: names in order of preference; empty: the interface of the route to `master`. Raises LaunchError
+    naming the interfaces tried and those there are.
+    """
+    there = {
+        name: address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET
+    }
+    for name in wanted:
+        if name in there:
+            return name, there[name]
+    if not wanted:
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((master, 9))  # sends nothing: the kernel only picks a route
+                address = probe.getsockname()[0]
+        except OSError as error:
+            raise LaunchError(f"no route to the first node {master}: {error}") from None
+        return next(name for name, own in there.items() if own == address), address
+    raise LaunchError(
+        f"none of the network interfaces {', '.join(wanted)} has an IPv4 address; there are "
+        f"{', '.join(f'{name} ({address})' for name, address in there.items())}: "
+        "set network.socket_interfaces in the cluster profile"
+    )
+
+
+def disk_problems(limits: Preflight, folders: Sequence[str | Path]) -> list[str]:
+    found = []
+    for folder in folders:
+        try:
+            free = shutil.disk_usage(folder).free / 1e9
+        except OSError as error:
+            found.append(f"{folder}: {error.strerror}")
+            continue
+        if free < limits.free_disk_gigabytes:
+            found.append(f"{folder}: {free:.0f} GB free, {limits.free_disk_gigabytes} wanted")
+    return found
+
+
+def plan_problems(config: RunConfig, place: Place, folder: Path) -> list[str]:
+    """Free host memory, and room for the run's checkpoints in its folder, against the plan's."""
+    from megatron_pmd.planner.hardware import DEVICES, Machines
+    from megatron_pmd.planner.planning import make_plan
+
+    free = psutil.virtual_memory().available
+    device = DEVICES[os.environ.get("PMD_GPU", "cpu")]
+    try:
+        plan = make_plan(config, Machines(device, place.ranks_per_node, free, 1e9))
+    except ModelError as error:
+        print(f"{place.host}: memory and disk not compared with a plan: {error}", flush=True)
+        return []
+    found = []
+    need = sum(plan.host.values())
+    if need > free:
+        found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
+    # one is written before the oldest goes
+    there = len(list((folder / "checkpoints").glob("iteration-*")))
+    missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
+    room = shutil.disk_usage(folder).free
+    if missing > room:
+        found.append(
+            f"{folder}: {room / 1e9:.1f} GB free, checkpoints of {plan.checkpoint_bytes / 1e9:.1f} GB, "
+            f"of which {config.checkpoint.keep} are kept and {there} there, need {missing / 1e9:.1f} GB"
+        )
+    return found
+
+
+def gpu_problems(answer: str, wanted: int, driver: str | None) -> list[str]:
+    """What nvidia-smi's answer to GPU_QUERY says against this node."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.strip()]
+    found = [f"{len(rows)} GPUs answer, {wanted} wanted"] if len(rows) < wanted else []
+    for index, version, errors, used, total in rows:
+        if driver and _numbers(version) < _numbers(driver):
+            found.append(f"GPU {index}: driver {version}, {driver} or newer wanted")
+        if errors.isdigit() and int(errors):
+            found.append(f"GPU {index}: {errors} uncorrected memory errors since its last reset")
+        if int(used) > 0.05 * int(total):
+            found.append(f"GPU {index}: {used} of {total} MiB in use before the run starts")
+    return found
+
+
+def _nvidia_smi() -> str:
+    query = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _flat(software: dict[str, Any]) -> dict[str, Any]:
+    packages = software.get("packages") or {}
+    return {**{key: value for key, value in software.items() if key != "packages"}, **packages}

@@ -1,0 +1,230 @@
+"""Memory of the devices by phase and owner, of the hosts, of the KV cache and of a checkpoint, in bytes.
+
+Weights, gradients and optimizer are counted. Activations, left-overs and processes are estimates, whose
+assumptions are in hardware.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.planner.hardware import Assumptions, Machines
+from megatron_pmd.planner.shapes import Shape
+from megatron_pmd.planner.sharding import BYTES, Stage, optimizer_bytes_each
+
+Owners = dict[str, float]
+"""Bytes by owner."""
+
+CACHE_SHARE = 0.85
+"""Of a device, for an engine's weights and KV cache, unless rollout.sglang has mem_fraction_static."""
+FP8_BLOCK = 128
+ROLLOUT_TOKEN_BYTES = 64
+"""A sampled token on the driver: ids, log-probabilities and text, in the plan of samples and packed."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An engine's KV cache."""
+
+    bytes_per_device: float
+    tokens: int
+    """Over the whole engine."""
+    longest_samples: int
+    """So many samples of the greatest length fit at one time."""
+    running: int
+    """Requests decoded at one time, as rollout.max_running_requests and the cache allow for mean lengths."""
+
+
+def activation_bytes(shape: Shape, config: RunConfig, stage: Stage, assume: Assumptions) -> float:
+    """Greatest sum of what the passes keep for the backward pass, on one rank of a stage.
+
+    1F1B keeps as many micro-batches in flight as there are stages after this one, and itself.
+    """
+    tokens, width = config.batch.max_tokens_per_microbatch, BYTES[config.model.precision]
+    inputs = tokens * shape.hidden * width / config.layout.tensor  # sequence parallelism shares it out
+    whole = max((_layer_bytes(shape, config, layer, assume) for layer in stage.layers), default=0.0)
+    pipeline, chunks, layers = config.layout.pipeline, config.layout.virtual_pipeline, len(stage.layers)
+    in_flight = float(min(pipeline - stage.number, microbatches_per_step(config)))
+    if chunks > 1:  # interleaved stages hold more: arXiv 2205.05198, section 4.2.3
+        in_flight *= 1 + (pipeline - 1) / (pipeline * chunks)
+    if config.actor.recompute == "full":
+        # inputs of all layers in flight, those not computed again, and one layer with its gradients
+        again = min(layers, (config.actor.recompute_layers or layers) * chunks)
+        kept = in_flight * (layers * inputs + (layers - again) * whole) + 2 * whole
+    else:
+        kept = in_flight * layers * (whole + inputs)
+    return kept + (_logits_bytes(shape, config) if stage.holds_logits else 0.0)
+
+
+def _layer_bytes(shape: Shape, config: RunConfig, layer: int, assume: Assumptions) -> float:
+    """One layer's activations with fused attention: every matrix's input, and what the norms keep."""
+    tokens, width, tensor = (
+        config.batch.max_tokens_per_microbatch,
+        BYTES[config.model.precision],
+        config.layout.tensor,
+    )
+    attention = shape.attention
+    residual = 4 * shape.hidden / tensor  # two norms' inputs and outputs
+    heads = (attention.score_width + attention.query_values + 2 * attention.cached_values) / tensor
+    again, has_experts = config.actor.recompute_modules, layer >= shape.dense_layers
+    dense = 3 * (shape.shared_intermediate if has_experts else shape.dense_intermediate)
+    if ("shared_experts" if has_experts else "mlp") in again:
+        dense = 0
+    values = residual + heads + dense / tensor
+    if has_experts and "moe" not in again:
+        # tokens arrive once for each expert chosen; input, gate and up, product, output
+        widths = 2 if "moe_act" in again else 3
+        routed = 2 * shape.hidden + widths * shape.expert_intermediate / config.layout.experts_tensor
+        values += assume.expert_imbalance * shape.experts_per_token / tensor * routed
+    return tokens * values * width
+
+
+def _logits_bytes(shape: Shape, config: RunConfig) -> float:
+    """All logits with their gradient, and a chunk of them in fp32, with a copy and a gradient."""
+    columns = shape.vocabulary / config.layout.tensor
+    whole = 2 * config.batch.max_tokens_per_microbatch * BYTES[config.model.precision]
+    return columns * (whole + 3 * config.actor.log_prob_chunk_tokens * 4)
+
+
+def microbatches_per_step(config: RunConfig) -> int:
+    """Micro-batches of one optimizer step on each rank, were every sample of half the greatest length."""
+    batch = config.batch
+    tokens = batch.samples_per_step * (batch.max_prompt_tokens + batch.max_response_tokens) / 2
+    replicas = config.layout.ranks // (config.layout.tensor * config.layout.pipeline)
+    return max(1, round(tokens / replicas / batch.max_tokens_per_microbatch + 0.499))
+
+
+def engine_weight_bytes(shape: Shape, config: RunConfig) -> float:
+    """On one device of an engine, with the parts that SGLang's options hold more than once."""
+    options, size = config.rollout.sglang, config.rollout.tensor_parallel
+    attention = shape.layers * (shape.attention.split + shape.attention.replicated)
+    sparse = shape.layers - shape.dense_layers if shape.experts else 0
+    dense = shape.dense_layers * shape.feed_forward(0)[0] if options.get("moe_dense_tp_size") == 1 else 0
+    shared = sparse * 3 * shape.hidden * shape.shared_intermediate
+    shared = shared if options.get("moe_a2a_backend") == "deepep" else 0
+    divided = shape.total - attention - dense - shared
+    values = divided / size + attention / attention_ranks(config) + dense + shared
+    return values * (1 if engine_is_fp8(config) else BYTES[config.model.precision])
+
+
+def engine_is_fp8(config: RunConfig) -> bool:
+    """Whether the engines hold FP8 weights, in blocks of 128 x 128."""
+    return config.rollout.fp8
+
+
+def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
+    """Matrices whose part on one device of an FP8 engine is not made of whole blocks: SGLang refuses them."""
+    if not engine_is_fp8(config):
+        return []
+    options, size = config.rollout.sglang, config.rollout.tensor_parallel
+    slices = size // options.get("ep_size", 1)
+    widths = []
+    if shape.experts:
+        widths.append(("an expert", shape.expert_intermediate, slices))
+    if shape.dense_layers:
+        widths.append(("a dense layer", shape.dense_intermediate, options.get("moe_dense_tp_size") or size))
+    if shape.shared_intermediate and options.get("moe_a2a_backend") != "deepep":
+        widths.append(("the shared experts", shape.shared_intermediate, size))
+    return [f"{what}'s {width} / {ways}" for what, width, ways in widths if width % (ways * FP8_BLOCK)]
+
+
+def attention_ranks(config: RunConfig) -> int:
+    """Ranks of an engine that share one copy of attention and its cache."""
+    options, size = config.rollout.sglang, config.rollout.tensor_parallel
+    return size // options.get("dp_size", 1) if options.get("enable_dp_attention") else size
+
+
+def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptions) -> Cache:
+    """What is left to the KV cache beside an engine's weights; zero tokens when those alone do not fit."""
+    rollout, batch = config.rollout, config.batch
+    ways = attention_ranks(config)
+    groups = rollout.tensor_parallel // ways
+    value = 1 if str(rollout.sglang.get("kv_cache_dtype", "")).startswith("fp8") else None
+    width = value or BYTES[config.model.precision]
+    token = shape.layers * shape.attention.cached_values / min(ways, shape.attention.cache_heads) * width
+    if machines.shares_host_memory:
+        tokens = rollout.max_total_tokens or 0
+    else:
+        share = rollout.sglang.get("mem_fraction_static", CACHE_SHARE)
+        room = machines.device.memory_bytes - assume.actor_left_over_bytes
+        free = max(0.0, share * room - engine_weight_bytes(shape, config))
+        tokens = int(free / token) * groups
+        if rollout.max_total_tokens is not None:
+            tokens = min(tokens, rollout.max_total_tokens)
+    longest = batch.max_prompt_tokens + batch.max_response_tokens
+    mean = batch.max_prompt_tokens / 2 + batch.max_response_tokens * assume.response_share
+    asked = -(-batch.samples_per_rollout // config.engines)
+    return Cache(
+        bytes_per_device=tokens / groups * token,
+        tokens=tokens,
+        longest_samples=tokens // longest,
+        running=min(rollout.max_running_requests, int(tokens / mean), asked),
+    )
+
+
+def device_phases(
+    shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
+) -> dict[str, Owners]:
+    """By phase, what the fullest device holds, by owner."""
+    left = 0.0 if machines.shares_host_memory else 1.0
+    actor_left, engine_left = left * assume.actor_left_over_bytes, left * assume.engine_left_over_bytes
+    engine = engine_weight_bytes(shape, config)
+    kv = cache(shape, config, machines, assume).bytes_per_device
+    bucket = config.sync.bucket_megabytes * 2**20
+
+    def update(stage: Stage) -> Owners:
+        return {
+            "actor weights": stage.weight_bytes,
+            "gradients": stage.gradient_bytes,
+            "optimizer": stage.optimizer_bytes * (1 - config.optimizer.offload),
+            "activations": activation_bytes(shape, config, stage, assume),
+            "left-overs": actor_left + engine_left,
+        }
+
+    fullest = max((update(stage) for stage in all_stages), key=lambda owners: sum(owners.values()))
+    heaviest = max(all_stages, key=lambda stage: stage.weight_bytes)
+    return {
+        "rollout": {"engine weights": engine, "KV cache": kv, "left-overs": actor_left + engine_left},
+        "update": fullest,
+        "sync": {
+            "actor weights": heaviest.weight_bytes,
+            "gradients": heaviest.gradient_bytes,
+            "engine weights": engine,
+            "buckets": 2 * bucket + _gathered_bytes(shape, config),
+            "left-overs": actor_left + engine_left,
+        },
+    }
+
+
+def _gathered_bytes(shape: Shape, config: RunConfig) -> float:
+    """The largest tensor, gathered whole, and its parts."""
+    largest = max(shape.embedding, 3 * shape.hidden * shape.dense_intermediate)
+    return 2 * largest * BYTES[config.model.precision]
+
+
+def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions) -> Owners:
+    """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts."""
+    per_node = min(machines.devices_per_node, config.layout.ranks)
+    heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.optimizer_bytes)
+    batch = config.batch
+    rollout = batch.samples_per_rollout * (batch.max_prompt_tokens + batch.max_response_tokens)
+    process = assume.cpu_process_bytes if machines.shares_host_memory else assume.process_host_bytes
+    owners: Owners = {
+        "processes": per_node * process,
+        "rollouts": rollout * ROLLOUT_TOKEN_BYTES,
+        "checkpoint being written": per_node * (heaviest.weight_bytes + heaviest.optimizer_bytes),
+    }
+    if machines.shares_host_memory:
+        owners["weight buckets"] = 2 * config.sync.bucket_megabytes * 2**20
+    else:
+        owners["offloaded weights"] = per_node * heaviest.weight_bytes
+        owners["offloaded optimizer"] = per_node * heaviest.optimizer_bytes
+    return owners
+
+
+def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
+    """One sharded checkpoint: weights, and the optimizer's moments with its fp32 main parameters."""
+    precision = config.model.precision
+    main = 0 if precision == "bf16" else 4  # with fp32 the main copy is written beside the same weights
+    return shape.total * (BYTES[precision] + optimizer_bytes_each(config) + main)

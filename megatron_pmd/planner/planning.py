@@ -1,0 +1,202 @@
+"""The plan of a run: what it needs of the machines, whether it fits, and the nearest layout that does."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from megatron_pmd.config import RunConfig, build
+from megatron_pmd.engine.placement import check_places
+from megatron_pmd.errors import ConfigError, LayoutError
+from megatron_pmd.planner import memory
+from megatron_pmd.planner.cost import Cost, cost
+from megatron_pmd.planner.hardware import Assumptions, Machines
+from megatron_pmd.planner.shapes import Shape, shape_of
+from megatron_pmd.planner.sharding import Stage, stages
+
+MOST_GROWTH = 16
+"""How many times the ranks asked for a nearest layout may have."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: RunConfig
+    machines: Machines
+    assumptions: Assumptions
+    shape: Shape
+    stages: list[Stage]
+    phases: dict[str, memory.Owners]
+    """Bytes on the fullest device, by phase and owner."""
+    host: memory.Owners
+    """Bytes on the fullest node."""
+    cache: memory.Cache
+    checkpoint_bytes: int
+    cost: Cost
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.config.layout.ranks // self.machines.devices_per_node)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this cannot run; empty when it fits."""
+        return [*self._device_problems(), *self._engine_problems(), *self._node_problems()]
+
+    def _device_problems(self) -> list[str]:
+        if self.machines.shares_host_memory:
+            return []
+        device, found = self.machines.device, []
+        room = device.memory_bytes * self.assumptions.safety
+        for phase, owners in self.phases.items():
+            need = sum(owners.values())
+            # an engine fills what it is given; whether that is enough is asked below
+            if need > room and phase != "rollout":
+                greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
+                parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
+                found.append(
+                    f"{phase} needs {gigabytes(need)} on the fullest {device.name}, "
+                    f"which has {gigabytes(room)} to give ({parts})"
+                )
+        return found
+
+    def _engine_problems(self) -> list[str]:
+        config, longest = (
+            self.config,
+            self.config.batch.max_prompt_tokens + self.config.batch.max_response_tokens,
+        )
+        found = []
+        if unaligned := memory.unaligned_widths(self.shape, config):
+            found.append(
+                f"FP8 engines of rollout.tensor_parallel={config.rollout.tensor_parallel} cannot cut "
+                f"{', '.join(unaligned)} into blocks of {memory.FP8_BLOCK}: use fewer, or ep_size, "
+                "moe_dense_tp_size and moe_a2a_backend in rollout.sglang"
+            )
+        if self.cache.longest_samples >= 1:
+            return found
+        return [
+            *found,
+            f"an engine of rollout.tensor_parallel={config.rollout.tensor_parallel} has "
+            f"{gigabytes(self.phases['rollout']['engine weights'])} of weights on each device and room for "
+            f"{self.cache.tokens:,} tokens of KV cache: not for one sample of {longest:,}",
+        ]
+
+    def _node_problems(self) -> list[str]:
+        config, machines, found = self.config, self.machines, []
+        need, room = sum(self.host.values()), machines.host_memory_bytes * self.assumptions.safety
+        if need > room:
+            greatest = sorted(self.host.items(), key=lambda item: -item[1])[:3]
+            parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
+            found.append(
+                f"a node's host memory: {gigabytes(need)} needed, {gigabytes(room)} to give ({parts})"
+            )
+        ranks = config.layout.ranks
+        if ranks > machines.devices_per_node and ranks % machines.devices_per_node:
+            found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
+        try:
+            per_node = min(ranks, machines.devices_per_node)
+            check_places(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
+        except LayoutError as error:
+            found.append(str(error))
+        longest = config.batch.max_prompt_tokens + config.batch.max_response_tokens
+        if longest > self.shape.context_limit > 0:
+            found.append(
+                f"samples of {longest:,} tokens: {self.shape.name} has {self.shape.context_limit:,} positions"
+            )
+        return found
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def make_plan(config: RunConfig, machines: Machines, assumptions: Assumptions | None = None) -> Plan:
+    """Plan a run. Raises ModelError for an unknown model, LayoutError for a layout it cannot have."""
+    assume, shape = assumptions or Assumptions(), shape_of(config.model.path)
+    all_stages = stages(shape, config)
+    kv = memory.cache(shape, config, machines, assume)
+    return Plan(
+        config=config,
+        machines=machines,
+        assumptions=assume,
+        shape=shape,
+        stages=all_stages,
+        phases=memory.device_phases(shape, config, all_stages, machines, assume),
+        host=memory.host_bytes(config, all_stages, machines, assume),
+        cache=kv,
+        checkpoint_bytes=memory.checkpoint_bytes(shape, config),
+        cost=cost(shape, config, all_stages, machines, kv, assume),
+    )
+
+
+def check(plan: Plan) -> None:
+    """Raise LayoutError when the plan does not fit, with the nearest one that does."""
+    if not plan.problems:
+        return
+    near = nearest(plan)
+    if near is None:
+        hint = f"no layout of up to {MOST_GROWTH} times as many ranks fits"
+    else:
+        hint = f"the nearest that fits: {' '.join(difference(plan.config, near.config))} ({near.nodes} nodes)"
+    raise LayoutError(f"{plan.config.name} does not fit:\n  " + "\n  ".join(plan.problems) + f"\n{hint}")
+
+
+def difference(before: RunConfig, after: RunConfig) -> list[str]:
+    """The settings by which a candidate differs, as one would type them."""
+    values = [
+        *((f"layout.{key}", getattr(before.layout, key), getattr(after.layout, key)) for key in LAYOUT_KEYS),
+        ("rollout.tensor_parallel", before.rollout.tensor_parallel, after.rollout.tensor_parallel),
+        ("actor.recompute", before.actor.recompute, after.actor.recompute),
+    ]
+    return [f"{key}={new}" for key, old, new in values if old != new]
+
+
+LAYOUT_KEYS = ("tensor", "pipeline", "expert", "data")
+
+
+def nearest(plan: Plan) -> Plan | None:
+    """The plan that fits and differs least: first on as many ranks, then on twice as many, and so on.
+
+    Distance is how often a size was doubled or halved; recomputing activations counts as one.
+    """
+    growth = 1
+    while growth <= MOST_GROWTH:
+        for _, values in sorted(_candidates(plan, growth), key=lambda candidate: candidate[0]):
+            try:
+                candidate = make_plan(build(values), plan.machines, plan.assumptions)
+            except ConfigError:
+                continue
+            if not candidate.problems:
+                return candidate
+        growth *= 2
+    return None
+
+
+def _candidates(plan: Plan, growth: int) -> list[tuple[float, dict]]:
+    config, per_node = plan.config, plan.machines.devices_per_node
+    layout, ranks = config.layout, config.layout.ranks * growth
+    powers = [2**i for i in range(int(math.log2(ranks)) + 1)]
+    tensors = [size for size in powers if size <= per_node]
+    engines = sorted({config.rollout.tensor_parallel, *powers})
+    recompute = [config.actor.recompute, *(["full"] if config.actor.recompute != "full" else [])]
+    experts = powers if plan.shape.experts else [1]
+    found = []
+    sizes = itertools.product(tensors, sorted({layout.pipeline, *powers}), experts, engines, recompute)
+    for tensor, pipeline, expert, engine, again in sizes:
+        if ranks % (tensor * pipeline * layout.context) or ranks % engine:
+            continue
+        data = ranks // (tensor * pipeline * layout.context)
+        pairs = [
+            (tensor, layout.tensor),
+            (pipeline, layout.pipeline),
+            (expert, layout.expert),
+            (engine, config.rollout.tensor_parallel),
+        ]
+        distance = sum(abs(math.log2(new / old)) for new, old in pairs) + (again != config.actor.recompute)
+        values = config.model_dump(mode="json")
+        values["layout"] |= {"tensor": tensor, "pipeline": pipeline, "expert": expert, "data": data}
+        values["rollout"]["tensor_parallel"] = engine
+        if again != config.actor.recompute:
+            values["actor"] |= {"recompute": again, "recompute_modules": []}
+        found.append((distance, values))
+    return found

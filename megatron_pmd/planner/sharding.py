@@ -1,0 +1,129 @@
+"""Which parameters a rank holds: what megatron-core's layout comes to, counted without megatron-core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import LayoutError
+from megatron_pmd.planner.shapes import Shape
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+GRADIENT_BYTES = 4
+"""Gradients are summed in fp32 (grad_reduce_in_fp32)."""
+
+
+def optimizer_bytes_each(config: RunConfig) -> int:
+    """Of one parameter: two moments, and for bf16 parameters an fp32 main copy. fp32 ones are their own."""
+    return 2 * BYTES[config.optimizer.moments] + (4 if config.model.precision == "bf16" else 0)
+
+
+def weight_bytes_each(config: RunConfig) -> int:
+    """Of one parameter on a device."""
+    fp8 = config.actor.fp8
+    return 1 if fp8 and fp8.parameter_gather else BYTES[config.model.precision]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, seen from any of its ranks."""
+
+    number: int
+    layers: range
+    dense: int
+    """Parameters outside routed experts on one rank."""
+    experts: int
+    """Parameters of routed experts on one rank."""
+    dense_shards: int
+    """Ranks that share out the optimizer state of the dense parameters."""
+    expert_shards: int
+    holds_logits: bool
+    bytes_each: int
+    """Of a weight."""
+    optimizer_bytes_each: int
+
+    @property
+    def parameters(self) -> int:
+        return self.dense + self.experts
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.bytes_each
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.parameters * GRADIENT_BYTES
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Mean over the ranks that share it; one rank's part differs by less than its padding."""
+        share = self.dense / self.dense_shards + self.experts / self.expert_shards
+        return share * self.optimizer_bytes_each
+
+
+def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
+    """The layers of each pipeline stage; uneven ends as megatron-core's own two settings ask.
+
+    Raises LayoutError when the layers cannot be dealt out.
+    """
+    stages, chunks, settings = config.layout.pipeline, config.layout.virtual_pipeline, config.actor.megatron
+    first = settings.get("num_layers_in_first_pipeline_stage")
+    last = settings.get("num_layers_in_last_pipeline_stage")
+    rest = layers - (first or 0) - (last or 0)
+    middle = stages - (first is not None) - (last is not None)
+    if rest < 0 or (rest % (middle * chunks) if middle > 0 else rest):
+        virtual = f" x virtual_pipeline={chunks}" if chunks > 1 else ""
+        raise LayoutError(
+            f"layout.pipeline={stages}{virtual} does not divide the {layers} layers; choose another, or set "
+            "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage in actor.megatron"
+        )
+    counts = [rest // middle if middle > 0 else 0] * stages
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    starts = [sum(counts[:i]) for i in range(stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def check_divides(shape: Shape, config: RunConfig) -> None:
+    """Raise LayoutError naming the first thing that the layout does not divide."""
+    config.layout.check_model(
+        shape.name,
+        heads=shape.heads,
+        vocabulary=shape.vocabulary,
+        key_value_heads=None if shape.latent_attention else shape.key_value_heads,
+        experts=shape.experts,
+    )
+    layers_of_stages(shape.layers, config)
+
+
+def stages(shape: Shape, config: RunConfig) -> list[Stage]:
+    """Every pipeline stage. Raises LayoutError for a layout that the model cannot have."""
+    check_divides(shape, config)
+    layout = config.layout
+    pieces = layers_of_stages(shape.layers, config)
+    result = []
+    for number, layers in enumerate(pieces):
+        first, last = number == 0, number == layout.pipeline - 1
+        # tied embeddings: the last stage keeps a copy of its own
+        matrices = int(first) + int(last and not (shape.tied_embeddings and first))
+        split, replicated, routed = matrices * shape.embedding, int(last) * shape.hidden, 0
+        for layer in layers:
+            parts = shape.layer(layer)
+            split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
+        result.append(
+            Stage(
+                number=number,
+                layers=layers,
+                dense=split // layout.tensor + replicated,
+                experts=routed // (layout.expert * layout.experts_tensor),
+                dense_shards=layout.ranks // (layout.pipeline * layout.tensor),
+                expert_shards=layout.ranks // (layout.pipeline * layout.expert * layout.experts_tensor),
+                holds_logits=last,
+                bytes_each=weight_bytes_each(config),
+                optimizer_bytes_each=optimizer_bytes_each(config),
+            )
+        )
+    return result

@@ -1,0 +1,126 @@
+"""A plan on the screen."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.planner.memory import microbatches_per_step
+from megatron_pmd.planner.planning import Plan, gigabytes
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print everything the plan knows, its assumptions last."""
+    console = console or Console()
+    console.print(
+        Group(_run(plan), _devices(plan), _hosts(plan), _engines(plan), _time(plan), _assumed(plan))
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
+    """The numbers that follow from the batch settings, in words."""
+    batch = config.batch
+    prompts = f"{batch.prompts_per_rollout} prompts x {batch.samples_per_prompt}"
+    return [
+        ("samples per rollout", f"{prompts} = {batch.samples_per_rollout:,}"),
+        ("optimizer steps per rollout", f"{batch.steps_per_rollout} of {batch.samples_per_step:,} samples"),
+        ("micro-batches per step", f"about {microbatches_per_step(config)} on each rank"),
+        ("actor ranks", f"{config.layout.ranks}, {layout_words(config)}"),
+        ("engines", f"{config.engines} of {config.ranks_per_engine} ranks"),
+    ]
+
+
+def layout_words(config: RunConfig) -> str:
+    """The sizes of the layout that are not 1."""
+    sizes = [
+        (key, value)
+        for key, value in config.layout.model_dump().items()
+        if isinstance(value, int) and value > 1
+    ]
+    return " x ".join(f"{key} {value}" for key, value in sizes) or "one of everything"
+
+
+def _run(plan: Plan) -> Table:
+    shape, machines = plan.shape, plan.machines
+    where = f"{plan.nodes} node(s) of {machines.devices_per_node} x {machines.device.name}"
+    table = _table(f"{plan.config.name} on {where}", "", "")
+    table.show_header = False
+    rows = [
+        ("model", f"{shape.name}: {shape.total:,} parameters, {shape.active:,} active"),
+        ("shape from", shape.source),
+        *batch_arithmetic(plan.config),
+        ("checkpoint", gigabytes(plan.checkpoint_bytes)),
+    ]
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _devices(plan: Plan) -> Table:
+    device = plan.machines.device
+    title = f"memory of the fullest {device.name}" + (
+        "" if plan.machines.shares_host_memory else f" ({gigabytes(device.memory_bytes)})"
+    )
+    table = _table(title, "owner", *plan.phases)
+    owners = list(dict.fromkeys(owner for phase in plan.phases.values() for owner in phase))
+    for owner in owners:
+        table.add_row(owner, *(_cell(phase.get(owner)) for phase in plan.phases.values()))
+    table.add_row("[bold]together", *(_cell(sum(phase.values())) for phase in plan.phases.values()))
+    return table
+
+
+def _cell(size: float | None) -> str:
+    if size is None:
+        return ""
+    return gigabytes(size) if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _hosts(plan: Plan) -> Table:
+    table = _table(f"host memory of a node ({gigabytes(plan.machines.host_memory_bytes)})", "owner", "")
+    for owner, size in plan.host.items():
+        table.add_row(owner, _cell(size))
+    table.add_row("[bold]together", _cell(sum(plan.host.values())))
+    return table
+
+
+def _engines(plan: Plan) -> Table:
+    table = _table("an engine's KV cache", "", "")
+    table.show_header = False
+    table.add_row("tokens", f"{plan.cache.tokens:,}")
+    table.add_row("samples of the greatest length", f"{plan.cache.longest_samples:,}")
+    table.add_row("requests decoded at one time", f"{plan.cache.running:,}")
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    cost = plan.cost
+    table = _table("one iteration, estimated", "phase", "seconds")
+    for phase, seconds in cost.seconds.items():
+        table.add_row(phase if phase != "save" else "save (when due)", f"{seconds:,.1f}")
+    table.add_row("[bold]together, without save", f"{cost.iteration_seconds:,.1f}")
+    table.add_row(
+        "operations of anchor and update", f"{(cost.forward_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
+    )
+    rate = cost.response_tokens / cost.iteration_seconds / plan.config.layout.ranks
+    table.add_row("response tokens per second and rank", f"{rate:,.0f}")
+    return table
+
+
+def _assumed(plan: Plan) -> Text:
+    values = [
+        f"{field.name.replace('_', ' ')} {getattr(plan.assumptions, field.name):g}"
+        for field in fields(plan.assumptions)
+    ]
+    return Text("Assumed, not measured here: " + ", ".join(values) + ".", style="dim")

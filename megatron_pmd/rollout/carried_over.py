@@ -1,0 +1,110 @@
+"""The file of what a rollout keeps for the next one: part of every checkpoint."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import CheckpointError
+from megatron_pmd.rollout.groups import Group
+from megatron_pmd.rollout.trajectory import Trajectory, Turn
+
+FILE = "kept_responses.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("begun", pa.int64()),
+        ("place", pa.int64()),
+        ("problem", pa.int64()),
+        ("number", pa.int32()),
+        ("seed", pa.int64()),
+        (
+            "turns",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("tokens", pa.list_(pa.int32())),
+                        ("log_probs", pa.list_(pa.float32())),
+                        (
+                            "segments",
+                            pa.list_(pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64())])),
+                        ),
+                        ("finish", pa.string()),
+                    ]
+                )
+            ),
+        ),
+        ("response", pa.string()),
+        ("reward", pa.float64()),
+        ("reward_error", pa.string()),
+        ("stopped", pa.string()),
+        ("routed_experts", pa.binary()),
+    ]
+)
+
+
+def write_kept(folder: Path, groups: Sequence[Group]) -> None:
+    """Write FILE into a checkpoint's folder, one row a response."""
+    rows = [_row(group, member) for group in groups for member in group.members]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / FILE)
+
+
+def read_kept(folder: Path, problem: Callable[[int], Problem]) -> list[Group]:
+    """The groups written into a checkpoint's folder; none if it has no such file.
+
+    problem: the training problem of an index. CheckpointError if the file cannot be read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    groups: dict[tuple[int, int], Group] = {}
+    for row in rows:
+        key = row["begun"], row["place"]
+        if key not in groups:
+            groups[key] = Group(*key, problem(row["problem"]), [])
+        groups[key].members.append(_member(row, groups[key].problem))
+    return list(groups.values())
+
+
+def _row(group: Group, member: Trajectory) -> dict[str, Any]:
+    turns = [
+        {
+            "tokens": turn.tokens.tolist(),
+            "log_probs": turn.log_probs.tolist(),
+            "segments": [{"tokens": n, "weight_version": version} for n, version in turn.segments],
+            "finish": turn.finish,
+        }
+        for turn in member.turns
+    ]
+    return {
+        "begun": group.begun, "place": group.place, "problem": group.problem.index, "number": member.number,
+        "seed": member.seed, "turns": turns, "response": member.response, "reward": member.reward,
+        "reward_error": member.reward_error, "stopped": member.stopped,
+        "routed_experts": member.routed_experts,
+    }  # fmt: skip
+
+
+def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
+    turns = [
+        Turn(
+            array("i", turn["tokens"]),
+            array("f", turn["log_probs"]),
+            [(s["tokens"], s["weight_version"]) for s in turn["segments"]],
+            turn["finish"],
+        )
+        for turn in row["turns"]
+    ]
+    return Trajectory(
+        problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
+        row["stopped"], row["routed_experts"],
+    )  # fmt: skip

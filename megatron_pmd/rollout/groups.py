@@ -1,0 +1,268 @@
+"""What a rollout is to draw, what has been drawn, and what is kept of it for the next one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_pmd.batch import Sample
+from megatron_pmd.config import GroupFilter, PartialRollouts
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.prompts import sample_seed
+from megatron_pmd.errors import RolloutError
+from megatron_pmd.rollout.trajectory import Trajectory
+
+
+@dataclass
+class Group:
+    """All responses to one prompt: together for their baseline, and for the engines' prefix cache."""
+
+    begun: int
+    """Iteration in which it was first sampled."""
+    place: int
+    """Which of the groups begun in that iteration, from 0."""
+    problem: Problem
+    members: list[Trajectory]
+
+    @property
+    def complete(self) -> bool:
+        return all(member.finished for member in self.members)
+
+    @property
+    def key(self) -> str:
+        return f"{self.begun}-{self.place}"
+
+    def teaches(self, rule: GroupFilter) -> bool:
+        """Whether the filter keeps it; only for a complete group."""
+        rewards = [member.reward or 0.0 for member in self.members]
+        mean = sum(rewards) / len(rewards)
+        return not (
+            (rule.drop_equal_rewards and min(rewards) == max(rewards))
+            or (rule.mean_reward_above is not None and mean <= rule.mean_reward_above)
+            or (rule.mean_reward_below is not None and mean >= rule.mean_reward_below)
+        )
+
+
+@dataclass
+class Accounts:
+    """Every response and every token of one rollout: what came in must be what went out.
+
+    Counted when it happens, and compared by check() with what is there in the end.
+    """
+
+    carried: int = 0
+    """Responses kept by the last rollout, with `carried_tokens`."""
+    started: int = 0
+    carried_tokens: int = 0
+    sampled_tokens: int = 0
+    """As the engines' answers came in."""
+    inserted_tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Responses thrown away, by reason: `stale`, `group_filter`."""
+    dropped_tokens: Counter[str] = field(default_factory=Counter)
+    filter_passed: int = 0
+    """Groups that the filter would have dropped beyond its limit."""
+
+    def drop(self, members: Sequence[Trajectory], reason: str) -> None:
+        self.dropped[reason] += len(members)
+        self.dropped_tokens[reason] += sum(member.length for member in members)
+
+    def check(self, finished: Sequence[Trajectory], kept: Sequence[Trajectory]) -> None:
+        """RolloutError unless carried + started = finished + kept + dropped, in responses and in tokens."""
+        came = self.carried + self.started
+        went = len(finished) + len(kept) + self.dropped.total()
+        came_tokens = self.carried_tokens + self.sampled_tokens + self.inserted_tokens
+        went_tokens = sum(t.length for t in (*finished, *kept)) + self.dropped_tokens.total()
+        if came != went or came_tokens != went_tokens:
+            raise RolloutError(
+                f"responses were lost or counted twice: {self.carried} carried + {self.started} started, "
+                f"but {len(finished)} finished + {len(kept)} kept + {dict(self.dropped)} dropped; in tokens "
+                f"{self.carried_tokens} + {self.sampled_tokens} sampled + {self.inserted_tokens} inserted, "
+                f"but {went_tokens} in all"
+            )
+
+
+@dataclass
+class SamplingPlan:
+    """What to draw, and what has been drawn so far; survives the loss of engines.
+
+    With `partial`, a rollout ends before all its groups are complete, and what is unfinished is in `kept`.
+    """
+
+    problems: list[Problem]
+    """One new group each."""
+    samples_per_prompt: int
+    iteration: int
+    weight_version: int
+    temperature: float
+    top_p: float
+    run_seed: int
+    stream: str = "train"
+    """Separates the seeds of training and evaluation."""
+    wanted: int | None = None
+    """Groups that a complete rollout has; None: all."""
+    groups_per_step: int = 1
+    """A rollout that ends early has a multiple of so many."""
+    partial: PartialRollouts | None = None
+    group_filter: GroupFilter | None = None
+    next_problem: Callable[[], Problem] | None = None
+    """For the group in a dropped one's place; the filter needs it."""
+    carried: Sequence[Group] = ()
+    """Kept by the last rollout; these come first."""
+    groups: list[Group] = field(init=False)
+    """All that were not dropped, in the order they are sampled."""
+    accounts: Accounts = field(init=False)
+    complete_groups: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # a rollout that was interrupted goes on with groups of its own iteration: new ones count on from them
+        self._begun = 1 + max((g.place for g in self.carried if g.begun == self.iteration), default=-1)
+        self._dropped: list[Group] = []
+        self._ends: float | None = None
+        self.accounts = Accounts()
+        self.groups = list(self.carried)
+        members = [member for group in self.groups for member in group.members]
+        self.accounts.carried = len(members)
+        self.accounts.carried_tokens = sum(member.length for member in members)
+        for group in self.groups:
+            for number, member in enumerate(group.members):
+                if self._stale(member):
+                    group.members[number] = self._begin(group, number, "restarted")
+                    self.accounts.drop([member], "stale")
+        self.complete_groups = sum(group.complete for group in self.groups)
+        for problem in self.problems:
+            self.begin(problem)
+
+    def begin(self, problem: Problem) -> Group:
+        """A new group, behind all others."""
+        group = Group(self.iteration, self._begun, problem, [])
+        self._begun += 1
+        group.members = [self._begin(group, number) for number in range(self.samples_per_prompt)]
+        self.groups.append(group)
+        return group
+
+    def _begin(self, group: Group, number: int, stream: str = "") -> Trajectory:
+        self.accounts.started += 1
+        stream = "/".join(filter(None, (self.stream, stream, group.key if stream else "")))
+        seed = sample_seed(self.run_seed, self.iteration, group.place, number, stream)
+        return Trajectory(group.problem, number, seed)
+
+    def _stale(self, member: Trajectory) -> bool:
+        first = member.first_version
+        return (
+            self.partial is not None
+            and first is not None
+            and first < self.weight_version - self.partial.max_staleness
+        )
+
+    def completed(self, group: Group) -> Group | None:
+        """To be called when a group is complete. It counts (None), or the returned new group replaces it."""
+        rule = self.group_filter
+        if rule is None or group.teaches(rule):
+            self.complete_groups += 1
+            return None
+        if self.accounts.dropped["group_filter"] >= rule.max_dropped * self.samples_per_prompt:
+            self.accounts.filter_passed += 1
+            self.complete_groups += 1
+            return None
+        assert self.next_problem is not None, "a plan with a filter knows where further problems are"
+        self.accounts.drop(group.members, "group_filter")
+        self.groups.remove(group)
+        self._dropped.append(group)
+        return self.begin(self.next_problem())
+
+    @property
+    def total(self) -> int:
+        """Responses of all groups, finished or not."""
+        return sum(len(group.members) for group in self.groups)
+
+    @property
+    def finished(self) -> int:
+        """Responses that are graded, of all groups."""
+        return sum(member.finished for group in self.groups for member in group.members)
+
+    @property
+    def _wanted(self) -> int:
+        return len(self.groups) if self.wanted is None else self.wanted
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough groups are complete."""
+        return self.complete_groups >= self._wanted
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the rollout could end now, if it had to."""
+        return self.is_full or (self.partial is not None and self.complete_groups >= self.groups_per_step)
+
+    def seconds_left(self) -> float | None:
+        """Until the deadline, which runs from the first call; None: there is none."""
+        if self.partial is None or self.partial.deadline_seconds is None:
+            return None
+        if self._ends is None:
+            self._ends = time.monotonic() + self.partial.deadline_seconds
+        return max(0.0, self._ends - time.monotonic())
+
+    @property
+    def chosen(self) -> list[Group]:
+        """The groups of the rollout: complete, those begun first before others, in whole optimizer steps."""
+        complete = [group for group in self.groups if group.complete][: self._wanted]
+        if len(complete) < self._wanted:
+            complete = complete[: len(complete) // self.groups_per_step * self.groups_per_step]
+        return complete
+
+    @property
+    def kept(self) -> list[Group]:
+        """What the next rollout continues with."""
+        chosen = {id(group) for group in self.chosen}
+        return [group for group in self.groups if id(group) not in chosen]
+
+    def check(self) -> None:
+        """The accounting invariant; see Accounts.check."""
+        finished = [member for group in self.chosen for member in group.members]
+        self.accounts.check(finished, [member for group in self.kept for member in group.members])
+
+    def samples(self, tokenizer: Any) -> list[Sample]:
+        """The rollout: the groups in `chosen`, numbered from 0."""
+        return self._samples(self.chosen, tokenizer)
+
+    def dropped_samples(self, tokenizer: Any) -> list[Sample]:
+        """What the filter dropped: it says something about the problems, too."""
+        return self._samples(self._dropped, tokenizer)
+
+    def _samples(self, groups: list[Group], tokenizer: Any) -> list[Sample]:
+        oldest = 0
+        if self.partial is not None and not self.partial.count_earlier_segments:
+            oldest = self.weight_version
+        return [
+            _sample(group, index, tokenizer.decode(group.problem.tokens), member, self.weight_version, oldest)
+            for index, group in enumerate(groups)
+            for member in group.members
+        ]
+
+
+def _sample(
+    group: Group, index: int, prompt: str, member: Trajectory, weight_version: int, counted_from: int
+) -> Sample:
+    last = member.last_version
+    return Sample(
+        group=index,
+        number=member.number,
+        problem=group.problem.index,
+        prompt=prompt,
+        response=member.response,
+        answer=group.problem.answer,
+        prompt_tokens=list(group.problem.tokens),
+        response_tokens=[token for turn in member.turns for token in turn.tokens],
+        engine_log_probs=[value for turn in member.turns for value in turn.log_probs],
+        finish_reason=member.finish_reason,
+        weight_version=weight_version if last is None else last,
+        seed=member.seed,
+        reward=member.reward or 0.0,
+        reward_error=member.reward_error,
+        segments=member.segments(counted_from),
+        routed_experts=member.routed_experts,
+    )

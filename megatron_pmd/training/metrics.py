@@ -1,0 +1,51 @@
+"""Numbers that a run logs of its rollouts and optimizer steps: pure functions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_pmd.actor.actor import StepReport
+from megatron_pmd.algorithm.diagnostics import diagnostics
+from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.training.subproblem import Subproblem
+
+
+def success_rates(samples: Sequence[Sample], correct: float) -> dict[int, float]:
+    """Share of each problem's responses with a reward of at least `correct`, by problem index."""
+    verdicts: dict[int, list[bool]] = defaultdict(list)
+    for sample in samples:
+        verdicts[sample.problem].append(sample.reward >= correct)
+    return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
+
+
+def step_values(
+    batch: RolloutBatch, reports: Sequence[StepReport], subproblem: Subproblem
+) -> dict[str, float]:
+    """One optimizer step's numbers from the reports of all ranks."""
+    tokens = sum(r.tokens for r in reports)
+    values = {
+        "loss": sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports),
+        "gradient_norm": reports[0].gradient_norm,
+        "learning_rate": reports[0].learning_rate,
+        "entropy": sum(r.entropy_sum for r in reports) / tokens,
+    }
+    if examples := sum(r.example_tokens for r in reports):
+        values["ptx/loss"] = sum(r.example_loss_sum for r in reports) / examples
+    if subproblem.supervised:
+        return values
+    reporting = [r for r in reports if len(r.samples)]
+    samples = np.concatenate([r.samples for r in reporting])
+    return values | diagnostics(
+        {
+            name: np.concatenate([r.per_sequence[name] for r in reporting])
+            for name in reporting[0].per_sequence
+        },
+        advantage=batch.advantages[samples],
+        reward=batch.rewards[samples],
+        group=batch.groups[samples],
+        baseline=subproblem.config.algorithm.baseline,
+        tau=subproblem.tau,
+    )

@@ -1,0 +1,330 @@
+"""Where rollouts come from: live engines, or files of an earlier run. The loop cannot tell which."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.residency import resident_bytes
+from megatron_pmd.batch import Sample, read_rollout
+from megatron_pmd.config import RunConfig
+from megatron_pmd.data.demonstrations import demonstrations
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.prompts import PromptSource
+from megatron_pmd.device import SharedDevice
+from megatron_pmd.distributed import Control
+from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
+from megatron_pmd.observe.console import Console
+from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rewards.remote import RemoteReward
+from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.groups import Group, SamplingPlan
+from megatron_pmd.rollout.http import Endpoint, EnginesLost
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.shared_memory import shared_memory_key
+from megatron_pmd.training.subproblem import Subproblem
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
+from megatron_pmd.weight_sync.shards import ShardExport
+from megatron_pmd.weight_sync.transport import Broadcast, Colocated, Disk, Transport
+
+
+class RolloutSource(Protocol):
+    """What the loop asks for samples. Collective: every rank calls, the driver alone gets samples back."""
+
+    live: bool
+    """Whether there are engines: only they can be evaluated, and have weights to be checked."""
+    parts: Parts
+    """What the phases spend their time on."""
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """Samples for the plan, graded; [] on ranks other than the driver, whose plan is None.
+
+        actor: whose weights an engine is given that has to be started again.
+        """
+
+    def make_room(self) -> None:
+        """Before there is an actor: engines have started, and have left the device to it."""
+
+    def release(self) -> None:
+        """Engines leave the device to the actors."""
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        """Engines take the actor's weights as this version."""
+
+    def resume(self) -> None:
+        """Engines accept requests again."""
+
+    def engine_bytes(self) -> int:
+        """Resident memory of this rank's engine."""
+
+    def close(self) -> None:
+        """End what this rank has started; not collective."""
+
+
+class LiveEngines:
+    """The fleet, its weights and its router, kept alive: dead engines start again with current weights."""
+
+    live = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        control: Control,
+        folder: Path,
+        tokenizer: Any,
+        rewards: RewardPool | RemoteReward | None,
+        console: Console,
+        *,
+        cpu: bool,
+        interrupted: Callable[[], bool] = lambda: False,
+        device: SharedDevice | None = None,
+    ) -> None:
+        """Starts the engines; they answer only after the first load().
+
+        interrupted: see Sampler. device: the account that the actor keeps, too.
+        """
+        self._config, self._control, self._tokenizer = config, control, tokenizer
+        self._rewards, self._console, self._interrupted = rewards, console, interrupted
+        self._function = rollout_function(config.rollout.function)
+        self.parts = Parts(lambda: (resident_bytes(), self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu, device=device)
+        self._shards: ShardExport | None = None
+        self._push = WeightPush(
+            _transport(config, self.fleet, control, folder),
+            control,
+            shared_memory_key(folder),
+            self.parts,
+            bucket_bytes=config.sync.bucket_megabytes * 2**20,
+            verify=config.sync.verify == "full",
+            on_device=not cpu,
+        )
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """See RolloutSource. Raises EngineError when engines die again and again."""
+        for _ in range(self._config.rollout.retries + 1):
+            failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
+            if failure is None:
+                return plan.samples(self._tokenizer) if plan else []
+            # a server of others that came back by itself has forgotten the weights it was given
+            forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
+            if not (forgotten or isinstance(failure, EnginesLost)):
+                raise failure
+            version = self._control.from_driver(plan.weight_version if plan else None)
+            self._revive(actor, version, forgotten=forgotten)
+        raise failure
+
+    def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
+        assert plan is not None, "the driver draws from a plan"
+        sampling = self._config.rollout
+        endpoint = Endpoint(
+            router_url=self.fleet.router_url,
+            engine_urls=self.fleet.urls,
+            headers=self.fleet.headers,
+            abort_headers=self.fleet.admin_headers,
+            request_timeout_seconds=sampling.request_timeout_seconds,
+            retries=sampling.retries,
+            any_engine_alive=self.fleet.any_alive,
+        )
+        sampler = Sampler(
+            endpoint=endpoint,
+            tokenizer=self._tokenizer,
+            stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
+            max_response_tokens=self._config.batch.max_response_tokens,
+            grader=self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
+            record_routing=self._config.actor.experts.replay_routing,
+            max_turns=sampling.max_turns,
+            repetition=sampling.repetition,
+            function=self._function,
+            interrupted=self._interrupted,
+        )
+        try:
+            with self._console.progress(title, plan.total - plan.finished) as advance:
+                sampler.run(plan, advance)
+        except PmdError as error:
+            return error
+        return None
+
+    def _revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
+        """Start lost engines and a lost router again; give all engines the current weights if any is new.
+
+        As in the phases sync and resume: in a rollout the actors' parameters have left the device.
+        """
+        if self._restart(probe=True) or forgotten:
+            self.fleet.release()
+            actor.wake_parameters()
+            self.fleet.resume_weights()
+            self._send(actor, version)
+            actor.release_parameters()
+            self.fleet.resume_cache()
+        self.fleet.serve()
+
+    def _restart(self, *, probe: bool) -> bool:
+        """Start lost engines again, and say so."""
+        reasons = self.fleet.restart_lost(probe=probe)
+        if reasons and self._control.is_driver:
+            first = "; ".join(reason.splitlines()[0] for reason in reasons)
+            self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
+        return bool(reasons)
+
+    def make_room(self) -> None:
+        self.fleet.wait_ready()
+        self.fleet.release()
+
+    def release(self) -> None:
+        self.fleet.release()
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
+        if not self.fleet.urls:
+            self.fleet.wait_ready()
+        for attempt in itertools.count():
+            if self._restart(probe=attempt > 0):
+                self.fleet.release()  # a new engine has its cache, too, beside the actors' parameters
+            try:
+                self.fleet.resume_weights()
+                return self._send(actor, version)
+            except EngineError:
+                # what a living engine refuses, it would refuse again
+                if attempt == self._config.rollout.restarts or not self.fleet.any_lost():
+                    raise
+        raise AssertionError("unreachable")
+
+    def _send(self, actor: Actor, version: int) -> PushReport:
+        if self._shards is None:
+            self._shards = ShardExport(
+                actor.bridge, actor.chunks, self._control, actor.shapes, fp8=self._config.rollout.fp8
+            )
+        return self._push.push(self._shards, version, serves=self.fleet.serves)
+
+    def resume(self) -> None:
+        self.fleet.resume_cache()
+        self.fleet.serve()
+
+    def engine_bytes(self) -> int:
+        return self.fleet.resident_bytes()
+
+    def close(self) -> None:
+        self._push.close()
+        self.fleet.stop()
+
+
+def _transport(config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Transport:
+    if config.sync.transport == "broadcast":
+        return Broadcast(
+            fleet, control, tensor_parallel=config.rollout.tensor_parallel,
+            timeout_seconds=config.sync.timeout_seconds,
+        )  # fmt: skip
+    return Disk(fleet, control, folder / "weights") if config.sync.transport == "disk" else Colocated(fleet)
+
+
+class WithoutEngines:
+    """What a source does in the phases of engines that it does not have."""
+
+    live = False
+
+    def __init__(self) -> None:
+        self.parts = Parts()
+
+    def make_room(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        return PushReport()
+
+    def resume(self) -> None: ...
+
+    def engine_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+class ReplayedRollouts(WithoutEngines):
+    """Rollouts of an earlier run, from its file or its folder of files."""
+
+    def __init__(self, path: Path, control: Control) -> None:
+        """path: one rollout file, or a folder with one for every iteration that will be trained."""
+        super().__init__()
+        if not path.exists():
+            raise DataError(f"{path}: no such rollout file or folder")
+        self._path, self._control = path, control
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
+        return self._control.on_driver(lambda: self._read(plan)) or []
+
+    def _read(self, plan: SamplingPlan | None) -> list[Sample]:
+        assert plan is not None, "the driver draws from a plan"
+        path = self._path / f"{plan.iteration}.parquet" if self._path.is_dir() else self._path
+        samples, iteration = read_rollout(path)
+        if iteration != plan.iteration:
+            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {plan.iteration}")
+        return samples
+
+
+class Demonstrations(WithoutEngines):
+    """The problems' own answers: supervised training (algorithm.objective=sft)."""
+
+    def __init__(self, control: Control, tokenizer: Any) -> None:
+        super().__init__()
+        self._control, self._tokenizer = control, tokenizer
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        return demonstrations(plan.problems, self._tokenizer) if plan else []
+
+
+def train_plan(
+    config: RunConfig, prompts: PromptSource, iteration: int, carried: list[Group]
+) -> SamplingPlan:
+    """The rollout of one iteration: first what the last one kept, then as many new prompts as it lacks."""
+    sampling, wanted = config.rollout, config.batch.prompts_per_rollout
+    extra = sampling.partial.extra_groups if sampling.partial else 0
+    return SamplingPlan(
+        problems=prompts.take(max(0, wanted + extra - len(carried))),
+        samples_per_prompt=config.batch.samples_per_prompt,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=Subproblem(config, iteration).temperature,
+        top_p=sampling.top_p,
+        run_seed=config.seed,
+        wanted=wanted,
+        groups_per_step=config.batch.prompts_per_step,
+        partial=sampling.partial,
+        group_filter=sampling.group_filter,
+        next_problem=lambda: prompts.take(1)[0],
+        carried=carried,
+    )
+
+
+def check_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+    """One response to each problem, as in training."""
+    return SamplingPlan(
+        problems=problems,
+        samples_per_prompt=1,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=Subproblem(config, iteration).temperature,
+        top_p=config.rollout.top_p,
+        run_seed=config.seed,
+        stream="check",
+    )
+
+
+def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+    """Held-out problems under the evaluation's own sampling settings."""
+    return SamplingPlan(
+        problems=problems[: config.evaluation.prompts],
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        iteration=iteration,
+        weight_version=iteration,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        run_seed=config.seed,
+        stream="evaluation",
+    )

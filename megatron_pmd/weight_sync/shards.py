@@ -1,0 +1,261 @@
+"""What this rank holds of each Hugging Face tensor, so that no rank needs to gather what it does not send.
+
+Megatron-Bridge's mapping registry says which parameter becomes which tensors; where a shard lies in them
+follows from the shapes. Its own export gathers every tensor on every rank. It is still asked for the few
+whose conversion is more than cutting up a parameter (`irregular`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_pmd.distributed import Control
+from megatron_pmd.errors import ModelError
+from megatron_pmd.fp8 import (
+    BLOCK,
+    SCALE_SUFFIX,
+    Blocks,
+    blocks_held,
+    is_quantized,
+    quantize,
+    quantized,
+)
+from megatron_pmd.weight_sync.plan import Region
+
+View = Callable[[torch.Tensor], torch.Tensor]
+Cut = tuple[str, int, int, int, View]
+"""Which of a parameter's tensors, the region's dim, start and length, and where it lies in the parameter."""
+Shapes = Mapping[str, Sequence[int]]
+PLAIN = ("AutoMapping", "ColumnParallelMapping", "RowParallelMapping", "ReplicatedMapping", "DirectMapping")
+"""Megatron-Bridge's classes by name: it can be imported only once model.load_bridge has prepared for it."""
+CONSTANTS = ("rotary_emb.inv_freq",)
+"""Ends of the names of tensors that some model folders hold and no training changes."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A region of a Hugging Face tensor, and how to read it where this rank has it."""
+
+    region: Region
+    tensor: Callable[[], torch.Tensor]
+    """The region's values: as many elements, in its order, mostly a view of a parameter. Read anew at every
+    export: between them parameters leave the device, and come back elsewhere."""
+    blocks: Callable[[], Blocks | None] = lambda: None
+    """Its FP8 values and scales, where the parameter itself is held in such blocks."""
+
+
+class ShardExport:
+    """The policy's weights as regions of Hugging Face tensors; made once, used at every export."""
+
+    def __init__(
+        self, bridge: Any, models: list[Any], control: Control, shapes: Shapes, *, fp8: bool = False
+    ) -> None:
+        """Collective. shapes: name -> shape of every tensor of the model folder. fp8: matrices leave as
+        blockwise FP8 and its scales.
+
+        Raises ModelError for a tensor of the folder that no parameter becomes, on all ranks.
+        """
+        self._bridge, self._models, self._fp8 = bridge, models, fp8
+        tasks = bridge.get_conversion_tasks(models)
+        shards = [_shards(task, shapes) for task in tasks]
+        if not _only_renames(bridge):
+            shards = [None] * len(tasks)
+        irregular = {i for i, found in enumerate(shards) if found is None}
+        if fp8:  # a block that ranks share has one scale, which none of them can tell
+            irregular |= {i for i, found in enumerate(shards) if not all(map(_whole_blocks, found or []))}
+        # one rank may see of a parameter what another, without it, cannot
+        irregular = set().union(*control.all_gather(irregular))
+        self._irregular_tasks = [task for i, task in enumerate(tasks) if i in irregular]
+        self.shards: dict[Region, Shard] = {
+            shard.region: shard
+            for i, found in enumerate(shards)
+            if i not in irregular
+            for shard in found or []
+        }
+        self._tie_embeddings(shapes)
+        if fp8:
+            self.shards = {s.region: s for shard in self.shards.values() for s in _quantized(shard)}
+        self.irregular: list[Region] = [_whole(name, tensor) for name, tensor in self.irregular_tensors()]
+        """Tensors that every rank gets whole, in the order of irregular_tensors()."""
+        self._check_complete(control, shapes)
+
+    @property
+    def regions(self) -> list[Region]:
+        """Everything this rank holds, the irregular last."""
+        return [*self.shards, *self.irregular]
+
+    def irregular_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: Megatron-Bridge's own export, of those tensors that it alone can make."""
+        if not self._irregular_tasks:
+            return
+        tensors = self._bridge.export_hf_weights(
+            self._models, cpu=False, show_progress=False, conversion_tasks=self._irregular_tasks,
+            merge_adapter_weights=False,
+        )  # fmt: skip
+        yield from quantized(tensors) if self._fp8 else tensors
+
+    def _tie_embeddings(self, shapes: Shapes) -> None:
+        """A tied model's folder may name the output layer all the same."""
+        heads = [r for r in self.shards if r.name == "lm_head.weight"]
+        tied = self._bridge.hf_pretrained.config.tie_word_embeddings
+        if heads or not tied or "lm_head.weight" not in shapes:
+            return
+        for region, shard in list(self.shards.items()):
+            if region.name == "model.embed_tokens.weight":
+                head = replace(region, name="lm_head.weight")
+                self.shards[head] = Shard(head, shard.tensor)
+
+    def _check_complete(self, control: Control, shapes: Shapes) -> None:
+        exported = {
+            region.name.removesuffix(SCALE_SUFFIX if self._fp8 else "")
+            for regions in control.all_gather(self.regions)
+            for region in regions
+        }
+        missing = sorted(name for name in shapes.keys() - exported if not name.endswith(CONSTANTS))
+        extra = sorted(exported - shapes.keys())
+        if missing:
+            raise ModelError(f"tensor {missing[0]} would not be exported ({len(missing)} missing in all)")
+        if extra:
+            raise ModelError(
+                f"tensor {extra[0]} would be exported, but the model folder has none of that name"
+            )
+
+
+def _only_renames(bridge: Any) -> bool:
+    """Whether what the mappings give is what the family's files hold.
+
+    Some bridges change tensors after their mapping (GPT-OSS merges experts); DeepSeek's only adds CONSTANTS.
+    """
+    change = type(bridge._model_bridge).maybe_modify_converted_hf_weight
+    return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge")
+
+
+def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:
+    """What this rank's part of a parameter becomes; None if that is more than cutting it up."""
+    if task.param_weight is None:
+        return []
+    mapping, parameter, kind_of_mapping = task.mapping, task.param_weight, type(task.mapping).__name__
+    names = mapping.hf_param if isinstance(mapping.hf_param, dict) else {"": mapping.hf_param}
+    if any(name not in shapes for name in names.values()):
+        return None
+    whole = {kind: tuple(shapes[name]) for kind, name in names.items()}
+    cuts: list[Cut] | None = None
+    if kind_of_mapping == "QKVMapping":
+        cuts = _cut_qkv(task, whole)
+    elif kind_of_mapping == "GatedMLPMapping":
+        cuts = _cut_gated(mapping, tuple(parameter.shape), whole)
+    elif kind_of_mapping in PLAIN and getattr(mapping, "permute_dims", None) is None:
+        cuts = _cut_plain(mapping, tuple(parameter.shape), whole[""])
+    if cuts is None:
+        return None
+    dtype = str(parameter.dtype).removeprefix("torch.")
+
+    def reader(view: View) -> Callable[[], torch.Tensor]:
+        return lambda: view(mapping.maybe_dequantize(parameter.detach()))
+
+    return [
+        Shard(
+            Region(str(names[kind]), dtype, whole[kind], dim, start, length),
+            reader(view),
+            partial(blocks_held, parameter, view),
+        )
+        for kind, dim, start, length, view in cuts
+    ]
+
+
+def _whole_blocks(shard: Shard) -> bool:
+    """Whether no block of a matrix that becomes FP8 is cut by this region's edges."""
+    region = shard.region
+    if not is_quantized(region.name):
+        return True
+    end = region.start + region.length
+    return region.start % BLOCK == 0 and (end % BLOCK == 0 or end == region.shape[region.dim])
+
+
+def _quantized(shard: Shard) -> list[Shard]:
+    """The shard, or what becomes of it: values, and scales, which are kept from the one to the other."""
+    region = shard.region
+    if not is_quantized(region.name) or region.dtype == "float8_e4m3fn":
+        return [shard]
+    local = list(region.shape)
+    local[region.dim] = region.length
+    kept: list[torch.Tensor] = []
+
+    def both() -> Blocks:
+        return shard.blocks() or quantize(shard.tensor().reshape(local))
+
+    def values() -> torch.Tensor:
+        kept[:], result = [], both()
+        kept.append(result[1])
+        return result[0]
+
+    def scales() -> torch.Tensor:
+        return kept.pop() if kept else both()[1]
+
+    blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
+    first, count = region.start // BLOCK, -(-region.length // BLOCK)
+    return [
+        Shard(replace(region, dtype="float8_e4m3fn"), values),
+        Shard(Region(region.name + SCALE_SUFFIX, "float32", blocks, region.dim, first, count), scales),
+    ]
+
+
+def _cut_plain(mapping: Any, local: tuple[int, ...], whole: tuple[int, ...]) -> list[Cut] | None:
+    """One parameter, one tensor: which dimension is split shows in the shapes."""
+    if local == whole:
+        return [("", 0, 0, whole[0] if whole else 1, _itself)]
+    for dim in range(len(whole)):
+        split = (*whole[:dim], local[dim] if dim < len(local) else 0, *whole[dim + 1 :])
+        if local == split and local[dim] * mapping.tp_size == whole[dim]:
+            return [("", dim, mapping.tp_rank * local[dim], local[dim], _itself)]
+    return None
+
+
+def _cut_gated(mapping: Any, local: tuple[int, ...], whole: dict[str, tuple[int, ...]]) -> list[Cut] | None:
+    """Rows of the gate, then as many of the up-projection."""
+    rows = local[0] // 2
+    parts = whole["gate"][0] // max(rows, 1)
+    if whole["gate"] != whole["up"] or local != (2 * rows, *whole["gate"][1:]) or parts != mapping.tp_size:
+        return None
+    start = mapping.tp_rank * rows
+    return [
+        ("gate", 0, start, rows, lambda p: p[:rows]),
+        ("up", 0, start, rows, lambda p: p[rows:]),
+    ]
+
+
+def _cut_qkv(task: Any, whole: dict[str, tuple[int, ...]]) -> list[Cut] | None:
+    """For each group of key-value heads: its query heads, its key head, its value head."""
+    config, mapping, local = task.megatron_module.config, task.mapping, tuple(task.param_weight.shape)
+    if getattr(config, "attention_output_gate", False):
+        return None
+    size = config.kv_channels or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_query_groups * size
+    groups, left = divmod(config.num_query_groups, mapping.tp_size)
+    if left or local != (groups * (queries + 2 * size), *whole["q"][1:]):
+        return None
+    if whole["k"] != whole["v"] or whole["k"][0] != config.num_query_groups * size:
+        return None
+    first = mapping.tp_rank * groups
+
+    def cut(begin: int, end: int) -> View:
+        return lambda p: p.view(groups, queries + 2 * size, *p.shape[1:])[:, begin:end]
+
+    return [
+        ("q", 0, first * queries, groups * queries, cut(0, queries)),
+        ("k", 0, first * size, groups * size, cut(queries, queries + size)),
+        ("v", 0, first * size, groups * size, cut(queries + size, queries + 2 * size)),
+    ]
+
+
+def _itself(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+def _whole(name: str, tensor: torch.Tensor) -> Region:
+    return Region.whole(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

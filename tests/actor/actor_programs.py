@@ -1,0 +1,415 @@
+"""What the tests run on actor ranks: `python -m tests.actor.actor_programs ORDER`, see launch.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_pmd.actor import checkpoint, model
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
+from megatron_pmd.actor.residency import OptimizerStates
+from megatron_pmd.algorithm.losses import pmd
+from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.config import Layout, RunConfig
+from megatron_pmd.distributed import Control
+from megatron_pmd.errors import PmdError
+from tests.actor import objective_gradients
+from tests.actor.launch import obey
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
+
+OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
+_started: list[tuple[Control, Layout]] = []
+
+
+def start(layout: Layout) -> Control:
+    """Join the ranks, once; form megatron-core's groups anew for another layout of as many ranks."""
+    if not _started:
+        initialize(layout, seed=0, timeout_seconds=60)
+        _started.append((Control(60), layout))
+    control, last = _started[0]
+    if layout != last:
+        parallel_state.destroy_model_parallel()
+        form_groups(layout, seed=0, timeout_seconds=60)
+        _started[0] = control, layout
+    return control
+
+
+class Trial:
+    """An actor with the rollout of its reference."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.control = start(config.layout)
+        self.actor = Actor(config, self.control)
+        reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
+        self.batch, self.anchor = RolloutBatch.pack(reference.samples, TEMPERATURE), reference.anchor
+
+    def step(self, samples: list[int], rate: float = OPTIMIZER.learning_rate) -> tuple[float, int, float]:
+        """This rank's loss sum and count, and the gradient norm."""
+        return self.step_of(self.actor.microbatches(self.batch, np.array(samples)), rate)
+
+    def step_of(self, microbatches: list[list[int]], rate: float) -> tuple[float, int, float]:
+        report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
+        return report.loss_sum, report.loss_count, report.gradient_norm
+
+    @contextlib.contextmanager
+    def gradient_before_clipping(self, result: dict[str, Any]) -> Iterator[None]:
+        """Keep the whole gradient of a step made meanwhile: clipping scales it where it lies."""
+        step = self.actor.optimizer.step
+
+        def noted() -> Any:
+            gradient = objective_gradients.whole_gradient(self.actor)
+            result["gradient"] = gradient if self.control.is_driver else {}
+            return step()
+
+        self.actor.optimizer.step = noted
+        yield
+        self.actor.optimizer.step = step
+
+    def save(self, folder: Path, iteration: int = 1) -> Path:
+        """A published checkpoint."""
+        saved = self.actor.save(folder, iteration, {"iteration": iteration})
+        self.actor.publish_checkpoint(wait=True)
+        return saved
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The exported tensors, whole, on rank 0; the export is collective."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.actor.export()}
+        return tensors if self.control.is_driver else {}
+
+
+def train(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
+    """Log-probs, two steps, a checkpoint, a third step, and the third again after loading; by case."""
+    return {
+        name: train_one(config_for(path, layout), folder) for name, (path, layout, folder) in cases.items()
+    }
+
+
+def random_numbers() -> list[float]:
+    """The next of every generator that a run may draw from."""
+    with get_cuda_rng_tracker().fork():
+        forked = float(torch.rand(()))
+    return [random.random(), float(np.random.random()), float(torch.rand(())), forked]
+
+
+def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
+    trial = Trial(config)
+    microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
+    packings = [microbatches]
+    if config.layout.ranks == 1:
+        packings += [[list(range(16))], [[i] for i in range(16)]]
+    result: dict[str, Any] = {
+        "holds_logits": holds_logits(),
+        "microbatches": microbatches,
+        # plain values: a report's own class would make the reader import megatron-core
+        "anchors": [
+            SimpleNamespace(**vars(trial.actor.log_probs(trial.batch, packing))) for packing in packings
+        ],
+        "loaded_weights": trial.weights(),
+    }
+    with trial.gradient_before_clipping(result):
+        first = trial.step(STEPS[0])
+    result["steps"] = [first, trial.step(STEPS[1])]
+    result["weights"] = trial.weights()
+    # the third step runs, and changes every tensor, while the checkpoint is being written
+    result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
+    result["drawn"] = random_numbers()
+    result["third"] = [trial.step(STEPS[2]), trial.weights()]
+    trial.actor.publish_checkpoint(wait=True)
+    trial.actor.load(result["checkpoint"])
+    result["drawn_resumed"] = random_numbers()
+    result["third_resumed"] = [trial.step(STEPS[2]), trial.weights()]
+    return result
+
+
+def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
+    """(model, checkpoint, layout to load under): the third step after loading, and the weights it gives."""
+    results = []
+    for path, saved, layout in cases:
+        trial = Trial(config_for(path, layout))
+        trial.actor.load(saved)
+        results.append((trial.step(STEPS[2]), trial.weights()))
+    return results
+
+
+def logits(path: Path) -> dict[str, Any]:
+    """What the schedule hands on of a bf16 model's logits, and the widest tensors of an update, by dtype."""
+    trial = Trial(config_for(path, precision="bf16"))
+    widest: dict[str, int] = {}
+    samples = list(range(16))
+
+    class Widest(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **kwargs or {})
+            if torch.is_tensor(result) and result.dim() > 1 and result.size(-1) == VOCABULARY:
+                kind = str(result.dtype)
+                widest[kind] = max(widest.get(kind, 0), result.numel() // VOCABULARY)
+            return result
+
+    with Widest():
+        trial.step_of([samples], 0.0)
+    return {"rows": widest, "responses": int(trial.batch.response_lengths[samples].sum())}
+
+
+def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:
+    """By model name, see gradients_of."""
+    return {path.name: gradients_of(path) for path in paths}
+
+
+def gradients_of(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
+    """Loss and whole gradient of the first step under several packings; the learning rate is 0."""
+    trial = Trial(config_for(path))
+    shuffled = np.random.default_rng(3).permutation(16).tolist()
+    packings: dict[str, list[list[int]]] = {
+        "one micro-batch": [list(range(16))],
+        "the actor's own": trial.actor.microbatches(trial.batch, np.arange(16)),
+        "one sample each": [[i] for i in range(16)],
+        "one sample each, backwards": [[i] for i in range(15, -1, -1)],
+        "any order, uneven": [shuffled[:1], shuffled[1:12], shuffled[12:]],
+        "with an empty micro-batch": [shuffled[:9], [], shuffled[9:]],
+    }
+
+    def measure(trial: Trial, packing: list[list[int]]) -> tuple[float, torch.Tensor]:
+        loss, count, _ = trial.step_of(packing, 0.0)
+        assert count == 16
+        return loss / count, torch.cat(
+            [p.main_grad.flatten().clone() for p in trial.actor.chunks[0].parameters()]
+        )
+
+    results = {name: measure(trial, packing) for name, packing in packings.items()}
+    modules = ["core_attn", "moe"] if "moe" in path.name else ["core_attn", "mlp"]
+    for name, actor in {
+        "recomputed layers": {"recompute": "full"},
+        "two recomputed layers": {"recompute": "full", "recompute_layers": 2},
+        "recomputed modules": {"recompute": "selective", "recompute_modules": modules},
+    }.items():
+        recomputing = Trial(config_for(path, actor=actor))
+        results[name] = measure(recomputing, packings["the actor's own"])
+    return results
+
+
+def objectives(path: Path, layout: dict[str, int]) -> objective_gradients.Gradients:
+    """See objective_gradients.all_gradients; unclipped."""
+    config = config_for(path, layout)
+    unclipped = config.optimizer.model_copy(update={"gradient_clip": 1e9})
+    return objective_gradients.all_gradients(Trial(config.model_copy(update={"optimizer": unclipped})))
+
+
+def resets(path: Path) -> dict[str, Any]:
+    """The second step after the first one's moments were forgotten, and as the first step of a new
+    optimizer."""
+    trial = Trial(config_for(path))
+    trial.step(STEPS[0])
+    moved = [p.detach().clone() for p in trial.actor.chunks[0].parameters()]
+    trial.actor.reset_optimizer()
+    after_reset = [trial.step(STEPS[1]), trial.weights()]
+    fresh = Trial(config_for(path))
+    for parameter, weight in zip(fresh.actor.chunks[0].parameters(), moved, strict=True):
+        parameter.data.copy_(weight)
+    return {"after reset": after_reset, "fresh": [fresh.step(STEPS[1]), fresh.weights()]}
+
+
+def off_and_on(cases: dict[str, tuple[Path, str]]) -> dict[str, Any]:
+    """By case, (model, precision): three steps between which the optimizer leaves and comes back, and three
+    alone."""
+    results = {}
+    for name, (path, precision) in cases.items():
+        trial, alone = (Trial(config_for(path, precision=precision)) for _ in range(2))
+        states, cpu = OptimizerStates(trial.actor.chunks, trial.actor.optimizer), torch.device("cpu")
+        seen: dict[str, Any] = {"addresses": [], "steps": [], "alone": [alone.step(s) for s in STEPS]}
+        for samples in STEPS:
+            seen["steps"].append(trial.step(samples))
+            states.leave(cpu)
+            seen["addresses"].append([host.data_ptr() for host in states._host.values()])
+            states.come_back(cpu)
+            for host in states._host.values():
+                host.fill_(torch.nan)  # whoever still uses the copy shows
+        parameters = list(trial.actor.chunks[0].parameters())
+        seen["kinds"] = len(states._host) / len(parameters)
+        seen["equal"] = all(
+            torch.equal(p, q) for p, q in zip(parameters, alone.actor.chunks[0].parameters(), strict=True)
+        )
+        results[name] = seen
+    return results
+
+
+def replayed(cases: dict[str, tuple[Path, dict[str, int], dict[str, Any]]]) -> dict[str, Any]:
+    """Log-probs and the first step with with_routing's experts, by case: (model, layout, actor settings)."""
+    results = {}
+    for name, (path, layout, actor) in cases.items():
+        trial = Trial(config_for(path, layout, actor={"experts": {"replay_routing": True}, **actor}))
+        reference = torch.load(path / "reference.pt", weights_only=False)
+        trial.batch = RolloutBatch.pack(with_routing(reference.samples), TEMPERATURE)
+        report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
+        own = report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan)
+        results[name] = own, trial.step(STEPS[0])
+    return results
+
+
+def expert_bias(path: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The routers' biases as loaded, after a step that moves nothing else, and after loading a checkpoint."""
+
+    def biases(trial: Trial) -> dict[str, torch.Tensor]:
+        return {name: bias for name, bias in trial.weights().items() if "correction_bias" in name}
+
+    trial = Trial(config_for(path, actor={"experts": {"bias_update_rate": 0.01}}))
+    result = {"loaded": biases(trial)}
+    trial.step(STEPS[0], rate=0.0)
+    result["updated"] = biases(trial)
+    saved = trial.save(folder)
+    fresh = Trial(config_for(path))
+    fresh.actor.load(saved)
+    result["resumed"] = biases(fresh)
+    fresh.step(STEPS[0], rate=0.0)
+    result["rate 0"] = biases(fresh)
+    result["bf16"] = biases(Trial(config_for(path, precision="bf16")))
+    return result
+
+
+def _message(action: Any) -> tuple[str, str]:
+    """Type and text of what the action raises; ("", "") if nothing."""
+    try:
+        action()
+    except PmdError as error:
+        return type(error).__name__, str(error)
+    except Exception as error:
+        return f"not a PmdError: {type(error).__name__}", str(error)
+    return "", ""
+
+
+def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
+    """What saving and loading do when the disk is full, or files are not what was written."""
+    trial = Trial(config_for(path))
+    result: dict[str, Any] = {}
+    complete = trial.save(folder, 1)
+    save = checkpoint.dist_checkpointing.save
+
+    def disk_full(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint.dist_checkpointing.save = disk_full
+    result["disk full"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    result["disk full, first"] = _message(lambda: trial.actor.save(folder / "none", 2, {"iteration": 2}))
+    checkpoint.dist_checkpointing.save = save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    result["write begun"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
+    result["write refused"] = _message(lambda: trial.actor.publish_checkpoint(wait=True))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    result["partial left"] = [p.name for p in folder.glob("*.partial")]
+    result["latest after disk full"] = checkpoint.latest(folder)
+    result["complete"] = complete
+    result["complete loads"] = _message(lambda: trial.actor.load(complete))
+    # a partial folder with everything in it, as a crash between the last write and the renaming leaves
+    partial = folder / "iteration-9.partial"
+    partial.mkdir()
+    (partial / checkpoint.STATE_FILE).write_text("{}")
+    unfinished = folder / "iteration-8"
+    unfinished.mkdir()
+    result["latest beside partial"] = checkpoint.latest(folder)
+    unfinished.rmdir()
+
+    for iteration in (2, 3, 10):
+        trial.save(folder, iteration)
+    result["kept"] = sorted(p.name for p in folder.iterdir())
+    result["latest of kept"] = checkpoint.latest(folder)
+    result["run state"] = checkpoint.read_run_state(folder / "iteration-10")
+
+    (folder / "iteration-10" / checkpoint.STATE_FILE).write_text("{")
+    result["broken run state"] = _message(lambda: checkpoint.read_run_state(folder / "iteration-10"))
+    weight = next(p for p in trial.actor.chunks[0].parameters() if p.ndim == 2)
+    needle = weight.detach().numpy().tobytes()[:64]
+    for shard in (folder / "iteration-3").glob("*.distcp"):
+        data = bytearray(shard.read_bytes())
+        at = data.find(needle)
+        while at >= 0:
+            data[at] ^= 1
+            at = data.find(needle, at + 1)
+        shard.write_bytes(data)
+    result["flipped bit"] = _message(lambda: trial.actor.load(folder / "iteration-3"))
+    for shard in (folder / "iteration-10").glob("*.distcp"):
+        os.truncate(shard, shard.stat().st_size // 2)
+    result["truncated"] = _message(lambda: trial.actor.load(folder / "iteration-10"))
+    result["missing"] = _message(lambda: trial.actor.load(folder / "iteration-77"))
+    return result
+
+
+def killed_while_saving(path: Path, folder: Path, pids: Path) -> None:
+    """One complete checkpoint, a second begun, and the end of this process by SIGKILL."""
+    trial = Trial(config_for(path))
+    trial.save(folder, 1)
+    write = checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def never_done(*arguments: Any, **options: Any) -> None:
+        time.sleep(600)
+        write(*arguments, **options)
+
+    checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(never_done)
+    trial.actor.save(folder, 2, {"iteration": 2})
+    trial.actor.publish_checkpoint(wait=False)
+    time.sleep(2)
+    children = psutil.Process().children(recursive=True)
+    pids.write_text(json.dumps({child.pid: child.create_time() for child in children}))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bf16_resume(path: Path, folder: Path) -> list[Any]:
+    """The step after a checkpoint, without and with loading it: bf16 weights, fp32 main parameters."""
+    trial = Trial(config_for(path, precision="bf16"))
+    trial.step(STEPS[0])
+    saved = trial.save(folder)
+    results = [(trial.step(STEPS[1]), trial.weights())]
+    trial.actor.load(saved)
+    return [*results, (trial.step(STEPS[1]), trial.weights())]
+
+
+def save_and_load(path: Path, layout: dict[str, int], folder: Path) -> tuple[str, str]:
+    trial = Trial(config_for(path, layout))
+    trial.step(STEPS[0])
+    saved = trial.save(folder)
+    trial.step(STEPS[1])
+    return _message(lambda: trial.actor.load(saved))
+
+
+def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
+    """(model folder, changes to its configuration) -> the error of building an actor from it."""
+    start(Layout())
+
+    def attempt(path: Path, changes: dict[str, Any]) -> None:
+        config = config_for(path, **changes)
+        bridge = model.load_bridge(path)
+        if config.layout.ranks == 1:
+            model.build(bridge, config)
+        else:  # its check of the layout comes before anything that needs the ranks
+            model.provider_for(bridge, config)
+
+    return {name: _message(functools.partial(attempt, *case)) for name, case in cases.items()}
+
+
+if __name__ == "__main__":
+    obey(globals())

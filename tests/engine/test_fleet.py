@@ -1,0 +1,70 @@
+"""The first start of the engines, with engines that say what the test tells them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_pmd.config import override
+from megatron_pmd.engine import fleet
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.subphases import Parts
+from recipes import recipe
+from tests.engine.only_rank import OnlyRank
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Wait for a fleet whose engines end at their starts with these messages; the specs it started."""
+
+    def start(*messages):
+        left, specs = list(messages), []
+
+        class Engine:
+            def __init__(self, spec):
+                self.spec, self.url = spec, spec.url
+                specs.append(spec)
+
+            def wait_ready(self, deadline_seconds):
+                if left:
+                    raise EngineError(left.pop(0))
+
+            def check_alive(self):
+                pass
+
+            def stop(self):
+                pass
+
+        monkeypatch.setattr(fleet, "EngineProcess", Engine)
+        monkeypatch.setattr(fleet, "RESTART_PAUSE_SECONDS", 0.0)
+        engines = fleet.Fleet(recipe("tiny_moe_cpu"), OnlyRank(), tmp_path, Parts(), cpu=True)
+        engines.wait_ready()
+        assert engines.urls == [specs[-1].url]
+        return specs
+
+    return start
+
+
+def test_an_engine_that_lost_a_race_for_a_port_starts_again_on_another(start):
+    first, second = start("[Errno 98] error while attempting to bind: Address already in use")
+    assert first.port != second.port
+
+
+def test_an_engine_that_cannot_start_is_not_started_twice(start):
+    with pytest.raises(EngineError, match="no such quantization"):
+        start("no such quantization")
+
+
+def test_ports_that_are_never_free_end_the_start_with_both_messages(start):
+    with pytest.raises(EngineError, match=r"(?s)port 1.*Address already in use.*in vain.*port 9"):
+        start("port 1: Address already in use", *["port 9: Address already in use"] * 9)
+
+
+def test_a_server_of_others_that_never_answers_ends_the_start_with_its_address(tmp_path):
+    config = override(
+        recipe("tiny_moe_cpu"),
+        ['rollout.servers=["http://127.0.0.1:9"]', "rollout.ranks_per_engine=null", "sync.transport=disk",
+         "rollout.start_timeout_seconds=0.1"],
+    )  # fmt: skip
+    engines = fleet.Fleet(config, OnlyRank(), tmp_path, Parts(), cpu=True)
+    with pytest.raises(EngineError, match=r"server 0 of rollout\.servers \(http://127\.0\.0\.1:9\) did not"):
+        engines.wait_ready()

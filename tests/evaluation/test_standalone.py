@@ -1,0 +1,276 @@
+"""`megatron-pmd evaluate`: what it works out from a model or a run, and one by a real engine."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_pmd.batch import read_rollout
+from megatron_pmd.config import RunConfig
+from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
+from megatron_pmd.evaluation.standalone import Asked, task
+from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.http import Endpoint
+from megatron_pmd.rollout.sampler import Sampler
+from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
+
+ROOT = Path(__file__).parents[2]
+needs_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"
+)
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """A run with two exported models, as `train` leaves it, without weights."""
+    config: RunConfig = tiny_moe_cpu()
+    for iteration in (9, 10):
+        (tmp_path / "run" / "hf" / f"iteration-{iteration}").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    return tmp_path / "run"
+
+
+def write_model(folder: Path, **description) -> Path:
+    folder.mkdir()
+    described = {"model_type": "qwen3", "dtype": "float32", "max_position_embeddings": 512} | description
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
+    config, work = tiny_moe_cpu(), task(Asked(run_folder))
+    assert work.model.path == str(run_folder / "hf" / "iteration-10")  # not 9, as sorting the names would say
+    assert (work.iteration, work.source, work.limit) == (
+        10,
+        config.data.evaluation,
+        config.evaluation.prompts,
+    )
+    assert (work.reward, work.max_response_tokens) == (config.reward, config.batch.max_response_tokens)
+    assert (work.temperature, work.samples_per_prompt) == (config.evaluation.temperature, 32)
+
+
+def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
+    asked = Asked(
+        run_folder, data=Path("other.jsonl"), reward="exact", answer="last_line", max_response_tokens=99,
+        temperature=0.0, limit=7, samples_per_prompt=4,
+    )  # fmt: skip
+    work = task(asked)
+    assert (work.source.kind, getattr(work.source, "path", None)) == ("file", "other.jsonl")
+    assert (work.reward.name, work.reward.answer) == ("exact", "last_line")
+    assert (work.max_response_tokens, work.temperature, work.limit) == (99, 0.0, 7)
+    assert work.folder == run_folder / "evaluate" / "iteration-10-other-k4"
+
+
+def test_an_evaluation_never_overwrites_another(run_folder):
+    first = task(Asked(run_folder)).folder
+    first.mkdir(parents=True)
+    assert task(Asked(run_folder)).folder == first.with_name(first.name + "-2")
+
+
+def test_a_run_without_an_exported_model_says_so(run_folder):
+    for export in (run_folder / "hf").iterdir():
+        export.rmdir()
+    with pytest.raises(ModelError, match=r"no exported model.*hf_export"):
+        task(Asked(run_folder))
+
+
+def test_a_model_needs_problems_and_a_reward(tmp_path):
+    model = write_model(tmp_path / "model")
+    with pytest.raises(ConfigError, match="it needs --data FILE"):
+        task(Asked(model, reward="exact"))
+    with pytest.raises(ConfigError, match="it needs --reward NAME"):
+        task(Asked(model, data=Path("p.jsonl")))
+    with pytest.raises(ConfigError, match=r"leaves no room for a prompt.*512"):
+        task(Asked(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        task(Asked(tmp_path))
+    with pytest.raises(ModelError, match="dtype 'float64' is none of"):
+        model = write_model(tmp_path / "model", dtype="float64")
+        task(Asked(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=8))
+
+
+class Letters:
+    """A tokenizer of one letter a token, and a grader that likes everything."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "".join(chr(97 + token) for token in tokens)
+
+    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+        verdict: Future[Verdict] = Future()
+        verdict.set_result(Verdict(1.0))
+        return verdict
+
+
+@contextlib.contextmanager
+def answering(version: str, most: list[int]) -> Iterator[str]:
+    """A server that answers /generate under this weight version; most[0] counts the requests at one time."""
+    present, lock = 0, threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal present
+            with lock:
+                present += 1
+                most[0] = max(most[0], present)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(0.05)
+            information = {
+                "weight_version": version,
+                "finish_reason": {"type": "stop"},
+                "output_token_logprobs": [[-1.0, 3, None]],
+            }
+            body = json.dumps({"output_ids": [3], "meta_info": information}).encode()
+            with lock:
+                present -= 1
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def sampler_for(url: str, **changes: Any) -> Sampler:
+    endpoint = Endpoint(url, (), {}, 20.0, retries=0, any_engine_alive=lambda: True, **changes)
+    return Sampler(endpoint, Letters(), stop_tokens=[0], max_response_tokens=1, grader=Letters())
+
+
+def small_plan() -> SamplingPlan:
+    problem = Problem(index=0, messages=({"role": "user", "content": "?"},), answer="d", tokens=(1, 2))
+    return SamplingPlan([problem] * 4, 4, 0, weight_version=7, temperature=1.0, top_p=1.0, run_seed=0)
+
+
+@pytest.mark.parametrize("served", ["none", "6", "70"])
+def test_samples_of_any_other_weight_version_are_refused(served):
+    plan = small_plan()
+    with answering(served, [0]) as url, pytest.raises(StaleWeights, match=f"version {served}, expected 7"):
+        sampler_for(url).run(plan)
+    assert plan.finished == 0 and plan.samples(Letters()) == []
+
+
+def test_no_more_requests_are_sent_at_one_time_than_asked_for():
+    plan, most = small_plan(), [0]
+    with answering("7", most) as url:
+        sampler_for(url, max_in_flight=3).run(plan)
+    assert most[0] == 3
+    assert [s.weight_version for s in plan.samples(Letters())] == [7] * 16
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "megatron_pmd.cli.main", "evaluate", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Those that were started there: every process of a command inherits its working directory."""
+    return [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)]
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    make_model(tmp_path / "moe")
+    return tmp_path / "moe"
+
+
+@pytest.fixture
+def problems(tmp_path) -> Path:
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{a} + 2 =", "answer": a + 2}) + "\n" for a in range(3)))
+    return file
+
+
+@pytest.mark.serial
+@needs_cpu
+def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_path, model, problems):
+    """The engine's log-probabilities are those that transformers computes from the same files."""
+    from transformers import AutoModelForCausalLM
+
+    options = (
+        "--data",
+        problems,
+        "-k",
+        "4",
+        "--reward",
+        "exact",
+        "--max-response-tokens",
+        "6",
+        "--limit",
+        "2",
+    )
+    done = subprocess.run(
+        command(model, *options), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mean@4" in done.stdout and "pass@4" in done.stdout
+
+    folder = tmp_path / "runs" / "evaluate" / "moe-sums-k4"
+    assert f"samples and table: {folder.relative_to(tmp_path)}" in done.stdout
+    samples, _ = read_rollout(folder / "samples.parquet")
+    assert sorted((s.group, s.number) for s in samples) == [(g, n) for g in range(2) for n in range(4)]
+    assert len({s.seed for s in samples}) == 8
+    result = json.loads((folder / "result.json").read_text())["result"]
+    assert result["mean_at_k"]["value"] == sum(s.response.strip() == s.answer for s in samples) / 8
+    assert result["reward_errors"] == 0
+
+    reference = AutoModelForCausalLM.from_pretrained(model).eval()
+    for s in samples:
+        with torch.no_grad():
+            logits = reference(torch.tensor([s.prompt_tokens + s.response_tokens])).logits[0]
+        expected = logits.log_softmax(-1)[len(s.prompt_tokens) - 1 : -1]
+        expected = expected.gather(1, torch.tensor(s.response_tokens)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(s.engine_log_probs), expected, atol=1e-4, rtol=0)
+    assert processes_in(tmp_path) == []
+
+
+@pytest.mark.serial
+@needs_cpu
+def test_ctrl_c_while_the_engine_starts_leaves_no_process(tmp_path, model, problems):
+    running = subprocess.Popen(
+        command(model, "--data", problems, "--reward", "exact", "--max-response-tokens", "6"),
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # what a shell starts in the background ignores Ctrl-C, the tests included, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        log = tmp_path / "runs" / "evaluate" / "moe-sums-k32" / "logs" / "engine-0.log"
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(3)  # the server is importing, its own children come and go
+        family = psutil.Process(running.pid).children(recursive=True)
+        assert any("sglang.launch_server" in " ".join(p.cmdline()) for p in family)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) != 0
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+        assert processes_in(tmp_path) == []
+    finally:
+        running.kill()

@@ -1,0 +1,150 @@
+"""What the pre-flight holds against a node, and that it names it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_pmd.errors import LaunchError
+from megatron_pmd.launch.cluster import Preflight
+from megatron_pmd.node import preflight
+from megatron_pmd.node.allocation import Place
+from megatron_pmd.node.preflight import (
+    Report,
+    choose_interface,
+    disk_problems,
+    exchange,
+    gpu_problems,
+    judge,
+    plan_problems,
+    refuse,
+)
+from recipes import recipe
+
+SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.21"}, "commit": "abc"}
+HEALTHY = "\n".join(f"{i}, 580.65.06, 0, 4, 81559" for i in range(8))
+
+
+def place(folder: Path, rank: int = 0, nodes: int = 2) -> Place:
+    return Place(f"n{rank + 1}", rank, nodes, 1, 1, folder, "n1", 20000)
+
+
+def report(host: str, **values: object) -> Report:
+    return Report(host, software=SOFTWARE, **values)  # type: ignore[arg-type]
+
+
+def test_nodes_alike_pass() -> None:
+    assert judge([report("n1"), report("n2")], 5.0) == {}
+
+
+def test_another_version_or_commit_than_most_nodes_have_is_named() -> None:
+    odd = Report(
+        "n2", software=SOFTWARE | {"packages": {"torch": "2.12.0", "sglang": "0.5.21"}, "commit": "def"}
+    )
+    assert judge([report("n1"), odd, report("n3")], 5.0) == {
+        "n2": ["commit is def, elsewhere abc", "torch is 2.12.0, elsewhere 2.13.0"]
+    }
+
+
+def test_a_clock_that_is_off_is_named() -> None:
+    reports = [report("n1", clock_offset_seconds=0.1), report("n2", clock_offset_seconds=0.0)]
+    reports.append(report("n3", clock_offset_seconds=-42.0))
+    assert judge(reports, 5.0) == {"n3": ["its clock is -42.0 s off the others'"]}
+
+
+def test_the_failing_nodes_are_listed_for_the_batch_script(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"(?s)1 node\(s\) cannot take part.*node n2: 7 GPUs answer"):
+        refuse({"n2": ["7 GPUs answer, 8 wanted"]}, place(tmp_path))
+    assert (tmp_path / "bad_nodes").read_text() == "n2\n"
+
+
+def test_reports_pass_through_the_shared_folder(tmp_path: Path) -> None:
+    both: dict[int, list[Report]] = {}
+
+    def meet(rank: int) -> None:
+        own = report(f"n{rank + 1}", problems=[f"of {rank}"])
+        both[rank] = exchange(own, tmp_path / "meeting", place(tmp_path, rank), 20.0)
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [r.problems for r in both[0]] == [r.problems for r in both[1]] == [["of 0"], ["of 1"]]
+
+
+def test_a_node_that_does_not_report_is_named_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMD_NODES", "n1 n2")
+    with pytest.raises(LaunchError, match=r"node n2: no report in .* is the folder mounted there\?"):
+        exchange(report("n1"), tmp_path / "meeting", place(tmp_path), 0.3)
+
+
+def test_a_wrong_interface_is_answered_with_those_tried_and_those_there_are() -> None:
+    with pytest.raises(LaunchError, match=r"ib0, ib1 has an IPv4 address; there are .*lo \(127\.0\.0\.1\)"):
+        choose_interface(["ib0", "ib1"], "127.0.0.1")
+
+
+def test_the_first_interface_that_exists_is_taken() -> None:
+    assert choose_interface(["ib0", "lo"], "127.0.0.1") == ("lo", "127.0.0.1")
+    assert choose_interface([], "127.0.0.1") == ("lo", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (HEALTHY.rpartition("\n")[0], "7 GPUs answer, 8 wanted"),
+        ("", "0 GPUs answer, 8 wanted"),
+        (HEALTHY.replace("3, 580.65.06", "3, 525.1"), "GPU 3: driver 525.1, 535 or newer wanted"),
+        (HEALTHY.replace("5, 580.65.06, 0", "5, 580.65.06, 2"), "GPU 5: 2 uncorrected memory errors"),
+        (
+            HEALTHY.replace("0, 580.65.06, 0, 4,", "0, 580.65.06, 0, 60000,"),
+            "GPU 0: 60000 of 81559 MiB in use",
+        ),
+    ],
+)
+def test_a_gpu_that_is_not_well_is_named(answer: str, problem: str) -> None:
+    assert problem in " ".join(gpu_problems(answer, 8, "535"))
+
+
+def test_healthy_gpus_pass_also_where_error_counts_are_not_kept() -> None:
+    assert gpu_problems(HEALTHY, 8, "535") == []
+    assert gpu_problems(HEALTHY.replace(", 0, 4", ", [N/A], 4"), 8, None) == []
+
+
+def test_a_node_that_is_slow_with_the_first_is_named_and_a_slow_network_is_not() -> None:
+    from megatron_pmd.node.bandwidth import slow_nodes
+
+    assert slow_nodes({"n2": 180.0, "n3": 21.0, "n4": 175.0}) == ["n3"]
+    assert slow_nodes({"n2": 20.0, "n3": 21.0, "n4": 19.0}) == []
+    assert slow_nodes({}) == []
+
+
+def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe("qwen2_5_7b_dapo_8xh100")
+    monkeypatch.setenv("PMD_GPU", "h100")
+    healthy = SimpleNamespace(available=2e12), SimpleNamespace(free=2e12)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: healthy[0])
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: healthy[1])
+    of_eight = Place("n1", 0, 1, 8, 1, tmp_path, "n1", 20000)
+    assert plan_problems(config, of_eight, tmp_path) == []
+    healthy[0].available, healthy[1].free = 1e9, 250e9
+    memory, room = plan_problems(config, of_eight, tmp_path)
+    assert "1.0 GB of host memory free, the plan needs" in memory
+    assert "250.0 GB free, checkpoints of 106.6 GB, of which 2 are kept and 0 there, need 319.9 GB" in room
+    for number in (10, 20):
+        (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
+    assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"
+
+
+def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:
+    limits = Preflight(free_disk_gigabytes=10**6)
+    assert "1000000 wanted" in disk_problems(limits, [tmp_path])[0]
+    assert "No such file" in disk_problems(limits, [tmp_path / "scratch"])[0]
+    assert disk_problems(Preflight(free_disk_gigabytes=0), [tmp_path]) == []

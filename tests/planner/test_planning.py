@@ -1,0 +1,165 @@
+"""Plans of the recipes, and what a plan refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_pmd.config import RunConfig, override
+from megatron_pmd.errors import LayoutError
+from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.planner.hardware import H100, Machines
+from megatron_pmd.planner.memory import microbatches_per_step
+from megatron_pmd.planner.planning import check, make_plan, nearest
+from megatron_pmd.planner.sharding import layers_of_stages, stages
+from recipes import RECIPES, recipe
+
+ON_GPUS = [name for name in RECIPES if not name.endswith("_cpu")]
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def h100() -> Machines:
+    return load_cluster("h100").machines
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_every_recipe_fits_the_cluster_it_is_named_after(name: str, h100: Machines) -> None:
+    plan = make_plan(recipe(name), h100)
+    assert plan.problems == []
+    assert f"_{plan.config.layout.ranks}xh100" in name
+    assert plan.nodes * 8 == plan.config.layout.ranks
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith("_cpu")])
+def test_the_cpu_recipes_fit_the_lab(name: str) -> None:
+    assert make_plan(recipe(name), load_cluster("lab").machines).problems == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shards_of_all_ranks_together_are_the_model(name: str) -> None:
+    """Split and routed parameters exactly once over the ranks that share them; replicated ones on each."""
+    config = recipe(name)
+    shape = make_plan(config, Machines(H100, 8, 1, 1.0)).shape
+    parts = [shape.layer(number) for number in range(shape.layers)]
+    replicated = sum(part[1] for part in parts) + shape.hidden
+    layout, found = config.layout, stages(shape, config)
+    together = sum(
+        stage.dense * layout.tensor + stage.experts * layout.expert * layout.experts_tensor for stage in found
+    )
+    assert together == shape.total + (layout.tensor - 1) * replicated
+
+
+def test_the_paper_run_has_its_sixteen_steps_of_512_samples() -> None:
+    for name, tau in (("qwen3_30b_a3b_dapo_32xh100", 0.1), ("qwen3_30b_a3b_dapo_tau005_32xh100", 0.05)):
+        config = recipe(name)
+        assert config.algorithm.tau == tau
+        assert config.batch.steps_per_rollout == 16
+        assert config.batch.samples_per_step == 512
+        assert config.batch.samples_per_rollout == 8192
+        assert config.engines == 8
+
+
+def test_adam_in_fp32_on_unsharded_bf16_needs_eighteen_bytes_a_parameter(h100: Machines) -> None:
+    """2 weight + 4 gradient + 4 main + 8 moments: ZeRO's 16 (arXiv 1910.02054), with fp32 gradients."""
+    config = override(
+        recipe("qwen2_5_7b_dapo_8xh100"), ["layout.tensor=1", "layout.data=1", "rollout.tensor_parallel=1"]
+    )
+    plan = make_plan(config, h100)
+    (stage,) = plan.stages
+    assert stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes == 18 * plan.shape.total
+
+
+def test_a_layout_that_cannot_fit_is_refused_and_the_nearest_that_does_is_named(h100: Machines) -> None:
+    settings = ["layout.tensor=1", "layout.data=32", "layout.expert=1"]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
+    with pytest.raises(LayoutError) as refusal:
+        check(plan)
+    message = str(refusal.value)
+    assert "update needs 2" in message and "gradients 122.1 GB" in message
+    near = nearest(plan)
+    assert near is not None and near.problems == []
+    assert near.config.layout.ranks == 32
+    words = [word for word in message.split() if word.startswith(("layout.", "rollout.", "actor."))]
+    assert make_plan(override(plan.config, words), h100).problems == []
+
+
+def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> None:
+    settings = [
+        "rollout.tensor_parallel=1",
+        "rollout.ranks_per_engine=4",
+        'rollout.sglang={"mem_fraction_static": 0.76}',
+    ]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
+    with pytest.raises(LayoutError, match="not for one sample of 10,240"):
+        check(plan)
+
+
+def test_an_fp8_engine_whose_blocks_do_not_divide_is_refused(h100: Machines) -> None:
+    """SGLang refuses Qwen3-30B-A3B in FP8 on 4 devices: 768 / 4 = 192 is not a multiple of 128."""
+    settings = ["rollout.tensor_parallel=4"]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_fp8_32xh100"), settings), h100)
+    assert any("an expert's 768 / 4" in problem for problem in plan.problems)
+    whole = override(plan.config, ['rollout.sglang={"ep_size": 4}'])
+    assert make_plan(whole, h100).problems == []
+
+
+def test_too_little_host_memory_is_refused_before_the_job_queues() -> None:
+    """1 TB is not enough for 30B on one node with everything offloaded: the failure slime#1851 reports."""
+    config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), ["layout.data=2"])
+    plan = make_plan(config, Machines(H100, 8, int(0.5e12), 2e9))
+    assert [problem for problem in plan.problems if "host memory" in problem]
+
+
+def test_samples_longer_than_the_models_positions_are_refused(h100: Machines) -> None:
+    config = override(recipe("moonlight_16b_a3b_16xh100"), ["batch.max_response_tokens=8192"])
+    assert any("8,192 positions" in problem for problem in make_plan(config, h100).problems)
+
+
+def test_nodes_that_are_not_filled_are_refused(h100: Machines) -> None:
+    config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=6"])
+    assert any("do not fill nodes of 8" in problem for problem in make_plan(config, h100).problems)
+    config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=12", "rollout.tensor_parallel=12"])
+    assert any("8 + 4 ranks on nodes 0, 1" in problem for problem in make_plan(config, h100).problems)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["layout.tensor=8", "layout.data=4"], "does not divide the 4 key-value heads"),
+        (["layout.pipeline=5"], "does not divide the 48 layers"),
+    ],
+)
+def test_a_layout_the_model_cannot_have_is_refused(settings: list[str], message: str, h100: Machines) -> None:
+    with pytest.raises(LayoutError, match=message):
+        make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
+
+
+def test_uneven_pipeline_stages_are_dealt_out_as_megatron_core_does() -> None:
+    counts = [len(stage) for stage in layers_of_stages(61, recipe("deepseek_v3_256xh100"))]
+    assert counts == [7, 8, 8, 8, 8, 8, 8, 6]
+    assert sum(len(stage) for stage in layers_of_stages(61, recipe("kimi_k2_1t_512xh100"))) == 61
+
+
+def test_micro_batches_follow_from_tokens_of_mean_length() -> None:
+    """512 samples of (2048 + 8192) / 2 tokens over 8 replicas, 20,480 a pass: 16."""
+    config: RunConfig = recipe("qwen3_30b_a3b_dapo_32xh100")
+    assert microbatches_per_step(config) == 512 * 5120 // 8 // 20480
+
+
+def test_planning_imports_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'transformers', 'megatron', 'sglang'): sys.modules[name] = None\n"
+        "sys.argv = ['megatron-pmd', 'plan', 'kimi_k2_1t_512xh100']\n"
+        "from megatron_pmd.cli.main import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1,026,408,209,408 parameters" in done.stdout

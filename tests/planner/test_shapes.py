@@ -1,0 +1,76 @@
+"""Parameters counted from shapes, against the published numbers and against transformers' own modules."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from megatron_pmd.errors import ModelError
+from megatron_pmd.planner.shapes import MODELS, from_config, shape_of
+
+KNOWN: dict[str, dict[str, Any]] = json.loads(MODELS.read_text())
+
+
+def digits(value: float) -> int:
+    """Significant digits of a published number, e.g. 3 for 30.5e9."""
+    return len(f"{value:.6e}".split("e")[0].replace(".", "").rstrip("0"))
+
+
+def as_published(count: int, published: float) -> bool:
+    """Whether the count, cut or rounded to the digits that were published, is the published number."""
+    step = 10 ** (math.floor(math.log10(count)) + 1 - digits(published))
+    # 1T for 1.026e12 has one digit, 671B three, 3.3B two
+    return published in (math.floor(count / step) * step, round(count / step) * step) or (
+        abs(count - published) < 1e-9
+    )
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_total_and_active_parameters_are_the_published_ones(name: str) -> None:
+    shape, published = shape_of(name), KNOWN[name]["published"]
+    assert as_published(shape.total, published["total"]), f"{shape.total:,}"
+    assert as_published(shape.active, published["active"]), f"{shape.active:,}"
+
+
+@pytest.mark.parametrize("name", [n for n in KNOWN if KNOWN[n]["config"]["model_type"] != "kimi_k2"])
+def test_the_count_is_that_of_transformers_modules(name: str) -> None:
+    """Built without memory, on torch's meta device. The expert bias is a buffer there: not a parameter."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**KNOWN[name]["config"]))
+    assert shape_of(name).total == sum(p.numel() for p in model.parameters())
+
+
+def test_kimi_k2_is_counted_as_the_deepseek_v3_it_is_built_as() -> None:
+    config = KNOWN["Kimi-K2-Base"]["config"]
+    assert (
+        from_config("k2", "", {**config, "model_type": "deepseek_v3"}).total == shape_of("Kimi-K2-Base").total
+    )
+
+
+def test_a_folder_s_own_config_json_comes_before_the_known_shape(tmp_path) -> None:
+    folder = tmp_path / "Qwen2.5-7B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(KNOWN["Qwen2.5-7B"]["config"] | {"num_hidden_layers": 1}))
+    assert shape_of(str(folder)).layers == 1
+
+
+def test_an_unknown_model_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ModelError, match=r"no known shape is called Qwen9.*Qwen3-30B-A3B-Base"):
+        shape_of("models/Qwen9")
+
+
+def test_a_family_that_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot count a model of type mamba"):
+        from_config("m", "m/config.json", {"model_type": "mamba"})
+
+
+def test_layers_without_experts_in_between_are_refused() -> None:
+    config = KNOWN["tiny-moe"]["config"] | {"mlp_only_layers": [2]}
+    with pytest.raises(ModelError, match="cannot be counted"):
+        from_config("m", "m/config.json", config)

@@ -1,0 +1,57 @@
+"""A rollout's file and its packed arrays say of every token where it is from and whether it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_pmd.batch import (
+    NOT_SAMPLED,
+    RolloutBatch,
+    Sample,
+    Segment,
+    read_rollout,
+    write_rollout,
+)
+from megatron_pmd.errors import StaleWeights
+
+
+def sample(response: int, **changes: Any) -> Sample:
+    values: dict[str, Any] = dict(
+        group=0, number=0, problem=4, prompt="?", response="!", answer="!", prompt_tokens=[1, 2],
+        response_tokens=list(range(10, 10 + response)), engine_log_probs=[-0.5] * response,
+        finish_reason="stop", weight_version=7, seed=3,
+    )  # fmt: skip
+    return Sample(**values | changes)
+
+
+MIXED = [Segment(2, 5, counted=False), Segment(1, NOT_SAMPLED, counted=False), Segment(1, 7)]
+
+
+def test_packed_tokens_carry_version_and_count_of_their_segment():
+    batch = RolloutBatch.pack([sample(4, segments=MIXED), sample(3, number=1)], 1.0)
+    assert batch.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10, 11, 12]
+    assert batch.token_versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
+    assert batch.counted.tolist() == [False] * 5 + [True] + [False] * 2 + [True] * 3
+    assert batch.weight_version == 7
+
+
+def test_a_rollout_file_keeps_the_segments(tmp_path):
+    written = [sample(4, segments=MIXED, reward=1.0), sample(3, number=1)]
+    write_rollout(tmp_path / "7.parquet", written, 7)
+    assert read_rollout(tmp_path / "7.parquet") == (written, 7)
+
+
+def test_mixed_versions_are_refused_unless_declared_and_named():
+    batch = RolloutBatch.pack([sample(4, segments=MIXED)], 1.0)
+    with pytest.raises(
+        StaleWeights, match=r"version 7 has tokens sampled under \[5\]; without rollout\.part"
+    ):
+        batch.refuse_undeclared_versions(0)
+    with pytest.raises(StaleWeights, match=r"under \[5\].*max_staleness=1 declares 6 the oldest"):
+        batch.refuse_undeclared_versions(1)
+    batch.refuse_undeclared_versions(2)
+    newer = RolloutBatch.pack([sample(3)], 1.0, weight_version=6)
+    with pytest.raises(StaleWeights, match=r"\[7\]"):
+        newer.refuse_undeclared_versions(2)

@@ -1,0 +1,144 @@
+"""What the configuration says of an iteration reaches the mathematics."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_pmd.algorithm import losses, mismatch
+from megatron_pmd.algorithm.baselines import advantages
+from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.config import RunConfig, override
+from megatron_pmd.training.subproblem import Subproblem
+from recipes import recipe
+
+
+def config_with(*settings: str) -> RunConfig:
+    return override(recipe("tiny_moe_cpu"), list(settings))
+
+
+def some_tokens() -> losses.LossInput:
+    rng = torch.Generator().manual_seed(0)
+    anchor = -torch.rand(9, generator=rng) - 0.1
+    return losses.LossInput(
+        log_probs=(anchor + 0.4 * torch.randn(9, generator=rng)).requires_grad_(),
+        anchor_log_probs=anchor,
+        engine_log_probs=anchor + 0.5 * torch.randn(9, generator=rng),
+        mask=torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1]),
+        sequence=torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]),
+        advantages=torch.tensor([0.5, -1.0, 0.25]),
+    )
+
+
+CASES: dict[str, tuple[list[str], Any]] = {
+    "pmd": (["algorithm.tau=0.3"], functools.partial(losses.pmd, tau=0.3)),
+    "pmd, every option": (
+        ["algorithm.normaliser=max_response", "algorithm.scaling=regression", "batch.max_response_tokens=7",
+         "algorithm.mismatch.weight=sequence_mis", "algorithm.mismatch.low=0.9",
+         "algorithm.mismatch.high=1.2"],
+        functools.partial(losses.pmd, tau=0.1, normaliser="max_response", max_response_tokens=7,
+                          scaling="regression",
+                          mismatch=functools.partial(mismatch.sequence_mis, low=0.9, high=1.2)),
+    ),
+    "reinforce": (
+        ["algorithm.normaliser=none", "algorithm.mismatch.weight=geometric_tis",
+         "algorithm.mismatch.cap=1.1"],
+        functools.partial(losses.reinforce, normaliser="none",
+                          mismatch=functools.partial(mismatch.geometric_tis, cap=1.1)),
+    ),
+    "pmd_token": (
+        ["algorithm.pmd_token.log_ratio_low=-0.2", "algorithm.pmd_token.log_ratio_high=0.3",
+         "algorithm.mismatch.weight=token_mis"],
+        functools.partial(losses.pmd_token, tau=0.1, log_ratio_low=-0.2, log_ratio_high=0.3,
+                          mismatch=mismatch.mis_by_token),
+    ),
+    "grpo": (
+        ["algorithm.grpo.clip_low=0.1", "algorithm.grpo.clip_high=0.3", "algorithm.grpo.kl_coefficient=0.5",
+         "algorithm.mismatch.weight=token_veto", "algorithm.mismatch.lowest=0.7"],
+        functools.partial(losses.grpo, clip_low=0.1, clip_high=0.3, kl_coefficient=0.5,
+                          mismatch=functools.partial(mismatch.veto_by_token, lowest=0.7)),
+    ),
+    "gspo": (["algorithm.gspo.clip_low=0.05"], functools.partial(losses.gspo, clip_low=0.05, clip_high=4e-4)),
+    "cispo": (["algorithm.cispo.ratio_high=1.1"], functools.partial(losses.cispo, ratio_high=1.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_setting_of_an_objective_reaches_its_loss(case):
+    settings, expected = CASES[case]
+    subproblem = Subproblem(config_with(f"algorithm.objective={case.split(',')[0]}", *settings), 0)
+    x = some_tokens()
+    found, right, default = (f(x) for f in (subproblem.objective, expected, _default(case)))
+    assert found.sum == right.sum
+    assert torch.equal(*(torch.autograd.grad(t.sum, x.log_probs)[0] for t in (found, right)))
+    # the settings above are such that each case differs from its objective's defaults
+    assert found.sum != default.sum
+
+
+def _default(case: str) -> Any:
+    return Subproblem(config_with(f"algorithm.objective={case.split(',')[0]}"), 0).objective
+
+
+def test_schedules_change_tau_and_temperature_and_nothing_else():
+    config = config_with(
+        "algorithm.tau_schedule.end=0.4", "algorithm.tau_schedule.iterations=2",
+        "rollout.temperature_schedule.end=0.5", "rollout.temperature_schedule.iterations=2",
+        "rollout.temperature_schedule.shape=geometric",
+    )  # fmt: skip
+    found = [(Subproblem(config, t).tau, Subproblem(config, t).temperature) for t in range(4)]
+    assert found == [(0.1, 2.0), (0.25, pytest.approx(1.0)), (0.4, 0.5), (0.4, 0.5)]
+
+
+def rollout(rewards: list[float], lengths: list[int], cut: list[bool]) -> list[Sample]:
+    return [
+        Sample(
+            group=i // 2, number=i % 2, problem=i // 2, prompt="", response="", answer="", prompt_tokens=[1],
+            response_tokens=[2] * n, engine_log_probs=[0.0] * n, finish_reason="length" if c else "stop",
+            weight_version=0, seed=0, reward=r,
+        )
+        for i, (r, n, c) in enumerate(zip(rewards, lengths, cut, strict=True))
+    ]  # fmt: skip
+
+
+def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
+    settings = [
+        "reward.length.weight=0.5",
+        "reward.length.warmup_iterations=1",
+        "reward.truncation_penalty=0.2",
+    ]
+    config = config_with(
+        *settings, "algorithm.baseline=partition", "algorithm.tau_schedule.end=0.5",
+        "algorithm.tau_schedule.iterations=1",
+    )  # fmt: skip
+    samples = rollout([1.0, 1.0, 0.0, 1.0], [2, 4, 3, 5], [False, False, True, False])
+    Subproblem(config, 0).grade(samples)
+    assert [s.shaped_reward for s in samples] == [1.0, 1.0, -0.2, 1.0]
+    Subproblem(config, 1).grade(samples)
+    # ± half the weight within a group; a wrong short answer gains nothing
+    shaped = [1.25, 0.75, -0.2, 0.75]
+    assert [s.shaped_reward for s in samples] == pytest.approx(shaped)
+    expected = advantages(shaped, [0, 0, 1, 1], baseline="partition", tau=0.5)
+    assert [s.advantage for s in samples] == pytest.approx(expected.tolist())
+    assert [s.reward for s in samples] == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_grpo_divides_by_the_deviation_only_when_told():
+    samples = rollout([1.0, 0.0, 0.0, 3.0], [1] * 4, [False] * 4)
+    Subproblem(config_with("algorithm.objective=grpo"), 0).grade(samples)
+    assert [s.advantage for s in samples] == pytest.approx([0.5, -0.5, -1.5, 1.5])
+    divided = config_with("algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true")
+    Subproblem(divided, 0).grade(samples)
+    # two samples lie half their distance from their mean, 1/√2 of their n − 1 deviation
+    root = 0.5**0.5
+    assert [s.advantage for s in samples] == pytest.approx([root, -root, -root, root], rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("pmd", 3), ("grpo", 2 + 5 + 3)])
+def test_the_count_is_what_the_objective_divides_by(objective, expected):
+    batch = RolloutBatch.pack(rollout([0.0] * 4, [2, 4, 5, 3], [False] * 4), 1.0)
+    subproblem = Subproblem(config_with(f"algorithm.objective={objective}"), 0)
+    assert subproblem.count(batch, np.array([0, 2, 3])) == expected

@@ -1,0 +1,208 @@
+"""What the tests of weight sync run on actor ranks: `python -m tests.weight_sync.push_programs ORDER`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pmd.actor.cpu import standins
+
+if __name__ == "__main__":
+    standins.install()
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.parallel import initialize
+from megatron_pmd.distributed import Control
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.weight_sync import loader
+from megatron_pmd.weight_sync import shards as export_module
+from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket
+from megatron_pmd.weight_sync.loader import read_bucket
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
+from megatron_pmd.weight_sync.shards import ShardExport
+from tests.actor.launch import obey
+from tests.actor.tiny_models import config_for
+
+
+class Recorder:
+    """A transport to nowhere: keeps a copy of what an engine on this node would be given."""
+
+    opens_buckets = True
+
+    def __init__(self, records: bool) -> None:
+        self.records, self.calls = records, list[Any]()
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.descriptions: list[dict[str, Any]] = []
+        self.fails_at = -1
+
+    def needs_buckets(self, node_serves: bool, node: int) -> bool:
+        return node_serves
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+        self.tensors, self.descriptions = {}, []
+
+    def connect(self) -> None: ...
+
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+        if not self.records:
+            return
+        self.descriptions.append(description)
+        if len(self.descriptions) == self.fails_at:
+            raise EngineError("engine 7 refused the weights")
+        for name, tensor in read_bucket(description):
+            assert name not in self.tensors
+            self.tensors[name] = tensor.clone()
+
+    def end(self, version: int) -> None:
+        self.calls.append(version)
+
+    def close(self) -> None: ...
+
+
+def start(path: Path, layout: dict[str, int], nodes: int, precision: str) -> tuple[Actor, Control]:
+    config = config_for(path, layout, precision=precision)
+    if not torch.distributed.is_initialized():
+        initialize(config.layout, seed=0, timeout_seconds=60)
+    control = Control(60)
+    control.node = control.rank * nodes // control.world
+    return Actor(config, control), control
+
+
+def export(
+    path: Path,
+    layout: dict[str, int],
+    bucket_bytes: int,
+    key: str,
+    fp8_path: Path,
+    nodes: int = 1,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Both exports of the loaded weights and of changed ones, what memory it took, and a refused bucket."""
+    actor, control = start(path, layout, nodes, precision)
+    recorder = Recorder(records=control.rank % (control.world // nodes) == 0)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    shards = shards_of(actor, control)
+    result: dict[str, Any] = {"node": control.node, "records": recorder.records}
+    result["irregular"] = len(shards.irregular)
+    result["first"] = (_bridge(actor), _pushed(push, recorder, shards, 1, result))
+    with torch.no_grad():
+        for parameter in (p for chunk in actor.chunks for p in chunk.parameters()):
+            parameter.mul_(1.5)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    before = _status("VmRSS")
+    pushed = _pushed(push, recorder, shards, 2, result)
+    result["grew"] = _status("VmHWM") - before
+    result["second"] = (_bridge(actor), pushed)
+    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
+    recorder.fails_at = 2
+    try:
+        push.push(shards, 3, serves=[control.rank] if recorder.records else [])
+    except EngineError as error:
+        result["refused"] = str(error)
+    result["calls"] = recorder.calls
+    push.close()
+    result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
+    result["on devices"] = _on_devices(shards, control, recorder.records, bucket_bytes, key)
+    result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
+    return result
+
+
+def _fp8(
+    path: Path, layout: dict[str, int], control: Control, records: bool, key: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, int]:
+    """The bridge's tensors, those pushed in FP8, and how many regions this rank quantises itself or not."""
+    actor = Actor(config_for(path, layout), control)
+    shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=True)
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=2**19)
+    push.push(shards, 1, serves=[control.rank] if records else [])
+    push.close()
+    own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
+    return _bridge(actor), recorder.tensors, own, len(shards.irregular)
+
+
+def _on_devices(
+    shards: ShardExport, control: Control, records: bool, bucket_bytes: int, key: str
+) -> dict[str, Any]:
+    """What arrives through a bucket on each rank's own device, here the CPU, after a refused update.
+
+    The handles are CUDA's: here the rank's own process looks its bucket up.
+    """
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes, on_device=True)
+    opened: list[int] = []
+
+    def handle(bucket: DeviceBucket) -> list[Any]:
+        return [id(bucket.data)]
+
+    def open_handle(handle: list[Any], nbytes: int) -> torch.Tensor:
+        opened.append(handle[0])
+        return next(bucket.data for bucket in push._buckets if id(bucket.data) == handle[0])
+
+    DeviceBucket.handle = handle  # type: ignore[assignment, method-assign]
+    loader.open_handle = open_handle
+    serves = [control.rank] if records else []
+    recorder.fails_at = 3
+    with contextlib.suppress(EngineError):
+        push.push(shards, 5, serves=serves)
+    kept = [bucket.data.numel() for bucket in push._buckets]
+    recorder.fails_at = -1
+    push.push(shards, 6, serves=serves)
+    ends = [description["ends"] for description in recorder.descriptions]
+    left = len(push._buckets)
+    push.close()
+    return {"tensors": recorder.tensors, "opened": opened, "kept": kept, "ends": ends, "left": left}
+
+
+def _all_irregular(
+    actor: Actor, control: Control, records: bool, bucket_bytes: int, key: str
+) -> dict[str, torch.Tensor]:
+    """As for a family whose tensors are more than cut-up parameters."""
+    only_renames = export_module._only_renames
+    export_module._only_renames = lambda bridge: False
+    shards = shards_of(actor, control)
+    export_module._only_renames = only_renames
+    assert not shards.shards
+    recorder = Recorder(records)
+    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    push.push(shards, 4, serves=[control.rank] if records else [])
+    push.close()
+    return recorder.tensors
+
+
+def _pushed(
+    push: WeightPush, recorder: Recorder, shards: ShardExport, version: int, result: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    serves = [torch.distributed.get_rank()] if recorder.records else []
+    report: PushReport = push.push(shards, version, serves=serves)
+    result["report"] = (report.tensors, report.bytes, report.buckets)
+    if recorder.records:
+        result["manifest"] = recorder.descriptions[-1]["update"]["manifest"]
+        result["positions"] = ["manifest" in d["update"] for d in recorder.descriptions]
+    return dict(recorder.tensors)
+
+
+def shards_of(actor: Actor, control: Control) -> ShardExport:
+    return ShardExport(actor.bridge, actor.chunks, control, actor.shapes)
+
+
+def _bridge(actor: Actor) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in actor.export()}
+
+
+def _status(field: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    obey(globals())

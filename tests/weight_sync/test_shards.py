@@ -1,0 +1,140 @@
+"""Shards through buckets against Megatron-Bridge's own export, on four ranks: the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pmd.fp8 import quantized
+from tests.actor.launch import launch
+from tests.actor.tiny_models import write_model
+
+pytestmark = pytest.mark.serial
+
+BUCKET_BYTES = 200_000
+WIDE = dict(hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
+"""Two blocks of FP8 and more."""
+CASES: dict[str, dict[str, Any]] = {
+    "experts over EP2 TP2, one node": dict(
+        family="qwen3moe",
+        layout=dict(tensor=2, expert=2, data=2),
+        # a tensor-parallel rank has half a block of each key and value
+        fp8_family="qwen3moe",
+        fp8_settings=dict(head_dim=64, num_key_value_heads=2),
+    ),
+    # biases, tied embeddings, and each pipeline stage on a node of its own
+    "dense over TP2 PP2, two nodes, bf16": dict(
+        family="qwen2",
+        layout=dict(tensor=2, pipeline=2),
+        nodes=2,
+        precision="bf16",
+        fp8_family="deepseek",
+        fp8_settings={},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
+    case = dict(CASES[request.param])
+    folder, family = tmp_path_factory.mktemp("export"), case.pop("family")
+    write_model(folder / family, family)
+    write_model(folder / "wide", case.pop("fp8_family"), **WIDE, **case.pop("fp8_settings"))
+    return launch(
+        "export", ranks=4, module="tests.weight_sync.push_programs", path=folder / family,
+        fp8_path=folder / "wide", bucket_bytes=BUCKET_BYTES, key=f"test-{folder.name}", **case,
+    )  # fmt: skip
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+@pytest.mark.parametrize("when", ["first", "second"])
+def test_every_node_gets_the_tensors_of_the_bridges_export_bit_for_bit(ranks, when):
+    """`second`: after all weights have changed, through the same buckets."""
+    receivers = [rank for rank in ranks if rank["records"]]
+    assert {rank["node"] for rank in receivers} == {rank["node"] for rank in ranks}
+    for rank in receivers:
+        bridge, pushed = rank[when]
+        assert len(bridge) > 40 and same(pushed, bridge)
+    assert not same(receivers[0]["first"][1], receivers[0]["second"][1])
+
+
+def test_no_parameter_of_these_families_needs_the_bridges_communication(ranks):
+    assert all(rank["irregular"] == 0 for rank in ranks)
+
+
+def test_tensors_that_only_the_bridge_can_make_arrive_too(ranks):
+    for rank in ranks:
+        if rank["records"]:
+            assert same(rank["all irregular"], rank["second"][0])
+
+
+def test_buckets_on_the_ranks_own_devices_hold_the_same_on_each(ranks):
+    """As on GPUs, but for the handles: every rank sums what all of its node have written."""
+    for rank in ranks:
+        if rank["records"]:
+            assert same(rank["on devices"]["tensors"], rank["second"][0])
+
+
+def test_a_device_bucket_is_opened_once_an_update_even_after_one_that_failed_and_then_given_back(ranks):
+    for rank in ranks:
+        seen = rank["on devices"]
+        assert len(seen["kept"]) == 2 and seen["left"] == 0
+        if rank["records"]:
+            assert len(seen["opened"]) == len(set(seen["opened"])) == 2
+            assert seen["ends"] == [False] * (len(seen["ends"]) - 1) + [True]
+
+
+def test_blockwise_fp8_is_that_of_the_whole_tensors_bit_for_bit(ranks):
+    for rank in ranks:
+        bridge, pushed, own, irregular = rank["fp8"]
+        assert own > 0 and irregular > 0, "both ways have to be there"
+        if rank["records"]:
+            expected = dict(quantized(bridge.items()))
+            assert any(name.endswith("_scale_inv") for name in expected)
+            assert same(
+                {name: _bits(tensor) for name, tensor in pushed.items()},
+                {name: _bits(tensor) for name, tensor in expected.items()},
+            )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """FP8 as bytes: torch does not compare it."""
+    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
+
+
+def test_the_extra_memory_is_two_buckets_a_node_and_less_than_one_to_cross_nodes(ranks):
+    for rank in ranks:
+        sizes = list(rank["files"].values())
+        assert len(sizes) == 2 and max(sizes) <= BUCKET_BYTES
+        if not rank["records"]:  # a recording rank keeps a copy of everything
+            assert rank["grew"] < max(sizes), rank["grew"]
+
+
+def test_count_bytes_and_names_go_with_the_last_bucket(ranks):
+    receiver = next(rank for rank in ranks if rank["records"])
+    tensors = receiver["second"][0]
+    count, total, buckets = receiver["report"]
+    assert (count, total) == (len(tensors), sum(t.nbytes for t in tensors.values())) and buckets > 2
+    assert receiver["positions"] == [False] * (buckets - 1) + [True]
+    assert {name: tuple(shape) for name, _, shape in receiver["manifest"]} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+
+
+def test_a_bucket_that_one_engine_refuses_is_raised_on_all_ranks_and_no_version_follows(ranks):
+    for rank in ranks:
+        assert rank["refused"] == "engine 7 refused the weights"
+        assert rank["calls"] == ["begin", 1, "begin", 2, "begin"]
+
+
+def test_the_buckets_are_gone_afterwards(ranks):
+    names = [name for rank in ranks for name in rank["files"]]
+    assert names and not any(Path("/dev/shm", name).exists() for name in names)
