@@ -1,12 +1,21 @@
 """The few kinds of failure a user can meet; every message says what, where, and what to do."""
 
+from __future__ import annotations
+
+from typing import ClassVar
+
 
 class PmdError(Exception):
     """Any failure that is reported to the user as one message, without a traceback."""
 
+    refuses: ClassVar[bool] = False
+    """Whether a person has to mend something first: started again, the run would end the same way."""
+
 
 class ConfigError(PmdError):
     """The configuration is wrong: unknown key, value out of range, numbers that do not divide."""
+
+    refuses = True
 
 
 class LayoutError(ConfigError):
@@ -16,9 +25,13 @@ class LayoutError(ConfigError):
 class DataError(PmdError):
     """A prompt file is empty, malformed or missing; names the file and the line."""
 
+    refuses = True
+
 
 class ModelError(PmdError):
     """A model folder is incomplete, or a tensor in it is missing or has the wrong shape."""
+
+    refuses = True
 
 
 class EngineError(PmdError):
