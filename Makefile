@@ -29,7 +29,7 @@ help:
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
-	@echo "make docs       write docs/configuration.md from the configuration's docstrings"
+	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
 	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
 
@@ -94,6 +94,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/python -m tools.write_proof_table
 
 docs-site: $(DOCS)/.installed
 	@$(DOCS)/bin/python tools/stage_docs.py build/docs
