@@ -187,6 +187,7 @@ def where(test: Callable[..., None]) -> str:
 def page() -> str:
     """docs/proofs.md."""
     columns = proofs()
+    kinds = {columns[0].title, *(layout_proof(kind).title for kind in KINDS)}
     layouts = [
         (NAMES[family], words(layout), str(ranks_of(name))) for name, (family, layout) in LAYOUTS.items()
     ]
@@ -206,10 +207,10 @@ def page() -> str:
     parts = [
         HEAD,
         "## Families and proofs\n",
-        table(
-            ["family", *(column.title for column in columns)],
-            [[NAMES[family], *(column.mark(family) for column in columns)] for family in FAMILIES],
-        ),
+        "Parallelism, by the key under `layout`:\n",
+        matrix([column for column in columns if column.title in kinds]),
+        "The rest of a model's way, from a checkpoint to a whole run:\n",
+        matrix([column for column in columns if column.title not in kinds]),
         LEGEND,
         "## What each column compares\n",
         table(
@@ -231,6 +232,14 @@ def page() -> str:
         table(["recipe", "model", "layout", "GPUs"], map(row_of_recipe, sorted(test_planning.ON_GPUS))),
     ]
     return "\n".join(parts)
+
+
+def matrix(columns: list[Proof]) -> str:
+    """A row a family."""
+    return table(
+        ["family", *(column.title for column in columns)],
+        [[NAMES[family], *(column.mark(family) for column in columns)] for family in FAMILIES],
+    )
 
 
 def grouped(columns: list[Proof]) -> Iterable[Iterable[Proof]]:
