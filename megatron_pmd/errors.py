@@ -64,9 +64,5 @@ class LaunchError(PmdError):
     """A job cannot be submitted, or a node of it cannot take part; names the node."""
 
 
-class AlarmStop(PmdError):
-    """An alarm that is configured to stop the run has; a checkpoint was written."""
-
-
 class Interrupted(PmdError):
     """The user or the system asked the run to end; it can be resumed."""

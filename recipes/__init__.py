@@ -42,7 +42,7 @@ def configuration(name_or_file: str, settings: list[str]) -> RunConfig:
     Raises ConfigError for an unknown recipe, naming those there are.
     """
     if not name_or_file.endswith(".json"):
-        return override(recipe(name_or_file), settings)
+        return override(recipe(name_or_file), settings).resolved()
     if not Path(name_or_file).is_file():
         raise ConfigError(f"{name_or_file}: no such file")
-    return override(load(Path(name_or_file)), settings)
+    return override(load(Path(name_or_file)), settings).resolved()

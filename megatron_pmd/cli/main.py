@@ -14,7 +14,8 @@ from megatron_pmd.cli import cluster
 from megatron_pmd.cli.convert import app as convert
 from megatron_pmd.cli.extras import needs
 from megatron_pmd.cli.train import train
-from megatron_pmd.errors import Interrupted, PmdError
+from megatron_pmd.errors import PmdError
+from megatron_pmd.outcome import RunOutcome
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -82,12 +83,13 @@ for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.log
 
 
 def main(command: Callable[[], object] = app) -> None:
-    """Entry point; a PmdError is one message and exit code 1, not a traceback."""
+    """Entry point; a PmdError is one message and its outcome's exit code, not a traceback."""
     try:
         command()
     except PmdError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(130 if isinstance(error, Interrupted) else 1)
+        outcome = RunOutcome.of(error)
+        typer.secho(str(outcome), fg=typer.colors.RED, err=True)
+        sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":

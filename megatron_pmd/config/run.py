@@ -17,6 +17,10 @@ StopAfter = Literal["rollout"]
 """Phases after which a run can be asked to stop."""
 
 
+LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-3), "bf16": (1e-1, 5.0)}
+"""Mean and largest |log π_actor − log π_engine| that kernels of a precision explain (docs/benchmarks.md)."""
+
+
 class Batch(Frozen):
     prompts_per_rollout: PositiveInt
     """Prompts sampled per iteration, over all engines."""
@@ -127,6 +131,18 @@ class RunConfig(Frozen):
     def tokens_per_pass(self) -> int:
         """Tokens of one forward pass, over the ranks that share out its sequences."""
         return self.batch.max_tokens_per_microbatch * self.layout.context
+
+    @property
+    def log_prob_bounds(self) -> tuple[float, float]:
+        """Bounds in force on the mean and the largest |log π_actor − log π_engine|."""
+        mean, largest = LOG_PROB_BOUNDS[self.model.precision]
+        return self.sync.mean_log_prob_difference or mean, self.sync.max_log_prob_difference or largest
+
+    def resolved(self) -> RunConfig:
+        """With what follows from other settings written out: a run's config.json says what is in force."""
+        mean, largest = self.log_prob_bounds
+        bounds = {"mean_log_prob_difference": mean, "max_log_prob_difference": largest}
+        return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
 
     def needs_cuda(self) -> list[str]:
         """The settings that nothing but CUDA can carry out, as `key=value`."""

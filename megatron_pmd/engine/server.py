@@ -1,4 +1,4 @@
-"""A server as a child process: started under a warden, watched, stopped with everything it started."""
+"""A server as a child process: started under a supervisor, watched, stopped with everything it started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_pmd.errors import EngineError
 POLL_SECONDS = 0.2
 LOG_TAIL_LINES = 15
 LOOPBACK = "127.0.0.1"
-WARDEN = Path(__file__).parent / "warden.py"
+SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
 # What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
 TORCHRUN_VARIABLES = (
@@ -116,14 +116,14 @@ class ServerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WARDEN), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), *command],
                 env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 
     @property
     def pid(self) -> int:
-        """Process id of the warden: every process of the server descends from it."""
+        """Process id of the supervisor: every process of the server descends from it."""
         return self._process.pid
 
     def alive(self) -> bool:
@@ -164,7 +164,7 @@ class ServerProcess:
         try:
             self._process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # the server's main process goes with its warden
+            self._process.kill()  # the server's main process goes with its supervisor
             self._process.wait()
 
     def _where(self) -> str:

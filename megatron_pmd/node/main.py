@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import AlarmStop, ConfigError, DataError, LayoutError, ModelError, PmdError
+from megatron_pmd.errors import ConfigError, DataError, LayoutError, ModelError, PmdError
 from megatron_pmd.node.allocation import Place
 
 # what a person has to mend: starting again would end the same way
-REFUSALS = (AlarmStop, ConfigError, DataError, ModelError)
+REFUSALS = (ConfigError, DataError, ModelError)
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
 def _run(place: Place) -> str:
     from megatron_pmd.node import preflight
     from megatron_pmd.node.ranks import Nodes, run_ranks
-    from megatron_pmd.observe.folder import is_complete, status
+    from megatron_pmd.observe.summary import is_complete
     from recipes import configuration
 
     config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
@@ -51,8 +51,10 @@ def _run(place: Place) -> str:
     address = preflight.check_nodes(config, folder, place).address
     replay = os.environ.get("PMD_REPLAY")
     nodes = Nodes(place.nodes, place.rank, place.ranks_per_node, place.rendezvous, place.attempt, address)
-    run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
-    return status(folder) or "failed"
+    outcome = run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
+    if outcome.error:
+        raise PmdError(str(outcome))
+    return outcome.status.value
 
 
 def _check(config: RunConfig, folder: Path, place: Place) -> None:

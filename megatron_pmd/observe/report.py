@@ -77,7 +77,7 @@ def write_report(run_folder: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=run.config.get("name", run_folder.name),
         status=(run.summary or {}).get("status", "unfinished"),
-        error=(run.summary or {}).get("error"),
+        reason=(run.summary or {}).get("reason"),
         model=(run.config.get("model") or {}).get("path", ""),
         tiles=_tiles(run),
         charts=drawn,

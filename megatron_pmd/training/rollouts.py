@@ -41,11 +41,18 @@ class RolloutSource(Protocol):
     parts: Parts
     """What the phases spend their time on."""
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
-        """Samples for the plan, graded; [] on ranks other than the driver, whose plan is None.
+    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
+        """The rollout of the plan's iteration: complete groups, graded.
 
+        [] on ranks other than the driver, whose plan is None.
+
+        Each sample says which of its tokens were sampled under which weight version (Sample.segments): a
+        source may have begun them in earlier iterations, or produced them while others were trained on.
         actor: whose weights an engine is given that has to be started again.
         """
+
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        """Samples for the plan, drawn now, under the actor's weights; only of live engines. As take()."""
 
     def make_room(self) -> None:
         """Before there is an actor: engines have started, and have left the device to it."""
@@ -103,6 +110,9 @@ class LiveEngines:
             verify=config.sync.verify == "full",
             on_device=not cpu,
         )
+
+    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
+        return self.draw(plan, actor, "rollout")
 
     def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
@@ -232,6 +242,9 @@ class WithoutEngines:
 
     def make_room(self) -> None: ...
 
+    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+        raise AssertionError(f"{title}: only live engines are asked for more than rollouts")
+
     def release(self) -> None: ...
 
     def load(self, actor: Actor, version: int) -> PushReport:
@@ -255,7 +268,7 @@ class ReplayedRollouts(WithoutEngines):
             raise DataError(f"{path}: no such rollout file or folder")
         self._path, self._control = path, control
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
         """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
         return self._control.on_driver(lambda: self._read(plan)) or []
 
@@ -275,7 +288,7 @@ class Demonstrations(WithoutEngines):
         super().__init__()
         self._control, self._tokenizer = control, tokenizer
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
         return demonstrations(plan.problems, self._tokenizer) if plan else []
 
 

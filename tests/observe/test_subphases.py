@@ -9,6 +9,7 @@ import pytest
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.report import write_report
 from megatron_pmd.observe.subphases import Part, Parts, together
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.observe.synthetic_run import make_config
 
 
@@ -53,7 +54,7 @@ def test_the_ledger_keeps_parts_with_their_phase_and_the_report_lists_them_below
     journal.iteration(0)
     with journal.phase("sync") as phase:
         phase.parts = together([[Part("part-of-sync", 0.25, 1_000_000)]])
-    journal.finish("complete")
+    journal.finish(RunOutcome(Status.COMPLETE))
     [line] = map(json.loads, (tmp_path / "run" / "ledger.jsonl").read_text().splitlines())
     assert line["phase"] == "sync" and [p["part"] for p in line["parts"]] == ["part-of-sync"]
     page = write_report(tmp_path / "run").read_text()

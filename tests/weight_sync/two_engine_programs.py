@@ -159,7 +159,7 @@ def two_engines(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _server(trial: Trial) -> int:
-    """The engine's main process: it answers requests, and its warden outlives it."""
+    """The engine's main process: it answers requests, and its supervisor outlives it."""
     return psutil.Process(trial.engine.pid).children()[0].pid
 
 

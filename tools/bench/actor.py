@@ -1,4 +1,4 @@
-"""What the actor costs beside its passes (those: tools/bench_loop.py --only update).
+"""What the actor costs beside its passes (those: tools/bench/loop.py --only update).
 
 python -m tools.bench.actor checkpoint    # 135 M parameters in bf16, two data-parallel ranks; 2 minutes
 python -m tools.bench.actor memory        # peak of the log-probabilities' allocations, by the size of a chunk
