@@ -13,7 +13,9 @@ from megatron_pmd.config import Frozen, explain
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.hardware import DEVICES, Machines
 
-PROFILES = Path(__file__).parents[2] / "slurm" / "clusters"
+SLURM_FILES = Path(__file__).with_name("slurm")
+"""In a checkout a link to the folder slurm/ at the root; in an installed package its files."""
+PROFILES = SLURM_FILES / "clusters"
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 """Of the environment; nemo-run writes them in upper case, so others would differ between the two ways."""

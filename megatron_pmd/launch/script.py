@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.engine.placement import check_parts
 from megatron_pmd.errors import ConfigError, LayoutError
-from megatron_pmd.launch.cluster import Cluster
+from megatron_pmd.launch.cluster import SLURM_FILES, Cluster
 
-TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+TEMPLATE = SLURM_FILES / "train.sbatch"
 DIVIDING_LINE = "# --- from here on"
 
 
