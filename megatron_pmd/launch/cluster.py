@@ -86,8 +86,8 @@ class Cluster(Frozen):
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
     host_python: str = "python3"
-    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts the
-    job again; a relative path starts at `shared`."""
+    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts
+    the job again; a relative path starts at `shared`."""
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
     scratch: str | None = None
