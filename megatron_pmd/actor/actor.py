@@ -13,12 +13,13 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
-from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
+from megatron_pmd.actor.forward import run_schedule
+from megatron_pmd.actor.log_probs import microbatch_log_probs
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
-from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
+from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
@@ -174,7 +175,7 @@ class Actor:
         batch: RolloutBatch,
         microbatches: batching.Microbatches,
         anchor: torch.Tensor,
-        objective: Objective,
+        objective: Loss,
         learning_rate: float,
         examples: Examples | None = None,
     ) -> StepReport:
@@ -201,7 +202,7 @@ class Actor:
                 advantages=advantages[microbatch.samples].to(logits.device),
             )
             if examples and microbatch.samples and microbatch.samples[0] >= batch.sampled:
-                terms = sft(x)
+                terms = next_token(x)
                 sums.example_loss += float(terms.sum)
                 sums.example_tokens += int(terms.count)
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None

@@ -88,7 +88,7 @@ class RunConfig(Frozen):
     model: Model
     layout: Layout = Layout()
     batch: Batch
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm = Field(default_factory=Algorithm)
     optimizer: Optimizer
     actor: Actor = Actor()
     rollout: Rollout = Rollout()
@@ -170,8 +170,9 @@ class RunConfig(Frozen):
             )
         self._check_lengths()
         self._check_precision()
-        supervised = "algorithm.ptx" if self.algorithm.ptx else "algorithm.objective=sft"
-        if self.actor.experts.replay_routing and (self.algorithm.ptx or self.algorithm.objective == "sft"):
+        objective = self.algorithm.objective
+        supervised = "algorithm.ptx" if self.algorithm.ptx else f"algorithm.objective={objective.name}"
+        if self.actor.experts.replay_routing and (self.algorithm.ptx or objective.supervised):
             raise ConfigError(
                 f"actor.experts.replay_routing with {supervised}: no engine has chosen experts for the "
                 "examples; turn one of them off"
@@ -235,18 +236,22 @@ class RunConfig(Frozen):
             )
 
     def _check_supervision(self) -> None:
-        if self.algorithm.objective != "sft":
+        objective = self.algorithm.objective
+        if not objective.supervised:
             return
         for name, given in (("warm_start", self.warm_start), ("algorithm.ptx", self.algorithm.ptx)):
             if given is not None:
                 raise ConfigError(
-                    f"{name} is supervised training beside a rollout; algorithm.objective=sft has none"
+                    f"{name} is supervised training beside a rollout; algorithm.objective={objective.name} "
+                    "has none"
                 )
         for name in ("group_filter", "partial", "repetition", "function"):
             if getattr(self.rollout, name) is not None:
-                raise ConfigError(f"rollout.{name} is set, but algorithm.objective=sft draws no responses")
+                raise ConfigError(
+                    f"rollout.{name} is set, but algorithm.objective={objective.name} draws no responses"
+                )
         if self.batch.samples_per_prompt != 1:
             raise ConfigError(
-                f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with algorithm.objective=sft a "
-                "problem has one response, its answer; set it to 1"
+                f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with "
+                f"algorithm.objective={objective.name} a problem has one response, its answer; set it to 1"
             )

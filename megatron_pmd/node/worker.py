@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
 from megatron_pmd.outcome import RunOutcome
+from megatron_pmd.plugins import load
 from megatron_pmd.processes import allow_many_files, die_with_parent, quiet
 from megatron_pmd.training.shutdown import Shutdown
 
@@ -94,10 +94,10 @@ def prepare_model(config: RunConfig) -> None:
         return
     if config.model.prepare is None:
         raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
-    module, _, function = config.model.prepare.partition(":")
+    make = load(config.model.prepare, what="model.prepare")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    getattr(importlib.import_module(module), function)(partial)
+    make(partial)
     partial.rename(path)
 
 
@@ -198,7 +198,7 @@ def _rollouts(
     config, control = start.config, start.control
     if start.spec.replay:
         return ReplayedRollouts(Path(start.spec.replay), control)
-    if config.algorithm.objective == "sft":
+    if config.algorithm.objective.supervised:
         return Demonstrations(control, tokenizer)
     rewards: Any = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
     engines = LiveEngines(

@@ -65,7 +65,7 @@ def _grade_and_pack(
     """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch."""
     t = iteration.number
     subproblem = Subproblem(run.config, t)
-    subproblem.grade(samples)
+    subproblem.compute_advantages(samples)
     write_rollout(run.folder / "rollouts" / f"{t}.parquet", samples, t)
     if not subproblem.supervised:
         drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
@@ -153,7 +153,7 @@ def update(
     global_step = iteration.number * run.config.batch.steps_per_rollout + step
     rate = learning_rate(run.config.optimizer, global_step)
     examples = _examples_of(run, batch, subproblem, step)
-    report = run.actor.update(batch, microbatches, anchor.log_probs, subproblem.objective, rate, examples)
+    report = run.actor.update(batch, microbatches, anchor.log_probs, subproblem.loss, rate, examples)
     reports = run.control.gather(report)
     if reports is not None:
         values = step_values(batch, reports, subproblem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_pmd.algorithm.losses import sft
+from megatron_pmd.algorithm.losses import next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.training.trainer import Trainer
@@ -26,7 +26,7 @@ def warm_start(run: Trainer) -> None:
         batch: RolloutBatch = run.control.from_driver(packed)
         microbatches = run.actor.microbatches(batch, np.arange(len(batch)))
         no_anchor = torch.zeros(len(batch.tokens))
-        report = run.actor.update(batch, microbatches, no_anchor, sft, settings.learning_rate)
+        report = run.actor.update(batch, microbatches, no_anchor, next_token, settings.learning_rate)
         reports = run.control.gather(report)
         if reports is not None:
             loss = sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports)

@@ -20,7 +20,7 @@ SUPERVISED = [
     "optimizer.learning_rate=2e-3",
 ]  # fmt: skip
 OTHERWISE = [
-    "algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true",
+    "algorithm.objective=grpo", "algorithm.objective.divide_by_deviation=true",
     "algorithm.mismatch.weight=token_tis", "algorithm.ptx.weight=0.5", "algorithm.ptx.examples_per_step=6",
     "algorithm.ptx.source.kind=reasoning_gym", "algorithm.ptx.source.task=spell_backward",
     "algorithm.ptx.source.size=20", "optimizer.reset_every_iteration=true",

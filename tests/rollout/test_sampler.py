@@ -241,7 +241,7 @@ def test_log_probs_that_do_not_fit_the_tokens_are_refused():
 
 
 def test_a_function_that_cannot_be_imported_or_called_is_refused():
-    with pytest.raises(ConfigError, match="'no_such_module:f' cannot be imported"):
+    with pytest.raises(ConfigError, match="'no_such_module:f': no_such_module cannot be imported"):
         rollout_function("no_such_module:f")
     with pytest.raises(ConfigError, match="is a str, not a function"):
         rollout_function("megatron_pmd.rollout.trajectory:INSERTED")

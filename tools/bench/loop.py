@@ -284,9 +284,9 @@ def bench_outside(run: Path) -> list[Row]:
 
 def bench_first_rollout(run: Path, begun: float | None) -> list[Row]:
     """Where the time goes until the first rollout is on disk; begun: when the command was given, if known."""
-    order = (run / "logs" / "order-0.json").stat().st_mtime
-    rows = [row("command: Python and its imports", [order - begun if begun else _import_seconds()], "s")]
-    earlier = order
+    started = (run / "logs" / "job-0.json").stat().st_mtime
+    rows = [row("command: Python and its imports", [started - begun if begun else _import_seconds()], "s")]
+    earlier = started
     for what, mark in (
         ("ranks: imports, process groups, run folder", run / "config.json"),
         ("problems, reward workers", run / "logs" / "engine-0.log.yaml"),

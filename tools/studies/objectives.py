@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 OBJECTIVES = {
     "pmd_mean": ["algorithm.objective=pmd", "algorithm.baseline=mean"],
     "pmd_partition": ["algorithm.objective=pmd", "algorithm.baseline=partition"],
-    "grpo": ["algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true"],
+    "grpo": ["algorithm.objective=grpo", "algorithm.objective.divide_by_deviation=true"],
     "gspo": ["algorithm.objective=gspo"],
 }
 COLOURS = {"pmd_mean": "#1f5fa8", "pmd_partition": "#2a9d7c", "grpo": "#b5471d", "gspo": "#8f78d8"}
