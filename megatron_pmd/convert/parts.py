@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass
-class Record:
+class PartRecord:
     """What a finished part leaves: each Hugging Face tensor's shape, dtype and hash; where it was written."""
 
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": DTYPE_NAMES[tensor.dtype]}
 
 
-class Workshop:
+class ConversionJob:
     """The folder a conversion is made in, `OUT.partial`, until it is published as OUT."""
 
     def __init__(self, out: Path, order: dict[str, Any], control: Control) -> None:
@@ -124,8 +124,8 @@ class Workshop:
             write_whole(path, json.dumps(order))
 
     def work(
-        self, parts: Sequence[Part], convert: Callable[[Part, Callable[[int], None]], Record]
-    ) -> list[Record]:
+        self, parts: Sequence[Part], convert: Callable[[Part, Callable[[int], None]], PartRecord]
+    ) -> list[PartRecord]:
         """Convert this rank's share of the parts that are not done; all parts' records, on every rank.
 
         convert: does one part; is given a function to tell how many more bytes are done. A rank's PmdError is
@@ -146,7 +146,7 @@ class Workshop:
                         write_whole(path, json.dumps(asdict(record)))
 
         control.on_all(convert_share)
-        return [Record(**json.loads(self._record(part).read_text())) for part in parts]
+        return [PartRecord(**json.loads(self._record(part).read_text())) for part in parts]
 
     def _record(self, part: Part) -> Path:
         return self.records / f"part-{part.number:05}.json"
@@ -205,7 +205,7 @@ def places(parameter: Parameter) -> dict[str, Any]:
     }
 
 
-def tensors_of(records: Sequence[Record], expected: Iterable[str]) -> dict[str, dict[str, Any]]:
+def tensors_of(records: Sequence[PartRecord], expected: Iterable[str]) -> dict[str, dict[str, Any]]:
     """All parts' Hugging Face tensors by name.
 
     Raises CheckpointError naming one that is in no part, in two, or not of the model.

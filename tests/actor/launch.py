@@ -57,7 +57,7 @@ def launch(
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def obey(programs: Mapping[str, Any]) -> None:
+def run_program(programs: Mapping[str, Any]) -> None:
     """What a module of programs does when launch() starts it: run the one asked for, keep its value."""
     torch.set_num_threads(1)
     order = Path(sys.argv[1])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 PROJECT = Path(__file__).parents[2]
@@ -75,6 +76,20 @@ class CommandLine:
 
     def phases(self, name: str) -> list[tuple[int, str]]:
         return [(line["iteration"], line["phase"]) for line in self.lines(name, "ledger.jsonl")]
+
+    def running_requests(self, name: str) -> int:
+        """Responses that the run's engine is decoding, as it says itself; 0 while it does not answer.
+
+        Of each, at least one token is sampled.
+        """
+        options = json.loads((self.path(name) / "logs" / "engine-0.log.yaml").read_text())
+        headers = {"Authorization": f"Bearer {options['api-key']}"}
+        url = f"http://{options['host']}:{options['port']}/v1/loads"
+        try:
+            loads = httpx.get(url, headers=headers, timeout=5, trust_env=False).json()["loads"]
+        except httpx.HTTPError:
+            return 0
+        return sum(load["num_running_reqs"] for load in loads)
 
     def summary(self, name: str) -> dict[str, Any]:
         return json.loads((self.path(name) / "summary.json").read_text())

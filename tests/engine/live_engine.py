@@ -15,6 +15,7 @@ from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.weight_sync.bucket import SharedBucket
+from tests.weight_sync.filling import fill
 
 KEY, ADMIN_KEY = "a-key-nobody-else-has", "another-for-what-changes-the-engine"
 PROMPTS = [[5, 6, 7, 8], [100, 90, 80, 70, 60, 50, 40, 30, 20, 10], [11] * 7, [300]]
@@ -81,20 +82,13 @@ def bucket():
     bucket.close()
 
 
-def fill(bucket: SharedBucket, model) -> dict:
-    bucket.clear()
-    for name, tensor in model.state_dict().items():
-        bucket.place(name, tensor)
-    return bucket.description()
-
-
 def update(control: EngineControl, bucket: SharedBucket, model, version: int) -> None:
     """The whole exchange of one iteration, in the order that a GPU needs."""
     control.release(["kv_cache"])
     control.release(["weights"])
     control.resume(["weights"])
     control.begin_update()
-    control.load_bucket(fill(bucket, model))
+    control.load_bucket(fill(bucket, model.state_dict()))
     control.end_update(version)
     control.resume(["kv_cache"])
     control.flush_cache()

@@ -24,7 +24,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.rollouts import LiveEngines
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.weight_sync.faulty_transport import Fault, FaultyTransport
 
@@ -214,4 +214,4 @@ def _message(action: Callable[[], None]) -> str:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

@@ -19,7 +19,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.rollouts import LiveEngines
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.engine.live_engine import generate
 from tests.weight_sync.faulty_transport import FaultyTransport
@@ -84,4 +84,4 @@ def _with_damage(engines: LiveEngines, actor: Actor) -> str:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

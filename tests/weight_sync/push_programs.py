@@ -25,7 +25,7 @@ from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 
 
@@ -205,4 +205,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

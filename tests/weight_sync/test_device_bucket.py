@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from megatron_pmd.weight_sync import device_bucket, loader
-from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.bucket import BucketLayout, SharedBucket
 from megatron_pmd.weight_sync.device_bucket import HANDLE_ARGUMENTS, DeviceBucket, open_handle
 
 SENT = (b"\x00handle", 4096, 512, False, b"counter", 3, b"\xffevent", True)
@@ -59,8 +59,7 @@ def opened(monkeypatch):
 
 
 def described(bucket, value: float, **more):
-    bucket.layout.clear()
-    bucket.data.zero_()
+    bucket.begin(BucketLayout(bucket.capacity))
     entry = bucket.layout.add("w", "float32", (10,))
     bucket.tensor(entry).fill_(value)
     return bucket.description(places={"handles": [["ab", 1]]}) | more

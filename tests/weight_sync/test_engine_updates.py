@@ -24,7 +24,6 @@ from tests.engine.live_engine import (
     bucket,
     control,
     engine,
-    fill,
     folder,
     generate,
     largest_difference,
@@ -33,6 +32,7 @@ from tests.engine.live_engine import (
     update,
 )
 from tests.engine.only_rank import OnlyRank
+from tests.weight_sync.filling import fill
 
 pytestmark = [
     pytest.mark.serial,
@@ -44,7 +44,7 @@ FIXTURES = (folder, models, starting, engine, control, bucket)
 
 def test_a_corrupt_bucket_is_refused_by_name_and_the_engine_takes_the_next(control, engine, bucket, models):
     control.begin_update()
-    description = fill(bucket, models[1])
+    description = fill(bucket, models[1].state_dict())
     bucket.data[77] ^= 1
     with pytest.raises(EngineError, match=rf"engine 3 .*weight bucket test-{os.getpid()}#1: .*checksum"):
         control.load_bucket(description)
@@ -63,19 +63,14 @@ def test_a_wrong_shape_or_an_unknown_weight_is_refused_and_the_version_withdrawn
         ("model.layers.0.mlp.nonsense.weight", torch.ones(7), "nonsense.weight not found"),
     ]:
         control.begin_update()
-        bucket.clear()
-        bucket.place(name, tensor)
         with pytest.raises(EngineError, match=reason):
-            control.load_bucket(bucket.description())
+            control.load_bucket(fill(bucket, {name: tensor}))
         assert control.weight_version() is None and engine.alive()
 
 
 def send(control: EngineControl, bucket: SharedBucket, tensors, name: str, **last) -> None:
     """One bucket of an update, through the loader's accounts."""
-    bucket.clear()
-    for key, tensor in tensors:
-        bucket.place(key, tensor)
-    control.load_bucket(bucket.description() | {"update": {"name": name} | last})
+    control.load_bucket(fill(bucket, dict(tensors)) | {"update": {"name": name} | last})
 
 
 def manifest(model) -> list:
@@ -128,10 +123,7 @@ def through(transport, bucket: SharedBucket, model, version: int) -> None:
     transport.begin()
     transport.connect()
     for part in (tensors[:9], tensors[9:]):
-        bucket.clear()
-        for name, tensor in part:
-            bucket.place(name, tensor)
-        transport.load(bucket, bucket.description())
+        transport.load(bucket, fill(bucket, dict(part)))
     transport.end(version)
 
 
@@ -141,7 +133,7 @@ def engines(engine, models, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PMD_SERVER_KEY", KEY)
     monkeypatch.setenv("PMD_SERVER_ADMIN_KEY", ADMIN_KEY)
     config = config_for(folder / "model-0").model_copy(
-        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
+        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=60, restarts=1)}
     )
     engines = LiveEngines(config, ALONE, tmp_path, None, None, Console(), cpu=True)
     yield engines
@@ -196,7 +188,7 @@ def test_a_broadcast_that_the_engine_refuses_ends_within_its_deadline_and_the_ne
     control.end_update(30)
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"engine 3 .*must run between begin_weight_update"):
-        transport.load(bucket, fill(bucket, models[0]))
+        transport.load(bucket, fill(bucket, models[0].state_dict()))
     assert time.monotonic() - begun < 20
     through(transport, bucket, models[0], 31)
     control.flush_cache()

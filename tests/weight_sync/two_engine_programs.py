@@ -21,7 +21,7 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rollout.groups import RolloutGroups
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
@@ -171,4 +171,4 @@ def _kill_router(trial: Trial) -> None:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())
