@@ -48,6 +48,12 @@ def config() -> RunConfig:
             "algorithm.objective.name=tests.test_config:Silent",
             "Silent.counts must be one of sequences, tokens",
         ),
+        (
+            "sync.transport=icp",
+            "'icp' is no transport (did you mean ipc?); use broadcast, disk, ipc,",
+        ),
+        ("rollout.router_policy=robin", "use round_robin, cache_aware, manual"),
+        ("reward.name=exacct", "'exacct' is no reward (did you mean exact?)"),
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_pmd.config import Model, Rollout, RouterPolicy
+from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, free_port, inherited_environment
 from megatron_pmd.engine.server_args import check_options, server_options
 from megatron_pmd.errors import ConfigError
@@ -221,7 +221,7 @@ class RouterSpec:
     host: str = LOOPBACK
     api_key: str | None = None
     """The engines' key."""
-    policy: RouterPolicy = "round_robin"
+    policy: str = "round_robin"
 
     @property
     def url(self) -> str:
