@@ -85,7 +85,7 @@ class Cluster(Frozen):
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
     host_python: str = "python3"
-    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts the
+    """On the nodes, outside the container: 3.9 or newer, without packages. Decides whether Slurm starts the
     job again; a relative path starts at `shared`."""
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
