@@ -54,7 +54,7 @@ class Subproblem:
     def count(self, batch: RolloutBatch, samples: np.ndarray) -> int:
         """What the objective's sum over these samples is divided by: sequences, or counted tokens."""
         if self.config.algorithm.objective in TOKEN_OBJECTIVES:
-            return int(np.add.reduceat(batch.counted, batch.offsets[:-1], dtype=np.int64)[samples].sum())
+            return int(batch.counted_lengths[samples].sum())
         return len(samples)
 
     def grade(self, samples: list[Sample]) -> None:

@@ -34,6 +34,7 @@ from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
 from megatron_pmd.training.checkpoints import Saving
 from megatron_pmd.training.metrics import step_values, success_rates
 from megatron_pmd.training.rollouts import RolloutSource, check_plan, evaluation_plan, train_plan
+from megatron_pmd.training.shares import distribute
 from megatron_pmd.training.shutdown import CHECKED, Ending, HaltRequested
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.training.warm_start import warm_start
@@ -179,6 +180,7 @@ class Run:
         if plan is not None and self.rollouts.live:
             self._note(plan.groups)
         batch: RolloutBatch | None = None
+        packed: list[Sample] = []
         if plan is not None:
             if self.rollouts.live:
                 self._kept = plan.kept
@@ -190,10 +192,14 @@ class Run:
                 drawn = [*samples, *plan.dropped_samples(self._tokenizer)]
                 self.problems.train.record(success_rates(drawn, self.config.reward.correct))
                 self._iteration_values |= rollout_values(samples)
-            batch = RolloutBatch.pack(
-                samples, subproblem.temperature, examples=self._examples(), weight_version=t
+            examples = self._examples()
+            packed = [*samples, *examples]
+            batch = RolloutBatch.describe(
+                packed, subproblem.temperature, examples=len(examples), weight_version=t
             )
-        self._batch = batch = self.control.from_driver(batch)
+        self._batch = batch = distribute(
+            batch, packed, self._trained_here, self.control, say=self._console.say
+        )
         if self.config.actor.experts.replay_routing:
             batch.check_routing(self.actor.routing_width)
         if self._stop_after == "rollout":
@@ -223,9 +229,26 @@ class Run:
         """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
         partial = self.config.rollout.partial
         batch.refuse_undeclared_versions(partial.max_staleness if partial else 0)
+        return [self.actor.microbatches(batch, samples) for samples in self._responses_of_steps(batch)]
+
+    def _responses_of_steps(self, batch: RolloutBatch) -> list[np.ndarray]:
+        """The responses of each optimizer step."""
         groups = batch.groups[: batch.sampled]
-        steps = batching.steps_of_groups(groups, self.config.batch.prompts_per_step)
-        return [self.actor.microbatches(batch, samples) for samples in steps]
+        return batching.steps_of_groups(groups, self.config.batch.prompts_per_step)
+
+    def _trained_here(self, batch: RolloutBatch) -> np.ndarray:
+        """The samples that this rank trains on, examples included."""
+        steps = self._responses_of_steps(batch)
+        if self.config.algorithm.ptx is not None:
+            steps = steps + [self._example_numbers(batch, step) for step in range(len(steps))]
+        return self.actor.share(batch, steps)
+
+    def _example_numbers(self, batch: RolloutBatch, step: int) -> np.ndarray:
+        """Which samples are the supervised examples of an optimizer step."""
+        ptx = self.config.algorithm.ptx
+        assert ptx is not None, "asked only where there are some"
+        first = batch.sampled + step * ptx.examples_per_step
+        return np.arange(first, first + ptx.examples_per_step)
 
     def anchor(self, batch: RolloutBatch, steps: list[batching.Microbatches]) -> AnchorReport:
         """log π_t of every sampled token; compares it with what the engines computed for the same weights.
@@ -299,8 +322,7 @@ class Run:
         ptx = self.config.algorithm.ptx
         if ptx is None:
             return None
-        first = batch.sampled + step * ptx.examples_per_step
-        examples = np.arange(first, first + ptx.examples_per_step)
+        examples = self._example_numbers(batch, step)
         per_step = self.config.batch.samples_per_step
         responses = np.arange(step * per_step, (step + 1) * per_step)
         mean = 1 / int(batch.response_lengths[examples].sum())
@@ -358,8 +380,8 @@ class Run:
             self._iteration_values |= {
                 "weight_version": t,
                 "rollout/tokens_per_second": int(batch.response_lengths.sum()) / seconds["rollout"],
-                "anchor/tokens_per_second": len(batch.tokens) / seconds["anchor"],
-                "update/tokens_per_second": len(batch.tokens) / seconds["update"],
+                "anchor/tokens_per_second": int(batch.lengths.sum()) / seconds["anchor"],
+                "update/tokens_per_second": int(batch.lengths.sum()) / seconds["update"],
             }
             self.journal.log("iteration", self._iteration_values)
             self._console.iteration(self.journal.record(t))
@@ -410,7 +432,13 @@ class Run:
             plan = check_plan(self.config, problems, final)
         samples = self._draw(plan, "check of the final weights")
         temperature = Subproblem(self.config, final).temperature
-        batch = self.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)
+        batch = distribute(
+            RolloutBatch.describe(samples, temperature) if samples else None,
+            samples,
+            lambda batch: self.actor.share(batch, [np.arange(len(batch))]),
+            self.control,
+            say=self._console.say,
+        )
         self.rollouts.release()
         self.actor.wake()
         self.anchor(batch, [self.actor.microbatches(batch, np.arange(len(batch)))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_pmd.actor.actor import Actor
@@ -14,6 +15,7 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.distributed import Control
 from megatron_pmd.observe.journal import Journal
+from megatron_pmd.training.shares import distribute
 
 
 def warm_start(
@@ -33,12 +35,14 @@ def warm_start(
     settings = config.warm_start
     assert settings is not None, "called only when the recipe asks for it"
     for step in range(settings.steps):
-        batch = None
-        if train:
-            samples = demonstrations(train.take(settings.problems_per_step), tokenizer)
-            batch = RolloutBatch.pack(samples, temperature=1.0)
-        batch = control.from_driver(batch)
-        microbatches = actor.microbatches(batch, torch.arange(len(batch)).numpy())
+        samples = demonstrations(train.take(settings.problems_per_step), tokenizer) if train else []
+        batch = distribute(
+            RolloutBatch.describe(samples, temperature=1.0) if train else None,
+            samples,
+            lambda batch: actor.share(batch, [np.arange(len(batch))]),
+            control,
+        )
+        microbatches = actor.microbatches(batch, np.arange(len(batch)))
         no_anchor = torch.zeros(len(batch.tokens))
         report = actor.update(batch, microbatches, no_anchor, sft, settings.learning_rate)
         reports = control.gather(report)
