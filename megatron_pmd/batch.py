@@ -232,7 +232,7 @@ class RolloutBatch:
         examples: Sequence[Sample] = (),
         weight_version: int | None = None,
     ) -> RolloutBatch:
-        """Sampled responses, then supervised examples, and the tokens of all. weight_version: see describe."""
+        """Sampled responses, then supervised examples, all of their tokens. weight_version: see describe."""
         everything = [*samples, *examples]
         known = cls.describe(everything, temperature, examples=len(examples), weight_version=weight_version)
         numbers = np.arange(len(everything))
