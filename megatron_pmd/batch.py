@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_pmd.errors import DataError, StaleWeights
+from megatron_pmd.files import whole_file
 
 NOT_SAMPLED = -1
 """In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
@@ -105,9 +106,8 @@ def write_rollout(path: Path, samples: list[Sample], iteration: int) -> None:
     schema = SCHEMA.with_metadata({"iteration": json.dumps(iteration)})
     table = pa.Table.from_pylist([dataclasses.asdict(s) for s in samples], schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.rename(path)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial)
 
 
 def read_rollout(path: Path) -> tuple[list[Sample], int]:

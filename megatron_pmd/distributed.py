@@ -68,6 +68,22 @@ class Control:
         for piece in data.split(PIECE_BYTES):
             dist.recv(piece, rank, group=self._group)
 
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """Run the action on every rank; all get all results, in rank order, or the first rank's PmdError.
+
+        A rank that failed would not come to the next collective, and the others would wait for it for ever.
+        """
+        outcome: tuple[T | None, PmdError | None]
+        try:
+            outcome = (action(), None)
+        except PmdError as error:
+            outcome = (None, error)
+        outcomes: list[tuple[T, PmdError | None]] = self.all_gather(outcome)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
+
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on the driver; None elsewhere."""
         values = [None] * self.world if self.is_driver else None

@@ -81,7 +81,7 @@ def blocks_held(parameter: torch.Tensor, view: Callable[[torch.Tensor], torch.Te
     """Values and scales of a part of a parameter that is in such blocks already; None if it is not.
 
     parameter  [rows, columns]; Transformer Engine's Float8BlockwiseQTensor with 2-D scaling, or anything else
-    view       cuts whole rows out of a matrix of these rows, as actor/export.py's views do
+    view       cuts whole rows out of a matrix of these rows, as weight_sync/shards.py's views do
     None also where the cut goes through a block: its rows then need a scale that the parameter has not.
     Source: Transformer Engine 2.11, tensor/storage/float8_blockwise_tensor_storage.py (get_metadata; scales
     are padded to four columns).

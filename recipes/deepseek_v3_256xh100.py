@@ -13,6 +13,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
+from megatron_pmd.objectives.pmd import Pmd
 from recipes.dapo import batch_of_the_paper, mathematics, mean_of_32, plus_minus_one
 
 
@@ -29,7 +30,7 @@ def deepseek_v3_256xh100() -> RunConfig:
         model=Model(path="models/DeepSeek-V3-Base", precision="bf16"),
         layout=Layout(tensor=4, pipeline=8, expert=32, data=8),
         batch=batch_of_the_paper(max_tokens_per_microbatch=16384),
-        algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(
             recompute="full",

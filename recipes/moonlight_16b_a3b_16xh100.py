@@ -14,6 +14,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
+from megatron_pmd.objectives.pmd import Pmd
 from recipes.dapo import mathematics, mean_of_32, plus_minus_one
 
 
@@ -36,7 +37,7 @@ def moonlight_16b_a3b_16xh100() -> RunConfig:
             max_prompt_tokens=1024,
             max_response_tokens=7168,
         ),
-        algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(
             recompute="full",

@@ -14,6 +14,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
+from megatron_pmd.objectives.pmd import Pmd
 from recipes.dapo import mathematics, mean_of_32, plus_minus_one
 
 
@@ -36,7 +37,7 @@ def qwen2_5_7b_dapo_8xh100() -> RunConfig:
             max_prompt_tokens=2048,
             max_response_tokens=4096,
         ),
-        algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
         optimizer=Optimizer(learning_rate=1e-6, warmup_steps=10, weight_decay=0.01),
         actor=Actor(recompute="full", timeout_seconds=1800),
         rollout=Rollout(tensor_parallel=2, max_running_requests=256, request_timeout_seconds=3600),

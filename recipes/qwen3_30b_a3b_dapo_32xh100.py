@@ -16,6 +16,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
+from megatron_pmd.objectives.pmd import Pmd
 from recipes.dapo import batch_of_the_paper, mathematics, mean_of_32, plus_minus_one
 
 
@@ -60,7 +61,7 @@ def _paper(name: str, *, tau: float) -> RunConfig:
         model=Model(path="models/Qwen3-30B-A3B-Base", precision="bf16"),
         layout=Layout(tensor=4, expert=8, data=8),
         batch=batch_of_the_paper(max_tokens_per_microbatch=20480),
-        algorithm=Algorithm(baseline="mean", tau=tau, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=tau),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(recompute="full", timeout_seconds=1800),
         rollout=Rollout(tensor_parallel=4, max_running_requests=512, request_timeout_seconds=7200),

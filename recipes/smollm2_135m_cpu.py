@@ -20,6 +20,7 @@ from megatron_pmd.config import (
     RunConfig,
     Sync,
 )
+from megatron_pmd.objectives.pmd import Pmd
 
 ONE_DIGIT_SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -47,7 +48,7 @@ def smollm2_135m_cpu() -> RunConfig:
             max_response_tokens=16,
         ),
         # at 0.1 a step of 32 samples now and then goes too far, and the next rollout falls by 0.2
-        algorithm=Algorithm(baseline="mean", tau=0.3, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.3),
         optimizer=Optimizer(learning_rate=3e-5),
         actor=Actor(threads_per_rank=1),
         rollout=Rollout(max_total_tokens=16384, max_running_requests=64, threads_per_engine=1),

@@ -22,6 +22,7 @@ from megatron_pmd.config import (
     Sync,
     WarmStart,
 )
+from megatron_pmd.objectives.pmd import Pmd
 
 SHORT_WORDS = {"min_word_len": 3, "max_word_len": 6}
 TEMPERATURE = 2.0
@@ -51,7 +52,7 @@ def tiny_moe_cpu() -> RunConfig:
             max_prompt_tokens=16,
             max_response_tokens=8,
         ),
-        algorithm=Algorithm(baseline="mean", tau=0.1, normaliser="response"),
+        algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
         optimizer=Optimizer(learning_rate=2e-4),
         # a router that is nearly undecided would else send a token elsewhere than in the engine, and the
         # check after a sync, which takes no such difference in fp32, would stop the run

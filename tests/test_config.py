@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 from pydantic import ValidationError
 
-from megatron_pmd.config import RunConfig, build, known_keys, override
+from megatron_pmd.config import FileSource, Objective, RunConfig, build, known_keys, override
 from megatron_pmd.errors import ConfigError, LayoutError
-from recipes import RECIPES, configuration, recipe
+from megatron_pmd.objectives.grpo import Grpo
+from megatron_pmd.objectives.gspo import Gspo
+from recipes import RECIPES, recipe
+
+
+class Silent(Objective):
+    """Does not say what it counts."""
 
 
 @pytest.fixture
@@ -28,6 +35,19 @@ def config() -> RunConfig:
         ("seed", "'seed' is not of the form dotted.key=value"),
         ("iterations=many", "iterations: Input should be a valid integer"),
         ("algorithm.tau=0", "algorithm.tau: Input should be greater than 0"),
+        (
+            "algorithm.objective=grop",
+            "'grop' is no objective (did you mean grpo?); use cispo, grpo, gspo, pmd,",
+        ),
+        ("algorithm.objective.scalling=x", "algorithm.objective=pmd (did you mean scaling?)"),
+        ("algorithm.objective.scaling=x", "algorithm.objective.scaling: Input should be 'gradient'"),
+        ("algorithm.scaling=x", "is not a setting (did you mean algorithm.objective.scaling?)"),
+        ("algorithm.objective=7", "algorithm.objective=7 names no objective"),
+        ("algorithm.objective=math:sqrt", "is no subclass of megatron_pmd.config.Objective"),
+        (
+            "algorithm.objective.name=tests.test_config:Silent",
+            "Silent.counts must be one of sequences, tokens",
+        ),
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
@@ -75,12 +95,12 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
         ),
         (["optimizer.moments=bf16", "optimizer.offload=0.5"], "on the host keeps fp32 moments"),
         (
-            ["algorithm.grpo.clip_low=0.1"],
-            "algorithm.grpo is a setting of grpo, not of algorithm.objective=pmd",
+            ["algorithm.objective.clip_low=0.1"],
+            "algorithm.objective.clip_low is a setting of grpo and gspo, not of algorithm.objective=pmd",
         ),
         (
-            ["algorithm.objective=cispo", "algorithm.normaliser=none"],
-            "algorithm.normaliser is a setting of pmd and reinforce",
+            ["algorithm.objective=cispo", "algorithm.objective.normaliser=none"],
+            "algorithm.objective.normaliser is a setting of pmd and reinforce",
         ),
         (["algorithm.mismatch.weight=token_tis"], "a mean over sequences; there are sequence_tis"),
         (
@@ -98,6 +118,10 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
         (["algorithm.mismatch.weight=token_veto", "algorithm.anchor=engine"], "with algorithm.anchor=engine"),
         (["algorithm.anchor=engine", "rollout.partial.extra_groups=2"], "of earlier weights, not of π_t"),
         (["data.sampling=curriculum"], "needs data.train.difficulty_key"),
+        (
+            ["algorithm.objective=sft", "algorithm.mismatch.weight=token_tis"],
+            "no engine has sampled the responses",
+        ),
         (["algorithm.objective=sft"], "warm_start is supervised training beside a rollout"),
         (
             ["algorithm.objective=sft", "warm_start=null"],
@@ -146,8 +170,30 @@ def test_experts_sharded_otherwise_than_megatron_can_sum_are_refused(config: Run
         override(config, ["layout.expert=1", "layout.tensor=2", "layout.expert_tensor=1"])
 
 
-def test_a_resolved_configuration_reads_back_as_itself(config: RunConfig) -> None:
-    assert build(config.model_dump(mode="json")) == config
+@pytest.mark.parametrize("settings", [[], ["algorithm.objective=grpo", "algorithm.objective.clip_low=0.1"]])
+def test_a_resolved_configuration_reads_back_as_itself(config: RunConfig, settings: list[str]) -> None:
+    resolved = override(config, settings)
+    assert build(json.loads(resolved.model_dump_json())) == resolved
+
+
+def test_naming_an_objective_is_the_same_in_three_ways_and_in_any_order(config: RunConfig) -> None:
+    expected = Grpo(clip_low=0.1)
+    for words in (
+        ["algorithm.objective=grpo", "algorithm.objective.clip_low=0.1"],
+        ["algorithm.objective.clip_low=0.1", "algorithm.objective.name=grpo"],
+        ['algorithm.objective={"name": "grpo", "clip_low": 0.1}'],
+    ):
+        found = override(config, words).algorithm.objective
+        assert type(found) is Grpo and found == expected
+        # named again, it keeps what was set; another has none of it
+        again = override(override(config, words), ["algorithm.objective=grpo"])
+        assert again.algorithm.objective == expected
+        assert override(again, ["algorithm.objective=gspo"]).algorithm.objective == Gspo()
+
+
+def test_another_source_puts_aside_the_settings_of_the_recipes(config: RunConfig) -> None:
+    found = override(config, ["data.train.path=x.jsonl", "data.train.kind=file"])
+    assert found.data.train == FileSource(path="x.jsonl")
 
 
 def test_settings_are_frozen(config: RunConfig) -> None:
@@ -161,14 +207,10 @@ def test_every_recipe_builds_and_its_derived_numbers_agree() -> None:
         assert batch.samples_per_rollout == batch.steps_per_rollout * batch.samples_per_step
 
 
-def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
-        configuration("tiny_mo_cpu", [])
-
-
-def test_known_keys_reach_into_unions_of_sources() -> None:
+def test_known_keys_reach_into_unions_of_sources_and_of_objectives() -> None:
     keys = known_keys(RunConfig)
     assert "data.train.task" in keys and "data.evaluation.prompt_key" in keys
+    assert "algorithm.objective.ratio_high" in keys and "algorithm.objective.scaling" in keys
 
 
 def test_configuration_and_recipes_import_no_torch() -> None:

@@ -9,7 +9,6 @@ that the tool works, nothing about a GPU. Engines are not checked: `megatron-pmd
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -185,14 +184,15 @@ class Trial:
 
     def steps(self, count: int) -> dict[str, float]:
         """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
-        from megatron_pmd.algorithm.losses import pmd
+        from megatron_pmd.algorithm.losses import Constants, loss_of
+        from megatron_pmd.objectives.pmd import Pmd
 
         anchor = self.log_probs(self.microbatches).log_probs
-        objective = functools.partial(pmd, tau=0.1, normaliser="response")
+        loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
         seconds, reports = [], []
         for _ in range(count):
             begin = time.monotonic()
-            reports.append(self.actor.update(self.batch, self.microbatches, anchor, objective, 0.0))
+            reports.append(self.actor.update(self.batch, self.microbatches, anchor, loss, 0.0))
             seconds.append(time.monotonic() - begin)
         first = reports[0]
         return {

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import OBJECTIVES, Objective, RunConfig
+from megatron_pmd.config.reading import models_in
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """\
@@ -51,6 +52,9 @@ def rows(prefix: str, model: type[BaseModel], note: str = "") -> list[tuple[str,
     found = []
     for name, field in model.model_fields.items():
         key, inner = f"{prefix}.{name}", models_in(field.annotation)
+        if field.annotation is Objective:
+            found += rows_of_objectives(key, field)
+            continue
         if not inner:
             found.append(row(key, field, note))
         for alternative in inner:
@@ -59,10 +63,27 @@ def rows(prefix: str, model: type[BaseModel], note: str = "") -> list[tuple[str,
     return found
 
 
+def rows_of_objectives(key: str, field: FieldInfo) -> list[tuple[str, ...]]:
+    """The choice, then each objective's settings, marked with its name."""
+    names = ", ".join(f"`{name}`" for name in OBJECTIVES)
+    choice = f"{names}, `module:Class` or `path/to/file.py:Class`"
+    found: list[tuple[str, ...]] = [
+        (f"`{key}.name`", choice, f"`{json.dumps(field.default)}`", meaning(field))
+    ]
+    for name, objective in zip(OBJECTIVES, models_in(Objective), strict=True):
+        settings = {k: setting for k, setting in objective.model_fields.items() if k != "name"}
+        found += [row(f"{key}.{k}", setting, f" ({name})") for k, setting in settings.items()]
+    return found
+
+
 def row(key: str, field: FieldInfo, note: str = "") -> tuple[str, ...]:
     # written as the command line takes it
     default = "required" if field.is_required() else f"`{json.dumps(field.default, ensure_ascii=False)}`"
-    return f"`{key}`{note}", kind(field), default, " ".join((field.description or "").split())
+    return f"`{key}`{note}", kind(field), default, meaning(field)
+
+
+def meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
 
 
 def kind(field: FieldInfo) -> str:
@@ -93,12 +114,6 @@ def spelled(annotation: Any) -> str:
         list: "JSON list",
     }
     return words.get(origin or annotation) or str(annotation)
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def table(lines: list[tuple[str, ...]]) -> str:

@@ -14,12 +14,13 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
-from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
+from megatron_pmd.actor.forward import run_schedule
+from megatron_pmd.actor.log_probs import microbatch_log_probs
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
-from megatron_pmd.algorithm.losses import LossInput, LossTerms, Objective, sft
+from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
@@ -147,6 +148,10 @@ class Actor:
         microbatches = [m for samples in steps for m in self.microbatches(batch, samples)]
         return np.array(sorted(set(itertools.chain(*microbatches))), np.int64)
 
+    def share_of_all(self, batch: RolloutBatch) -> np.ndarray:
+        """share(), of one step on all samples."""
+        return self.share(batch, [np.arange(len(batch))])
+
     @torch.no_grad()
     def log_probs(self, batch: RolloutBatch, microbatches: batching.Microbatches) -> AnchorReport:
         """One forward pass over the micro-batches: log π of each response token under the current weights."""
@@ -180,7 +185,7 @@ class Actor:
         batch: RolloutBatch,
         microbatches: batching.Microbatches,
         anchor: torch.Tensor,
-        objective: Objective,
+        objective: Loss,
         learning_rate: float,
         examples: Examples | None = None,
     ) -> StepReport:
@@ -208,7 +213,7 @@ class Actor:
             )
             if microbatch.supervised:
                 assert examples is not None
-                terms = sft(x)
+                terms = next_token(x)
                 sums.example_loss += float(terms.sum)
                 sums.example_tokens += int(terms.count)
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None

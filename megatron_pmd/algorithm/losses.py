@@ -1,25 +1,36 @@
-"""The objectives: pure functions from the log-probabilities of one micro-batch to a sum and its normaliser.
+"""What an objective is given, and what becomes of the loss it returns: a sum and its normaliser.
 
-Sequence losses (`pmd`, `reinforce`, `gspo`) count sequences, token losses (`pmd_token`, `grpo`, `cispo`,
-`sft`) count tokens. No function averages: the caller divides the global sum by the global count, so neither
-packing nor parallelism can change a sequence's weight. Source: docs/algorithm.md.
+Nothing here averages: the caller divides the global sum by the global count, so neither packing nor
+parallelism can change a sequence's weight. The objectives are in objectives/. Source: docs/algorithm.md.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_pmd.algorithm.mismatch import Mismatch, Weight, none, none_by_token, sum_by_sequence
 
-RATIO_LIMIT = 20.0
-"""Objectives with a ratio treat a log-ratio beyond ±20 as ±20, without gradient: no clip range reaches e^20,
-and e^90 would overflow an fp32 gradient."""
+
+@dataclass(frozen=True)
+class Constants:
+    """What all micro-batches of an iteration share."""
+
+    tau: float
+    """Regularisation strength τ, in reward units."""
+    max_response_tokens: int
+    """Tokens at which every response is cut."""
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "max_response_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,11 @@ class LossInput:
         difference = self.anchor_log_probs.detach().double() - self.engine_log_probs.detach().double()
         return Mismatch(torch.where(self.counted, difference, 0.0), self.sequence, self.length)
 
+    @property
+    def counted_log_probs(self) -> Tensor:
+        """[tokens] log π_θ, 0 where not counted; float64."""
+        return torch.where(self.counted, self.log_probs.double(), 0.0)
+
     def sum(self, values: Tensor) -> Tensor:
         """[sequences] Σ of `values` [tokens] over each sequence."""
         return sum_by_sequence(values, self.sequence, self.sequences)
@@ -117,135 +133,54 @@ class LossTerms:
     """
 
 
-Objective = Callable[[LossInput], LossTerms]
-"""A loss with its settings given."""
+Loss = Callable[[LossInput], LossTerms]
+"""An objective with everything given."""
 
 
-def pmd(
-    x: LossInput,
-    *,
-    tau: float,
-    normaliser: Literal["response", "max_response", "none"] = "response",
-    max_response_tokens: int | None = None,
-    scaling: Literal["gradient", "regression"] = "gradient",
-    mismatch: Weight = none,
+class Objective(Protocol):
+    """What config.Objective is to the mathematics."""
+
+    @property
+    def counts(self) -> Literal["sequences", "tokens"]:
+        """What the loss is a mean over."""
+
+    def loss(self, x: LossInput, constants: Constants) -> Tensor:
+        """[sequences] or [tokens], as `counts` says; float64, neither weighted nor averaged."""
+
+
+def terms(
+    objective: Objective, x: LossInput, constants: Constants, mismatch: Weight | None = None
 ) -> LossTerms:
-    """Squared regression of the sequence log-ratio on the scaled advantage: w (τ/2)(s − A/τ)² / n.
+    """The objective's loss with the mismatch weight, summed over what the objective counts.
 
-    tau                  regularisation strength τ > 0, in reward units
-    normaliser           n: `response` |y|, `max_response` max_response_tokens, `none` 1
-    max_response_tokens  required by, and only used by, `max_response`
-    scaling              `gradient`: as above; the gradient at s = 0 is −A ∇s for every τ
-                         `regression`: ½(s − A/τ)², the same with the learning rate scaled by 1/τ
-    mismatch             gives w, see mismatch.SEQUENCE_WEIGHTS
+    mismatch  one of mismatch.WEIGHTS[objective.counts]; None: 1
 
-    A sequence without counted tokens adds 0 to the sum and 1 to the count. Raises ValueError
-    for other values. Source: arXiv 2501.12599 eq. 3; docs/algorithm.md, "The loss".
+    A sequence without counted tokens adds 0 to the sum; a sequence loss counts it.
     """
-    _positive("tau", tau)
-    residual = x.advantages.double() - tau * x.log_ratio
-    match scaling:
-        case "gradient":
-            loss = residual.square() / (2 * tau)
-        case "regression":
-            loss = (residual / tau).square() / 2
-        case _:
-            raise ValueError(f"scaling {scaling!r} is not one of gradient, regression")
-    return _sequence_terms(x, loss / _normaliser(x, normaliser, max_response_tokens), mismatch(x.mismatch))
+    loss = objective.loss(x, constants)
+    if objective.counts == "tokens":
+        return token_terms(x, loss, (mismatch or none_by_token)(x.mismatch))
+    return sequence_terms(x, loss, (mismatch or none)(x.mismatch))
 
 
-def reinforce(
-    x: LossInput,
-    *,
-    normaliser: Literal["response", "max_response", "none"] = "none",
-    max_response_tokens: int | None = None,
-    mismatch: Weight = none,
-) -> LossTerms:
-    """The policy gradient: −w A s / n, whose gradient is that of −w A log π_θ / n. With `mean_loo`: RLOO.
-
-    Arguments as for `pmd`. Source: Williams 1992; RLOO: arXiv 2402.14740.
-    """
-    loss = -x.advantages.double() * x.log_ratio
-    return _sequence_terms(x, loss / _normaliser(x, normaliser, max_response_tokens), mismatch(x.mismatch))
+def loss_of(objective: Objective, constants: Constants, mismatch: Weight | None = None) -> Loss:
+    """`terms` with everything but the micro-batch given."""
+    return functools.partial(terms, objective, constants=constants, mismatch=mismatch)
 
 
-def gspo(
-    x: LossInput, *, clip_low: float = 3e-4, clip_high: float = 4e-4, mismatch: Weight = none
-) -> LossTerms:
-    """Clipped surrogate on the geometric ratio ρ = exp(s/|y|): −w min(ρ A, clip(ρ, 1 − low, 1 + high) A).
-
-    Source: arXiv 2507.18071, eqs. 5 and 7, and its clip range.
-    """
-    ratio = _ratio(x.log_ratio / x.length.clamp(min=1))
-    advantage = x.advantages.double()
-    return _sequence_terms(x, -_clipped(ratio, advantage, clip_low, clip_high), mismatch(x.mismatch))
+def next_token(x: LossInput) -> LossTerms:
+    """Negative log-likelihood −log π_θ of the counted tokens, token mean: supervised training."""
+    return token_terms(x, -x.counted_log_probs, none_by_token(x.mismatch))
 
 
-def grpo(
-    x: LossInput,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    kl_coefficient: float = 0.0,
-    mismatch: Weight = none_by_token,
-) -> LossTerms:
-    """Clipped surrogate on the token ratio ρ: w [−min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β k3], token mean.
-
-    k3 = 1/ρ − 1 + log ρ is GRPO's estimator of KL(π_θ ‖ π_t): the reference policy is the anchor, β is
-    `kl_coefficient`. The optional division of A by its group's deviation is baselines.per_standard_deviation.
-    Source: arXiv 2402.03300 eqs. 3 and 4; token mean and clip-higher: arXiv 2503.14476.
-    """
-    log_ratio = x.token_log_ratio
-    ratio = _ratio(log_ratio)
-    loss = -_clipped(ratio, x.by_token(x.advantages), clip_low, clip_high)
-    if kl_coefficient:
-        loss = loss + kl_coefficient * (_ratio(-log_ratio) - 1 + log_ratio)
-    return _token_terms(x, loss, mismatch(x.mismatch))
-
-
-def cispo(
-    x: LossInput, *, ratio_low: float = 0.0, ratio_high: float = 5.0, mismatch: Weight = none_by_token
-) -> LossTerms:
-    """Policy gradient with a clipped, detached token ratio: −w sg[clip(ρ, low, high)] A log π_θ, token mean.
-
-    Unlike a clipped surrogate no token loses its gradient. Source: arXiv 2506.13585 eqs. 4 and 5.
-    """
-    weight = _ratio(x.token_log_ratio).clamp(ratio_low, ratio_high).detach()
-    log_probs = torch.where(x.counted, x.log_probs.double(), 0.0)
-    return _token_terms(x, -weight * x.by_token(x.advantages) * log_probs, mismatch(x.mismatch))
-
-
-def pmd_token(
-    x: LossInput, *, tau: float, log_ratio_low: float, log_ratio_high: float, mismatch: Weight = none_by_token
-) -> LossTerms:
-    """PMD token by token: w [−ρ A + τ (log ρ)²] where low ≤ log ρ ≤ high, else 0; mean of all counted tokens.
-
-    A token outside the bounds is dropped whatever the sign of A, and its quadratic term with it.
-    Source: arXiv 2602.02276.
-    """
-    _positive("tau", tau)
-    if not log_ratio_low <= 0 <= log_ratio_high:
-        raise ValueError(f"bounds of the log-ratio must contain 0, got [{log_ratio_low}, {log_ratio_high}]")
-    log_ratio = x.token_log_ratio
-    inside = (log_ratio >= log_ratio_low) & (log_ratio <= log_ratio_high)
-    loss = -_ratio(log_ratio) * x.by_token(x.advantages) + tau * log_ratio.square()
-    return _token_terms(x, torch.where(inside, loss, 0.0), mismatch(x.mismatch))
-
-
-def sft(x: LossInput) -> LossTerms:
-    """Negative log-likelihood −log π_θ of the counted tokens, token mean. Advantages are not used."""
-    log_probs = torch.where(x.counted, x.log_probs.double(), 0.0)
-    return _token_terms(x, -log_probs, none_by_token(x.mismatch))
-
-
-def _sequence_terms(x: LossInput, loss: Tensor, weight: Tensor) -> LossTerms:
+def sequence_terms(x: LossInput, loss: Tensor, weight: Tensor) -> LossTerms:
     """`loss` and `weight` are [sequences]."""
     loss = torch.where(x.length > 0, weight.detach() * loss, 0.0)
     count = torch.full((), x.sequences, dtype=torch.int64, device=loss.device)
     return LossTerms(loss.sum(), count, _per_sequence(x, loss, weight))
 
 
-def _token_terms(x: LossInput, loss: Tensor, weight: Tensor) -> LossTerms:
+def token_terms(x: LossInput, loss: Tensor, weight: Tensor) -> LossTerms:
     """`loss` and `weight` are [tokens]."""
     loss = x.sum(torch.where(x.counted, weight.detach() * loss, 0.0))
     mean_weight = x.sum(torch.where(x.counted, weight.detach(), 0.0)) / x.length.clamp(min=1)
@@ -267,43 +202,3 @@ def _per_sequence(x: LossInput, loss: Tensor, weight: Tensor) -> dict[str, Tenso
         "mismatch_abs_sum": x.sum(difference),
         "mismatch_abs_max": zeros.scatter_reduce(0, x.sequence, difference, "amax"),
     }
-
-
-def _normaliser(x: LossInput, name: str, max_response_tokens: int | None) -> Tensor | int:
-    match name:
-        case "response":
-            return x.length.clamp(min=1)
-        case "max_response":
-            if not max_response_tokens:
-                raise ValueError("normaliser max_response needs max_response_tokens, a positive number")
-            return max_response_tokens
-        case "none":
-            return 1
-    raise ValueError(f"normaliser {name!r} is not one of response, max_response, none")
-
-
-def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-RATIO_LIMIT, RATIO_LIMIT).exp()
-
-
-def _clipped(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
-OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
-    "pmd": pmd,
-    "pmd_token": pmd_token,
-    "reinforce": reinforce,
-    "grpo": grpo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "sft": sft,
-}
-
-TOKEN_OBJECTIVES = frozenset({"pmd_token", "grpo", "cispo", "sft"})
-"""Those whose `mismatch` is one of mismatch.TOKEN_WEIGHTS and whose count is in tokens."""

@@ -127,3 +127,6 @@ TOKEN_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "token_veto": veto_by_token,
 }
 """For token losses; each also takes its bounds by keyword."""
+
+WEIGHTS = {"sequences": SEQUENCE_WEIGHTS, "tokens": TOKEN_WEIGHTS}
+"""By what the loss counts."""

@@ -7,8 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from megatron_pmd.cli.extras import needs
 from megatron_pmd.config import StopAfter
-from megatron_pmd.training.shutdown import SAVED_EXIT_CODE
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import configuration
 
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
@@ -26,17 +27,21 @@ def train(
     ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
-    from megatron_pmd.node.ranks import run_here
-    from megatron_pmd.observe.console import Console
-    from megatron_pmd.observe.folder import is_complete, status
-    from megatron_pmd.observe.report import write_report
+    with needs("cpu"):
+        from megatron_pmd.node.ranks import run_here
+        from megatron_pmd.observe.console import Console
+        from megatron_pmd.observe.report import write_report
+        from megatron_pmd.observe.summary import is_complete
 
     config = configuration(recipe, settings or [])
     folder, console = runs / config.name, Console()
     if is_complete(folder, config):
         console.say(f"{folder} is complete: nothing is left to train; raise iterations to go on")
+        outcome = RunOutcome(Status.COMPLETE)
     else:
-        run_here(config, folder, replay=replay, stop_after=stop_after)
-    console.closing(folder, write_report(folder))
-    if status(folder) == "saved":
-        raise typer.Exit(SAVED_EXIT_CODE)
+        outcome = run_here(config, folder, replay=replay, stop_after=stop_after)
+    if outcome.error is None:
+        console.closing(folder, write_report(folder))
+    else:
+        typer.secho(str(outcome), fg=typer.colors.RED, err=True)
+    raise typer.Exit(outcome.exit_code)

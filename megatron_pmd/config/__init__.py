@@ -2,17 +2,19 @@
 
 from megatron_pmd.config.actor import Actor, Experts, Fp8, Layout, Model, Optimizer, Precision
 from megatron_pmd.config.algorithm import (
+    OBJECTIVES,
     Alarm,
     Alarms,
     Algorithm,
     Baseline,
+    Counts,
     MismatchWeight,
-    Normaliser,
     Objective,
     Ptx,
     Schedule,
 )
 from megatron_pmd.config.data import (
+    REWARDS,
     Data,
     Evaluation,
     FileSource,
@@ -24,7 +26,7 @@ from megatron_pmd.config.data import (
     Source,
 )
 from megatron_pmd.config.frozen import Frozen
-from megatron_pmd.config.reading import build, known_keys, load, override
+from megatron_pmd.config.reading import build, explain, known_keys, load, override
 from megatron_pmd.config.rollout import (
     GroupFilter,
     PartialRollouts,
@@ -42,6 +44,8 @@ from megatron_pmd.config.run import (
 )
 
 __all__ = [
+    "OBJECTIVES",
+    "REWARDS",
     "Actor",
     "Alarm",
     "Alarms",
@@ -49,6 +53,7 @@ __all__ = [
     "Baseline",
     "Batch",
     "Checkpoint",
+    "Counts",
     "Data",
     "Evaluation",
     "Experts",
@@ -60,7 +65,6 @@ __all__ = [
     "LengthReward",
     "MismatchWeight",
     "Model",
-    "Normaliser",
     "Objective",
     "Optimizer",
     "PartialRollouts",
@@ -80,6 +84,7 @@ __all__ = [
     "Sync",
     "WarmStart",
     "build",
+    "explain",
     "known_keys",
     "load",
     "override",

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from megatron_pmd.config.data import Source
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.plugins import Registry, did_you_mean
 
-Objective = Literal["pmd", "pmd_token", "reinforce", "grpo", "gspo", "cispo", "sft"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_pmd.algorithm.baselines import Floats
+    from megatron_pmd.algorithm.losses import Constants, LossInput
+
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "pmd": "megatron_pmd.objectives.pmd:Pmd",
+        "pmd_token": "megatron_pmd.objectives.pmd_token:PmdToken",
+        "reinforce": "megatron_pmd.objectives.reinforce:Reinforce",
+        "grpo": "megatron_pmd.objectives.grpo:Grpo",
+        "gspo": "megatron_pmd.objectives.gspo:Gspo",
+        "cispo": "megatron_pmd.objectives.cispo:Cispo",
+        "sft": "megatron_pmd.objectives.sft:Sft",
+    },
+)
+"""Subclasses of Objective by name. To add an objective, write its file and its line here."""
+Counts = Literal["sequences", "tokens"]
 Baseline = Literal["mean", "mean_loo", "partition", "partition_loo"]
-Normaliser = Literal["response", "max_response", "none"]
 MismatchName = Literal[
     "none", "sequence_tis", "geometric_tis", "sequence_mis", "token_veto", "token_tis", "token_mis"
 ]
 
-COUNT_TOKENS = ("pmd_token", "grpo", "cispo", "sft")
-"""Objectives that are means over tokens; the others are means over sequences."""
 OF_TOKENS, OF_SEQUENCES = ("token_tis", "token_mis"), ("sequence_tis", "geometric_tis", "sequence_mis")
 
 
@@ -61,29 +78,67 @@ class MismatchWeight(Frozen):
         return self
 
 
-class PmdToken(Frozen):
-    log_ratio_low: float = Field(-1.0, le=0)
-    """A token whose log π_θ/π_t is under this is dropped; nats. The paper names no bounds."""
-    log_ratio_high: float = Field(1.0, ge=0)
+class Objective(Frozen):
+    """What an objective is: its settings, its loss, and what it counts. Each is a subclass in objectives/."""
+
+    counts: ClassVar[Counts]
+    """What the loss is a mean over."""
+    supervised: ClassVar[bool] = False
+    """Whether it trains on the problems' own answers: no engines, no anchor, no rewards."""
+    name: str
+    """What it is called in the configuration: one of OBJECTIVES, or your own `module:Class` or
+    `path/to/file.py:Class`."""
+
+    def loss(self, x: LossInput, constants: Constants) -> Tensor:
+        """The loss of each sequence, [sequences], or of each token, [tokens], as `counts` says.
+
+        Pure, in float64, neither weighted nor averaged; what is not counted may have any loss.
+        """
+        raise NotImplementedError
+
+    def advantages(self, values: Floats, groups: list[int]) -> Floats:
+        """The advantages as the loss takes them.
+
+        values  [samples] reward minus baseline, in reward units
+        groups  [samples] label of the sample's prompt
+        """
+        return values
 
 
-class Grpo(Frozen):
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: PositiveFloat = 0.28
-    kl_coefficient: NonNegativeFloat = 0.0
-    """β of the k3 estimate of KL(π_θ ‖ π_t)."""
-    divide_by_deviation: bool = False
-    """Advantages over the standard deviation of their group's rewards."""
+def read_objective(value: Any) -> Objective:
+    """The objective of a name or of its settings with a name; an Objective made by hand comes out the same.
+
+    Raises ConfigError for an unknown name, and for a setting that the objective does not have.
+    """
+    given = {"name": value} if isinstance(value, str) else value
+    values = given.model_dump() if isinstance(given, Objective) else given
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise ConfigError(f"algorithm.objective={value!r} names no objective: give algorithm.objective.name")
+    name = values["name"]
+    kind = objective_class(name)
+    for key in values.keys() - kind.model_fields.keys():
+        owners = [other for other in OBJECTIVES if key in objective_class(other).model_fields]
+        raise ConfigError(
+            f"algorithm.objective.{key} is "
+            + (f"a setting of {' and '.join(owners)}, not of " if owners else "not a setting of ")
+            + f"algorithm.objective={name}{did_you_mean(key, kind.model_fields)}"
+        )
+    return kind.model_validate(values)
 
 
-class Gspo(Frozen):
-    clip_low: float = Field(3e-4, gt=0, lt=1)
-    clip_high: PositiveFloat = 4e-4
-
-
-class Cispo(Frozen):
-    ratio_low: NonNegativeFloat = 0.0
-    ratio_high: PositiveFloat = 5.0
+def objective_class(name: str) -> type[Objective]:
+    """The class that a name stands for. Raises ConfigError if it is none of an objective."""
+    kind = OBJECTIVES.load(name, what="algorithm.objective.name")
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise ConfigError(
+            f"algorithm.objective.name={name!r} is no subclass of megatron_pmd.config.Objective"
+        )
+    if getattr(kind, "counts", None) not in get_args(Counts):
+        raise ConfigError(
+            f"algorithm.objective.name={name!r}: {kind.__name__}.counts must be one of "
+            f"{', '.join(get_args(Counts))}: what its loss is a mean over"
+        )
+    return kind
 
 
 class Ptx(Frozen):
@@ -95,62 +150,45 @@ class Ptx(Frozen):
 
 
 class Algorithm(Frozen):
-    objective: Objective = "pmd"
+    objective: Annotated[SerializeAsAny[Objective], BeforeValidator(read_objective)] = Field(
+        "pmd", validate_default=True
+    )
     """`pmd` is this project's; the others are there to compare it with. `sft` trains on the problems'
-    answers."""
+    answers. `algorithm.objective=grpo` is short for `algorithm.objective.name=grpo`; naming another
+    objective drops the settings that the recipe gives to its own."""
     baseline: Baseline = "mean"
     """`mean` is PMD-mean (Kimi K1.5/K2); see docs/algorithm.md."""
     tau: PositiveFloat = 0.1
     """Regularisation strength τ, in reward units."""
     tau_schedule: Schedule | None = None
     """τ over the iterations, from algorithm.tau."""
-    normaliser: Normaliser = "response"
-    """pmd, reinforce: what a sequence's loss is divided by: its own counted tokens, max_response_tokens,
-    or 1."""
-    scaling: Literal["gradient", "regression"] = "gradient"
-    """pmd: `gradient`, (τ/2)(s − A/τ)²; `regression`, ½(s − A/τ)², the same at 1/τ times the learning
-    rate."""
     anchor: Literal["trainer", "engine"] = "trainer"
     """Whose log-probabilities are log π_t: recomputed by the actor, or the engines' own (saves a forward
     pass)."""
     mismatch: MismatchWeight = MismatchWeight()
-    pmd_token: PmdToken = PmdToken()
-    grpo: Grpo = Grpo()
-    gspo: Gspo = Gspo()
-    cispo: Cispo = Cispo()
     ptx: Ptx | None = None
 
     @model_validator(mode="after")
-    def _used(self) -> Self:
-        """Nothing is silent: a setting of another objective than the chosen one is an error."""
-        only = dict(pmd_token=["pmd_token"], grpo=["grpo"], gspo=["gspo"], cispo=["cispo"])
-        only |= dict(normaliser=["pmd", "reinforce"], scaling=["pmd"])
-        for name, objectives in only.items():
-            if (
-                self.objective not in objectives
-                and getattr(self, name) != type(self).model_fields[name].default
-            ):
-                raise ConfigError(
-                    f"algorithm.{name} is a setting of {' and '.join(objectives)}, not of "
-                    f"algorithm.objective={self.objective}"
-                )
-        self._check_mismatch()
-        return self
-
-    def _check_mismatch(self) -> None:
-        weight = self.mismatch.weight
-        if weight in (OF_SEQUENCES if self.objective in COUNT_TOKENS else OF_TOKENS):
-            kind = "tokens" if self.objective in COUNT_TOKENS else "sequences"
-            there = ("token_tis", "token_mis") if self.objective in COUNT_TOKENS else OF_SEQUENCES
+    def _mismatch_has_a_use(self) -> Self:
+        weight, of_tokens = self.mismatch.weight, self.objective.counts == "tokens"
+        if weight in (OF_SEQUENCES if of_tokens else OF_TOKENS):
+            there = OF_TOKENS if of_tokens else OF_SEQUENCES
             raise ConfigError(
-                f"algorithm.mismatch.weight={weight} does not go with algorithm.objective={self.objective}, "
-                f"a mean over {kind}; there are {', '.join(there)}, token_veto and none"
+                f"algorithm.mismatch.weight={weight} does not go with "
+                f"algorithm.objective={self.objective.name}, a mean over {self.objective.counts}; there are "
+                f"{', '.join(there)}, token_veto and none"
+            )
+        if weight != "none" and self.objective.supervised:
+            raise ConfigError(
+                f"algorithm.mismatch.weight={weight}: with algorithm.objective={self.objective.name} no "
+                "engine has sampled the responses"
             )
         if weight != "none" and self.anchor == "engine":
             raise ConfigError(
                 f"algorithm.mismatch.weight={weight} corrects for the engine's policy not being the anchor; "
                 "with algorithm.anchor=engine it is the anchor"
             )
+        return self
 
     def check(self, samples_per_prompt: int) -> None:
         """Raise ConfigError for a baseline that groups of this size do not have."""

@@ -8,6 +8,17 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.plugins import Registry
+
+REWARDS = Registry(
+    "reward",
+    {
+        "exact": "megatron_pmd.rewards.exact:score",
+        "math": "megatron_pmd.rewards.mathematics:score",
+        "reasoning_gym": "megatron_pmd.rewards.procedural:score",
+    },
+)
+"""Functions (response, problem) -> float by name. To add a reward, write its file and its line here."""
 
 
 class FileSource(Frozen):
@@ -82,7 +93,8 @@ class RemoteReward(Frozen):
 
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, `remote`, or `module:function`: (response, problem) -> float."""
+    """`math`, `reasoning_gym`, `exact`, `remote`, or your own (response, problem) -> float, as
+    `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
@@ -97,6 +109,12 @@ class Reward(Frozen):
     length: LengthReward | None = None
     truncation_penalty: NonNegativeFloat = 0.0
     """Taken from the reward of a response that was cut at its token budget."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.name != "remote":
+            REWARDS.reference(self.name, what="reward.name")
+        return self
 
     @model_validator(mode="after")
     def _remote_has_a_service(self) -> Self:

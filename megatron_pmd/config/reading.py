@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.plugins import did_you_mean
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -18,15 +19,18 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             keys += known_keys(inner, f"{prefix}{name}.")
     return list(dict.fromkeys(keys))
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The groups of settings that a field of this type can hold: several for a union."""
+    if annotation is Objective:
+        return [objective_class(name) for name in OBJECTIVES]
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]
+    return [m for argument in get_args(annotation) for m in models_in(argument)]
 
 
 def build(values: dict[str, Any]) -> RunConfig:
@@ -34,40 +38,71 @@ def build(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(explain(error, RunConfig))) from None
 
 
-def _explain(error: Any) -> str:
-    # a discriminated union puts its tag (`file`, `reasoning_gym`) in the location: not part of the user's key
-    key = ".".join(str(p) for p in error["loc"] if p not in ("file", "reasoning_gym"))
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(RunConfig), n=1, cutoff=0.5)
-        return f"{key} is not a setting" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{key}: {error['msg']} (got {error['input']!r})"
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """What was wrong with the model's values, one line a problem; an unknown key with the nearest."""
+    lines = []
+    for problem in error.errors():
+        # pydantic's own words for a place: a union's tag, a mapping's key
+        key = ".".join(str(p) for p in problem["loc"] if p not in ("file", "reasoning_gym", "[key]"))
+        if problem["type"] == "extra_forbidden":
+            group, leaf = key.split(".")[0], "." + key.split(".")[-1]
+            known = known_keys(model)
+            # what stands elsewhere in its group is nearer than what is spelt like it
+            moved = [other for other in known if other.startswith(group) and other.endswith(leaf)]
+            lines.append(f"{key} is not a setting{did_you_mean(key, moved or known, cutoff=0.5)}")
+        else:
+            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+    return lines
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """Apply `dotted.key=value` settings; a value is read as JSON where it is JSON, else as a string."""
+    """Apply `dotted.key=value` settings; a value is read as JSON where it is JSON, else as a string.
+
+    A choice, as of the objective, comes before the settings of what is chosen, in whatever order they stand.
+    """
     values = config.model_dump(mode="json")
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"{assignment!r} is not of the form dotted.key=value")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        node = values
+    settings = [_setting(assignment) for assignment in assignments]
+    for key, value in sorted(settings, key=lambda setting: setting[0] not in CHOICES):
         *parents, leaf = key.split(".")
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"{key} is not a setting: {parent} is a value, not a group of settings")
-            node = child
+        node = _group(values, key, parents)
+        if node.get(leaf) != value and key in CHOICES:
+            node.clear()  # the settings of what was chosen before mean nothing to another
         node[leaf] = value
     return build(values)
+
+
+CHOICES = {
+    "algorithm.objective.name", "algorithm.ptx.source.kind", "data.train.kind", "data.evaluation.kind"
+}  # fmt: skip
+"""Settings that say which settings there are beside them."""
+
+
+def _setting(assignment: str) -> tuple[str, Any]:
+    key, separator, text = assignment.partition("=")
+    if not separator:
+        raise ConfigError(f"{assignment!r} is not of the form dotted.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if key == "algorithm.objective" and isinstance(value, str):
+        key = "algorithm.objective.name"
+    return key, value
+
+
+def _group(values: dict[str, Any], key: str, parents: list[str]) -> dict[str, Any]:
+    """The group of settings that the key is in, made where there is none."""
+    for parent in parents:
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key} is not a setting: {parent} is a value, not a group of settings")
+        values = child
+    return values
 
 
 def load(path: Path) -> RunConfig:

@@ -17,6 +17,10 @@ StopAfter = Literal["rollout"]
 """Phases after which a run can be asked to stop."""
 
 
+LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-3), "bf16": (1e-1, 5.0)}
+"""Mean and largest |log π_actor − log π_engine| that kernels of a precision explain (docs/benchmarks.md)."""
+
+
 class Batch(Frozen):
     prompts_per_rollout: PositiveInt
     """Prompts sampled per iteration, over all engines."""
@@ -84,7 +88,7 @@ class RunConfig(Frozen):
     model: Model
     layout: Layout = Layout()
     batch: Batch
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm = Field(default_factory=Algorithm)
     optimizer: Optimizer
     actor: Actor = Actor()
     rollout: Rollout = Rollout()
@@ -128,6 +132,18 @@ class RunConfig(Frozen):
         """Tokens of one forward pass, over the ranks that share out its sequences."""
         return self.batch.max_tokens_per_microbatch * self.layout.context
 
+    @property
+    def log_prob_bounds(self) -> tuple[float, float]:
+        """Bounds in force on the mean and the largest |log π_actor − log π_engine|."""
+        mean, largest = LOG_PROB_BOUNDS[self.model.precision]
+        return self.sync.mean_log_prob_difference or mean, self.sync.max_log_prob_difference or largest
+
+    def resolved(self) -> RunConfig:
+        """With what follows from other settings written out: a run's config.json says what is in force."""
+        mean, largest = self.log_prob_bounds
+        bounds = {"mean_log_prob_difference": mean, "max_log_prob_difference": largest}
+        return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
+
     def needs_cuda(self) -> list[str]:
         """The settings that nothing but CUDA can carry out, as `key=value`."""
         # megatron-core checkpoints these two through a function that asks Transformer Engine for its state
@@ -154,8 +170,9 @@ class RunConfig(Frozen):
             )
         self._check_lengths()
         self._check_precision()
-        supervised = "algorithm.ptx" if self.algorithm.ptx else "algorithm.objective=sft"
-        if self.actor.experts.replay_routing and (self.algorithm.ptx or self.algorithm.objective == "sft"):
+        objective = self.algorithm.objective
+        supervised = "algorithm.ptx" if self.algorithm.ptx else f"algorithm.objective={objective.name}"
+        if self.actor.experts.replay_routing and (self.algorithm.ptx or objective.supervised):
             raise ConfigError(
                 f"actor.experts.replay_routing with {supervised}: no engine has chosen experts for the "
                 "examples; turn one of them off"
@@ -219,18 +236,22 @@ class RunConfig(Frozen):
             )
 
     def _check_supervision(self) -> None:
-        if self.algorithm.objective != "sft":
+        objective = self.algorithm.objective
+        if not objective.supervised:
             return
         for name, given in (("warm_start", self.warm_start), ("algorithm.ptx", self.algorithm.ptx)):
             if given is not None:
                 raise ConfigError(
-                    f"{name} is supervised training beside a rollout; algorithm.objective=sft has none"
+                    f"{name} is supervised training beside a rollout; algorithm.objective={objective.name} "
+                    "has none"
                 )
         for name in ("group_filter", "partial", "repetition", "function"):
             if getattr(self.rollout, name) is not None:
-                raise ConfigError(f"rollout.{name} is set, but algorithm.objective=sft draws no responses")
+                raise ConfigError(
+                    f"rollout.{name} is set, but algorithm.objective={objective.name} draws no responses"
+                )
         if self.batch.samples_per_prompt != 1:
             raise ConfigError(
-                f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with algorithm.objective=sft a "
-                "problem has one response, its answer; set it to 1"
+                f"batch.samples_per_prompt={self.batch.samples_per_prompt}: with "
+                f"algorithm.objective={objective.name} a problem has one response, its answer; set it to 1"
             )

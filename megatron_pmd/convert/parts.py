@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,8 @@ from rich.progress import (
 
 from megatron_pmd.actor.parameters import Parameter
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import CheckpointError, ConfigError, PmdError
+from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import DTYPE_NAMES, bytes_of
 
 MANIFEST = "conversion.json"
@@ -128,27 +128,24 @@ class Workshop:
     ) -> list[Record]:
         """Convert this rank's share of the parts that are not done; all parts' records, on every rank.
 
-        convert: does one part; is given a function to tell how many bytes went by. A rank's PmdError is
+        convert: does one part; is given a function to tell how many more bytes are done. A rank's PmdError is
         raised on all of them.
         """
         control = self.control
         mine = [part for part in parts if part.number % control.world == control.rank]
-        failure: PmdError | None = None
-        try:
-            with progress("converting", sum(part.bytes for part in mine), shown=control.is_driver) as went_by:
+
+        def convert_share() -> None:
+            with progress("converting", sum(part.bytes for part in mine), shown=control.is_driver) as advance:
                 for part in mine:
                     path = self._record(part)
                     if path.is_file():
-                        went_by(part.bytes)
+                        advance(part.bytes)
                         continue
                     with writing(self.folder):
-                        record = convert(part, went_by)
+                        record = convert(part, advance)
                         write_whole(path, json.dumps(asdict(record)))
-        except PmdError as error:
-            failure = error
-        for other in control.all_gather(failure):
-            if other is not None:
-                raise other
+
+        control.on_all(convert_share)
         return [Record(**json.loads(self._record(part).read_text())) for part in parts]
 
     def _record(self, part: Part) -> Path:
@@ -185,16 +182,6 @@ def writing(folder: Path, then: str = "the same command goes on where this one s
         raise CheckpointError(
             f"{folder}: could not be written (is the disk full?): {reason}; {then}"
         ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete, or not at all, also when the machine fails."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 @contextmanager

@@ -54,9 +54,9 @@ def megatron_to_hf(
     }
     workshop = Workshop(out, order, control)
 
-    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
+    def convert(part: Part, advance: Callable[[int], None]) -> Record:
         path = workshop.folder / shard_name(part.number, len(parts))
-        return _convert(part, reader, dtype, path, went_by)
+        return _convert(part, reader, dtype, path, advance)
 
     records = workshop.work(parts, convert)
     expected = [s for name in model.by_tensor() for s in precision.stored_names(name, dtype)]
@@ -104,7 +104,7 @@ def _convert(
     reader: ShardedReader,
     dtype: precision.Precision | None,
     path: Path,
-    went_by: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> Record:
     record, hasher = Record(), Hasher()
     names = [
@@ -119,7 +119,7 @@ def _convert(
                         hasher.add(stored, tensor)
                         shard.add(stored, tensor)
                         record.tensors[stored] = describe(tensor)
-                went_by(_bytes(parameter, reader, dtype))
+                advance(_bytes(parameter, reader, dtype))
         for name, hash_ in hasher.results().items():
             record.tensors[name]["sha256"] = hash_
     finally:

@@ -57,8 +57,8 @@ def hf_to_megatron(
     }
     workshop = Workshop(out, order, control)
 
-    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
-        return _convert(part, files, dtypes, workshop.folder, went_by)
+    def convert(part: Part, advance: Callable[[int], None]) -> Record:
+        return _convert(part, files, dtypes, workshop.folder, advance)
 
     records = workshop.work(parts, convert)
     manifest = {
@@ -87,7 +87,7 @@ def _convert(
     files: TensorFiles,
     dtypes: dict[str, torch.dtype],
     folder: Path,
-    went_by: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> Record:
     record, hasher = Record(), Hasher()
 
@@ -97,7 +97,7 @@ def _convert(
         for name, tensor in tensors.items():
             hasher.add(name, tensor)
             record.tensors[name] = describe(tensor)
-        went_by(parameter.elements * dtype.itemsize)
+        advance(parameter.elements * dtype.itemsize)
         return parameter.merge(tensors)
 
     try:

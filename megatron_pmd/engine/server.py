@@ -1,7 +1,8 @@
-"""A server as a child process: started under a warden, watched, stopped with everything it started."""
+"""A server as a child process: started under a supervisor, watched, stopped with everything it started."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,15 +10,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from megatron_pmd.errors import EngineError
+from megatron_pmd.files import write_whole
 
 POLL_SECONDS = 0.2
 LOG_TAIL_LINES = 15
 LOOPBACK = "127.0.0.1"
-WARDEN = Path(__file__).parent / "warden.py"
+SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
 # What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
 TORCHRUN_VARIABLES = (
@@ -89,6 +92,12 @@ def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
     return environment
 
 
+def write_arguments(path: Path, arguments: Any) -> None:
+    """Write arguments as JSON, for this user only: from a command line, every user could read the API key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(arguments, indent=1), mode=0o600)
+
+
 def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
     """The last lines of a log; "" if there is none yet."""
     if not log.exists():
@@ -116,14 +125,14 @@ class ServerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WARDEN), str(os.getpid()), *command],
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), *command],
                 env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
 
     @property
     def pid(self) -> int:
-        """Process id of the warden: every process of the server descends from it."""
+        """Process id of the supervisor: every process of the server descends from it."""
         return self._process.pid
 
     def alive(self) -> bool:
@@ -164,7 +173,7 @@ class ServerProcess:
         try:
             self._process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # the server's main process goes with its warden
+            self._process.kill()  # the server's main process goes with its supervisor
             self._process.wait()
 
     def _where(self) -> str:

@@ -1,9 +1,9 @@
-"""Runs one server so that it cannot outlive this program: `python warden.py PARENT_PID COMMAND...`.
+"""Runs one server so that it cannot outlive this program: `python supervisor.py PARENT_PID COMMAND...`.
 
 SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds
-of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The warden
-is a small process between the trainer and the server; it starts the server in a process group of its own,
-and when the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
+of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The
+supervisor is a small process between the trainer and the server. It starts the server in a process group of
+its own. When the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
 keeps in shared memory (SGLang itself never does). It exits with the server's exit status.
 
 Standard library only, and started by path: it must be running before anything slow is imported.
@@ -43,7 +43,7 @@ def main(parent: int, command: list[str]) -> int:
 
     signal.signal(PARENT_DIED, kill_group)
     signal.signal(signal.SIGTERM, kill_group)
-    # Ctrl-C in the terminal is the trainer's to answer: it stops the warden when it is done.
+    # Ctrl-C in the terminal is the trainer's to answer: it stops the supervisor when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     libc.prctl(PR_SET_PDEATHSIG, int(PARENT_DIED))
     if os.getppid() != parent:  # it died before the line above
@@ -51,7 +51,7 @@ def main(parent: int, command: list[str]) -> int:
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Should the warden itself be killed, the server's main process goes with it.
+        # Should the supervisor itself be killed, the server's main process goes with it.
         libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
     server = subprocess.Popen(command, process_group=0, preexec_fn=prepare)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from megatron_pmd.config import Frozen, known_keys
+from megatron_pmd.config import Frozen, explain
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.hardware import DEVICES, Machines
 
-PROFILES = Path(__file__).parents[2] / "slurm" / "clusters"
+SLURM_FILES = Path(__file__).with_name("slurm")
+"""In a checkout a link to the folder slurm/ at the root; in an installed package its files."""
+PROFILES = SLURM_FILES / "clusters"
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 """Of the environment; nemo-run writes them in upper case, so others would differ between the two ways."""
@@ -84,6 +85,9 @@ class Cluster(Frozen):
     exclusive: bool = True
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
+    host_python: str = "python3"
+    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts
+    the job again; a relative path starts at `shared`."""
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
     scratch: str | None = None
@@ -91,7 +95,7 @@ class Cluster(Frozen):
     setup: list[str] = []
     """Shell commands before the ranks start on a node, e.g. `module load cuda`."""
     max_attempts: PositiveInt = 20
-    """Starts of one run, over all its jobs."""
+    """Starts of one job, by Slurm and by the batch script; then it stops."""
     max_crashes: PositiveInt = 3
     """In a row without a new checkpoint; then the run stops with the reason."""
     extra_sbatch: list[str] = []
@@ -149,17 +153,9 @@ def load_cluster(profile: str) -> Cluster:
     try:
         return Cluster.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from None
+        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, Cluster))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(Cluster), n=1, cutoff=0.5)
-        return f"{key} is not a setting" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{key}: {problem['msg']} (got {problem['input']!r})"
 
 
 def job_name(run: str) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_pmd.config import RunConfig, StopAfter
-from megatron_pmd.errors import Interrupted, PmdError
-from megatron_pmd.node.worker import Order
-from megatron_pmd.shared_memory import SHARED_MEMORY, shared_memory_key
+from megatron_pmd.errors import DataError, Interrupted
+from megatron_pmd.node.worker import JobSpec
+from megatron_pmd.observe.summary import outcome_of, write_summary
+from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Nodes:
 
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
-) -> None:
+) -> RunOutcome:
     """Train on this machine alone; see run_ranks."""
     nodes = Nodes(1, 0, config.layout.ranks, "localhost:0")
-    run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+    return run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
 
 
 def run_ranks(
@@ -44,29 +47,53 @@ def run_ranks(
     *,
     replay: Path | None = None,
     stop_after: StopAfter | None = None,
-) -> None:
+) -> RunOutcome:
     """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
-    The first rank of the node writes to this terminal, the others to folder/logs. Raises PmdError with the
-    failing rank's own words, Interrupted after Ctrl-C or SIGTERM.
+    The first rank of the node writes to this terminal, the others to folder/logs. The outcome is the run's
+    own, or that of the rank that failed first, in its words; it is also in the run's summary.json.
     """
     # the agent's own account of a failure is longer than the failure, which is shown below
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     logs = folder / "logs" / (f"attempt-{nodes.attempt}" if nodes.attempt else "")
     logs.mkdir(parents=True, exist_ok=True)
-    order = logs / f"order-{nodes.rank}.json"
-    Order(
+    spec = JobSpec(
         config=config.model_dump(mode="json"),
         folder=str(folder),
+        outcomes=str(logs / f"outcome-{nodes.rank}"),
         replay=str(replay.resolve()) if replay else None,
         stop_after=stop_after,
-    ).write(order)
+    )
+    for local_rank in range(nodes.ranks_per_node):
+        spec.outcome_file(local_rank).unlink(missing_ok=True)  # an earlier start's
+    path = logs / f"job-{nodes.rank}.json"
+    spec.write(path)
     os.environ["OMP_NUM_THREADS"] = str(config.actor.threads_per_rank)
-    launch = LaunchConfig(
+    try:
+        elastic_launch(_launch_config(config, nodes, logs), sys.executable)(
+            "-m", "megatron_pmd.node.worker", str(path)
+        )
+    except ChildFailedError as failed:
+        return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
+    except (KeyboardInterrupt, SignalException):
+        reason = f"{folder}: interrupted; the same command resumes it from its last checkpoint"
+        return _ended(folder, nodes, RunOutcome.of(Interrupted(reason)))
+    finally:
+        # a rank that was killed could not remove its weight buckets
+        for bucket in SHARED_MEMORY.glob(f"{PREFIX}{shared_memory_key(folder)}-*"):
+            bucket.unlink(missing_ok=True)
+    return outcome_of(folder) or RunOutcome(Status.FAILED, f"{folder}: the ranks ended without a summary")
+
+
+def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         nproc_per_node=nodes.ranks_per_node,
@@ -80,24 +107,20 @@ def run_ranks(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
     )
-    try:
-        elastic_launch(launch, sys.executable)("-m", "megatron_pmd.node.worker", str(order))
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        raise PmdError(_reason(rank, failure.message, folder)) from None
-    except (KeyboardInterrupt, SignalException):
-        raise Interrupted(
-            f"{folder}: interrupted; the same command resumes it from its last checkpoint"
-        ) from None
-    finally:
-        # a rank that was killed could not remove its weight buckets
-        for bucket in SHARED_MEMORY.glob(f"megatron-pmd-{shared_memory_key(folder)}-*"):
-            bucket.unlink(missing_ok=True)
 
 
-def _reason(rank: int, message: object, folder: Path) -> str:
-    """The failing rank's error, without torch's envelope."""
-    text = message["message"] if isinstance(message, dict) else str(message)
-    if isinstance(text, str) and text.startswith("{"):
-        text = json.loads(text).get("message", text)
-    return f"rank {rank} failed: {text}; logs: {folder / 'logs'}"
+def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
+    """What the rank that failed first has noted, or how the system ended it."""
+    rank, failure = failed.get_first_failure()
+    noted = RunOutcome.read(spec.outcome_file(failure.local_rank))
+    if noted is None:
+        noted = RunOutcome(Status.FAILED, f"it ended with {failure.signal_name() or failure.exitcode}")
+    return replace(noted, reason=f"rank {rank} failed: {noted.reason}; logs: {logs}")
+
+
+def _ended(folder: Path, nodes: Nodes, outcome: RunOutcome) -> RunOutcome:
+    """A rank that was killed, or that only met another's failure, has left no summary, or its own view."""
+    if nodes.rank == 0:
+        with suppress(DataError):  # it ended before there was a run
+            write_summary(folder, outcome)
+    return outcome

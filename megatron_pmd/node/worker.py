@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -11,20 +10,32 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
-from megatron_pmd.errors import AlarmStop, ModelError, PmdError
+from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.outcome import RunOutcome
+from megatron_pmd.plugins import load
 from megatron_pmd.processes import allow_many_files, die_with_parent, quiet
-from megatron_pmd.training.shutdown import Ending, HaltRequested
+from megatron_pmd.training.shutdown import Shutdown
+
+if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as they want it
+    from megatron_pmd.data.problem_sets import ProblemSets
+    from megatron_pmd.device import SharedDevice
+    from megatron_pmd.distributed import Control
+    from megatron_pmd.training.rollouts import RolloutSource
+    from megatron_pmd.training.run_log import RunLog
+    from megatron_pmd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the command line asks of every rank."""
+class JobSpec:
+    """What a node's ranks are to do."""
 
     config: dict[str, Any]
     folder: str
+    outcomes: str
+    """Start of the names of the files in which failing ranks say why."""
     replay: str | None = None
     """Rollout file or folder to train on instead of engines."""
     stop_after: StopAfter | None = None
@@ -33,14 +44,18 @@ class Order:
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, path: Path) -> Order:
+    def read(cls, path: Path) -> JobSpec:
         return cls(**json.loads(path.read_text()))
 
+    def outcome_file(self, local_rank: int) -> Path:
+        """Where a rank of this node says why it failed."""
+        return Path(f"{self.outcomes}-{local_rank}.json")
 
-def main(order: Order) -> None:
+
+def main(spec: JobSpec) -> None:
     """Build this rank's part of the run and train; raises PmdError for what the user should read."""
-    ending = Ending.of_this_job()
-    ending.install()
+    shutdown = Shutdown.of_this_job()
+    shutdown.install()
     quiet()
     import torch
 
@@ -52,7 +67,7 @@ def main(order: Order) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from megatron_pmd.actor import settings
 
-    config = build(order.config)
+    config = build(spec.config)
     if not cpu:
         # before megatron-core, which imports Transformer Engine, which reads it while it is imported
         settings.set_environment(config)
@@ -66,7 +81,7 @@ def main(order: Order) -> None:
     control = Control(waiting)
     try:
         check_bandwidth(control)
-        _train(config, order, control, ending, cpu=cpu)
+        _train(_Start(config, spec, control, shutdown, cpu))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -79,114 +94,148 @@ def prepare_model(config: RunConfig) -> None:
         return
     if config.model.prepare is None:
         raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
-    module, _, function = config.model.prepare.partition(":")
+    make = load(config.model.prepare, what="model.prepare")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    getattr(importlib.import_module(module), function)(partial)
+    make(partial)
     partial.rename(path)
 
 
-def _train(config: RunConfig, order: Order, control: Any, ending: Ending, *, cpu: bool) -> None:
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class _Start:
+    """What this start of a run goes by, on this rank."""
 
+    config: RunConfig
+    spec: JobSpec
+    control: Control
+    shutdown: Shutdown
+    cpu: bool
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.spec.folder)
+
+
+def _train(start: _Start) -> None:
+    """From the run's folder to its summary."""
     from megatron_pmd.actor import checkpoint
-    from megatron_pmd.actor.actor import Actor
-    from megatron_pmd.device import SharedDevice
+    from megatron_pmd.training.loop import train
+
+    control = start.control
+    control.on_driver(lambda: prepare_model(start.config))
+    resume_from = control.from_driver(checkpoint.latest(start.folder / "checkpoints"))
+    saved = checkpoint.read_run_state(resume_from) if resume_from else {"iteration": 0}
+    log = _open_log(start, resume_from, saved["iteration"])
+    with ExitStack() as cleanup:
+        try:
+            run = _assemble(start, log, resume_from, saved, cleanup)
+            outcome = train(run, start.spec.stop_after)
+        except BaseException as failure:
+            log.finish(RunOutcome.of(failure))
+            raise
+        log.finish(outcome)
+
+
+def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog:
+    """The run's folder and console; what its phases took in earlier starts is known from here on."""
     from megatron_pmd.files import read_records
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.journal import Journal
-    from megatron_pmd.rewards.remote import grading
-    from megatron_pmd.rollout.carried_over import read_kept
-    from megatron_pmd.training.loop import train
-    from megatron_pmd.training.rollouts import Demonstrations, LiveEngines, ReplayedRollouts, RolloutSource
-    from megatron_pmd.training.trainer import Run, StopRequested
+    from megatron_pmd.training.run_log import RunLog
 
-    folder, console = Path(order.folder), Console()
-    control.on_driver(lambda: prepare_model(config))
-    resume_from = control.from_driver(checkpoint.latest(folder / "checkpoints"))
-    state: dict[str, Any] = {"iteration": 0}
-    if resume_from:
-        state = checkpoint.read_run_state(resume_from)
-    journal = control.on_driver(
-        lambda: Journal.open(folder, config, state["iteration"], keep_warm_start=bool(resume_from))
+    config, folder, console = start.config, start.folder, Console()
+    journal = start.control.on_driver(
+        lambda: Journal.open(folder, config, completed, keep_warm_start=bool(resume_from))
     )
-    if control.is_driver:
+    if journal is not None:
         for line in read_records(folder / "ledger.jsonl"):
-            ending.expect(line["phase"], line["seconds"] or 0.0)
+            start.shutdown.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
         if resume_from:
-            console.say(f"resuming after {state['iteration']} iterations, from {resume_from}")
-    status, error = "failed", None
-    with ExitStack() as cleanup:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                config.model.path, trust_remote_code=config.model.trust_remote_code
-            )
-            problems = control.on_driver(lambda: _problems(config, tokenizer, console, state))
-            kept = read_kept(resume_from, problems.train.problem) if resume_from and problems else []
-            rollouts: RolloutSource
-            device = SharedDevice()
-            if order.replay:
-                rollouts = ReplayedRollouts(Path(order.replay), control)
-            elif config.algorithm.objective == "sft":
-                rollouts = Demonstrations(control, tokenizer)
-            else:
-                rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
-                rollouts = LiveEngines(
-                    config, control, folder, tokenizer, rewards, console,
-                    cpu=cpu, interrupted=ending.must_cut, device=device,
-                )  # fmt: skip
-                cleanup.callback(rollouts.close)
-            if not cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
-                rollouts.make_room()
-            actor = Actor(config, control, device)
-            if resume_from:
-                actor.load(resume_from)
-            run = Run(
-                config, folder, control, actor, rollouts, console,
-                journal=journal, problems=problems, tokenizer=tokenizer, kept=kept,
-                first_iteration=state["iteration"], stop_after=order.stop_after,
-                ending=ending, resumed=bool(resume_from),
-            )  # fmt: skip
-            try:
-                train(run)
-                status = "complete"
-            except HaltRequested as halt:
-                where = run.halt()
-                if control.is_driver:
-                    console.say(f"the run {halt}: {where}; the same command resumes it")
-                status = "saved"
-        except StopRequested:
-            status = "stopped"
-        except AlarmStop as alarm:
-            status, error = "stopped", str(alarm)
-            raise
-        except BaseException as failure:
-            error = f"{type(failure).__name__}: {failure}"
-            raise
-        finally:
-            if journal is not None:
-                journal.finish(status, error)
+            console.say(f"resuming after {completed} iterations, from {resume_from}")
+    return RunLog(console, journal)
 
 
-def _problems(config: RunConfig, tokenizer: Any, console: Any, state: dict[str, Any]) -> Any:
+def _assemble(
+    start: _Start, log: RunLog, resume_from: Path | None, saved: dict[str, Any], cleanup: ExitStack
+) -> Trainer:
+    """The parts of a run on this rank, as new or as a checkpoint has them; cleanup ends what they start."""
+    from transformers import AutoTokenizer
+
+    from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.device import SharedDevice
+    from megatron_pmd.rollout.carried_over import read_carried_over
+    from megatron_pmd.training.state import RunState
+    from megatron_pmd.training.trainer import Trainer
+
+    config, control = start.config, start.control
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model.path, trust_remote_code=config.model.trust_remote_code
+    )
+    problems = control.on_driver(lambda: _problems(config, tokenizer, log, saved))
+    state = RunState(completed=saved["iteration"], resumed=resume_from is not None)
+    if resume_from and problems:
+        state.carried_over = read_carried_over(resume_from, problems.train.problem)
+    device = SharedDevice()
+    rollouts = _rollouts(start, log, tokenizer, device, cleanup)
+    if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
+        rollouts.make_room()
+    actor = Actor(config, control, device)
+    if resume_from:
+        actor.load(resume_from)
+    return Trainer(
+        config, start.folder, control, actor, rollouts, log, problems, tokenizer, start.shutdown, state
+    )
+
+
+def _rollouts(
+    start: _Start, log: RunLog, tokenizer: Any, device: SharedDevice, cleanup: ExitStack
+) -> RolloutSource:
+    """Where this run's rollouts come from."""
+    from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.training.rollouts import Demonstrations, LiveEngines, ReplayedRollouts
+
+    config, control = start.config, start.control
+    if start.spec.replay:
+        return ReplayedRollouts(Path(start.spec.replay), control)
+    if config.algorithm.objective.supervised:
+        return Demonstrations(control, tokenizer)
+    rewards: Any = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
+    engines = LiveEngines(
+        config, control, start.folder, tokenizer, rewards, log.console,
+        cpu=start.cpu, interrupted=start.shutdown.must_cut, device=device,
+    )  # fmt: skip
+    cleanup.callback(engines.close)
+    return engines
+
+
+def _problems(config: RunConfig, tokenizer: Any, log: RunLog, saved: dict[str, Any]) -> ProblemSets:
     """The run's problems, where it stands in them."""
     from megatron_pmd.data.problem_sets import ProblemSets
 
-    problems = ProblemSets.load(config, tokenizer, console.say)
-    if "prompts" in state:
-        problems.load_state(state)
+    problems = ProblemSets.load(config, tokenizer, log.say)
+    if "prompts" in saved:
+        problems.load_state(saved)
     return problems
+
+
+def _noting_failures(spec: JobSpec) -> None:
+    """main(), which leaves a file that says how a failing rank ended."""
+    try:
+        main(spec)
+    except BaseException as failure:
+        RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
+        raise
 
 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # at once, also while blocked in a collective; engines notice (rollout/warden.py), the launcher tidies up
+    # at once, also while blocked in a collective; engines notice (engine/supervisor.py), ranks.py tidies up
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent(parent=os.getppid())
     allow_many_files()
     try:
-        record(main)(Order.read(Path(sys.argv[1])))
+        record(_noting_failures)(JobSpec.read(Path(sys.argv[1])))
     except PmdError:
         sys.exit(1)  # the launcher shows its message; a traceback would hide it

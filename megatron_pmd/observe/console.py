@@ -112,8 +112,9 @@ class Console:
         self._rich.print(
             Rule(Text(f"{run.config.get('name', folder.name)} · {status}", style=style), align="left")
         )
-        if summary.get("error"):
-            self._rich.print(Text(printable(summary["error"]), style="red"))
+        if summary.get("reason"):
+            style = "red" if summary.get("error") else ""
+            self._rich.print(Text(printable(summary["reason"]), style=style))
         self._rich.print(_rows(_outcome(run, summary)))
         self._side_by_side(run)
         if report is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import DataError
 from megatron_pmd.files import JsonObject, read_object, read_records
 
@@ -79,20 +77,3 @@ def seconds_by_phase(ledger: list[JsonObject]) -> dict[str, float]:
     for line in ledger:
         total[line["phase"]] = total.get(line["phase"], 0.0) + (line["seconds"] or 0.0)
     return total
-
-
-def status(folder: Path) -> str | None:
-    """How the run in this folder ended; None while it is under way, and after it was killed."""
-    try:
-        return json.loads((folder / "summary.json").read_text())["status"]
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def is_complete(folder: Path, config: RunConfig) -> bool:
-    """Whether this very configuration has been trained to its end in this folder."""
-    try:
-        recorded = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return status(folder) == "complete" and recorded == config.model_dump(mode="json")

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.files import JsonObject, read_object, read_records, write_whole
-from megatron_pmd.observe.folder import flatten, seconds_by_phase
+from megatron_pmd.observe.folder import flatten
 from megatron_pmd.observe.quantities import finite
+from megatron_pmd.observe.summary import write_summary
 from megatron_pmd.observe.versions import versions
+from megatron_pmd.outcome import RunOutcome
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["step", "iteration", "evaluation", "warm_start"]
-Status = Literal["complete", "saved", "stopped", "failed"]
-"""saved: it was told to end, or its time was up, and a checkpoint was written; stopped: as the user asked."""
 
 # the value of each kind of line that TensorBoard puts on its horizontal axis
 AXIS: dict[str, str] = {
@@ -44,8 +44,8 @@ class Phase:
     """Resident memory of the actor ranks at the end of the phase."""
     engine_bytes: int | None = None
     """Resident memory of the engines at the end of the phase."""
-    parts: list[JsonObject] = field(default_factory=list)
-    """Its sub-phases, as parts.together() gives them; what they leave of the seconds is the phase's own."""
+    subphases: list[JsonObject] = field(default_factory=list)
+    """As subphases.together() gives them; what they leave of the seconds is the phase's own."""
     seconds: float = 0.0
     """Set when the phase has ended."""
 
@@ -166,8 +166,8 @@ class Journal:
             "actor_bytes": phase.actor_bytes,
             "engine_bytes": phase.engine_bytes,
         }
-        if phase.parts:
-            line["parts"] = phase.parts
+        if phase.subphases:
+            line["subphases"] = phase.subphases
         if error:
             line["error"] = error
         line = finite(line)
@@ -191,26 +191,10 @@ class Journal:
         """The `iteration` lines of the iterations before t, oldest first."""
         return [m for m in self._iterations if m["iteration"] < t]
 
-    def finish(self, status: Status, error: str | None = None) -> JsonObject:
-        """Write summary.json and close every file; returns the summary."""
-        rewards = [m.get("reward") for m in self._iterations]
-        by_phase = seconds_by_phase(self._ledger)
-        summary: JsonObject = {
-            "name": self._config.name,
-            "status": status,
-            "iterations": len(self._iterations),
-            "iterations_planned": self._config.iterations,
-            "first_reward": rewards[0] if rewards else None,
-            "last_reward": rewards[-1] if rewards else None,
-            "evaluations": [{k: v for k, v in m.items() if k != "kind"} for m in self._evaluations],
-            "seconds": round(sum(by_phase.values()), 3),
-            "seconds_by_phase": {name: round(seconds, 3) for name, seconds in by_phase.items()},
-            "wall_seconds_of_last_start": round(time.monotonic() - self._opened, 3),
-            "error": error,
-        }
-        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    def finish(self, outcome: RunOutcome) -> JsonObject:
+        """Close every file and write summary.json; returns the summary."""
         self.close()
-        return summary
+        return write_summary(self.folder, outcome, wall_seconds=time.monotonic() - self._opened)
 
     def close(self) -> None:
         """Close every file without a summary."""

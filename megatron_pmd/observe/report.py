@@ -77,7 +77,7 @@ def write_report(run_folder: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         name=run.config.get("name", run_folder.name),
         status=(run.summary or {}).get("status", "unfinished"),
-        error=(run.summary or {}).get("error"),
+        reason=(run.summary or {}).get("reason"),
         model=(run.config.get("model") or {}).get("path", ""),
         tiles=_tiles(run),
         charts=drawn,
@@ -132,10 +132,10 @@ def _phase_rows(run: RunFolder, colours: dict[str, str]) -> list[PhaseRow]:
     for name in by_phase:
         lines = [line for line in run.ledger if line["phase"] == name]
         rows.append(_phase_row(name, lines, total, colours[name]))
-        parts: dict[str, list[JsonObject]] = {}
-        for part in (part for line in lines for part in line.get("parts") or []):
-            parts.setdefault(part["part"], []).append(part)
-        rows += [_phase_row(part, found, total, None) for part, found in parts.items()]
+        subphases: dict[str, list[JsonObject]] = {}
+        for found in (subphase for line in lines for subphase in line.get("subphases") or []):
+            subphases.setdefault(found["subphase"], []).append(found)
+        rows += [_phase_row(name, found, total, None) for name, found in subphases.items()]
     return rows
 
 

@@ -11,6 +11,11 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _objective(config: RunConfig) -> str:
+    settings = config.algorithm.objective.model_dump(mode="json")
+    return " ".join(str(value) if key == "name" else f"{key}={value}" for key, value in settings.items())
+
+
 def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
@@ -50,8 +55,8 @@ def size_rows(config: RunConfig) -> Rows:
         ),
         (
             "objective",
-            f"baseline {config.algorithm.baseline}, τ = {config.algorithm.tau:g}, "
-            f"normaliser {config.algorithm.normaliser}, learning rate {config.optimizer.learning_rate:g}",
+            f"{_objective(config)}, baseline {config.algorithm.baseline}, τ = {config.algorithm.tau:g}, "
+            f"learning rate {config.optimizer.learning_rate:g}",
         ),
     ]
 

@@ -1,25 +1,15 @@
-"""From a reward's name to the function that grades: the registry, and which part of a response is graded."""
+"""From a reward's name to the function that grades, and which part of a response it is given."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import re
 from collections.abc import Callable
 
-from megatron_pmd.config import Reward
+from megatron_pmd.config import REWARDS, Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError
 
 Grader = Callable[[str, Problem], float]
-
-# A name stands for a module:function, imported only when a run names it. To add a reward, write its file and
-# its line here.
-REWARDS = {
-    "exact": "megatron_pmd.rewards.exact:score",
-    "math": "megatron_pmd.rewards.mathematics:score",
-    "reasoning_gym": "megatron_pmd.rewards.procedural:score",
-}
 
 _INTEGER = re.compile(
     # 5-3, x-3 and (2)-3 subtract: only a minus after anything else is a sign
@@ -36,7 +26,7 @@ def grader(reward: Reward) -> Grader:
 
     Imports the reward's module and its libraries. Raises ConfigError if that fails or if the name is unknown.
     """
-    score = _resolve(reward.name)
+    score = REWARDS.load(reward.name, what="reward.name")
 
     def grade(response: str, problem: Problem) -> float:
         return score(extract(response, reward.answer), problem)
@@ -61,34 +51,3 @@ def extract(response: str, how: str) -> str:
         digits = found[-1][2].replace(",", "").lstrip("0") or "0"
         return "-" + digits if found[-1][1] and digits != "0" else digits
     raise ConfigError(f"reward.answer={how!r} is unknown; use whole, last_integer or last_line")
-
-
-def _resolve(name: str) -> Grader:
-    target = REWARDS.get(name, name)
-    module_name, colon, function_name = target.partition(":")
-    if not (colon and module_name and function_name):
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        raise ConfigError(
-            f"reward.name={name!r} is unknown"
-            + (f" (did you mean {near[0]}?)" if near else "")
-            + f"; use {', '.join(REWARDS)}, or module:function"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is a user's: its import can fail in any way
-        raise ConfigError(
-            f"reward.name={name!r}: module {module_name} cannot be imported: {type(error).__name__}: "
-            f"{error}; is its folder on PYTHONPATH, and is what it needs installed?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        near = difflib.get_close_matches(function_name, dir(module), n=1)
-        raise ConfigError(
-            f"reward.name={name!r}: module {module_name} ({getattr(module, '__file__', 'no file')}) has no "
-            f"{function_name}" + (f" (did you mean {near[0]}?)" if near else "")
-        )
-    if not callable(function):
-        raise ConfigError(
-            f"reward.name={name!r}: {function_name} is a {type(function).__name__}, not a function"
-        )
-    return function

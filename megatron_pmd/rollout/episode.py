@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,10 @@ import numpy as np
 
 from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import ConfigError, RolloutError, StaleWeights
+from megatron_pmd.errors import RolloutError, StaleWeights
+from megatron_pmd.plugins import load
 from megatron_pmd.rollout.groups import Accounts
-from megatron_pmd.rollout.http import Stopped, Transport
+from megatron_pmd.rollout.http import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
 
 TOKEN_BUDGET = "token_budget"
@@ -61,12 +61,12 @@ class Episode:
         self,
         trajectory: Trajectory,
         sampling: Sampling,
-        transport: Transport,
+        client: GenerateClient,
         tokenizer: Any,
         accounts: Accounts,
         routing_key: str,
     ) -> None:
-        self._trajectory, self._sampling, self._transport = trajectory, sampling, transport
+        self._trajectory, self._sampling, self._client = trajectory, sampling, client
         self._tokenizer, self._accounts, self._routing_key = tokenizer, accounts, routing_key
         self._cursor = 0
         self._new_tokens = 0
@@ -109,7 +109,7 @@ class Episode:
         if sampling.repetition is not None:
             limits.append(sampling.repetition.window_tokens)
         if min(limits) <= 0:
-            raise Stopped(TOKEN_BUDGET)
+            raise ResponseStopped(TOKEN_BUDGET)
         request = {
             "input_ids": trajectory.tokens,
             "sampling_params": {
@@ -122,10 +122,10 @@ class Episode:
             "return_logprob": True,
             "return_routed_experts": sampling.record_routing,
         }
-        answer = await self._transport.generate(request, self._routing_key)
+        answer = await self._client.generate(request, self._routing_key)
         reason = self._take(turn, answer)
         if reason == "abort":
-            raise Stopped(self._transport.stopping)
+            raise ResponseStopped(self._client.stopping)
         if reason == "stop":
             turn.finish = "stop"
         elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
@@ -217,20 +217,8 @@ async def single_turn(episode: Episode) -> str:
 
 
 def rollout_function(name: str | None) -> RolloutFunction:
-    """The function that rollout.function names. ConfigError if it cannot be imported."""
-    if name is None:
-        return single_turn
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the module is a user's: its import can fail in any way
-        raise ConfigError(
-            f"rollout.function={name!r} cannot be imported ({type(error).__name__}: {error}); it must be "
-            "module:function, its folder on PYTHONPATH"
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"rollout.function={name!r} is a {type(function).__name__}, not a function")
-    return function
+    """The function that rollout.function names. ConfigError if it cannot be loaded."""
+    return single_turn if name is None else load(name, what="rollout.function")
 
 
 def message_text(tokenizer: Any, role: str, content: str) -> str:

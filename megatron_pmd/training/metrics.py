@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_pmd.actor.actor import StepReport
-from megatron_pmd.algorithm.diagnostics import diagnostics
+from megatron_pmd.actor.actor import AnchorReport, StepReport
+from megatron_pmd.actor.expert_load import imbalance
+from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.training.subproblem import Subproblem
 
@@ -19,6 +20,25 @@ def success_rates(samples: Sequence[Sample], correct: float) -> dict[int, float]
     for sample in samples:
         verdicts[sample.problem].append(sample.reward >= correct)
     return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
+
+
+def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
+    """How far the engines' log-probabilities are from the actor's, from the reports of all ranks; nats."""
+    tokens = max(sum(r.tokens for r in reports), 1)
+    return {
+        "sync/mean_abs_difference": sum(r.sum_absolute for r in reports) / tokens,
+        "sync/max_abs_difference": max(r.max_absolute for r in reports),
+        "mismatch/p99_abs": histogram_quantile(np.sum([r.histogram for r in reports], axis=0), 0.99),
+        "entropy": sum(r.entropy_sum for r in reports) / tokens,
+        **imbalance([r.expert_tokens for r in reports]),
+    }
+
+
+def throughput(batch: RolloutBatch, seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of an iteration's phases: response tokens in the rollout, all of them in training."""
+    everything, responses = int(batch.lengths.sum()), int(batch.response_lengths.sum())
+    tokens = {"rollout": responses, "anchor": everything, "update": everything}
+    return {f"{name}/tokens_per_second": count / seconds_by_phase[name] for name, count in tokens.items()}
 
 
 def step_values(

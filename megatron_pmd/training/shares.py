@@ -20,7 +20,7 @@ import torch
 
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import LaunchError, PmdError
+from megatron_pmd.errors import LaunchError
 from megatron_pmd.shared_memory import SHARED_MEMORY, nameless_file, path_to
 
 Share = tuple[int, ...]
@@ -66,37 +66,50 @@ def distribute(
     files = plan(batch, control.all_gather((control.node, own)))
     mine = files[control.node]
     file: IO[bytes] | None = None
-    place: tuple[Path, Path] | PmdError | None = None
-    if mine.leader == control.rank:
-        try:
-            file, folder = nameless_file(mine.nbytes, [memory, Path(tempfile.gettempdir())])
-            place = path_to(file), folder
-        except PmdError as error:
-            place = error
-    places = _on_all(control, place)
+
+    def make_file() -> tuple[Path, Path] | None:
+        nonlocal file
+        if mine.leader != control.rank:
+            return None
+        file, folder = nameless_file(mine.nbytes, [memory, Path(tempfile.gettempdir())])
+        return path_to(file), folder
+
+    places: list[Any] = control.on_all(make_file)
     if control.is_driver:
-        for node, planned in files.items():
-            if (folder := places[planned.leader][1]) != memory:
-                say(
-                    f"{memory} of node {node} has no room for {planned.nbytes:,} bytes of the batch; "
-                    f"they are in {folder}, which may be slower"
-                )
+        _tell_of_other_folders(files, places, memory, say)
     if file is not None:
-        memory_map = torch.frombuffer(mmap.mmap(file.fileno(), mine.nbytes), dtype=torch.uint8)
+        whole = torch.frombuffer(mmap.mmap(file.fileno(), mine.nbytes), dtype=torch.uint8)
         if control.is_driver:
-            _pack(batch, samples, files, memory_map, control)
+            _pack(batch, samples, files, whole, control)
         else:
             for offset, nbytes in mine.sections.values():
-                control.receive_bytes(memory_map[offset : offset + nbytes], 0)
-        del memory_map
+                control.receive_bytes(whole[offset : offset + nbytes], 0)
+        del whole
     control.barrier()
-    share = _map(batch, own, places[mine.leader][0], *mine.sections[own])
-    # what its leader closes before all have opened it is gone
-    _on_all(control, share if isinstance(share, PmdError) else None)
+    path, _ = places[mine.leader]
+    share: RolloutBatch | None = None
+
+    def map_section() -> None:
+        nonlocal share
+        share = _mapped(batch, own, path, *mine.sections[own])
+
+    control.on_all(map_section)
     if file is not None:
-        file.close()
-    assert isinstance(share, RolloutBatch)
+        file.close()  # not before all ranks have opened it: it has no name to find it by
+    assert share is not None
     return share
+
+
+def _tell_of_other_folders(
+    files: dict[int, NodeFile], places: list[Any], memory: Path, say: Callable[[str], Any]
+) -> None:
+    for node, file in files.items():
+        _, folder = places[file.leader]
+        if folder != memory:
+            say(
+                f"{memory} of node {node} has no room for {file.nbytes:,} bytes of the batch; they are in "
+                f"{folder}, which may be slower"
+            )
 
 
 def plan(batch: RolloutBatch, requests: list[tuple[int, Share]]) -> dict[int, NodeFile]:
@@ -137,7 +150,7 @@ def _pack(
                 control.send_bytes(section, file.leader)
 
 
-def _map(batch: RolloutBatch, own: Share, path: Path, offset: int, nbytes: int) -> RolloutBatch | PmdError:
+def _mapped(batch: RolloutBatch, own: Share, path: Path, offset: int, nbytes: int) -> RolloutBatch:
     """The batch with this rank's section of its node's file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -147,17 +160,8 @@ def _map(batch: RolloutBatch, own: Share, path: Path, offset: int, nbytes: int) 
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
-        return LaunchError(
-            f"rank {os.environ.get('RANK', '0')} cannot map {path}, where its node's part of the batch is: "
-            f"{error}; the ranks of a node need one /proc and one user"
-        )
+        raise LaunchError(
+            f"{path}, where a node's part of the batch is, cannot be mapped: {error}; the ranks of a node "
+            "need one user and one /proc"
+        ) from None
     return batch.share(np.array(own, np.int64), np.frombuffer(section, np.uint8))
-
-
-def _on_all(control: Control, value: Any) -> list[Any]:
-    """Every rank's value, in rank order; the first PmdError among them is raised on all ranks."""
-    values = control.all_gather(value)
-    for found in values:
-        if isinstance(found, PmdError):
-            raise found
-    return values

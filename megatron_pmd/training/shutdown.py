@@ -7,13 +7,10 @@ import signal
 import time
 from typing import Any
 
-SAVED_EXIT_CODE = 75
-"""EX_TEMPFAIL: nothing failed, a checkpoint was written, and the same command goes on from it."""
-
 CUTTABLE = {"evaluate", "rollout"}
 """Phases that can be ended at any moment; the others run to their end once begun."""
 CHECKED = CUTTABLE | {"anchor", "update", "sync"}
-"""Phases before which a run looks whether it must end. The others belong to the one before them."""
+"""Phases before which a run looks whether it must end. Each of the others follows one of these at once."""
 
 LEAST_SAVE_SECONDS = 60.0
 """Until one has been seen whole: most of a checkpoint is written beside other phases."""
@@ -21,11 +18,7 @@ MARGIN_SECONDS = 30.0
 """For what no phase counts: engines that stop, processes that end, a coarse clock."""
 
 
-class HaltRequested(Exception):
-    """The run is to save and end; it is not complete, and nothing failed."""
-
-
-class Ending:
+class Shutdown:
     """What one rank knows of the run's end.
 
     The signal is only noted: a rank that is in the middle of a collective cannot stop. Every rank is asked
@@ -38,7 +31,7 @@ class Ending:
         self._longest: dict[str, float] = {}
 
     @classmethod
-    def of_this_job(cls) -> Ending:
+    def of_this_job(cls) -> Shutdown:
         """With the end that the batch script read from Slurm; it counts from the allocation's start."""
         return cls(float(os.environ.get("PMD_END_TIME") or 0) or None)
 

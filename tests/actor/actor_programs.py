@@ -33,16 +33,17 @@ from megatron_pmd.actor import checkpoint, model
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
-from megatron_pmd.algorithm.losses import pmd
+from megatron_pmd.algorithm.losses import Constants, loss_of
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
+from megatron_pmd.objectives.pmd import Pmd
 from tests.actor import objective_gradients
 from tests.actor.launch import obey
 from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
 
-OBJECTIVE = functools.partial(pmd, tau=TAU, normaliser="response")
+OBJECTIVE = loss_of(Pmd(normaliser="response"), Constants(TAU, max_response_tokens=30))
 _started: list[tuple[Control, Layout]] = []
 
 

@@ -3,7 +3,6 @@ ranks."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -11,30 +10,30 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.actor.actor import Actor, Examples
-from megatron_pmd.algorithm import losses
-from megatron_pmd.algorithm.mismatch import SEQUENCE_WEIGHTS, TOKEN_WEIGHTS
+from megatron_pmd.algorithm.losses import Constants, Loss, loss_of, next_token
+from megatron_pmd.algorithm.mismatch import WEIGHTS
+from megatron_pmd.config.algorithm import read_objective
 
 TAU = 0.5
-OBJECTIVES: dict[str, losses.Objective] = {
-    "pmd": functools.partial(losses.pmd, tau=TAU),
-    "pmd, max_response": functools.partial(
-        losses.pmd, tau=TAU, normaliser="max_response", max_response_tokens=30
+
+
+def _loss(name: str, mismatch: str = "none", **settings: Any) -> Loss:
+    objective = read_objective({"name": name, **settings})
+    return loss_of(objective, Constants(TAU, max_response_tokens=30), WEIGHTS[objective.counts][mismatch])
+
+
+OBJECTIVES: dict[str, Loss] = {
+    "pmd": _loss("pmd"),
+    "pmd, max_response": _loss("pmd", normaliser="max_response"),
+    "pmd, none, regression, sequence_tis": _loss(
+        "pmd", "sequence_tis", normaliser="none", scaling="regression"
     ),
-    "pmd, none, regression, sequence_tis": functools.partial(
-        losses.pmd,
-        tau=TAU,
-        normaliser="none",
-        scaling="regression",
-        mismatch=SEQUENCE_WEIGHTS["sequence_tis"],
-    ),
-    "pmd_token": functools.partial(losses.pmd_token, tau=TAU, log_ratio_low=-1.0, log_ratio_high=1.0),
-    "reinforce": losses.reinforce,
-    "grpo, token_tis": functools.partial(
-        losses.grpo, kl_coefficient=0.1, mismatch=TOKEN_WEIGHTS["token_tis"]
-    ),
-    "gspo": functools.partial(losses.gspo, clip_low=0.2, clip_high=0.2),
-    "cispo": losses.cispo,
-    "sft": losses.sft,
+    "pmd_token": _loss("pmd_token", log_ratio_low=-1.0, log_ratio_high=1.0),
+    "reinforce": _loss("reinforce", normaliser="none"),
+    "grpo, token_tis": _loss("grpo", "token_tis", kl_coefficient=0.1),
+    "gspo": _loss("gspo", clip_low=0.2, clip_high=0.2),
+    "cispo": _loss("cispo"),
+    "sft": _loss("sft"),
 }
 WITH_EXAMPLES = "pmd, with examples"
 EXAMPLE_WEIGHT = 0.7
@@ -51,7 +50,7 @@ def all_gradients(trial: Any) -> Gradients:
     for name, objective in OBJECTIVES.items():
         results[name] = _gradient(trial, objective, samples, None)
     examples = np.arange(SAMPLED, 16)
-    results["sft of the examples"] = _gradient(trial, losses.sft, examples, None)
+    results["sft of the examples"] = _gradient(trial, next_token, examples, None)
     trial.batch.examples = 16 - SAMPLED
     first, last = trial.batch.offsets[SAMPLED], trial.batch.offsets[16]
     tokens = int(trial.batch.counted[first:last].sum())
@@ -61,7 +60,7 @@ def all_gradients(trial: Any) -> Gradients:
 
 
 def _gradient(
-    trial: Any, objective: losses.Objective, samples: np.ndarray, examples: Examples | None
+    trial: Any, objective: Loss, samples: np.ndarray, examples: Examples | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     actor: Actor = trial.actor
     microbatches = actor.microbatches(trial.batch, samples)

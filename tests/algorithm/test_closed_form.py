@@ -14,7 +14,8 @@ from megatron_pmd.algorithm.closed_form import (
     optimum_mean,
     optimum_partition,
 )
-from megatron_pmd.algorithm.losses import LossInput, pmd
+from megatron_pmd.algorithm.losses import LossInput
+from tests.algorithm.evaluated import evaluated
 
 taus = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)
 
@@ -188,7 +189,7 @@ def test_a_softmax_that_minimises_the_pmd_loss_reaches_the_closed_form(variant, 
             sequence=torch.arange(6),
             advantages=torch.tensor(rewards - baseline),
         )
-        total = pmd(x, tau=tau, mismatch=lambda _: anchor.exp()).sum
+        total = evaluated("pmd", x, tau=tau, mismatch=lambda _: anchor.exp()).sum
         total.backward()
         return total
 

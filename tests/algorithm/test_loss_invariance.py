@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pmd.algorithm.baselines import BASELINES, advantages
-from megatron_pmd.algorithm.losses import OBJECTIVES, LossInput, LossTerms, pmd
+from megatron_pmd.algorithm.losses import LossInput, LossTerms
 from megatron_pmd.algorithm.mismatch import SEQUENCE_WEIGHTS
+from megatron_pmd.config import OBJECTIVES
+from tests.algorithm.evaluated import evaluated
 
 OPTIONS: dict[str, dict] = {
     "pmd": dict(tau=0.1, mismatch=SEQUENCE_WEIGHTS["sequence_tis"]),
     "pmd_token": dict(tau=0.1, log_ratio_low=-1.0, log_ratio_high=1.0),
-    "reinforce": dict(),
+    "reinforce": dict(normaliser="none"),
     "grpo": dict(kl_coefficient=0.1),
     "gspo": dict(),
     "cispo": dict(),
@@ -65,7 +67,7 @@ def test_the_summed_loss_and_gradient_are_the_same_for_every_packing(name, seed,
     sequences = [sample(rng, length) for length in rng.integers(0, 8, 9)]
     values = rng.normal(size=9)
     whole = pack(sequences, values)
-    expected = OBJECTIVES[name](whole, **OPTIONS[name])
+    expected = evaluated(name, whole, **OPTIONS[name])
     expected_gradients = np.split(
         backward(expected, whole), np.cumsum([len(q["mask"]) for q in sequences])[:-1]
     )
@@ -77,7 +79,7 @@ def test_the_summed_loss_and_gradient_are_the_same_for_every_packing(name, seed,
         chosen = order[low:high]
         part = [sequences[i] for i in chosen]
         part_input = pack(part, values[chosen], padding=padding if part else 0)
-        terms = OBJECTIVES[name](part_input, **OPTIONS[name])
+        terms = evaluated(name, part_input, **OPTIONS[name])
         total += terms.sum.item()
         count += terms.count.item()
         found = backward(terms, part_input)
@@ -96,7 +98,7 @@ def test_a_micro_batch_without_sequences_gives_zero_with_a_way_back(name):
     log_probs = torch.zeros(0, requires_grad=True)
     nothing = torch.zeros(0)
     x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing)
-    terms = OBJECTIVES[name](x, **OPTIONS[name])
+    terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0 and terms.count.item() == 0
     terms.sum.backward()
     assert log_probs.grad is not None and log_probs.grad.shape == (0,)
@@ -109,7 +111,7 @@ def test_a_sequence_without_counted_tokens_adds_nothing_but_counts_as_a_sequence
     log_probs = torch.full((tokens,), -torch.inf, requires_grad=True)
     hole = torch.full((tokens,), -torch.inf)
     x = LossInput(log_probs, hole, hole, torch.zeros(tokens), torch.zeros(tokens).long(), torch.tensor([1.5]))
-    terms = OBJECTIVES[name](x, **OPTIONS[name])
+    terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0
     assert terms.count.item() == (1 if name in ("pmd", "reinforce", "gspo") else 0)
     assert (backward(terms, x) == 0).all()
@@ -142,7 +144,8 @@ def test_no_reward_tau_or_length_in_range_makes_pmd_overflow(
         sequence=x.sequence,
         advantages=x.advantages.float(),
     )
-    terms = pmd(
+    terms = evaluated(
+        "pmd",
         single,
         tau=tau,
         normaliser=normaliser,
@@ -170,7 +173,7 @@ def test_nor_does_it_make_any_other_objective_overflow(name, rewards, tau, longe
     lengths = [longest, *rng.integers(0, min(longest, 50) + 1, len(rewards) - 1)]
     x = pack([sample(rng, length, scale) for length in lengths], values)
     options = OPTIONS[name] | (dict(tau=tau) if "tau" in OPTIONS[name] else {})
-    terms = OBJECTIVES[name](x, **options)
+    terms = evaluated(name, x, **options)
     assert terms.sum.float().isfinite() and np.isfinite(backward(terms, x)).all()
     # kl_k3 is e^x − 1 − x of single tokens, and is meant to show a ratio that has run away
     assert all(v.isfinite().all() for key, v in terms.per_sequence.items() if key != "kl_k3")
@@ -182,7 +185,7 @@ def test_a_group_with_equal_rewards_leaves_the_anchor_alone(baseline, tau):
     rng = np.random.default_rng(0)
     values = advantages([0.1] * 16, np.zeros(16, int), baseline=baseline, tau=tau)
     x = pack([sample(rng, 5, scale=0.0) for _ in range(16)], values)
-    terms = pmd(x, tau=tau)
+    terms = evaluated("pmd", x, tau=tau)
     assert terms.sum.item() == 0
     assert (backward(terms, x) == 0).all()
 
@@ -192,7 +195,10 @@ def test_a_long_response_has_the_same_weight_alone_in_its_micro_batch_as_in_a_pa
     rng = np.random.default_rng(1)
     long, *short = [sample(rng, length) for length in (4000, 10, 10, 10, 10)]
     values = np.array([1.0, -1.0, -1.0, 2.0, -1.0])
-    together = pmd(pack([long, *short], values), tau=0.1)
-    apart = [pmd(pack([long], values[:1]), tau=0.1), pmd(pack(short, values[1:]), tau=0.1)]
+    together = evaluated("pmd", pack([long, *short], values), tau=0.1)
+    apart = [
+        evaluated("pmd", pack([long], values[:1]), tau=0.1),
+        evaluated("pmd", pack(short, values[1:]), tau=0.1),
+    ]
     mean = sum(t.sum.item() for t in apart) / sum(t.count.item() for t in apart)
     assert mean == pytest.approx(together.sum.item() / together.count.item(), rel=1e-12)

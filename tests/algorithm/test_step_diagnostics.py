@@ -15,7 +15,8 @@ from megatron_pmd.algorithm.diagnostics import (
     over_iteration,
     targets,
 )
-from megatron_pmd.algorithm.losses import LossInput, pmd
+from megatron_pmd.algorithm.losses import LossInput
+from tests.algorithm.evaluated import evaluated
 
 GROUPS = np.repeat([5, -2, 9], 4)
 REWARDS = np.array([1, -1, -1, -1, 1, 1, -1, 1, 0.3, 0.3, 0.3, 0.3])
@@ -177,7 +178,7 @@ def test_k1_and_k3_average_to_the_true_divergence_over_the_anchors_own_samples()
     anchor, new = torch.tensor(np.log(p)[outcomes]), torch.tensor(np.log(q)[outcomes])
     x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8))
     result = diagnostics(
-        {k: v.numpy() for k, v in pmd(x, tau=1.0).per_sequence.items()},
+        {k: v.numpy() for k, v in evaluated("pmd", x, tau=1.0).per_sequence.items()},
         advantage=np.zeros(8),
         reward=np.zeros(8),
         group=np.zeros(8, int),

@@ -82,12 +82,19 @@ def test_diff_of_a_model_and_its_checkpoint_finds_nothing(variants, converted):
     assert done.stdout.splitlines()[-1] == "87 tensors are the same bit for bit, 0 are not"
 
 
-@pytest.mark.parametrize("direction", ["hf_to_megatron", "megatron_to_hf"])
-def test_the_tools_share_a_conversion_under_torchrun(variants, converted, tmp_path, direction):
-    source = variants / "qwen3" if direction == "hf_to_megatron" else converted[0] / "qwen3/megatron"
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", f"tools/convert_{direction}.py"]
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_the_ranks_of_torchrun_share_a_conversion(variants, converted, tmp_path, direction):
+    source = variants / "qwen3" if direction == "hf-to-megatron" else converted[0] / "qwen3/megatron"
+    words = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "megatron_pmd.cli",
+        "convert",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", *words, source, "--out", tmp_path / "out"],
+        [sys.executable, "-m", *words, direction, source, "--out", tmp_path / "out"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -98,6 +105,6 @@ def test_the_tools_share_a_conversion_under_torchrun(variants, converted, tmp_pa
 
 def test_an_error_is_one_message(converted, tmp_path):
     done = convert("megatron-to-hf", converted[0] / "qwen3/megatron", "--out", tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"ConfigError: {tmp_path} exists")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"refused: ConfigError: {tmp_path} exists")
     assert "Traceback" not in done.stderr

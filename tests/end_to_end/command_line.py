@@ -15,6 +15,7 @@ import psutil
 
 PROJECT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 240
+RECIPE = "tiny_moe_cpu"
 
 SMALL = [
     "iterations=3",
@@ -34,14 +35,14 @@ SMALL = [
 
 
 class CommandLine:
-    """`megatron-pmd train tiny_moe_cpu …` in its own session, with its runs in one folder."""
+    """`megatron-pmd train RECIPE …` in its own session, with its runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
         module = [sys.executable, "-m", "megatron_pmd.cli.main"]
-        command = [*module, "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
+        command = [*module, "train", RECIPE, f"name={name}", *SMALL, *words]
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,

@@ -39,7 +39,8 @@ def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_t
 
 def test_an_engine_that_never_comes_up_ends_the_run_with_its_last_words(command_line: CommandLine) -> None:
     output = command_line.run("no_engine", 'rollout.sglang={"quantization": "nonsense"}', expect=1)
-    assert "EngineError: engine 0" in output
+    assert command_line.summary("no_engine")["error"] == "EngineError"
+    assert "failed: EngineError: rank 0 failed: engine 0" in output
     assert "nonsense" in output and "engine-0.log" in output
 
 
@@ -52,6 +53,7 @@ def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "interrupted; the same command resumes it" in output
+    assert command_line.summary("interrupted")["status"] == "interrupted"
     assert still_there(started) == []
 
 
@@ -67,7 +69,7 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "the rollout was cut short" in output
-    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "kept_responses.parquet")
+    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "carried_over.parquet")
     assert kept.num_rows == 32
     tokens = {
         (row["problem"], row["number"]): [t for turn in row["turns"] for t in turn["tokens"]]
@@ -100,5 +102,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> N
     psutil.Process(ranks[0].pid).kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert "rank 1 failed: Signal 9 (SIGKILL)" in output
+    assert "rank 1 failed: it ended with SIGKILL" in output
+    assert "SIGKILL" in command_line.summary("rank_killed")["reason"], "also where the driver saw no more"
     assert still_there(started) == []

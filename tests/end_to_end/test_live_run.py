@@ -140,5 +140,5 @@ def test_nothing_stays_in_shared_memory(live: Path) -> None:
 
 
 def test_another_configuration_cannot_continue_the_run(live: Path, command_line: CommandLine) -> None:
-    output = command_line.run("live", "algorithm.tau=0.2", expect=1)
+    output = command_line.run("live", "algorithm.tau=0.2", expect=2)
     assert "algorithm.tau: 0.1 there, 0.2 here" in output

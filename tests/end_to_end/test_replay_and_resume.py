@@ -149,11 +149,11 @@ def test_in_bf16_engines_and_actor_agree_within_its_bounds_and_a_third_of_a_nat_
 def test_a_rollout_of_another_iteration_or_a_broken_file_is_refused(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    output = command_line.run("wrong", "--replay", str(live / "rollouts" / "2.parquet"), expect=1)
+    output = command_line.run("wrong", "--replay", str(live / "rollouts" / "2.parquet"), expect=2)
     assert "this is the rollout of iteration 2, not of 0" in output
     whole = (live / "rollouts" / "0.parquet").read_bytes()
     (tmp_path / "0.parquet").write_bytes(whole[: len(whole) // 2])
-    output = command_line.run("broken", "--replay", str(tmp_path), expect=1)
+    output = command_line.run("broken", "--replay", str(tmp_path), expect=2)
     assert "0.parquet: not a rollout file" in output
 
 

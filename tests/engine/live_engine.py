@@ -11,7 +11,9 @@ import torch
 
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.weight_sync.bucket import SharedBucket
 
 KEY, ADMIN_KEY = "a-key-nobody-else-has", "another-for-what-changes-the-engine"
@@ -55,7 +57,7 @@ def models(folder):
 
 @pytest.fixture(scope="module")
 def starting(folder, models):
-    engine = EngineProcess(spec_for(folder / "model-0", folder, api_key=KEY, admin_key=ADMIN_KEY))
+    engine = EngineProcess(spec_for(folder / "model-0", folder, keys=Keys(KEY, ADMIN_KEY)))
     yield engine
     engine.stop()
 

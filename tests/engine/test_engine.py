@@ -21,16 +21,12 @@ import torch
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine import server_args
-from megatron_pmd.engine.client import EngineControl, resident_bytes
-from megatron_pmd.engine.sglang import (
-    EngineProcess,
-    EngineSpec,
-    RouterProcess,
-    RouterSpec,
-    engine_options,
-    free_port,
-)
+from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.router import RouterProcess, RouterSpec
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, engine_options
 from megatron_pmd.errors import ConfigError, EngineError
+from megatron_pmd.processes import tree_bytes
 from tests.engine.live_engine import (
     ADMIN_KEY,
     KEY,
@@ -180,7 +176,8 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
     """SGLang's children ask to die with their parent only after their imports: this is the time before."""
     program = (
         "import sys, time; from pathlib import Path; from megatron_pmd.config import *\n"
-        "from megatron_pmd.engine.sglang import *\n"
+        "from megatron_pmd.engine.server import free_port\n"
+        "from megatron_pmd.engine.sglang import EngineProcess, EngineSpec\n"
         "model, folder = sys.argv[1:]\n"
         "model = Model(path=model, precision='fp32')\n"
         "engine = EngineProcess(EngineSpec(number=0, model=model, seed=0, cpu=True,\n"
@@ -194,10 +191,10 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
     )
     try:
         assert trainer.stdout is not None
-        warden = psutil.Process(int(trainer.stdout.readline()))
+        supervisor = psutil.Process(int(trainer.stdout.readline()))
         deadline = time.monotonic() + START_SECONDS
-        # warden > server > resource tracker, scheduler, detokenizer
-        while len(family := [warden, *warden.children(recursive=True)]) < 5:
+        # supervisor > server > resource tracker, scheduler, detokenizer
+        while len(family := [supervisor, *supervisor.children(recursive=True)]) < 5:
             assert time.monotonic() < deadline, (tmp_path / "engine.log").read_text()
             time.sleep(0.05)
     finally:
@@ -241,8 +238,8 @@ def test_the_key_of_those_who_generate_does_not_change_an_engine(engine, path):
 
 
 def test_no_key_is_on_a_command_line_or_in_the_log_and_the_file_is_private(engine):
-    warden = psutil.Process(engine.pid)
-    words = [" ".join(p.cmdline()) for p in [warden, *warden.children(recursive=True)]]
+    supervisor = psutil.Process(engine.pid)
+    words = [" ".join(p.cmdline()) for p in [supervisor, *supervisor.children(recursive=True)]]
     assert not any(key in text for key in (KEY, ADMIN_KEY) for text in [*words, engine.log.read_text()])
     options = engine.log.with_name("engine-3.log.yaml")
     assert (options.stat().st_mode & 0o777) == 0o600 and ADMIN_KEY in options.read_text()
@@ -250,8 +247,8 @@ def test_no_key_is_on_a_command_line_or_in_the_log_and_the_file_is_private(engin
 
 def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
     """torch's TCPStore takes no address to bind to; it holds no weights and unpickles nothing."""
-    warden = psutil.Process(engine.pid)
-    family = [warden, *warden.children(recursive=True)]
+    supervisor = psutil.Process(engine.pid)
+    family = [supervisor, *supervisor.children(recursive=True)]
     listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert engine.spec.port in {address.port for address in listening}
     assert len([a for a in listening if a.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]) <= 1, listening
@@ -289,7 +286,7 @@ def test_a_stop_token_ends_the_response_and_is_its_last_token(control, engine, b
 
 
 def test_resident_memory_counts_the_whole_tree(engine):
-    assert resident_bytes(engine.pid) > 500e6  # the warden alone has 10 MB; the scheduler has torch
+    assert tree_bytes(engine.pid) > 500e6  # the supervisor alone has 10 MB; the scheduler has torch
 
 
 def test_the_router_passes_tokens_and_log_probs_and_says_when_no_engine_is_left(

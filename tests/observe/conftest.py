@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.observe.journal import Journal
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.observe.synthetic_run import log_evaluation, make_config, run_iterations
 
 MakeRun = Callable[..., Path]
@@ -29,7 +30,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         journal.iteration(config.iterations)
         with journal.phase("evaluate"):
             log_evaluation(journal, config.iterations, extra)
-        journal.finish("complete")
+        journal.finish(RunOutcome(Status.COMPLETE))
         return folder
 
     return make

@@ -11,6 +11,7 @@ from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.quantities import duration, number, printable, size
 from megatron_pmd.observe.report import write_report
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.observe.synthetic_run import HOSTILE, log_evaluation, log_iteration, make_config
 
 
@@ -129,7 +130,7 @@ def test_a_response_cannot_steer_the_terminal(make_run):
 
 def test_the_closing_of_a_failed_run_without_evaluation_says_why(tmp_path):
     journal = Journal.open(tmp_path / "run", make_config(), 0)
-    journal.finish("failed", error="StaleWeights: engine 3 serves version 41, expected 42")
+    journal.finish(RunOutcome(Status.FAILED, "engine 3 serves version 41, expected 42", "StaleWeights"))
     out = io.StringIO()
     Console(out).closing(tmp_path / "run")
     assert "failed" in out.getvalue()

@@ -14,6 +14,7 @@ from megatron_pmd.errors import ConfigError, DataError
 from megatron_pmd.files import read_records
 from megatron_pmd.observe.folder import RunFolder
 from megatron_pmd.observe.journal import Journal
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.observe.synthetic_run import STEPS, make_config, run_iterations
 
 
@@ -32,7 +33,7 @@ def test_a_resumed_run_has_every_line_once(tmp_path):
 
     journal = Journal.open(tmp_path / "run", config, 3)
     run_iterations(journal, 3, 6)
-    journal.finish("complete")
+    journal.finish(RunOutcome(Status.COMPLETE))
 
     metrics = lines(tmp_path / "run/metrics.jsonl")
     steps = [m["global_step"] for m in metrics if m["kind"] == "step"]
@@ -119,7 +120,7 @@ def test_resuming_where_no_run_is_is_refused(tmp_path):
 def test_non_finite_values_become_null(tmp_path, value):
     journal = Journal.open(tmp_path / "run", make_config(), 0)
     journal.log("step", {"step": 0, "global_step": 0, "loss": value, "gradient_norm": torch.tensor(2.0)})
-    journal.finish("failed", error="NonFiniteLoss: iteration 0, step 0")
+    journal.finish(RunOutcome(Status.FAILED, "iteration 0, step 0", "NonFiniteLoss"))
     (line,) = lines(tmp_path / "run/metrics.jsonl")
     assert line["loss"] is None
     assert line["gradient_norm"] == 2.0
@@ -201,7 +202,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path):
     journal.close()
     journal = Journal.open(tmp_path / "run", config, 3)
     run_iterations(journal, 3, 6)
-    journal.finish("complete")
+    journal.finish(RunOutcome(Status.COMPLETE))
     for kind, tag, expected in (("step", "gradient_norm", 6 * STEPS), ("iteration", "reward", 6)):
         events = EventAccumulator(str(tmp_path / "run/tensorboard" / kind)).Reload()
         assert [e.step for e in events.Scalars(tag)] == list(range(expected))

@@ -15,6 +15,7 @@ from megatron_pmd.errors import DataError
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.report import write_report
 from megatron_pmd.observe.samples import evenly
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.observe.synthetic_run import (
     HOSTILE,
     log_evaluation,
@@ -66,7 +67,7 @@ def test_text_of_a_run_stays_text(tmp_path):
     config = make_config(data={"train": {"kind": "file", "path": "<img src=x onerror=alert(1)>.jsonl"}})
     journal = Journal.open(tmp_path / "run", config, 0)
     run_iterations(journal, 0, 2, extra=HOSTILE)
-    journal.finish("failed", error=HOSTILE)
+    journal.finish(RunOutcome(Status.FAILED, HOSTILE, "EngineError"))
     page = page_of(tmp_path / "run")
     assert "<img" not in page
     assert 'document.title="owned"' not in page
@@ -89,7 +90,7 @@ def test_a_run_without_evaluation_has_a_report(tmp_path):
     journal = Journal.open(tmp_path / "run", make_config(), 0)
     journal.iteration(0)
     log_iteration(journal, 0)
-    journal.finish("stopped")
+    journal.finish(RunOutcome(Status.STOPPED))
     data = data_of(page_of(tmp_path / "run"))
     assert data["samples"]["evaluations"] == []
     assert len(data["charts"]["curve-0"]["data"]) == 1

@@ -5,11 +5,11 @@ from itertools import product
 
 import pytest
 
-from megatron_pmd.config import Data, ReasoningGymSource, Reward
+from megatron_pmd.config import REWARDS, Data, ReasoningGymSource, Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.errors import ConfigError
-from megatron_pmd.rewards.graders import REWARDS, extract, grader
+from megatron_pmd.rewards.graders import extract, grader
 
 
 def problem(answer: str) -> Problem:
@@ -155,14 +155,14 @@ def test_every_registered_reward_resolves(name):
     [
         (
             "maths",
-            r"unknown \(did you mean math\?\); use exact, math, reasoning_gym, or module:function",
+            r"no reward \(did you mean math\?\); use exact, math, reasoning_gym, or your own: module:name",
         ),
-        ("my_rewards:", "or module:function"),
-        (":score", "or module:function"),
+        ("my_rewards:", "or your own: module:name"),
+        (":score", "or your own: module:name"),
         ("absent_module:score", r"absent_module cannot be imported: ModuleNotFoundError.*PYTHONPATH"),
         ("broken_reward:score", r"broken_reward cannot be imported: RuntimeError: no licence"),
         ("math:squirt", r"has no squirt \(did you mean sqrt\?\)"),
-        ("math:pi", "pi is a float, not a function"),
+        ("math:pi", "pi is a float, not a function or class"),
     ],
 )
 def test_a_reward_that_cannot_be_resolved_is_a_configuration_error(name, message, tmp_path, monkeypatch):

@@ -12,7 +12,13 @@ import torch
 from megatron_pmd.algorithm import losses, mismatch
 from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.batch import RolloutBatch, Sample
-from megatron_pmd.config import RunConfig, override
+from megatron_pmd.config import Objective, RunConfig, override
+from megatron_pmd.objectives.cispo import Cispo
+from megatron_pmd.objectives.grpo import Grpo
+from megatron_pmd.objectives.gspo import Gspo
+from megatron_pmd.objectives.pmd import Pmd
+from megatron_pmd.objectives.pmd_token import PmdToken
+from megatron_pmd.objectives.reinforce import Reinforce
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
 
@@ -34,45 +40,47 @@ def some_tokens() -> losses.LossInput:
     )
 
 
-CASES: dict[str, tuple[list[str], Any]] = {
-    "pmd": (["algorithm.tau=0.3"], functools.partial(losses.pmd, tau=0.3)),
+def expected(objective: Objective, tau: float = 0.1, weight: Any = None, cut: int = 8) -> losses.Loss:
+    return losses.loss_of(objective, losses.Constants(tau, max_response_tokens=cut), weight)
+
+
+CASES: dict[str, tuple[list[str], losses.Loss]] = {
+    "pmd": (["algorithm.tau=0.3"], expected(Pmd(), tau=0.3)),
     "pmd, every option": (
-        ["algorithm.normaliser=max_response", "algorithm.scaling=regression", "batch.max_response_tokens=7",
-         "algorithm.mismatch.weight=sequence_mis", "algorithm.mismatch.low=0.9",
-         "algorithm.mismatch.high=1.2"],
-        functools.partial(losses.pmd, tau=0.1, normaliser="max_response", max_response_tokens=7,
-                          scaling="regression",
-                          mismatch=functools.partial(mismatch.sequence_mis, low=0.9, high=1.2)),
+        ["algorithm.objective.normaliser=max_response", "algorithm.objective.scaling=regression",
+         "batch.max_response_tokens=7", "algorithm.mismatch.weight=sequence_mis",
+         "algorithm.mismatch.low=0.9", "algorithm.mismatch.high=1.2"],
+        expected(Pmd(normaliser="max_response", scaling="regression"), cut=7,
+                 weight=functools.partial(mismatch.sequence_mis, low=0.9, high=1.2)),
     ),
     "reinforce": (
-        ["algorithm.normaliser=none", "algorithm.mismatch.weight=geometric_tis",
+        ["algorithm.objective.normaliser=none", "algorithm.mismatch.weight=geometric_tis",
          "algorithm.mismatch.cap=1.1"],
-        functools.partial(losses.reinforce, normaliser="none",
-                          mismatch=functools.partial(mismatch.geometric_tis, cap=1.1)),
+        expected(Reinforce(normaliser="none"), weight=functools.partial(mismatch.geometric_tis, cap=1.1)),
     ),
     "pmd_token": (
-        ["algorithm.pmd_token.log_ratio_low=-0.2", "algorithm.pmd_token.log_ratio_high=0.3",
+        ["algorithm.objective.log_ratio_low=-0.2", "algorithm.objective.log_ratio_high=0.3",
          "algorithm.mismatch.weight=token_mis"],
-        functools.partial(losses.pmd_token, tau=0.1, log_ratio_low=-0.2, log_ratio_high=0.3,
-                          mismatch=mismatch.mis_by_token),
+        expected(PmdToken(log_ratio_low=-0.2, log_ratio_high=0.3), weight=mismatch.mis_by_token),
     ),
     "grpo": (
-        ["algorithm.grpo.clip_low=0.1", "algorithm.grpo.clip_high=0.3", "algorithm.grpo.kl_coefficient=0.5",
-         "algorithm.mismatch.weight=token_veto", "algorithm.mismatch.lowest=0.7"],
-        functools.partial(losses.grpo, clip_low=0.1, clip_high=0.3, kl_coefficient=0.5,
-                          mismatch=functools.partial(mismatch.veto_by_token, lowest=0.7)),
+        ["algorithm.objective.clip_low=0.1", "algorithm.objective.clip_high=0.3",
+         "algorithm.objective.kl_coefficient=0.5", "algorithm.mismatch.weight=token_veto",
+         "algorithm.mismatch.lowest=0.7"],
+        expected(Grpo(clip_low=0.1, clip_high=0.3, kl_coefficient=0.5),
+                 weight=functools.partial(mismatch.veto_by_token, lowest=0.7)),
     ),
-    "gspo": (["algorithm.gspo.clip_low=0.05"], functools.partial(losses.gspo, clip_low=0.05, clip_high=4e-4)),
-    "cispo": (["algorithm.cispo.ratio_high=1.1"], functools.partial(losses.cispo, ratio_high=1.1)),
+    "gspo": (["algorithm.objective.clip_low=0.05"], expected(Gspo(clip_low=0.05))),
+    "cispo": (["algorithm.objective.ratio_high=1.1"], expected(Cispo(ratio_high=1.1))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_setting_of_an_objective_reaches_its_loss(case):
-    settings, expected = CASES[case]
+    settings, right_loss = CASES[case]
     subproblem = Subproblem(config_with(f"algorithm.objective={case.split(',')[0]}", *settings), 0)
     x = some_tokens()
-    found, right, default = (f(x) for f in (subproblem.objective, expected, _default(case)))
+    found, right, default = (f(x) for f in (subproblem.loss, right_loss, _default(case)))
     assert found.sum == right.sum
     assert torch.equal(*(torch.autograd.grad(t.sum, x.log_probs)[0] for t in (found, right)))
     # the settings above are such that each case differs from its objective's defaults
@@ -80,7 +88,7 @@ def test_every_setting_of_an_objective_reaches_its_loss(case):
 
 
 def _default(case: str) -> Any:
-    return Subproblem(config_with(f"algorithm.objective={case.split(',')[0]}"), 0).objective
+    return Subproblem(config_with(f"algorithm.objective={case.split(',')[0]}"), 0).loss
 
 
 def test_schedules_change_tau_and_temperature_and_nothing_else():
@@ -115,9 +123,9 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
         "algorithm.tau_schedule.iterations=1",
     )  # fmt: skip
     samples = rollout([1.0, 1.0, 0.0, 1.0], [2, 4, 3, 5], [False, False, True, False])
-    Subproblem(config, 0).grade(samples)
+    Subproblem(config, 0).compute_advantages(samples)
     assert [s.shaped_reward for s in samples] == [1.0, 1.0, -0.2, 1.0]
-    Subproblem(config, 1).grade(samples)
+    Subproblem(config, 1).compute_advantages(samples)
     # ± half the weight within a group; a wrong short answer gains nothing
     shaped = [1.25, 0.75, -0.2, 0.75]
     assert [s.shaped_reward for s in samples] == pytest.approx(shaped)
@@ -128,10 +136,10 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
 
 def test_grpo_divides_by_the_deviation_only_when_told():
     samples = rollout([1.0, 0.0, 0.0, 3.0], [1] * 4, [False] * 4)
-    Subproblem(config_with("algorithm.objective=grpo"), 0).grade(samples)
+    Subproblem(config_with("algorithm.objective=grpo"), 0).compute_advantages(samples)
     assert [s.advantage for s in samples] == pytest.approx([0.5, -0.5, -1.5, 1.5])
-    divided = config_with("algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true")
-    Subproblem(divided, 0).grade(samples)
+    divided = config_with("algorithm.objective=grpo", "algorithm.objective.divide_by_deviation=true")
+    Subproblem(divided, 0).compute_advantages(samples)
     # two samples lie half their distance from their mean, 1/√2 of their n − 1 deviation
     root = 0.5**0.5
     assert [s.advantage for s in samples] == pytest.approx([root, -root, -root, root], rel=1e-5)

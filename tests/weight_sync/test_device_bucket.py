@@ -35,7 +35,7 @@ def test_a_handle_survives_json_and_is_opened_as_bytes_of_the_readers_own_device
     monkeypatch.setattr(reductions, "reduce_tensor", lambda data: (None, (*own, *SENT)))
     handle = json.loads(json.dumps(bucket.handle()))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *arguments: arguments)
-    monkeypatch.setattr(device_bucket, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(device_bucket, "current_device", lambda: torch.device("cuda", 1))
     assert open_handle(handle, 4096) == (*own[:-1], 1, *SENT)
 
 

@@ -12,9 +12,9 @@ import torch
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.console import Console
+from megatron_pmd.training.rollouts import LiveEngines
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for
@@ -136,45 +136,43 @@ def through(transport, bucket: SharedBucket, model, version: int) -> None:
 
 
 @pytest.fixture
-def servers_fleet(engine, models, folder, tmp_path, monkeypatch):
-    """A fleet whose engine someone else has started."""
+def engines(engine, models, folder, tmp_path, monkeypatch):
+    """Engines of a run that someone else has started."""
     monkeypatch.setenv("PMD_SERVER_KEY", KEY)
     monkeypatch.setenv("PMD_SERVER_ADMIN_KEY", ADMIN_KEY)
     config = config_for(folder / "model-0").model_copy(
         update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
     )
-    fleet = Fleet(config, ALONE, tmp_path, Parts(), cpu=True)
-    yield fleet
-    fleet.stop()
+    engines = LiveEngines(config, ALONE, tmp_path, None, None, Console(), cpu=True)
+    yield engines
+    engines.close()
 
 
 def test_a_server_of_others_serves_the_weights_it_is_given_and_outlives_the_run(
-    control, engine, bucket, models, servers_fleet, tmp_path
+    control, engine, bucket, models, engines, tmp_path
 ):
-    fleet = servers_fleet
-    fleet.wait_ready()
-    transport = Disk(fleet, ALONE, tmp_path / "weights")
+    engines.make_room()
+    transport = Disk(engines.fleet, ALONE, tmp_path / "weights")
     for version, model in ((50, models[1]), (51, models[0])):
-        fleet.release()
-        fleet.resume_weights()
+        engines.release()
+        engines.handover.resume_weights()
         through(transport, bucket, model, version)
-        fleet.resume_cache()
-        fleet.serve()
-        answers = generate(fleet.router_url)
+        engines.resume()
+        answers = generate(engines.router.url)
         assert {answer["meta_info"]["weight_version"] for answer in answers} == {str(version)}
         assert largest_difference(model, answers) < 1e-4
-    assert not fleet.any_lost() and fleet.resident_bytes() == 0
+    assert not engines.recovery.any_lost() and engines.engine_bytes() == 0
     transport.close()
-    fleet.stop()
+    engines.close()
     assert engine.alive() and control.health()
 
 
-def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(servers_fleet, engine):
-    servers_fleet.wait_ready()
-    servers_fleet._engine.url = "http://127.0.0.1:9"
-    [reason] = servers_fleet.restart_lost(probe=False)
+def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines, engine):
+    engines.recovery.wait_ready()
+    engines.fleet.own.process.url = "http://127.0.0.1:9"
+    [reason] = engines.recovery.restart_lost(probe=False)
     assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in reason
-    assert servers_fleet.urls == [engine.url]
+    assert engines.fleet.urls == [engine.url]
 
 
 def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(

@@ -1,4 +1,4 @@
-"""What the actor costs beside its passes (those: tools/bench_loop.py --only update).
+"""What the actor costs beside its passes (those: tools/bench/loop.py --only update).
 
 python -m tools.bench.actor checkpoint    # 135 M parameters in bf16, two data-parallel ranks; 2 minutes
 python -m tools.bench.actor memory        # peak of the log-probabilities' allocations, by the size of a chunk
@@ -112,10 +112,9 @@ def plain_write(path: Path, size: int, control: Any) -> None:
 
 def steps_of(policy: Any) -> Any:
     """A function that takes an optimizer step on 16 random samples of 64 tokens and returns its seconds."""
-    import functools
-
-    from megatron_pmd.algorithm.losses import pmd
+    from megatron_pmd.algorithm.losses import Constants, loss_of
     from megatron_pmd.batch import RolloutBatch, Sample
+    from megatron_pmd.objectives.pmd import Pmd
 
     rng = np.random.default_rng(0)
     samples = [
@@ -130,11 +129,11 @@ def steps_of(policy: Any) -> Any:
     batch = RolloutBatch.pack(samples, 1.0)
     microbatches = policy.microbatches(batch, np.arange(16))
     anchor = torch.zeros(len(batch.tokens))
-    objective = functools.partial(pmd, tau=0.1, normaliser="response")
+    loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
 
     def step() -> float:
         begin = time.monotonic()
-        policy.update(batch, microbatches, anchor, objective, 1e-6)
+        policy.update(batch, microbatches, anchor, loss, 1e-6)
         return time.monotonic() - begin
 
     return step
@@ -205,7 +204,7 @@ def memory() -> dict[str, Any]:
 
     standins.install()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    from megatron_pmd.actor.forward import token_log_probs
+    from megatron_pmd.actor.log_probs import token_log_probs
     from megatron_pmd.actor.parallel import initialize
 
     initialize(Layout(), seed=0, timeout_seconds=60)

@@ -1,4 +1,4 @@
-"""The sides of bench_loop's update benchmark, each in its own processes and told over stdin when to run.
+"""The sides of loop.py's update benchmark, each in its own processes and told over stdin when to run.
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps, or anchor
@@ -10,7 +10,6 @@ bytes over all ranks. The end of stdin ends them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_pmd.algorithm.losses import LossInput, pmd
+from megatron_pmd.algorithm.losses import Constants, Loss, LossInput, loss_of
 from megatron_pmd.batch import RolloutBatch, read_rollout
 from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
@@ -160,7 +159,7 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
         if variant == "ours_anchor":
             actor.log_probs(batch, microbatches)
         else:
-            actor.update(batch, microbatches, anchor, objective(config), config.optimizer.learning_rate)
+            actor.update(batch, microbatches, anchor, pmd_loss(config), config.optimizer.learning_rate)
         return control.gather(used.told())
 
     if control.is_driver:
@@ -178,13 +177,9 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
     torch.distributed.destroy_process_group()
 
 
-def objective(config: RunConfig) -> functools.partial:
-    return functools.partial(
-        pmd,
-        tau=config.algorithm.tau,
-        normaliser=config.algorithm.normaliser,
-        max_response_tokens=config.batch.max_response_tokens,
-    )
+def pmd_loss(config: RunConfig) -> Loss:
+    algorithm = config.algorithm
+    return loss_of(algorithm.objective, Constants(algorithm.tau, config.batch.max_response_tokens))
 
 
 def plain(config: RunConfig, batch: RolloutBatch) -> Step:
@@ -243,7 +238,7 @@ def _loss(
         [np.arange(batch.offsets[s] + batch.prompt_lengths[s], batch.offsets[s + 1]) for s in samples]
     )
     anchor = torch.from_numpy(batch.engine_log_probs[source])
-    terms = objective(config)(
+    terms = pmd_loss(config)(
         LossInput(
             log_probs=log_probs,
             anchor_log_probs=anchor,

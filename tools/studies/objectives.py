@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 OBJECTIVES = {
     "pmd_mean": ["algorithm.objective=pmd", "algorithm.baseline=mean"],
     "pmd_partition": ["algorithm.objective=pmd", "algorithm.baseline=partition"],
-    "grpo": ["algorithm.objective=grpo", "algorithm.grpo.divide_by_deviation=true"],
+    "grpo": ["algorithm.objective=grpo", "algorithm.objective.divide_by_deviation=true"],
     "gspo": ["algorithm.objective=gspo"],
 }
 COLOURS = {"pmd_mean": "#1f5fa8", "pmd_partition": "#2a9d7c", "grpo": "#b5471d", "gspo": "#8f78d8"}
@@ -93,11 +93,11 @@ def run_all(folder: Path, seeds: list[int]) -> None:
         from transformers import AutoTokenizer
 
         from megatron_pmd.actor.actor import Actor
-        from megatron_pmd.data.problem_sets import ProblemSets
         from megatron_pmd.node.worker import prepare_model
         from megatron_pmd.observe.console import Console
         from megatron_pmd.rewards.pool import RewardPool
         from megatron_pmd.training.rollouts import LiveEngines
+        from megatron_pmd.training.run_log import RunLog
         from megatron_pmd.training.warm_start import warm_start
 
         prepare_model(base)
@@ -107,10 +107,9 @@ def run_all(folder: Path, seeds: list[int]) -> None:
         engines = LiveEngines(base, control, folder, tokenizer, rewards, quiet, cpu=True)
         stack.callback(engines.close)
         actor = Actor(base, control)
-        problems = ProblemSets.load(base, tokenizer, quiet.say)
         start = folder / "warm_start" / "iteration-0"
         if not start.exists():
-            warm_start(actor, control, base, problems.train, tokenizer, None)
+            warm_start(trainer(base, folder, control, actor, engines, RunLog(quiet, None), tokenizer))
             actor.save(start.parent, 0, {"iteration": 0})
         everything = list(itertools.product(seeds, DEPTHS, OBJECTIVES))
         for number, (seed, depth, objective) in enumerate(everything, 1):
@@ -120,15 +119,26 @@ def run_all(folder: Path, seeds: list[int]) -> None:
             print(f"{number} of {len(everything)}  {config.name}  last reward {reward:.3f}", flush=True)
 
 
+def trainer(
+    config: RunConfig, folder: Path, control: Any, actor: Any, engines: Any, log: Any, tokenizer: Any
+) -> Any:
+    """A run that has not begun, with an actor and engines that outlive it."""
+    from megatron_pmd.data.problem_sets import ProblemSets
+    from megatron_pmd.training.shutdown import Shutdown
+    from megatron_pmd.training.state import RunState
+    from megatron_pmd.training.trainer import Trainer
+
+    problems = ProblemSets.load(config, tokenizer, log.say)
+    return Trainer(config, folder, control, actor, engines, log, problems, tokenizer, Shutdown(), RunState())
+
+
 def train_one(
     config: RunConfig, folder: Path, control: Any, actor: Any, engines: Any, console: Any, tokenizer: Any
 ) -> float:
-    """The loop itself, with an actor and engines that outlive the run; returns the last reward."""
-    from megatron_pmd.data.problem_sets import ProblemSets
+    """The loop itself; returns the last reward."""
     from megatron_pmd.observe.journal import Journal
     from megatron_pmd.training.loop import train
-    from megatron_pmd.training.shutdown import Ending
-    from megatron_pmd.training.trainer import Run
+    from megatron_pmd.training.run_log import RunLog
 
     summary = read_object(folder / "summary.json")
     if summary and summary["status"] == "complete":
@@ -136,13 +146,9 @@ def train_one(
     for file in ("metrics.jsonl", "ledger.jsonl", "config.json"):
         (folder / file).unlink(missing_ok=True)
     journal = Journal.open(folder, config, 0)
-    run = Run(
-        config, folder, control, actor, engines, console, journal=journal,
-        problems=ProblemSets.load(config, tokenizer, console.say), tokenizer=tokenizer,
-        kept=[], first_iteration=0, stop_after=None, ending=Ending(), resumed=False,
-    )  # fmt: skip
-    train(run)
-    return journal.finish("complete")["last_reward"]
+    log = RunLog(console, journal)
+    outcome = train(trainer(config, folder, control, actor, engines, log, tokenizer))
+    return journal.finish(outcome)["last_reward"]
 
 
 def curves(folder: Path) -> dict[tuple[str, int], list[list[float]]]:

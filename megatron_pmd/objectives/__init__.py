@@ -1,0 +1,1 @@
+"""The objectives, a file each: settings, loss, and what it counts. They import no torch."""

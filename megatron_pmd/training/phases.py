@@ -1,0 +1,316 @@
+"""What each phase of the loop does. Collective: every rank calls every function, in the same order."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_pmd.actor import batching
+from megatron_pmd.actor.actor import AnchorReport, Examples
+from megatron_pmd.actor.optimizer import learning_rate
+from megatron_pmd.algorithm.alarms import raised
+from megatron_pmd.algorithm.diagnostics import over_iteration
+from megatron_pmd.batch import RolloutBatch, Sample, write_rollout
+from megatron_pmd.convert.live import write_policy
+from megatron_pmd.data.demonstrations import demonstrations
+from megatron_pmd.errors import StaleWeights
+from megatron_pmd.evaluation.estimates import evaluate as estimate
+from megatron_pmd.outcome import RunEnds, RunOutcome, Status
+from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.rollout.metrics import account_values, rollout_values
+from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
+from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
+from megatron_pmd.training.shares import distribute
+from megatron_pmd.training.state import Iteration
+from megatron_pmd.training.subproblem import Subproblem
+from megatron_pmd.training.trainer import Trainer
+from megatron_pmd.training.warm_start import warm_start
+
+
+def start(run: Trainer) -> None:
+    """A warm start if the recipe asks for one; then the engines take the actor's weights."""
+    if run.config.warm_start and not run.state.resumed:
+        with run.phase("warm_start"):
+            warm_start(run)
+    with run.phase("start"):
+        run.actor.release_optimizer()
+        run.rollouts.load(run.actor, version=run.state.completed)
+        run.actor.release_parameters()
+        run.rollouts.resume()
+
+
+def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
+    """Take and grade the rollout of an iteration. Raises RunEnds if the run has to end before it is drawn."""
+    t, state, rollout = iteration.number, run.state, None
+    if run.control.is_driver:
+        rollout = train_rollout(run.config, run.problems.train, t, state.carried_over)
+    samples = run.rollouts.take(rollout, run.actor)
+    if rollout is not None and run.rollouts.live:
+        run.remember(rollout.groups)
+        iteration.left_over = rollout.left_over
+        iteration.values |= account_values(rollout)
+    _end_if_cut(run, rollout, "rollout")
+    described = None
+    if rollout is not None:
+        described, samples = _grade_and_describe(run, iteration, rollout, samples)
+    batch = distribute(
+        described, samples, lambda batch: _trained_here(run, batch), run.control, say=run.log.say
+    )
+    if run.config.actor.experts.replay_routing:
+        batch.check_routing(run.actor.routing_width)
+    return batch
+
+
+def _grade_and_describe(
+    run: Trainer, iteration: Iteration, rollout: RolloutGroups, samples: list[Sample]
+) -> tuple[RolloutBatch, list[Sample]]:
+    """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch.
+
+    The batch has no tokens yet; they are of the samples returned with it.
+    """
+    t = iteration.number
+    subproblem = Subproblem(run.config, t)
+    subproblem.compute_advantages(samples)
+    write_rollout(run.folder / "rollouts" / f"{t}.parquet", samples, t)
+    if not subproblem.supervised:
+        drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
+        run.problems.train.record(success_rates(drawn, run.config.reward.correct))
+        iteration.values |= rollout_values(samples)
+    examples = _examples(run)
+    everything, temperature = [*samples, *examples], subproblem.temperature
+    described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
+    return described, everything
+
+
+def _end_if_cut(run: Trainer, rollout: RolloutGroups | None, what: str) -> None:
+    """Raises RunEnds, on all ranks, after a rollout that was ended because the run has to end."""
+    cut = rollout is not None and run.rollouts.live and not rollout.may_end
+    if run.control.from_driver(cut):
+        reason = run.control.from_driver(run.shutdown.reason_before("rollout"))
+        raise RunEnds(RunOutcome(Status.SAVED, f"{reason}; the {what} was cut short"))
+
+
+def _examples(run: Trainer) -> list[Sample]:
+    """The iteration's supervised examples."""
+    ptx, source = run.config.algorithm.ptx, run.problems.supervised
+    if ptx is None or source is None:
+        return []
+    count = ptx.examples_per_step * run.config.batch.steps_per_rollout
+    return demonstrations(source.take(count), run.tokenizer)
+
+
+def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:
+    """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
+    partial = run.config.rollout.partial
+    batch.refuse_undeclared_versions(partial.max_staleness if partial else 0)
+    return [run.actor.microbatches(batch, samples) for samples in _responses_of_steps(run, batch)]
+
+
+def _responses_of_steps(run: Trainer, batch: RolloutBatch) -> list[np.ndarray]:
+    groups = batch.groups[: batch.sampled]
+    return batching.steps_of_groups(groups, run.config.batch.prompts_per_step)
+
+
+def _examples_of_step(run: Trainer, batch: RolloutBatch, step: int) -> np.ndarray:
+    """Which samples are the supervised examples of an optimizer step; none without algorithm.ptx."""
+    ptx = run.config.algorithm.ptx
+    per_step = ptx.examples_per_step if ptx else 0
+    return batch.sampled + step * per_step + np.arange(per_step)
+
+
+def _trained_here(run: Trainer, batch: RolloutBatch) -> np.ndarray:
+    """The samples that this rank trains on, in any step."""
+    responses = _responses_of_steps(run, batch)
+    examples = [_examples_of_step(run, batch, step) for step in range(len(responses))]
+    return run.actor.share(batch, [*responses, *examples])
+
+
+def anchor(
+    run: Trainer, iteration: Iteration, batch: RolloutBatch, steps: list[batching.Microbatches]
+) -> AnchorReport:
+    """log π_t of every sampled token; compares it with what the engines computed for the same weights.
+
+    With algorithm.anchor=engine it is what the engines computed, and only the first step's is compared.
+    Raises StaleWeights on all ranks when the difference is more than numerics explain.
+    """
+    if Subproblem(run.config, iteration.number).supervised:
+        return AnchorReport.absent(len(batch.tokens))
+    engine = run.config.algorithm.anchor == "engine"
+    compared = steps[:1] if engine else steps
+    report = run.actor.log_probs(batch, [microbatch for step in compared for microbatch in step])
+    iteration.values |= _agreement(run, batch, report)
+    if engine:
+        return dataclasses.replace(report, log_probs=torch.from_numpy(batch.engine_log_probs))
+    return report
+
+
+def _agreement(run: Trainer, batch: RolloutBatch, report: AnchorReport) -> dict[str, float]:
+    """Actor against engines, over all ranks. Raises StaleWeights beyond the configured bounds."""
+    reports = run.control.all_gather(dataclasses.replace(report, log_probs=torch.empty(0)))
+    values, tokens = anchor_values(reports), sum(r.tokens for r in reports)
+    mean, largest = values["sync/mean_abs_difference"], values["sync/max_abs_difference"]
+    mean_bound, max_bound = run.config.log_prob_bounds
+    if not (mean <= mean_bound and largest <= max_bound):
+        causes = "the engines do not serve the actor's weights, or the two compute another model"
+        if report.expert_tokens and not run.config.actor.experts.replay_routing:
+            causes += ", or their routers chose otherwise: see actor.experts.replay_routing"
+        raise StaleWeights(
+            f"the engines' log-probabilities under weight version {batch.weight_version} differ from the "
+            f"actor's by {mean:.2e} on average and {largest:.2e} at most over {tokens} sampled tokens "
+            f"(bounds {mean_bound:g} and {max_bound:g}): {causes}"
+        )
+    return values
+
+
+def update(
+    run: Trainer,
+    iteration: Iteration,
+    batch: RolloutBatch,
+    microbatches: batching.Microbatches,
+    anchor: AnchorReport,
+    *,
+    step: int,
+) -> None:
+    """One optimizer step on the objective, and its diagnostics."""
+    if step == 0 and run.config.optimizer.reset_every_iteration:
+        run.actor.reset_optimizer()
+    subproblem = Subproblem(run.config, iteration.number)
+    global_step = iteration.number * run.config.batch.steps_per_rollout + step
+    rate = learning_rate(run.config.optimizer, global_step)
+    examples = _examples_of(run, batch, subproblem, step)
+    report = run.actor.update(batch, microbatches, anchor.log_probs, subproblem.loss, rate, examples)
+    reports = run.control.gather(report)
+    if reports is not None:
+        values = step_values(batch, reports, subproblem)
+        iteration.steps.append(values)
+        run.log.log("step", {"step": step, "global_step": global_step, **values})
+
+
+def _examples_of(run: Trainer, batch: RolloutBatch, subproblem: Subproblem, step: int) -> Examples | None:
+    """This rank's supervised examples of one optimizer step."""
+    ptx = run.config.algorithm.ptx
+    if ptx is None:
+        return None
+    examples = _examples_of_step(run, batch, step)
+    per_step = run.config.batch.samples_per_step
+    responses = np.arange(step * per_step, (step + 1) * per_step)
+    mean = 1 / int(batch.response_lengths[examples].sum())
+    return Examples(
+        microbatches=run.actor.microbatches(batch, examples),
+        scale=ptx.weight * mean * subproblem.count(batch, responses),
+    )
+
+
+def conclude(run: Trainer, iteration: Iteration, batch: RolloutBatch) -> RunOutcome | None:
+    """Log what an iteration came to, and compare it with those before; an outcome if an alarm ends the run.
+
+    Before the checkpoint: a run that is to end writes one.
+    """
+    ending = None
+    if run.control.is_driver:
+        t, alarms = iteration.number, run.config.alarms
+        iteration.values |= over_iteration(iteration.steps)
+        found = raised(iteration.values, run.log.iterations_before(t), alarms.thresholds())
+        for name, reason in found.items():
+            run.log.say(f"alarm {name}: {reason}")
+            if alarms.stops(name):
+                ending = RunOutcome(Status.ALARMED, f"alarm {name} in iteration {t}: {reason}")
+        seconds = run.log.seconds_by_phase(t)
+        iteration.values |= {"alarms": len(found), "weight_version": t, **throughput(batch, seconds)}
+        run.log.log("iteration", iteration.values)
+    return run.control.from_driver(ending)
+
+
+def checkpoint_is_due(run: Trainer, completed: int) -> bool:
+    every = run.config.checkpoint.every
+    return completed == run.config.iterations or (every is not None and completed % every == 0)
+
+
+def evaluation_is_due(run: Trainer, t: int) -> bool:
+    """Before the first iteration, every so many, and after the last (t = iterations)."""
+    if run.config.data.evaluation is None or not run.rollouts.live:
+        return False
+    every = run.config.evaluation.every
+    return t in (0, run.config.iterations) or (every is not None and t % every == 0)
+
+
+def evaluate(run: Trainer, t: int) -> None:
+    """Sample the held-out problems under weight version t, and keep the samples."""
+    rollout = evaluation_rollout(run.config, run.problems.held_out, t) if run.control.is_driver else None
+    samples = run.rollouts.draw(rollout, run.actor, "evaluation")
+    _end_if_cut(run, rollout, "evaluation")
+    if run.control.is_driver:
+        write_rollout(run.folder / "evaluations" / f"{t}.parquet", samples, t)
+        run.log.log("evaluation", estimate(samples, run.config.reward.correct).metrics())
+
+
+def export_is_due(run: Trainer, completed: int) -> bool:
+    """After so many iterations; the last one's export comes with the end of the run."""
+    every = run.config.checkpoint.hf_export_every
+    final = run.config.checkpoint.hf_export and completed == run.config.iterations
+    return every is not None and completed % every == 0 and not final
+
+
+def export(run: Trainer, completed: int) -> None:
+    """Write the policy after so many iterations as a Hugging Face folder."""
+    folder = run.folder / "hf" / f"iteration-{completed}"
+    tensors, names = run.actor.export(), run.actor.shapes.keys()
+    write_policy(tensors, names, Path(run.config.model.path), folder, run.control)
+
+
+def finish(run: Trainer) -> None:
+    """Evaluate and check the final weights, and export them."""
+    final = run.config.iterations
+    run.log.begin_iteration(final)
+    if evaluation_is_due(run, final):
+        with run.phase("evaluate"):
+            evaluate(run, final)
+    if run.rollouts.live:
+        with run.phase("check"):
+            _check_final_weights(run, final)
+    else:
+        run.actor.wake()
+    if run.config.checkpoint.hf_export:
+        with run.phase("export"):
+            export(run, final)
+    with run.phase("save"):
+        run.checkpoints.publish(wait=True)
+
+
+def _check_final_weights(run: Trainer, final: int) -> None:
+    """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
+    rollout = None
+    if run.control.is_driver:
+        problems = run.problems.train.peek(min(8, run.config.batch.prompts_per_rollout))
+        rollout = check_rollout(run.config, problems, final)
+    samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
+    _end_if_cut(run, rollout, "check of the final weights")
+    temperature = Subproblem(run.config, final).temperature
+    described = RolloutBatch.describe(samples, temperature) if samples else None
+    batch = distribute(described, samples, run.actor.share_of_all, run.control, say=run.log.say)
+    run.rollouts.release()
+    run.actor.wake()
+    everything = [run.actor.microbatches(batch, np.arange(len(batch)))]
+    anchor(run, Iteration(final, left_over=[]), batch, everything)
+
+
+def end_early(run: Trainer, outcome: RunOutcome) -> RunOutcome:
+    """Leave a checkpoint of the iterations that are complete, if the run is to go on; says where it is."""
+    if outcome.status is Status.STOPPED:
+        return outcome
+    run.checkpoints.publish(wait=True)
+    completed = run.state.completed
+    where, then = f"{run.checkpoints.path(completed)} is there", "the same command goes on from it"
+    if not run.checkpoints.exists(completed):
+        run.rollouts.release()
+        run.actor.wake()
+        with run.phase("save"):
+            run.checkpoints.begin(run.state)
+            run.checkpoints.publish(wait=True)
+        where = f"{run.checkpoints.path(completed)} was written"
+    if outcome.status is Status.ALARMED:
+        then += " with another threshold or action of this alarm"
+    return dataclasses.replace(outcome, reason=f"{outcome.reason}; {where}: {then}")

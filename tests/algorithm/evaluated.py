@@ -1,0 +1,27 @@
+"""An objective by its name in the configuration, evaluated on one micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_pmd.algorithm.losses import Constants, LossInput, LossTerms, terms
+from megatron_pmd.algorithm.mismatch import Weight
+from megatron_pmd.config import Objective
+from megatron_pmd.config.algorithm import read_objective
+
+
+def made(name: str, **settings: Any) -> Objective:
+    return read_objective({"name": name, **settings})
+
+
+def evaluated(
+    name: str,
+    x: LossInput,
+    *,
+    tau: float = 1.0,
+    max_response_tokens: int = 1,
+    mismatch: Weight | None = None,
+    **settings: Any,
+) -> LossTerms:
+    """settings: the objective's own, as under algorithm.objective."""
+    return terms(made(name, **settings), x, Constants(tau, max_response_tokens), mismatch)

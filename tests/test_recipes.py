@@ -1,0 +1,74 @@
+"""A recipe is asked for by name, or is a function in a file of the user's; every other word is answered."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_pmd.errors import ConfigError
+from recipes import configuration, recipe
+
+SMALLER = "import recipes\ndef {name}() -> recipes.RunConfig:\n    return recipes.recipe('tiny_moe_cpu')\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [
+        ("mine", "mine.py"),  # the file's name
+        ("another", "mine.py"),  # the only one that returns a RunConfig
+        ("another", "mine.py:another"),
+        ("_hidden", "mine.py:_hidden"),
+    ],
+)
+def test_a_file_of_the_users_is_a_recipe(folder: Path, function: str, word: str) -> None:
+    (folder / "mine.py").write_text(SMALLER.format(name=function) + "def helper() -> int:\n    return 1\n")
+    assert configuration(word, ["iterations=2"]).iterations == 2
+    assert recipe(str(folder / word)) == recipe("tiny_moe_cpu")
+
+
+def test_a_module_of_the_current_folder_is_a_recipe(folder: Path) -> None:
+    (folder / "recipe_of_this_folder.py").write_text(SMALLER.format(name="small"))
+    assert recipe("recipe_of_this_folder:small") == recipe("tiny_moe_cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "wrong.py has no function wrong, and none that says it returns a RunConfig"),
+        (
+            SMALLER.format(name="a") + SMALLER.format(name="b"),
+            "wrong.py has several recipes, a and b: name one, as in wrong.py:a",
+        ),
+        ("def wrong(): return {}\n", "recipe wrong.py returned a dict, not a RunConfig"),
+        (
+            "from megatron_pmd.config import Batch\ndef wrong(): return Batch(prompts_per_rolout=1)\n",
+            "prompts_per_rolout is not a setting (did you mean batch.prompts_per_rollout?)",
+        ),
+        ("import no_such_module\n", "wrong.py cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_answered_with_the_reason(folder: Path, text: str, message: str) -> None:
+    (folder / "wrong.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        configuration("wrong.py", [])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["absent.py", "absent.json"])
+def test_a_file_that_is_not_there_is_named(word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{word}: no such file"):
+        configuration(word, [])
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
+        configuration("tiny_mo_cpu", [])
