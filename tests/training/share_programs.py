@@ -17,7 +17,7 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.training.shares import distribute
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 
 Case = tuple[dict[str, int], int]
 """A layout, and on how many nodes."""
@@ -153,4 +153,4 @@ def without_room(samples: list[Sample], memory: Path, temporary: Path) -> tuple[
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    obey(globals())
+    run_program(globals())
