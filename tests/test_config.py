@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -13,7 +15,7 @@ from megatron_pmd.config import FileSource, Objective, RunConfig, build, known_k
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.objectives.grpo import Grpo
 from megatron_pmd.objectives.gspo import Gspo
-from recipes import RECIPES, recipe
+from recipes import RECIPES, configuration, recipe
 
 
 class Silent(Objective):
@@ -48,6 +50,12 @@ def config() -> RunConfig:
             "algorithm.objective.name=tests.test_config:Silent",
             "Silent.counts must be one of sequences, tokens",
         ),
+        (
+            "sync.transport=icp",
+            "'icp' is no transport (did you mean ipc?); use broadcast, disk, ipc,",
+        ),
+        ("rollout.router_policy=robin", "use round_robin, cache_aware, manual"),
+        ("reward.name=exacct", "'exacct' is no reward (did you mean exact?)"),
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
@@ -196,15 +204,33 @@ def test_another_source_puts_aside_the_settings_of_the_recipes(config: RunConfig
     assert found.data.train == FileSource(path="x.jsonl")
 
 
+def test_every_setting_is_read_somewhere() -> None:
+    """As an attribute; the bounds of a mismatch weight alone are read by name (MismatchWeight.bounds)."""
+    read = {
+        node.attr
+        for path in (Path(__file__).parents[1] / "megatron_pmd").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    keys = known_keys(RunConfig)
+    values = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+    assert [key for key in values if key.rpartition(".")[2] not in read] == ["algorithm.mismatch.cap"]
+
+
 def test_settings_are_frozen(config: RunConfig) -> None:
     with pytest.raises(ValidationError):
         config.seed = 3  # type: ignore[misc]
 
 
-def test_every_recipe_builds_and_its_derived_numbers_agree() -> None:
-    for name in RECIPES:
-        batch = recipe(name).batch
-        assert batch.samples_per_rollout == batch.steps_per_rollout * batch.samples_per_step
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_its_run_has_its_name(name: str) -> None:
+    assert recipe(name).name == name
+
+
+def test_the_papers_batch_is_8192_samples_in_16_steps_of_512() -> None:
+    """arXiv 2602.05933: 512 prompts with 16 responses each are a rollout, 32 prompts a step."""
+    batch = recipe("qwen3_30b_a3b_dapo_32xh100").batch
+    assert (batch.samples_per_rollout, batch.steps_per_rollout, batch.samples_per_step) == (8192, 16, 512)
 
 
 def test_known_keys_reach_into_unions_of_sources_and_of_objectives() -> None:
@@ -223,3 +249,15 @@ def test_full_verification_without_shared_memory_is_refused(config: RunConfig) -
     values["sync"] |= {"verify": "full", "transport": "broadcast"}
     with pytest.raises(ConfigError, match=r"sync\.verify=full needs sync\.transport=ipc"):
         build(values)
+
+
+@pytest.mark.parametrize("precision, bounds", [("fp32", (1e-5, 1e-3)), ("bf16", (0.1, 5.0))])
+def test_a_runs_configuration_says_which_bounds_are_in_force(
+    precision: str, bounds: tuple[float, float]
+) -> None:
+    """config.json is what the resolved tree is written as; a bound of the user's own stays."""
+    config = configuration("tiny_moe_cpu", [f"model.precision={precision}"])
+    sync = config.model_dump(mode="json")["sync"]
+    assert (sync["mean_log_prob_difference"], sync["max_log_prob_difference"]) == bounds
+    own = configuration("tiny_moe_cpu", ["sync.max_log_prob_difference=0.5"])
+    assert own.log_prob_bounds == (1e-5, 0.5)

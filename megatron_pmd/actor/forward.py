@@ -59,9 +59,12 @@ def run_schedule(
     on_logits: Callable[[PackedMicrobatch, torch.Tensor], Any],
     *,
     forward_only: bool,
+    examples: Microbatches | None = None,
     replay: RoutingReplay | None = None,
 ) -> list[Any]:
     """Drive all micro-batches through megatron-core's pipeline schedule and this rank's chunks of the model.
+
+    examples: micro-batches of supervised examples, which come after those of responses.
 
     on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With
     forward_only it returns anything, which comes back as a list; otherwise (summed loss, count, anything),
@@ -71,8 +74,12 @@ def run_schedule(
     # else Float16Module hands on an fp32 copy of all logits
     as_computed = {"fp32_output": False} if get_model_config(chunks[0]).bf16 else {}
     # every chunk of an interleaved pipeline reads the micro-batches by itself
+    work = [(samples, False) for samples in microbatches] + [(samples, True) for samples in examples or []]
     device = current_device()
-    packed = [(pack_microbatch(batch, samples, row, device) for samples in microbatches) for _ in chunks]
+    packed = [
+        (pack_microbatch(batch, samples, row, device, supervised=supervised) for samples, supervised in work)
+        for _ in chunks
+    ]
 
     def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable]:
         microbatch = next(iterator)
@@ -96,7 +103,7 @@ def run_schedule(
         forward_step_func=forward_step,
         data_iterator=packed if len(chunks) > 1 else packed[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(microbatches),
+        num_microbatches=len(work),
         seq_length=1,  # not used: variable_seq_lengths exchanges the shapes
         micro_batch_size=1,
         forward_only=forward_only,

@@ -28,11 +28,12 @@ from megatron_pmd.config.data import (
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.reading import build, explain, known_keys, load, override
 from megatron_pmd.config.rollout import (
+    ROUTER_POLICIES,
+    TRANSPORTS,
     GroupFilter,
     PartialRollouts,
     Repetition,
     Rollout,
-    RouterPolicy,
     Sync,
 )
 from megatron_pmd.config.run import (
@@ -46,6 +47,8 @@ from megatron_pmd.config.run import (
 __all__ = [
     "OBJECTIVES",
     "REWARDS",
+    "ROUTER_POLICIES",
+    "TRANSPORTS",
     "Actor",
     "Alarm",
     "Alarms",
@@ -75,7 +78,6 @@ __all__ = [
     "Repetition",
     "Reward",
     "Rollout",
-    "RouterPolicy",
     "RunConfig",
     "Sampling",
     "Schedule",

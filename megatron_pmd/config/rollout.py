@@ -10,8 +10,20 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from megatron_pmd.config.algorithm import Schedule
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.plugins import Registry, did_you_mean
 
-RouterPolicy = Literal["round_robin", "cache_aware", "manual", "random", "power_of_two"]
+ROUTER_POLICIES = ["round_robin", "cache_aware", "manual", "random", "power_of_two"]
+"""What sglang-router's --policy takes. To use another of its policies, write its name here."""
+
+TRANSPORTS = Registry(
+    "transport",
+    {
+        "ipc": "megatron_pmd.weight_sync.transport:Colocated",
+        "broadcast": "megatron_pmd.weight_sync.transport:Broadcast",
+        "disk": "megatron_pmd.weight_sync.transport:Disk",
+    },
+)
+"""Of weight_sync.transport.NamedTransport. To add a transport, write its class and its line here."""
 
 
 class GroupFilter(Frozen):
@@ -91,7 +103,7 @@ class Rollout(Frozen):
     """Size of each engine's KV cache; None: SGLang sizes it from free memory (not on a CPU: it takes all)."""
     threads_per_engine: PositiveInt = 1
     """CPU only: OpenMP threads of each engine."""
-    router_policy: RouterPolicy = "round_robin"
+    router_policy: str = "round_robin"
     """`round_robin`: even load, also where all prompts begin alike (docs/benchmarks.md). `cache_aware`:
     prompts that begin alike go to one engine until it is far ahead. `manual`: all requests of one group or
     conversation go to one engine. `random`, `power_of_two`: as they say."""
@@ -117,6 +129,16 @@ class Rollout(Frozen):
     """Further fields of SGLang's ServerArgs, by their own names."""
 
     @model_validator(mode="after")
+    def _router_has_the_policy(self) -> Self:
+        policy = self.router_policy
+        if policy not in ROUTER_POLICIES:
+            raise ConfigError(
+                f"rollout.router_policy={policy!r} is no policy{did_you_mean(policy, ROUTER_POLICIES)}; use "
+                f"{', '.join(ROUTER_POLICIES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _servers_have_addresses(self) -> Self:
         for server in self.servers:
             parts = urlsplit(server)
@@ -134,10 +156,11 @@ class Rollout(Frozen):
 
 
 class Sync(Frozen):
-    transport: Literal["ipc", "broadcast", "disk"] = "ipc"
+    transport: str = "ipc"
     """`ipc`: engines open buckets in their node's shared memory, or with CUDA on the device that they share
     with an actor rank. `broadcast`: the driver sends them over a process group. `disk`: engines read
-    safetensors in the run folder (docs/weight_sync.md)."""
+    safetensors in the run folder (docs/weight_sync.md). Or your own, as `module:Class` or
+    `path/to/file.py:Class`."""
     bucket_megabytes: PositiveInt = 512
     """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;
     two exist at a time."""
@@ -153,7 +176,8 @@ class Sync(Frozen):
 
     @model_validator(mode="after")
     def _verifiable(self) -> Self:
-        if self.verify == "full" and self.transport != "ipc":
+        TRANSPORTS.reference(self.transport, what="sync.transport")
+        if self.verify == "full" and self.transport in ("broadcast", "disk"):
             raise ConfigError(
                 f"sync.verify=full needs sync.transport=ipc: with {self.transport} SGLang loads by itself"
             )

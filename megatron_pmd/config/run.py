@@ -191,7 +191,7 @@ class RunConfig(Frozen):
                 f"{servers} rollout.servers cannot be shared out evenly to {ranks} actor ranks, "
                 "at most one to each"
             )
-        if servers and self.sync.transport != "disk":
+        if servers and self.sync.transport in ("ipc", "broadcast"):
             raise ConfigError(
                 f"sync.transport={self.sync.transport} is for engines beside the actors; rollout.servers "
                 "take weights by disk, from a run folder that they see"

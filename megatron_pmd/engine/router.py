@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_pmd.config import Rollout, RouterPolicy
+from megatron_pmd.config import Rollout
 from megatron_pmd.engine.server import (
     LOOPBACK,
     ServerProcess,
@@ -35,7 +35,7 @@ class RouterSpec:
     host: str = LOOPBACK
     api_key: str | None = None
     """The engines' key."""
-    policy: RouterPolicy = "round_robin"
+    policy: str = "round_robin"
 
     @property
     def url(self) -> str:

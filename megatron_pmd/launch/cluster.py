@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -156,8 +155,3 @@ def load_cluster(profile: str) -> Cluster:
         raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, Cluster))) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def job_name(run: str) -> str:
-    """A run's name as Slurm and file names take it."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", run)

@@ -29,6 +29,12 @@ QUESTION_SECONDS = 20.0
 """For an answer of Slurm's that the job can do without."""
 REQUEUE_SECONDS = 120.0
 
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PENDING", "PREEMPTED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "REVOKED", "SPECIAL_EXIT", "TIMEOUT",
+}  # fmt: skip
+"""A job's states in which Slurm has ended it, or starts it again, although its script still runs."""
+
 GIVEN_UP = re.compile("down|drain|fail")
 """In sinfo's word for a node that gets no more jobs."""
 
@@ -133,14 +139,14 @@ def begin(job: Job) -> str:
     if not restart:
         append(job.history, "submitted", job=job.number)
     number = 1 + max((attempt.number for attempt in history.attempts), default=0)
+    # what an earlier attempt left would be taken for this one's
+    for name in ("outcome.json", "bad_nodes"):
+        (job.state / name).unlink(missing_ok=True)
+    shutil.rmtree(job.state / "preflight" / str(number), ignore_errors=True)
     append(
         job.history, "begun",
         attempt=number, job=job.number, nodes=job.node_list, checkpoint=checkpoint,
     )  # fmt: skip
-    for name in ("outcome.json", "bad_nodes"):
-        (job.state / name).unlink(missing_ok=True)
-    # reports of a start that the history does not know would be taken for this one's
-    shutil.rmtree(job.state / "preflight" / str(number), ignore_errors=True)
     return _variables(job, Attempt(number, job.number, job.node_list, checkpoint), nodes)
 
 
@@ -190,8 +196,7 @@ def end(job: Job, attempt: int, exit_code: int) -> int:
     exit_code: srun's.
     """
     details = job.details()
-    # while the script lives Slurm says RUNNING, unless the job is cancelled, past its time, or a node is lost
-    slurm_ended_it = _field(details, "JobState") not in ("", "RUNNING")
+    slurm_ended_it = _field(details, "JobState") in ENDED
     written = job.outcome()
     outcome = judge(written, exit_code=exit_code, slurm_ended_it=slurm_ended_it)
     append(job.history, "ended", attempt=attempt, **outcome.as_json())

@@ -179,7 +179,7 @@ def _candidates(plan: Plan, growth: int) -> list[tuple[float, dict]]:
     tensors = [size for size in powers if size <= per_node]
     engines = sorted({config.rollout.tensor_parallel, *powers})
     recompute = [config.actor.recompute, *(["full"] if config.actor.recompute != "full" else [])]
-    experts = powers if plan.shape.experts else [1]
+    experts = powers if plan.shape.feed_forward.experts else [1]
     found = []
     sizes = itertools.product(tensors, sorted({layout.pipeline, *powers}), experts, engines, recompute)
     for tensor, pipeline, expert, engine, again in sizes:

@@ -33,7 +33,7 @@ from megatron_pmd.shared_memory import shared_memory_key
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
-from megatron_pmd.weight_sync.transport import Broadcast, Colocated, Disk, Transport
+from megatron_pmd.weight_sync.transport import transport_of
 
 
 class RolloutSource(Protocol):
@@ -108,7 +108,7 @@ class LiveEngines:
         self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
         self._shards: ShardExport | None = None
         self.weight_push = WeightPush(
-            _transport(config, self.fleet, control, folder),
+            transport_of(config, self.fleet, control, folder),
             control,
             shared_memory_key(folder),
             self.clock,
@@ -237,15 +237,6 @@ class LiveEngines:
         self.weight_push.close()
         self.router.stop()
         self.fleet.stop()
-
-
-def _transport(config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Transport:
-    if config.sync.transport == "broadcast":
-        return Broadcast(
-            fleet, control, tensor_parallel=config.rollout.tensor_parallel,
-            timeout_seconds=config.sync.timeout_seconds,
-        )  # fmt: skip
-    return Disk(fleet, control, folder / "weights") if config.sync.transport == "disk" else Colocated(fleet)
 
 
 class WithoutEngines:

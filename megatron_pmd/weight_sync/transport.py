@@ -13,16 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
 
+from megatron_pmd.config import TRANSPORTS
 from megatron_pmd.device import current_device
 from megatron_pmd.engine.server import LOOPBACK, free_port
-from megatron_pmd.errors import EngineError
+from megatron_pmd.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from megatron_pmd.config import RunConfig
     from megatron_pmd.distributed import Control
     from megatron_pmd.engine.fleet import Fleet
     from megatron_pmd.weight_sync.bucket import Bucket
@@ -54,6 +56,28 @@ class Transport(Protocol):
         """Not collective, never fails."""
 
 
+class NamedTransport(Transport, Protocol):
+    """What sync.transport can name: a transport that a run can make."""
+
+    @classmethod
+    def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
+        """The transport of this rank; folder: the run's, which all nodes see."""
+
+
+def transport_of(config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Transport:
+    """What sync.transport names. Raises ConfigError if it is no transport, or cannot be verified in full."""
+    name = config.sync.transport
+    kind = TRANSPORTS.load(name, what="sync.transport")
+    if not hasattr(kind, "of_run"):
+        raise ConfigError(
+            f"sync.transport={name!r} is no class with the methods of {__name__}.NamedTransport"
+        )
+    transport: NamedTransport = kind.of_run(config, fleet, control, folder)
+    if config.sync.verify == "full" and not transport.opens_buckets:
+        raise ConfigError(f"sync.verify=full: engines do not open the buckets of sync.transport={name}")
+    return transport
+
+
 class Colocated:
     """Engines open the bucket of their node, or device: one copy, from the bucket into the parameter."""
 
@@ -61,6 +85,10 @@ class Colocated:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+
+    @classmethod
+    def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
+        return cls(fleet)
 
     def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node_serves
@@ -100,6 +128,13 @@ class Broadcast(Colocated):
         self._group: Any = None
         self._name = ""
         self._members: list[str] = []
+
+    @classmethod
+    def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
+        return cls(
+            fleet, control, tensor_parallel=config.rollout.tensor_parallel,
+            timeout_seconds=config.sync.timeout_seconds,
+        )  # fmt: skip
 
     def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node == 0
@@ -166,6 +201,10 @@ class Disk(Colocated):
         super().__init__(fleet)
         # a server that others started has another working directory
         self._folder, self._control = folder.resolve(), control
+
+    @classmethod
+    def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
+        return cls(fleet, control, folder / "weights")
 
     def needs_buckets(self, node_serves: bool, node: int) -> bool:
         return node == 0

@@ -51,6 +51,17 @@ def test_keys_of_the_source_name_the_columns(tmp_path):
     assert load(named)[0].metadata == {"prompt": "kept as metadata"}
 
 
+def test_a_row_may_limit_its_responses_and_say_how_hard_it_is(tmp_path):
+    rows: list[dict[str, Any]] = [{**GOOD, "limit": 64, "level": 2.5}, {**GOOD, "limit": None, "level": 1}]
+    keys = {"token_budget_key": "limit", "difficulty_key": "level"}
+    for source in (jsonl(tmp_path, *rows), parquet(tmp_path, rows)):
+        problems = load(source.model_copy(update=keys))
+        assert [(p.token_budget, p.difficulty) for p in problems] == [(64, 2.5), (None, 1.0)]
+    wrong = jsonl(tmp_path, {**GOOD, "limit": 0.5}).model_copy(update={"token_budget_key": "limit"})
+    with pytest.raises(DataError, match=r":1: 'limit' is 0\.5; a whole number of tokens"):
+        load(wrong)
+
+
 def test_parquet_and_json_lines_give_the_same_problems(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     rows = [{"prompt": chat, "answer": "2", "level": i} for i in range(3)]

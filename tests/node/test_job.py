@@ -199,11 +199,24 @@ def test_a_job_that_is_cancelled_while_its_script_ends_is_not_requeued(played: P
     assert played.history().stopped is None
 
 
-def test_a_failing_job_that_slurm_has_ended_itself_is_left_to_slurm(played: Played, start: Start) -> None:
+@pytest.mark.parametrize("word", ["SIGNALING", "SUSPENDED", "RESIZING", "STOPPED"])
+def test_a_job_that_slurm_has_not_ended_is_requeued(played: Played, start: Start, word: str) -> None:
+    """SIGNALING: Slurm is still sending USR1, for which the run saved."""
+    start.begin()
+    played.written(SAVED)
+    played.job_state(word)
+    assert start.end(0) == 75
+    assert played.calls("requeue") == ["requeue 5"]
+
+
+@pytest.mark.parametrize("word", ["COMPLETING", "NODE_FAIL", "REQUEUED", "PENDING"])
+def test_a_failing_job_that_slurm_has_ended_itself_is_left_to_slurm(
+    played: Played, start: Start, word: str
+) -> None:
     """A lost node: Slurm requeues the job, and a second requeue would be an error."""
     start.begin()
     played.written(FAILED)
-    played.job_state("COMPLETING")
+    played.job_state(word)
     assert start.end(1) == 1
     assert played.calls("requeue") == []
     assert start.begin(restarts=1)["PMD_ATTEMPT"] == "2"
