@@ -17,7 +17,8 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
-.PHONY: help setup nemo demo demo-moe test lint format docs clean
+DOCS := .venv-docs
+.PHONY: help setup nemo demo demo-moe test lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -28,7 +29,8 @@ help:
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
-	@echo "make docs       write docs/configuration.md from the configuration's docstrings"
+	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
+	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
 	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
 
 setup: $(INSTALLED)
@@ -92,7 +94,18 @@ format: setup
 
 docs: setup
 	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/python -m tools.write_proof_table
+
+docs-site: $(DOCS)/.installed
+	@$(DOCS)/bin/python tools/stage_docs.py build/docs
+	@$(DOCS)/bin/zensical build --strict --clean
+	@$(DOCS)/bin/python tools/check_site.py site
+
+$(DOCS)/.installed: pyproject.toml constraints/cpu.txt constraints/docs.txt
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt -c constraints/docs.txt -e '.[docs]'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) $(DOCS) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_pmd.errors import DataError, StaleWeights
+from megatron_pmd.files import whole_file
 
 NOT_SAMPLED = -1
 """In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
@@ -104,9 +106,8 @@ def write_rollout(path: Path, samples: list[Sample], iteration: int) -> None:
     schema = SCHEMA.with_metadata({"iteration": json.dumps(iteration)})
     table = pa.Table.from_pylist([dataclasses.asdict(s) for s in samples], schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.rename(path)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial)
 
 
 def read_rollout(path: Path) -> tuple[list[Sample], int]:
@@ -125,39 +126,52 @@ def read_rollout(path: Path) -> tuple[list[Sample], int]:
 
 @dataclass
 class RolloutBatch:
-    """A rollout as packed arrays: sample i owns tokens[offsets[i] : offsets[i + 1]], prompt first.
+    """What a rank knows of a rollout: some numbers of every sample, and the tokens of those that are here.
 
-    tokens           int32   [tokens]
-    engine_log_probs float32 [tokens]  0 at prompt tokens
-    offsets          int64   [samples + 1]
+    Of every sample:
+    lengths          int64   [samples]  prompt plus response tokens
     prompt_lengths   int64   [samples]
+    counted_lengths  int64   [samples]  tokens that count in the loss
     groups           int64   [samples]
     rewards, advantages float64 [samples]  rewards are the shaped ones
     weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
-    token_versions   int32   [tokens]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
-    counted          bool    [tokens]  whether it counts in the loss; False at prompt tokens
+    sampled_versions the weights that sampled any token, ascending
     temperature      of the policy that all log-probabilities are of
     examples         the last so many samples are supervised examples, not sampled responses
-    routed_experts   uint16  [tokens, layers · top-k]  None: not recorded. A sample's last token, which goes
-                             nowhere in the engine, has its predecessor's
+    padding_experts  uint8 or uint16 [layers · top-k]  the experts of the rollout's first token, which padding
+                     goes to as well. None: not recorded for all samples
+
+    Of those that are here: sample i owns tokens[offsets[i] : offsets[i + 1]], prompt first; a sample that is
+    not here owns none.
+    offsets          int64   [samples + 1]
+    tokens           int32   [tokens here]
+    engine_log_probs float32 [tokens here]  0 at prompt tokens
+    token_versions   int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
+    counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
+    routed_experts   [tokens here, layers · top-k]  of padding_experts' type; None as that. A sample's last
+                     token, which goes nowhere in the engine, has its predecessor's
     """
 
-    tokens: np.ndarray
-    engine_log_probs: np.ndarray
-    offsets: np.ndarray
+    lengths: np.ndarray
     prompt_lengths: np.ndarray
+    counted_lengths: np.ndarray
     groups: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
     weight_version: int
+    sampled_versions: list[int]
+    temperature: float
+    examples: int
+    padding_experts: np.ndarray | None
+    offsets: np.ndarray
+    tokens: np.ndarray
+    engine_log_probs: np.ndarray
     token_versions: np.ndarray
     counted: np.ndarray
-    temperature: float
-    examples: int = 0
-    routed_experts: np.ndarray | None = None
+    routed_experts: np.ndarray | None
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.lengths)
 
     @property
     def sampled(self) -> int:
@@ -165,60 +179,108 @@ class RolloutBatch:
         return len(self) - self.examples
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Prompt plus response tokens of each sample."""
-        return np.diff(self.offsets)
-
-    @property
     def response_lengths(self) -> np.ndarray:
         return self.lengths - self.prompt_lengths
 
+    @property
+    def here(self) -> np.ndarray:
+        """The samples whose tokens are here, ascending."""
+        return np.flatnonzero(np.diff(self.offsets))
+
     @classmethod
-    def pack(
+    def describe(
         cls,
-        samples: list[Sample],
+        samples: Sequence[Sample],
         temperature: float,
         *,
-        examples: Sequence[Sample] = (),
+        examples: int = 0,
         weight_version: int | None = None,
     ) -> RolloutBatch:
-        """Sampled responses, then supervised examples, as arrays.
+        """What is known of every sample; the tokens of none are here.
 
         weight_version: see there; None: the newest that any sample has.
         """
-        samples = [*samples, *examples]
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
-        pieces = [
-            piece
-            for s in samples
-            for piece in (Segment(len(s.prompt_tokens), NOT_SAMPLED, counted=False), *s.segments)
-        ]
-        piece_lengths = [piece.tokens for piece in pieces]
+        segments = [segment for s in samples for segment in s.segments if segment.tokens]
+        padding_experts = _padding_experts(samples, lengths)
         return cls(
-            tokens=np.concatenate(
-                [np.asarray(s.prompt_tokens + s.response_tokens, np.int32) for s in samples]
-            ),
-            engine_log_probs=np.concatenate(
-                [np.asarray([0.0] * len(s.prompt_tokens) + s.engine_log_probs, np.float32) for s in samples]
-            ),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            lengths=np.array(lengths, np.int64),
             prompt_lengths=np.array([len(s.prompt_tokens) for s in samples], np.int64),
+            counted_lengths=np.array(
+                [sum(segment.tokens for segment in s.segments if segment.counted) for s in samples], np.int64
+            ),
             groups=np.array([s.group for s in samples], np.int64),
             rewards=np.array([s.shaped_reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
             weight_version=(
                 max(s.weight_version for s in samples) if weight_version is None else weight_version
             ),
-            token_versions=np.repeat(np.array([p.weight_version for p in pieces], np.int32), piece_lengths),
-            counted=np.repeat(np.array([p.counted for p in pieces], bool), piece_lengths),
+            sampled_versions=sorted({segment.weight_version for segment in segments} - {NOT_SAMPLED}),
             temperature=temperature,
-            examples=len(examples),
-            routed_experts=_routing(samples, lengths),
+            examples=examples,
+            padding_experts=padding_experts,
+            offsets=np.zeros(len(samples) + 1, np.int64),
+            **_token_arrays(np.empty(0, np.uint8), 0, padding_experts),
         )
+
+    @classmethod
+    def pack(
+        cls,
+        samples: Sequence[Sample],
+        temperature: float,
+        *,
+        examples: Sequence[Sample] = (),
+        weight_version: int | None = None,
+    ) -> RolloutBatch:
+        """Sampled responses, then supervised examples, all of their tokens. weight_version: see describe."""
+        everything = [*samples, *examples]
+        known = cls.describe(everything, temperature, examples=len(examples), weight_version=weight_version)
+        numbers = np.arange(len(everything))
+        batch = known.share(numbers, np.empty(known.share_bytes(numbers), np.uint8))
+        batch.fill(everything)
+        return batch
+
+    def share_bytes(self, samples: np.ndarray) -> int:
+        """What the tokens of these samples take in memory."""
+        tokens = int(self.lengths[samples].sum())
+        return tokens * sum(width * dtype.itemsize for _, dtype, width in _columns(self.padding_experts))
+
+    def share(self, samples: np.ndarray, memory: np.ndarray) -> RolloutBatch:
+        """The batch with the tokens of these samples alone, which are in `memory`, or are to be: see fill.
+
+        memory: uint8 [share_bytes(samples) or more]; not copied.
+        """
+        held = np.zeros(len(self), bool)
+        held[samples] = True
+        offsets = np.concatenate([[0], np.cumsum(np.where(held, self.lengths, 0))]).astype(np.int64)
+        arrays = _token_arrays(memory, int(offsets[-1]), self.padding_experts)
+        return dataclasses.replace(self, offsets=offsets, **arrays)
+
+    def fill(self, samples: Sequence[Sample]) -> None:
+        """Write the tokens of the samples that are here. samples: all of those described, in their order."""
+        for number in self.here.tolist():
+            sample = samples[number]
+            start, end = self.offsets[number : number + 2].tolist()
+            response = start + len(sample.prompt_tokens)
+            self.tokens[start:response] = sample.prompt_tokens
+            self.tokens[response:end] = sample.response_tokens
+            self.engine_log_probs[start:response] = 0.0
+            self.engine_log_probs[response:end] = sample.engine_log_probs
+            self.token_versions[start:response] = NOT_SAMPLED
+            self.counted[start:response] = False
+            for segment in sample.segments:
+                self.token_versions[response : response + segment.tokens] = segment.weight_version
+                self.counted[response : response + segment.tokens] = segment.counted
+                response += segment.tokens
+            assert response == end, "a sample's segments cover its response"
+            if self.routed_experts is not None:
+                recorded = _recorded_experts(sample).reshape(end - start - 1, -1)
+                self.routed_experts[start : end - 1] = recorded
+                self.routed_experts[end - 1] = recorded[-1]
 
     def check_routing(self, width: int) -> None:
         """DataError unless each token has `width` recorded experts: layers · top-k."""
-        found = 0 if self.routed_experts is None else self.routed_experts.shape[1]
+        found = 0 if self.padding_experts is None else len(self.padding_experts)
         if found != width:
             raise DataError(
                 f"actor.experts.replay_routing: the rollout has {found} recorded experts a token, "
@@ -227,9 +289,8 @@ class RolloutBatch:
 
     def refuse_undeclared_versions(self, max_staleness: int) -> None:
         """StaleWeights unless every sampled token is of the batch's weights or of at most so many before."""
-        sampled = self.token_versions[self.token_versions != NOT_SAMPLED]
         oldest = self.weight_version - max_staleness
-        found = sorted(set(sampled[(sampled < oldest) | (sampled > self.weight_version)].tolist()))
+        found = [v for v in self.sampled_versions if not oldest <= v <= self.weight_version]
         if found:
             raise StaleWeights(
                 f"the rollout of weight version {self.weight_version} has tokens sampled under {found}; "
@@ -241,13 +302,40 @@ class RolloutBatch:
             )
 
 
-def _routing(samples: list[Sample], lengths: list[int]) -> np.ndarray | None:
-    """The samples' recorded experts, a row a token; None if any sample has none."""
-    parts = []
+def _columns(padding_experts: np.ndarray | None) -> list[tuple[str, np.dtype, int]]:
+    """Name, type and width of what a batch has of each token; those of larger types first, to be aligned."""
+    columns = [("tokens", np.dtype(np.int32), 1), ("engine_log_probs", np.dtype(np.float32), 1)]
+    columns.append(("token_versions", np.dtype(np.int32), 1))
+    if padding_experts is not None:
+        columns.append(("routed_experts", padding_experts.dtype, len(padding_experts)))
+    return [*columns, ("counted", np.dtype(np.bool_), 1)]
+
+
+def _token_arrays(memory: np.ndarray, tokens: int, padding_experts: np.ndarray | None) -> dict[str, Any]:
+    """A batch's arrays of so many tokens in this memory, one behind the other."""
+    arrays: dict[str, Any] = {"routed_experts": None}
+    offset = 0
+    for name, dtype, width in _columns(padding_experts):
+        end = offset + tokens * width * dtype.itemsize
+        arrays[name], offset = memory[offset:end].view(dtype), end
+    if padding_experts is not None:
+        arrays["routed_experts"] = arrays["routed_experts"].reshape(tokens, len(padding_experts))
+    return arrays
+
+
+def _recorded_experts(sample: Sample) -> np.ndarray:
+    return np.frombuffer(sample.routed_experts or b"", np.uint16)
+
+
+def _padding_experts(samples: Sequence[Sample], lengths: list[int]) -> np.ndarray | None:
+    """The first token's experts, in the smallest type that holds all tokens'; None if any sample has none."""
+    widths, largest = set(), 0
     for sample, length in zip(samples, lengths, strict=True):
-        recorded = np.frombuffer(sample.routed_experts or b"", np.uint16)
+        recorded = _recorded_experts(sample)
         if not len(recorded) or len(recorded) % (length - 1):
             return None
-        rows = recorded.reshape(length - 1, -1)
-        parts += [rows, rows[-1:]]
-    return np.concatenate(parts) if len({part.shape[1] for part in parts}) == 1 else None
+        widths.add(len(recorded) // (length - 1))
+        largest = max(largest, int(recorded.max()))
+    if len(widths) != 1:
+        return None
+    return _recorded_experts(samples[0])[: widths.pop()].astype(np.min_scalar_type(largest))

@@ -1,8 +1,10 @@
-"""What actor and engines hold of the device they share, and what may be there at one time."""
+"""The device a rank computes on; what actor and engines hold of it, and what may be there at one time."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+import torch
 
 Part = Literal["parameters", "optimizer", "weights", "kv_cache"]
 """`parameters` (with their gradients) and `optimizer` are the actor's, the others the engine's."""
@@ -12,6 +14,13 @@ APART: tuple[tuple[Part, Part], ...] = (
     ("parameters", "kv_cache"),
 )
 """What is never brought together. In a sync the parameters are beside the engine's weights."""
+
+
+def current_device() -> torch.device:
+    """The CUDA device that this rank computes on; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 class SharedDevice:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_pmd.errors import PmdError
 
 T = TypeVar("T")
+PIECE_BYTES = 2**28
+"""Of bulk data, in one message: each has a deadline of its own."""
 
 
 class Control:
@@ -51,6 +54,35 @@ class Control:
         if failure is not None:
             raise failure
         return result
+
+    def send_bytes(self, data: torch.Tensor, rank: int) -> None:
+        """Bulk data to another rank, as it lies in memory; that rank calls receive_bytes meanwhile.
+
+        data: uint8 [bytes], contiguous.
+        """
+        for piece in data.split(PIECE_BYTES):
+            dist.send(piece, rank, group=self._group)
+
+    def receive_bytes(self, data: torch.Tensor, rank: int) -> None:
+        """Fill data, uint8 [bytes], contiguous, with as many bytes that the other rank sends."""
+        for piece in data.split(PIECE_BYTES):
+            dist.recv(piece, rank, group=self._group)
+
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """Run the action on every rank; all get all results, in rank order, or the first rank's PmdError.
+
+        A rank that failed would not come to the next collective, and the others would wait for it for ever.
+        """
+        outcome: tuple[T | None, PmdError | None]
+        try:
+            outcome = (action(), None)
+        except PmdError as error:
+            outcome = (None, error)
+        outcomes: list[tuple[T, PmdError | None]] = self.all_gather(outcome)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on the driver; None elsewhere."""

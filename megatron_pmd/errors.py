@@ -54,6 +54,12 @@ class NonFiniteLoss(PmdError):
     """A loss or gradient norm is NaN or infinite; names iteration and step."""
 
 
+class MissingPackage(PmdError):
+    """A package of one of the extras is not installed here; names the extra."""
+
+    refuses = True
+
+
 class LaunchError(PmdError):
     """A job cannot be submitted, or a node of it cannot take part; names the node."""
 

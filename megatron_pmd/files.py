@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,26 @@ def read_records(path: Path) -> list[JsonObject]:
     return records
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under its final name only when complete."""
+@contextmanager
+def whole_file(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """Where to write a file. It takes its own name when the block ends, and is then on the disk.
+
+    mode: 0o600 keeps the file from all other users from its first byte on. For one writer at a time.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    partial.unlink(missing_ok=True)  # one that a killed process left would keep its mode
+    if mode is not None:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    yield partial
+    with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_whole(path: Path, content: str | bytes, mode: int | None = None) -> None:
+    """Write a file of this text (as UTF-8) or these bytes; see whole_file."""
+    with whole_file(path, mode) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def read_object(path: Path) -> JsonObject | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from megatron_pmd.errors import Interrupted, PmdError
+from megatron_pmd.errors import DataError, Interrupted, PmdError
 from megatron_pmd.files import read_object, write_whole
 
 
@@ -67,7 +67,10 @@ class RunOutcome:
         record = read_object(path)
         if record is None:
             return None
-        return cls(Status(record["status"]), record.get("reason") or "", record.get("error"))
+        try:
+            return cls(Status(record["status"]), record.get("reason") or "", record.get("error"))
+        except (KeyError, ValueError):
+            raise DataError(f"{path}: not the outcome of a run: {record}") from None
 
     def write(self, path: Path) -> None:
         write_whole(path, json.dumps(self.as_json(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive their parent. Linux only."""
+"""Processes: children that cannot outlive their parent, limits, memory, and quiet libraries. Linux only."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def tree_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants, in bytes; what they share counts more than once."""
+    import psutil
+
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +119,48 @@ def test_a_library_is_touched_only_where_it_belongs(library: str) -> None:
     found = {unit.removesuffix(".py") for path, unit in files.items() if touches.search(path.read_text())}
     assert found, f"nothing imports {library}: this rule watches nothing"
     assert found <= ONLY_IN[library]
+
+
+def _definitions(kind: type[ast.AST]) -> Iterator[tuple[str, Any]]:
+    """(where, node) of every class or function of the package outside config, which is made of fields."""
+    for unit, path in _sources():
+        if unit != "config":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, kind):
+                    yield f"{path.relative_to(PROJECT)}: {node.name}", node  # type: ignore[attr-defined]
+
+
+def test_no_file_is_too_long_to_be_read() -> None:
+    folders = ("megatron_pmd", "recipes", "tools", "tests")
+    files = [path for folder in folders for path in (PROJECT / folder).rglob("*.py")]
+    assert [str(path) for path in files if path.read_text().count("\n") > 400] == []
+
+
+def test_no_class_is_too_long_or_takes_too_many_arguments() -> None:
+    """Pure records, whose rows are files or messages, may have more fields: they are made by name."""
+    classes = list(_definitions(ast.ClassDef))
+    assert [where for where, node in classes if node.end_lineno - node.lineno >= 250] == []
+    assert [where for where, node in classes if _arguments(node) > 10] == []
+
+
+def _arguments(node: ast.ClassDef) -> int:
+    """Of a class's constructor; a dataclass with methods has one, too."""
+    methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    written = [len(m.args.args) + len(m.args.kwonlyargs) - 1 for m in methods if m.name == "__init__"]
+    if _is_dataclass(node) and not all(map(_is_property, methods)):
+        return len(_given_fields(node))
+    return max(written, default=0)
+
+
+def _is_property(function: ast.FunctionDef) -> bool:
+    names = {ast.unparse(decorator).split(".")[-1] for decorator in function.decorator_list}
+    return bool(names & {"property", "cached_property", "classmethod"}) or function.name == "__post_init__"
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _given_fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    return [part for part in fields if part.value is None or "init=False" not in ast.unparse(part.value)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_pmd.batch import (
@@ -55,3 +56,44 @@ def test_mixed_versions_are_refused_unless_declared_and_named():
     newer = RolloutBatch.pack([sample(3)], 1.0, weight_version=6)
     with pytest.raises(StaleWeights, match=r"\[7\]"):
         newer.refuse_undeclared_versions(2)
+
+
+def routed(response: int, largest: int, **changes: Any) -> Sample:
+    """With three recorded experts a token; the largest number is in the last row."""
+    tokens = response + 1
+    recorded = np.arange(3 * tokens, dtype=np.uint16)
+    recorded[-1] = largest
+    return sample(response, routed_experts=recorded.tobytes(), **changes)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16)])
+def test_recorded_experts_take_one_byte_each_where_their_numbers_fit(largest, dtype):
+    batch = RolloutBatch.pack([routed(2, 4), routed(2, largest, number=1)], 1.0)
+    rows = [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 4],
+        [6, 7, 4],
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, largest],
+        [6, 7, largest],
+    ]
+    assert batch.routed_experts is not None and batch.routed_experts.tolist() == rows
+    assert batch.routed_experts.dtype == dtype
+    assert batch.share_bytes(np.array([1])) == 4 * (4 + 4 + 4 + 1 + 3 * np.dtype(dtype).itemsize)
+
+
+def test_a_share_has_the_numbers_of_every_sample_and_the_tokens_of_its_own():
+    samples = [sample(4, segments=MIXED), sample(3, number=1), sample(1, number=2)]
+    known = RolloutBatch.describe(samples, 1.0, examples=1)
+    assert (len(known), len(known.tokens), known.here.tolist()) == (3, 0, [])
+    mine = np.array([0, 2])
+    share = known.share(mine, np.zeros(known.share_bytes(mine), np.uint8))
+    share.fill(samples)
+    assert share.here.tolist() == [0, 2] and share.offsets.tolist() == [0, 6, 6, 9]
+    assert share.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10]
+    assert share.token_versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7]
+    for batch in (known, share):
+        assert batch.lengths.tolist() == [6, 5, 3] and batch.counted_lengths.tolist() == [1, 3, 1]
+        assert batch.sampled_versions == [5, 7] and batch.sampled == 2

@@ -15,7 +15,7 @@ from megatron_pmd.config import FileSource, Objective, RunConfig, build, known_k
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.objectives.grpo import Grpo
 from megatron_pmd.objectives.gspo import Gspo
-from recipes import RECIPES, recipe
+from recipes import RECIPES, configuration, recipe
 
 
 class Silent(Objective):
@@ -249,3 +249,15 @@ def test_full_verification_without_shared_memory_is_refused(config: RunConfig) -
     values["sync"] |= {"verify": "full", "transport": "broadcast"}
     with pytest.raises(ConfigError, match=r"sync\.verify=full needs sync\.transport=ipc"):
         build(values)
+
+
+@pytest.mark.parametrize("precision, bounds", [("fp32", (1e-5, 1e-3)), ("bf16", (0.1, 5.0))])
+def test_a_runs_configuration_says_which_bounds_are_in_force(
+    precision: str, bounds: tuple[float, float]
+) -> None:
+    """config.json is what the resolved tree is written as; a bound of the user's own stays."""
+    config = configuration("tiny_moe_cpu", [f"model.precision={precision}"])
+    sync = config.model_dump(mode="json")["sync"]
+    assert (sync["mean_log_prob_difference"], sync["max_log_prob_difference"]) == bounds
+    own = configuration("tiny_moe_cpu", ["sync.max_log_prob_difference=0.5"])
+    assert own.log_prob_bounds == (1e-5, 0.5)

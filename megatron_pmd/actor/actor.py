@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
-from megatron_pmd.actor.forward import microbatch_log_probs, run_schedule
+from megatron_pmd.actor.forward import run_schedule
+from megatron_pmd.actor.log_probs import microbatch_log_probs
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
 from megatron_pmd.actor.routing_replay import RoutingReplay
@@ -30,7 +32,7 @@ from megatron_pmd.errors import ModelError, NonFiniteLoss
 class AnchorReport:
     """log π_t of the sampled tokens that this rank trains on, and how far the engine's are from them.
 
-    log_probs    fp32 [tokens of the rollout], NaN where another rank computes them
+    log_probs    fp32 [tokens here], NaN where another rank computes them
     sum_absolute, max_absolute   over |log π_t − log π_b| of those of this rank's response tokens that the
                  engines sampled under the batch's weight version; tokens counts them
     histogram    of the same differences, see diagnostics.magnitude_histogram
@@ -141,6 +143,15 @@ class Actor:
         )
         return [[int(samples[i]) for i in bin_] for bin_ in shares[rank]]
 
+    def share(self, batch: RolloutBatch, steps: Iterable[np.ndarray]) -> np.ndarray:
+        """Of the samples of these optimizer steps, those that this rank's replica trains on, ascending."""
+        microbatches = [m for samples in steps for m in self.microbatches(batch, samples)]
+        return np.array(sorted(set(itertools.chain(*microbatches))), np.int64)
+
+    def share_of_all(self, batch: RolloutBatch) -> np.ndarray:
+        """share(), of one step on all samples."""
+        return self.share(batch, [np.arange(len(batch))])
+
     @torch.no_grad()
     def log_probs(self, batch: RolloutBatch, microbatches: batching.Microbatches) -> AnchorReport:
         """One forward pass over the micro-batches: log π of each response token under the current weights."""
@@ -200,7 +211,8 @@ class Actor:
                 sequence=microbatch.sequence,
                 advantages=advantages[microbatch.samples].to(logits.device),
             )
-            if examples and microbatch.samples and microbatch.samples[0] >= batch.sampled:
+            if microbatch.supervised:
+                assert examples is not None
                 terms = next_token(x)
                 sums.example_loss += float(terms.sum)
                 sums.example_tokens += int(terms.count)
@@ -216,8 +228,8 @@ class Actor:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        work = microbatches + (examples.microbatches if examples else [])
-        self._run(batch, work, loss, forward_only=False)
+        supervised = examples.microbatches if examples else []
+        self._run(batch, microbatches, loss, forward_only=False, examples=supervised)
         return self._apply(sums, learning_rate)
 
     def _apply(self, sums: _StepSums, learning_rate: float) -> StepReport:
@@ -255,12 +267,14 @@ class Actor:
         on_logits: Any,
         *,
         forward_only: bool,
+        examples: batching.Microbatches | None = None,
     ) -> None:
         # demonstrations have no recorded routing: routers choose by themselves
         replay = self._replay if batch.routed_experts is not None else None
         run_schedule(
-            self.chunks, batch, microbatches, self._row, on_logits, forward_only=forward_only, replay=replay
-        )
+            self.chunks, batch, microbatches, self._row, on_logits,
+            forward_only=forward_only, examples=examples, replay=replay,
+        )  # fmt: skip
 
     def _token_log_probs(
         self, batch: RolloutBatch, microbatch: PackedMicrobatch, logits: torch.Tensor

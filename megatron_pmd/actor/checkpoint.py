@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError
+from megatron_pmd.files import write_whole
 from megatron_pmd.processes import die_with_parent
 
 # `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
@@ -149,7 +150,7 @@ class Saver:
 
     def _rename(self, partial: Path, final: Path, run_state: dict[str, Any]) -> None:
         try:
-            _write_durably(partial / STATE_FILE, json.dumps(run_state))
+            write_whole(partial / STATE_FILE, json.dumps(run_state))
         except OSError as error:
             raise _not_written(partial, error) from error
         shutil.rmtree(final, ignore_errors=True)
@@ -305,10 +306,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["megatron"])
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -60,9 +60,10 @@ class PackedMicrobatch:
     here                [response tokens here]  which of the response tokens those are
     targets             [response tokens]  the response tokens
     sequence            [response tokens]  index of the token's sample in `samples`
-    source              [response tokens]  index of the token in the rollout's flat arrays
+    source              [response tokens]  index of the token in the batch's arrays of the tokens here
     experts             [row on this rank, layers · top-k]  as recorded, None where nothing was; at padding
                         those of the rollout's first token
+    supervised          whether the samples are supervised examples, not responses of the policy
     """
 
     samples: list[int]
@@ -75,6 +76,7 @@ class PackedMicrobatch:
     sequence: torch.Tensor
     source: torch.Tensor
     experts: torch.Tensor | None
+    supervised: bool
 
     @property
     def attention(self) -> PackedSeqParams:
@@ -88,17 +90,24 @@ class PackedMicrobatch:
         )
 
 
-def pack_microbatch(batch: RolloutBatch, samples: list[int], row: Row, device: Any) -> PackedMicrobatch:
-    """Lay samples one after another in a row, each and the row padded as `row` asks."""
+def pack_microbatch(
+    batch: RolloutBatch, samples: list[int], row: Row, device: Any, *, supervised: bool = False
+) -> PackedMicrobatch:
+    """Lay samples one after another in a row, each and the row padded as `row` asks.
+
+    Raises IndexError for a sample whose tokens are not here.
+    """
+    if not np.isin(samples, batch.here).all():
+        raise IndexError(f"this rank's share of the batch has not all of the samples {samples}")
     lengths = batch.lengths[samples]
     starts = np.concatenate([[0], np.cumsum(row.padded(lengths))]).astype(np.int64)
     total, multiple = int(starts[-1]), math.lcm(row.multiple * row.size, row.sequence_multiple)
     padding = -total % multiple if total else multiple
     bounds = np.append(starts, total + padding) if padding else starts
     tokens, positions = np.zeros(total + padding, np.int64), np.zeros(total + padding, np.int64)
-    # where in the rollout's arrays a token of the row comes from
-    origin = np.zeros(total + padding, np.int64)
-    # where in the row, and where in the rollout's arrays, each sample's response stands
+    # where in the batch's arrays a token of the row comes from, -1 at padding
+    origin = np.full(total + padding, -1)
+    # where in the row, and where in the batch's arrays, each sample's response stands
     empty = np.zeros(0, np.int64)
     answers, sources = [empty], [empty]
     for sample, start, length in zip(samples, starts.tolist(), lengths.tolist(), strict=False):
@@ -128,5 +137,15 @@ def pack_microbatch(batch: RolloutBatch, samples: list[int], row: Row, device: A
         targets=tensor(tokens[np.concatenate(answers)]),
         sequence=tensor(np.repeat(np.arange(len(samples)), [len(a) for a in answers[1:]])),
         source=tensor(np.concatenate(sources)),
-        experts=None if batch.routed_experts is None else tensor(batch.routed_experts[origin[held]]),
+        experts=None if (experts := _experts(batch, origin[held])) is None else tensor(experts),
+        supervised=supervised,
     )
+
+
+def _experts(batch: RolloutBatch, origin: np.ndarray) -> np.ndarray | None:
+    """The recorded experts of these tokens of the batch, if there are any; -1: padding."""
+    if batch.padding_experts is None or batch.routed_experts is None:
+        return None
+    experts = np.tile(batch.padding_experts, (len(origin), 1))
+    experts[origin >= 0] = batch.routed_experts[origin[origin >= 0]]
+    return experts

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 
-def resident_bytes() -> int:
+def actor_bytes() -> int:
     """What this rank holds: of its device, and of the host where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved()

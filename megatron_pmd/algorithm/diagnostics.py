@@ -51,13 +51,7 @@ def diagnostics(
     """
     values = {name: np.asarray(value, dtype=np.float64) for name, value in per_sequence.items()}
     a, r, labels = np.asarray(advantage, np.float64), np.asarray(reward, np.float64), np.asarray(group)
-    lengths = {name: len(v) for name, v in values.items()} | {"advantage": len(a), "reward": len(r)}
-    for name, length in lengths.items():
-        if length != len(labels) or not length:
-            raise ValueError(
-                f"{name} has {length} entries for {len(labels)} sequences: one for each is needed"
-            )
-
+    _refuse_other_lengths(values | {"advantage": a, "reward": r}, len(labels))
     target, chi2_weights = targets(a, r, labels, baseline=baseline, tau=tau)
     s, tokens, weight = values["log_ratio"], values["length"].sum(), values["weight"]
     quantiles = np.quantile(s, [0.05, 0.5, 0.95])
@@ -76,6 +70,14 @@ def diagnostics(
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
         result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)
     return result
+
+
+def _refuse_other_lengths(arrays: Mapping[str, Floats], sequences: int) -> None:
+    for name, values in arrays.items():
+        if len(values) != sequences or not sequences:
+            raise ValueError(
+                f"{name} has {len(values)} entries for {sequences} sequences: one for each is needed"
+            )
 
 
 def over_iteration(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
+from megatron_pmd.cli.extras import needs
 from megatron_pmd.errors import CheckpointError, ConfigError
 
 app = typer.Typer(help="Convert checkpoints, with proof; under torchrun, each rank converts its part.")
@@ -30,7 +31,8 @@ def hf_to_megatron(
     verify: Verify = False,
 ) -> None:
     """Convert a model folder into a checkpoint that any parallel layout can load."""
-    from megatron_pmd.convert.session import ranks
+    with needs("cpu"):
+        from megatron_pmd.convert.session import ranks
 
     with ranks() as control:
         from megatron_pmd.convert.to_megatron import hf_to_megatron
@@ -52,7 +54,8 @@ def megatron_to_hf(
     verify: Verify = False,
 ) -> None:
     """Convert a checkpoint, saved under any parallel layout, into a model folder."""
-    from megatron_pmd.convert.session import ranks
+    with needs("cpu"):
+        from megatron_pmd.convert.session import ranks
 
     path, config_folder = locate(checkpoint, iteration, model)
     with ranks() as control:
@@ -72,7 +75,8 @@ def diff(
     model: ModelOption = None,
 ) -> None:
     """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
-    from megatron_pmd.convert.session import ranks
+    with needs("cpu"):
+        from megatron_pmd.convert.session import ranks
 
     sides = [locate(path, None, model, needed=False) for path in (first, second)]
     config_folder = next((folder for _, folder in sides if folder), None)

@@ -9,17 +9,34 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_pmd import __version__
 from megatron_pmd.cli import cluster
 from megatron_pmd.cli.convert import app as convert
+from megatron_pmd.cli.extras import needs
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
 from megatron_pmd.outcome import RunOutcome
 
 app = typer.Typer(
-    help="Post-train language models by policy mirror descent.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(convert, name="convert")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"megatron-pmd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Post-train language models by policy mirror descent."""
+
 
 AnswerPart = Literal["whole", "last_integer", "last_line"]
 
@@ -38,15 +55,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
 ) -> None:
     """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
-    from megatron_pmd.evaluation.standalone import Asked, main
+    with needs("cpu"):
+        from megatron_pmd.evaluation.standalone import EvaluationRequest, main
 
-    main(Asked(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+    main(EvaluationRequest(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write RUN/report.html: curves, phase ledger, samples, configuration, in one file."""
-    from megatron_pmd.observe.report import write_report
+    with needs("report"):
+        from megatron_pmd.observe.report import write_report
 
     typer.echo(write_report(run))
 

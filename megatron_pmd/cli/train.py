@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from megatron_pmd.cli.extras import needs
 from megatron_pmd.config import StopAfter
 from megatron_pmd.outcome import RunOutcome, Status
 from recipes import configuration
@@ -26,10 +27,11 @@ def train(
     ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
-    from megatron_pmd.node.ranks import run_here
-    from megatron_pmd.observe.console import Console
-    from megatron_pmd.observe.report import write_report
-    from megatron_pmd.observe.summary import is_complete
+    with needs("cpu"):
+        from megatron_pmd.node.ranks import run_here
+        from megatron_pmd.observe.console import Console
+        from megatron_pmd.observe.report import write_report
+        from megatron_pmd.observe.summary import is_complete
 
     config = configuration(recipe, settings or [])
     folder, console = runs / config.name, Console()

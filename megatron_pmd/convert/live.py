@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, write_whole, writing
+from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, writing
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import PmdError
+from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import ShardWriter, TensorFiles, copy_side_files, write_index
 
 
@@ -31,18 +31,18 @@ def write_policy(
     tokenizer go with them. An `out` of an earlier attempt at the same iteration is replaced.
     Raises CheckpointError on all ranks when it cannot be written, ModelError when a tensor does not come.
     """
-    failure: PmdError | None = None
     waiting = iter(tensors)
-    if control.is_driver:
+
+    def take_part() -> None:
         try:
-            _write(waiting, names, model_folder, out)
-        except PmdError as error:
-            failure = error
-    for _ in waiting:  # the other ranks take part in gathering each tensor, also after the driver failed
-        pass
-    failure = control.from_driver(failure)
-    if failure is not None:
-        raise failure
+            if control.is_driver:
+                _write(waiting, names, model_folder, out)
+        finally:
+            # every rank takes part in gathering each tensor, also after the driver failed
+            for _ in waiting:
+                pass
+
+    control.on_all(take_part)
 
 
 def _write(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,8 @@ from rich.progress import (
 
 from megatron_pmd.actor.parameters import Parameter
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import CheckpointError, ConfigError, PmdError
+from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import DTYPE_NAMES, bytes_of
 
 MANIFEST = "conversion.json"
@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass
-class Record:
+class PartRecord:
     """What a finished part leaves: each Hugging Face tensor's shape, dtype and hash; where it was written."""
 
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": DTYPE_NAMES[tensor.dtype]}
 
 
-class Workshop:
+class ConversionJob:
     """The folder a conversion is made in, `OUT.partial`, until it is published as OUT."""
 
     def __init__(self, out: Path, order: dict[str, Any], control: Control) -> None:
@@ -124,32 +124,29 @@ class Workshop:
             write_whole(path, json.dumps(order))
 
     def work(
-        self, parts: Sequence[Part], convert: Callable[[Part, Callable[[int], None]], Record]
-    ) -> list[Record]:
+        self, parts: Sequence[Part], convert: Callable[[Part, Callable[[int], None]], PartRecord]
+    ) -> list[PartRecord]:
         """Convert this rank's share of the parts that are not done; all parts' records, on every rank.
 
-        convert: does one part; is given a function to tell how many bytes went by. A rank's PmdError is
+        convert: does one part; is given a function to tell how many more bytes are done. A rank's PmdError is
         raised on all of them.
         """
         control = self.control
         mine = [part for part in parts if part.number % control.world == control.rank]
-        failure: PmdError | None = None
-        try:
-            with progress("converting", sum(part.bytes for part in mine), shown=control.is_driver) as went_by:
+
+        def convert_share() -> None:
+            with progress("converting", sum(part.bytes for part in mine), shown=control.is_driver) as advance:
                 for part in mine:
                     path = self._record(part)
                     if path.is_file():
-                        went_by(part.bytes)
+                        advance(part.bytes)
                         continue
                     with writing(self.folder):
-                        record = convert(part, went_by)
+                        record = convert(part, advance)
                         write_whole(path, json.dumps(asdict(record)))
-        except PmdError as error:
-            failure = error
-        for other in control.all_gather(failure):
-            if other is not None:
-                raise other
-        return [Record(**json.loads(self._record(part).read_text())) for part in parts]
+
+        control.on_all(convert_share)
+        return [PartRecord(**json.loads(self._record(part).read_text())) for part in parts]
 
     def _record(self, part: Part) -> Path:
         return self.records / f"part-{part.number:05}.json"
@@ -187,16 +184,6 @@ def writing(folder: Path, then: str = "the same command goes on where this one s
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete, or not at all, also when the machine fails."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 @contextmanager
 def progress(what: str, total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar with bytes, speed and time left, of this rank's share."""
@@ -218,7 +205,7 @@ def places(parameter: Parameter) -> dict[str, Any]:
     }
 
 
-def tensors_of(records: Sequence[Record], expected: Iterable[str]) -> dict[str, dict[str, Any]]:
+def tensors_of(records: Sequence[PartRecord], expected: Iterable[str]) -> dict[str, dict[str, Any]]:
     """All parts' Hugging Face tensors by name.
 
     Raises CheckpointError naming one that is in no part, in two, or not of the model.

@@ -10,13 +10,24 @@ import torch
 
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import precision
-from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
+from megatron_pmd.convert.parts import (
+    ConversionJob,
+    Hasher,
+    Part,
+    PartRecord,
+    describe,
+    divide,
+    places,
+    tensors_of,
+)
 from megatron_pmd.convert.sharded import ShardedReader
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
 from megatron_pmd.fp8 import quantization_config
 from megatron_pmd.hugging_face import ShardWriter, copy_side_files, write_index
+
+DIRECTION = "megatron-to-hf"
 
 
 def megatron_to_hf(
@@ -45,47 +56,51 @@ def megatron_to_hf(
     padding = padding_rows(reader, model)
     parts = divide(((p, _bytes(p, reader, dtype)) for p in model.parameters), shard_bytes)
     order = {
-        "direction": "megatron-to-hf",
+        "direction": DIRECTION,
         "source": str(checkpoint.resolve()),
         "saved": (checkpoint / ".metadata").stat().st_mtime_ns,
         "model": str(model_folder.resolve()),
         "dtype": dtype,
         "shard_bytes": shard_bytes,
     }
-    workshop = Workshop(out, order, control)
+    job = ConversionJob(out, order, control)
 
-    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
-        path = workshop.folder / shard_name(part.number, len(parts))
-        return _convert(part, reader, dtype, path, went_by)
+    def convert(part: Part, advance: Callable[[int], None]) -> PartRecord:
+        path = job.folder / shard_name(part.number, len(parts))
+        return _convert(part, reader, dtype, path, advance)
 
-    records = workshop.work(parts, convert)
-    expected = [s for name in model.by_tensor() for s in precision.stored_names(name, dtype)]
-    tensors = tensors_of(records, expected)
-    files = {name: record.written["file"] for record in records for name in record.tensors}
-    manifest = {
-        "direction": "megatron-to-hf",
-        "source": str(checkpoint.resolve()),
-        "layout": reader.layout,
-        "tensors": {name: {**entry, "file": files[name]} for name, entry in tensors.items()},
-        "padding_rows_removed": padding,
-        "parameters": {p.name: places(p) for p in model.parameters},
-    }
+    records = job.work(parts, convert)
+    manifest = _manifest(records, reader, model, dtype) | {"padding_rows_removed": padding}
+    width = precision.TORCH[dtype] if dtype else reader.dtype(model.parameters[0])
+    blocks = quantization_config(model.by_tensor()) if dtype == "fp8" else None
 
     def finish() -> None:
         if len(parts) > 1:
-            write_index(workshop.folder, files, sum(record.written["bytes"] for record in records))
-        copy_side_files(
-            model_folder,
-            workshop.folder,
-            dtype=precision.TORCH[dtype] if dtype else reader.dtype(model.parameters[0]),
-            quantization=quantization_config(model.by_tensor()) if dtype == "fp8" else None,
-        )
+            files = {name: entry["file"] for name, entry in manifest["tensors"].items()}
+            write_index(job.folder, files, sum(record.written["bytes"] for record in records))
+        copy_side_files(model_folder, job.folder, dtype=width, quantization=blocks)
 
-    workshop.on_driver(finish)
+    job.on_driver(finish)
     if verified:
-        manifest["verified"] = verify(workshop.folder, checkpoint, control, dtype=dtype)
-    workshop.publish(manifest)
+        manifest["verified"] = verify(job.folder, checkpoint, control, dtype=dtype)
+    job.publish(manifest)
     return manifest
+
+
+def _manifest(
+    records: list[PartRecord], reader: ShardedReader, model: Model, dtype: precision.Precision | None
+) -> dict[str, Any]:
+    """What was made of what. Raises CheckpointError unless every tensor of the model was converted once."""
+    expected = [s for name in model.by_tensor() for s in precision.stored_names(name, dtype)]
+    files = {name: record.written["file"] for record in records for name in record.tensors}
+    tensors = tensors_of(records, expected)
+    return {
+        "direction": DIRECTION,
+        "source": str(reader.folder.resolve()),
+        "layout": reader.layout,
+        "tensors": {name: {**entry, "file": files[name]} for name, entry in tensors.items()},
+        "parameters": {p.name: places(p) for p in model.parameters},
+    }
 
 
 def shard_name(number: int, count: int) -> str:
@@ -104,9 +119,9 @@ def _convert(
     reader: ShardedReader,
     dtype: precision.Precision | None,
     path: Path,
-    went_by: Callable[[int], None],
-) -> Record:
-    record, hasher = Record(), Hasher()
+    advance: Callable[[int], None],
+) -> PartRecord:
+    record, hasher = PartRecord(), Hasher()
     names = [
         s for p in part.parameters for name in p.tensor_names for s in precision.stored_names(name, dtype)
     ]
@@ -119,7 +134,7 @@ def _convert(
                         hasher.add(stored, tensor)
                         shard.add(stored, tensor)
                         record.tensors[stored] = describe(tensor)
-                went_by(_bytes(parameter, reader, dtype))
+                advance(_bytes(parameter, reader, dtype))
         for name, hash_ in hasher.results().items():
             record.tensors[name]["sha256"] = hash_
     finally:

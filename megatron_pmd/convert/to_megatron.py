@@ -12,7 +12,16 @@ import torch
 from megatron_pmd.actor.model import check_files, check_shapes
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import SIDE_FILES, precision, sharded
-from megatron_pmd.convert.parts import Hasher, Part, Record, Workshop, describe, divide, places, tensors_of
+from megatron_pmd.convert.parts import (
+    ConversionJob,
+    Hasher,
+    Part,
+    PartRecord,
+    describe,
+    divide,
+    places,
+    tensors_of,
+)
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ConfigError, ModelError
@@ -39,12 +48,7 @@ def hf_to_megatron(
     """
     if dtype == "fp8":
         raise ConfigError("a checkpoint to train from holds bf16 or fp32; FP8 is for Hugging Face folders")
-    check_files(source)
-    files = TensorFiles(source)
-    model = model_of(source)
-    left_out = unused(files, model)
-    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    check_shapes(source, {name: s for name, s in shapes.items() if not precision.is_scale(name, files)})
+    files, model, left_out = _checked(source)
     placed = [(p, _dtype(p, files, dtype)) for p in model.parameters]
     dtypes = {p.name: held for p, held in placed}
     parts = divide(((p, p.elements * held.itemsize) for p, held in placed), part_bytes)
@@ -55,12 +59,12 @@ def hf_to_megatron(
         "dtype": dtype,
         "part_bytes": part_bytes,
     }
-    workshop = Workshop(out, order, control)
+    job = ConversionJob(out, order, control)
 
-    def convert(part: Part, went_by: Callable[[int], None]) -> Record:
-        return _convert(part, files, dtypes, workshop.folder, went_by)
+    def convert(part: Part, advance: Callable[[int], None]) -> PartRecord:
+        return _convert(part, files, dtypes, job.folder, advance)
 
-    records = workshop.work(parts, convert)
+    records = job.work(parts, convert)
     manifest = {
         "direction": "hf-to-megatron",
         "source": str(source.resolve()),
@@ -71,15 +75,28 @@ def hf_to_megatron(
     }
 
     def finish() -> None:
-        (workshop.folder / SIDE_FILES).mkdir(exist_ok=True)
-        copy_side_files(source, workshop.folder / SIDE_FILES, dtype=placed[0][1])
-        sharded.finish(workshop.folder, placed, [w for r in records for w in sharded.unpacked(r.written)])
+        (job.folder / SIDE_FILES).mkdir(exist_ok=True)
+        copy_side_files(source, job.folder / SIDE_FILES, dtype=placed[0][1])
+        sharded.finish(job.folder, placed, [w for r in records for w in sharded.unpacked(r.written)])
 
-    workshop.on_driver(finish)
+    job.on_driver(finish)
     if verified:
-        manifest["verified"] = verify(source, workshop.folder, control)
-    workshop.publish(manifest)
+        manifest["verified"] = verify(source, job.folder, control)
+    job.publish(manifest)
     return manifest
+
+
+def _checked(source: Path) -> tuple[TensorFiles, Model, dict[str, str]]:
+    """A folder's tensors, its model, and the tensors that no parameter is made of, each with the reason.
+
+    Raises ModelError unless the tensors are those of the model.
+    """
+    check_files(source)
+    files, model = TensorFiles(source), model_of(source)
+    left_out = unused(files, model)
+    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
+    check_shapes(source, {name: s for name, s in shapes.items() if not precision.is_scale(name, files)})
+    return files, model, left_out
 
 
 def _convert(
@@ -87,9 +104,9 @@ def _convert(
     files: TensorFiles,
     dtypes: dict[str, torch.dtype],
     folder: Path,
-    went_by: Callable[[int], None],
-) -> Record:
-    record, hasher = Record(), Hasher()
+    advance: Callable[[int], None],
+) -> PartRecord:
+    record, hasher = PartRecord(), Hasher()
 
     def make(parameter: Parameter) -> torch.Tensor:
         dtype = dtypes[parameter.name]
@@ -97,7 +114,7 @@ def _convert(
         for name, tensor in tensors.items():
             hasher.add(name, tensor)
             record.tensors[name] = describe(tensor)
-        went_by(parameter.elements * dtype.itemsize)
+        advance(parameter.elements * dtype.itemsize)
         return parameter.merge(tensors)
 
     try:

@@ -13,7 +13,7 @@ from megatron_pmd.convert import precision, reference
 from megatron_pmd.convert.parts import progress
 from megatron_pmd.convert.sharded import ShardedReader
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import CheckpointError, ModelError, PmdError
+from megatron_pmd.errors import CheckpointError, ModelError
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 
 LARGEST_LOGIT_DIFFERENCE = 1e-4
@@ -52,17 +52,14 @@ def compare_tensors(
     files, reader = TensorFiles(folder), ShardedReader(checkpoint)
     model = parameters.model_of(folder, reader.tensors)
     mine = model.parameters[control.rank :: control.world]
-    failure: PmdError | None = None
-    try:
-        with progress("verifying", sum(p.elements for p in mine), shown=control.is_driver) as went_by:
+
+    def compare_share() -> None:
+        with progress("verifying", sum(p.elements for p in mine), shown=control.is_driver) as advance:
             for parameter in mine:
                 _compare(parameter, files, reader, dtype)
-                went_by(parameter.elements)
-    except PmdError as error:
-        failure = error
-    for other in control.all_gather(failure):
-        if other is not None:
-            raise other
+                advance(parameter.elements)
+
+    control.on_all(compare_share)
     return model
 
 

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import httpx
-import psutil
 import torch
 
 from megatron_pmd.engine.server import tail
@@ -192,8 +191,7 @@ class EngineControl:
 
     def _headers(self, path: str) -> dict[str, str]:
         """SGLang takes the admin key for what changes an engine, and only the other one for the rest."""
-        key = self.spec.api_key if path in READING else self.spec.admin_key or self.spec.api_key
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        return self.spec.keys.headers if path in READING else self.spec.keys.admin_headers
 
     def _set_version(self, version: str) -> None:
         self._confirmed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -235,14 +233,3 @@ class EngineControl:
 
     def _where(self) -> str:
         return f"engine {self.spec.number} ({self.spec.host}, port {self.spec.port})"
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and its descendants, in bytes; what they share counts more than once."""
-    total = 0
-    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import POLL_SECONDS, answers
 from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.errors import EngineError
@@ -15,8 +16,9 @@ ANSWER_SECONDS = 30.0
 """SGLang's /health has the server generate a token, unless it was started otherwise."""
 
 
-def keys() -> tuple[str | None, str | None]:
-    return os.environ.get(KEY), os.environ.get(ADMIN_KEY)
+def keys() -> Keys:
+    """Of the servers, as the environment says."""
+    return Keys(os.environ.get(KEY), os.environ.get(ADMIN_KEY))
 
 
 class ExternalEngine:

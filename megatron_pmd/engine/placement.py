@@ -9,8 +9,8 @@ from megatron_pmd.errors import LayoutError
 
 
 @dataclass(frozen=True)
-class Place:
-    """What of the engines one rank runs."""
+class EnginePart:
+    """What of the engines one rank runs: the server process of one engine on one node."""
 
     engine: int
     """Counts the engines of a run from 0."""
@@ -18,12 +18,17 @@ class Place:
     """The engine's, in the order of its tensor-parallel ranks, as torchrun counts nodes."""
     ranks: tuple[int, ...]
     """Those whose devices the engine computes on: position i shares its with the engine's rank i."""
-    part: int
-    """Which of these this rank's is. The rank with the first part leads the engine: only it makes calls."""
+    node: int
+    """Which of the nodes this part is on, from 0."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the engine's first: only that one is called."""
+        return self.node == 0
 
 
-def place_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, devices: int) -> Place | None:
-    """The place of a rank; None for one that runs nothing.
+def part_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, devices: int) -> EnginePart | None:
+    """What a rank runs; None for one that runs nothing.
 
     nodes: of every rank. devices: an engine computes where so many of its ranks, the first ones, are.
     Raises LayoutError, on every rank alike, for an engine that nodes would have unequal parts of (SGLang cuts
@@ -37,7 +42,7 @@ def place_of(rank: int, nodes: Sequence[int], ranks_per_engine: int, devices: in
     reached = tuple(dict.fromkeys(serving))
     if rank >= first + devices or rank != first + serving.index(nodes[rank]):
         return None
-    return Place(engine, reached, tuple(range(first, first + len(serving))), reached.index(nodes[rank]))
+    return EnginePart(engine, reached, tuple(range(first, first + len(serving))), reached.index(nodes[rank]))
 
 
 def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
@@ -52,6 +57,6 @@ def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
         )
 
 
-def check_places(ranks: int, ranks_per_node: int, ranks_per_engine: int, devices: int) -> None:
-    """Before anything starts: raises place_of's LayoutError for nodes that are filled one after the other."""
-    place_of(0, [rank // ranks_per_node for rank in range(ranks)], ranks_per_engine, devices)
+def check_parts(ranks: int, ranks_per_node: int, ranks_per_engine: int, devices: int) -> None:
+    """Before anything starts: raises part_of's LayoutError for nodes that are filled one after the other."""
+    part_of(0, [rank // ranks_per_node for rank in range(ranks)], ranks_per_engine, devices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from megatron_pmd.errors import EngineError
+from megatron_pmd.files import write_whole
 
 POLL_SECONDS = 0.2
 LOG_TAIL_LINES = 15
@@ -87,6 +90,12 @@ def inherited_environment(hosts: Sequence[str] = ()) -> dict[str, str]:
     local += sorted(set(hosts) - set(local))
     environment["NO_PROXY"] = environment["no_proxy"] = ",".join(entry for entry in local if entry)
     return environment
+
+
+def write_arguments(path: Path, arguments: Any) -> None:
+    """Write arguments as JSON, for this user only: from a command line, every user could read the API key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(arguments, indent=1), mode=0o600)
 
 
 def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:

@@ -1,4 +1,4 @@
-"""SGLang engines and the router in front of them, as child processes."""
+"""An SGLang engine as a child process: its options and its environment."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from megatron_pmd.config import Model, Rollout
-from megatron_pmd.engine.server import LOOPBACK, ServerProcess, free_port, inherited_environment
+from megatron_pmd.engine.keys import NO_KEYS, Keys
+from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
 from megatron_pmd.engine.server_args import check_options, server_options
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.fp8 import names_in, quantization_config
 from megatron_pmd.stubs import stub_path
 
-__all__ = ["EngineProcess", "EngineSpec", "RouterProcess", "RouterSpec", "free_port"]
-
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
 NO_WEIGHTS = "none"
 """Weight version of an engine that the actor has sent nothing to yet."""
-
-ROUTER_MARGIN_SECONDS = 60
 
 # SGLang option -> the setting it follows. Naming one in rollout.sglang is an error.
 OUR_OPTIONS = {
@@ -56,6 +51,21 @@ OUR_OPTIONS = {
 
 
 @dataclass(frozen=True)
+class NodeSpan:
+    """Over which nodes an engine reaches, and which of them one of its server processes is on."""
+
+    nodes: int = 1
+    """Equal parts of tensor_parallel, one server process on each."""
+    node: int = 0
+    """Of these, from 0; the first one's process takes the requests for all."""
+    rendezvous: str | None = None
+    """host:port at which the processes of several nodes find each other; on the first one's node."""
+
+
+ONE_NODE = NodeSpan()
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """All that one engine, or its part on one node, needs to know; pure data, so it can be started again."""
 
@@ -71,19 +81,11 @@ class EngineSpec:
     cpu: bool
     host: str = LOOPBACK
     """Address to listen on; one the driver's node can reach."""
-    api_key: str | None = None
-    """Requests to generate must then carry `Authorization: Bearer <api_key>`."""
-    admin_key: str | None = None
-    """Calls that change weights or memory, or abort, must then carry this one: the update endpoint unpickles
-    what it is sent, and the router, which has the other key, needs none of them."""
+    keys: Keys = NO_KEYS
+    """What calls to it have to carry."""
     first_gpu: int = 0
     """The first of its devices on this node, counted among the visible ones."""
-    nodes: int = 1
-    """Over how many nodes the engine reaches: equal parts of tensor_parallel, one server process on each."""
-    node: int = 0
-    """Which of them this part is on; the first one's process takes the requests for all."""
-    rendezvous: str | None = None
-    """host:port at which the parts of several nodes find each other; on the first one's node."""
+    span: NodeSpan = ONE_NODE
     record_routing: bool = False
     """Every answer says which experts each token went to (plugins/)."""
     load_model_weights: bool = False
@@ -112,14 +114,16 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         "custom_weight_loader": [LOADER],
         "log_level": "warning",
     }
-    if spec.nodes > 1:
-        options |= {"nnodes": spec.nodes, "node_rank": spec.node, "dist_init_addr": spec.rendezvous}
-    if spec.api_key is not None:
-        options["api_key"] = spec.api_key
+    if spec.span.nodes > 1:
+        options |= {
+            "nnodes": spec.span.nodes, "node_rank": spec.span.node, "dist_init_addr": spec.span.rendezvous
+        }  # fmt: skip
+    if spec.keys.api is not None:
+        options["api_key"] = spec.keys.api
     if spec.record_routing:
         options["enable_return_routed_experts"] = True
-    if spec.admin_key is not None:
-        options["admin_api_key"] = spec.admin_key
+    if spec.keys.admin is not None:
+        options["admin_api_key"] = spec.keys.admin
     if spec.rollout.max_total_tokens is not None:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
     if spec.rollout.fp8:
@@ -162,9 +166,10 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     environment["SGLANG_HEALTH_CHECK_TIMEOUT"] = str(math.ceil(spec.rollout.health_timeout_seconds))
     # With it on, every health check generates a token; on released memory that is a crash.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
-    if spec.nodes > 1 and spec.rendezvous:
+    if spec.span.nodes > 1 and spec.span.rendezvous:
         # SGLang's ranks talk to each other on the first interface it finds; it shall be the job's
-        environment["SGLANG_HOST_IP"] = spec.host if spec.node else spec.rendezvous.rpartition(":")[0]
+        first = spec.span.rendezvous.rpartition(":")[0]
+        environment["SGLANG_HOST_IP"] = spec.host if spec.span.node else first
     # The loader runs inside the engine, where this package need not be installed.
     path = [str(Path(__file__).parents[2])]
     if spec.record_routing:
@@ -196,80 +201,9 @@ class EngineProcess(ServerProcess):
         self.spec = spec
         arguments = spec.log.with_name(spec.log.name + ".yaml")
         # SGLang's --config wants YAML, and JSON is YAML.
-        _write_private(arguments, {server_options()[name]: value for name, value in options.items()})
+        write_arguments(arguments, {server_options()[name]: value for name, value in options.items()})
         command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--config", str(arguments)]
-        name = f"engine {spec.number}" + (f", node {spec.node} of {spec.nodes}" if spec.nodes > 1 else "")
+        name, span = f"engine {spec.number}", spec.span
+        if span.nodes > 1:
+            name += f", node {span.node} of {span.nodes}"
         super().__init__(name, command, engine_environment(spec), spec.url, "/ready", spec.log)
-
-
-def _write_private(path: Path, arguments: Any) -> None:
-    """Write arguments as JSON, for this user only: from a command line, every user could read the API key."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # an old file would keep its old mode
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(arguments, file, indent=1)
-
-
-@dataclass(frozen=True)
-class RouterSpec:
-    engines: Sequence[str]
-    """Base URL of every engine; they must be ready before the router starts."""
-    port: int
-    log: Path
-    request_timeout_seconds: float
-    """The clients' own deadline; the router's is a minute longer."""
-    host: str = LOOPBACK
-    api_key: str | None = None
-    """The engines' key."""
-    policy: str = "round_robin"
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
-
-
-START_ROUTER = """
-import json, sys
-from sglang_router.launch_router import launch_router, parse_router_args
-launch_router(parse_router_args(json.load(open(sys.argv[1]))))
-"""
-"""As `python -m sglang_router.launch_router`, which can be told its API key only on the command line."""
-
-
-class RouterProcess(ServerProcess):
-    """The sglang router in front of all engines; when an engine is started again, so is the router."""
-
-    def __init__(self, spec: RouterSpec) -> None:
-        """Starts the router and returns at once."""
-        self.spec = spec
-        options: dict[str, Any] = {
-            "host": spec.host,
-            "port": spec.port,
-            "policy": spec.policy,
-            # Of `manual` alone: a conversation's first request goes where the fewest are in flight.
-            "assignment-mode": "min_load",
-            # The client gives up first: ten requests that time out *here* close the engine to all others.
-            "request-timeout-secs": int(spec.request_timeout_seconds) + ROUTER_MARGIN_SECONDS,
-            # A dead engine is closed to requests after 10 of them failed (they are retried elsewhere), or two
-            # checks.
-            "cb-timeout-duration-secs": 10,
-            "health-check-interval-secs": 5,
-            # An engine with a thousand new requests may take 5 s to say it is well.
-            "health-check-timeout-secs": 20,
-            "health-failure-threshold": 2,
-            "health-success-threshold": 1,
-            "worker-startup-check-interval": 1,
-            # Its default, port 29000 on all interfaces, collides with a second run on the node.
-            "prometheus-host": LOOPBACK,
-            "prometheus-port": free_port(),
-            "log-level": "warn",
-        }
-        if spec.api_key is not None:
-            options["api-key"] = spec.api_key
-        arguments = ["--worker-urls", *spec.engines]
-        arguments += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        file = spec.log.with_name(spec.log.name + ".json")
-        _write_private(file, arguments)
-        command = [sys.executable, "-c", START_ROUTER, str(file)]
-        hosts = [host for url in spec.engines if (host := urlsplit(url).hostname)]
-        super().__init__("router", command, inherited_environment(hosts), spec.url, "/readiness", spec.log)

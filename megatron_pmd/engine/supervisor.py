@@ -1,9 +1,9 @@
 """Runs one server so that it cannot outlive this program: `python supervisor.py PARENT_PID COMMAND...`.
 
 SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds
-of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The supervisor
-is a small process between the trainer and the server; it starts the server in a process group of its own,
-and when the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
+of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The
+supervisor is a small process between the trainer and the server. It starts the server in a process group of
+its own. When the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
 keeps in shared memory (SGLang itself never does). It exits with the server's exit status.
 
 Standard library only, and started by path: it must be running before anything slow is imported.

@@ -19,8 +19,9 @@ from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Roll
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.server import tail
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.server import free_port, tail
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.errors import ConfigError, EngineError, ModelError
 from megatron_pmd.evaluation.estimates import Evaluation, evaluate
 from megatron_pmd.files import read_object, write_whole
@@ -29,7 +30,7 @@ from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.remote import grading
 from megatron_pmd.rollout.episode import rollout_function
-from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 
@@ -40,7 +41,7 @@ REQUESTS_PER_SLOT = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """The command line. None: what the run says, or the default for a model folder."""
 
     target: Path
@@ -80,82 +81,82 @@ class Task:
         return self.folder / "logs" / "engine-0.log"
 
 
-def task(asked: Asked) -> Task:
-    """Work out what is asked; ConfigError or ModelError for what is missing or does not fit."""
-    found = read_object(asked.target / "config.json")
+def task(request: EvaluationRequest) -> Task:
+    """Work out what is asked for; ConfigError or ModelError for what is missing or does not fit."""
+    found = read_object(request.target / "config.json")
     if found is None:
         raise ConfigError(
-            f"{asked.target}: no config.json there; give a Hugging Face model folder, or a run's folder"
+            f"{request.target}: no config.json there; give a Hugging Face model folder, or a run's folder"
         )
-    return _of_model(asked, found) if "model_type" in found else _of_run(asked)
+    return _of_model(request, found) if "model_type" in found else _of_run(request)
 
 
-def _of_run(asked: Asked) -> Task:
+def _of_run(request: EvaluationRequest) -> Task:
     """The run's newest exported model, under its own evaluation settings."""
-    config = load(asked.target / "config.json")
+    config = load(request.target / "config.json")
     exports = {
         int(p.name.split("-")[1]): p
-        for p in (asked.target / "hf").glob("iteration-*")
+        for p in (request.target / "hf").glob("iteration-*")
         if p.is_dir() and not p.suffix
     }
     if not exports:
         raise ModelError(
-            f"{asked.target} holds no exported model (hf/iteration-N): train it to the end with "
+            f"{request.target} holds no exported model (hf/iteration-N): train it to the end with "
             "checkpoint.hf_export=true"
         )
     iteration = max(exports)
     source: Source
     limit = None
-    if asked.data is not None:
-        source = _file(asked.data, config)
+    if request.data is not None:
+        source = _file(request.data, config)
     elif config.data.evaluation is not None:
         source, limit = config.data.evaluation, config.evaluation.prompts
     else:
-        raise ConfigError(f"{asked.target} has no held-out problems (data.evaluation); give --data FILE")
-    response = asked.max_response_tokens or config.batch.max_response_tokens
-    name = f"iteration-{iteration}-{asked.data.stem if asked.data else 'held-out'}"
+        raise ConfigError(f"{request.target} has no held-out problems (data.evaluation); give --data FILE")
+    response = request.max_response_tokens or config.batch.max_response_tokens
+    name = f"iteration-{iteration}-{request.data.stem if request.data else 'held-out'}"
     return Task(
         model=config.model.model_copy(update={"path": str(exports[iteration])}),
         iteration=iteration,
         data=config.data,
         source=source,
-        limit=asked.limit or limit,
-        reward=_reward(asked, config.reward),
+        limit=request.limit or limit,
+        reward=_reward(request, config.reward),
         rollout=_engine(config.rollout, config.batch.max_prompt_tokens + response),
-        samples_per_prompt=asked.samples_per_prompt,
-        temperature=config.evaluation.temperature if asked.temperature is None else asked.temperature,
+        samples_per_prompt=request.samples_per_prompt,
+        temperature=config.evaluation.temperature if request.temperature is None else request.temperature,
         top_p=config.evaluation.top_p,
         max_prompt_tokens=config.batch.max_prompt_tokens,
         max_response_tokens=response,
         seed=config.seed,
-        folder=_unused(asked.target / "evaluate" / f"{name}-k{asked.samples_per_prompt}"),
+        folder=_unused(request.target / "evaluate" / f"{name}-k{request.samples_per_prompt}"),
     )
 
 
-def _of_model(asked: Asked, description: dict[str, Any]) -> Task:
+def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
     """A model folder says how it is computed; the problems and their reward must be given."""
-    if asked.data is None or asked.reward is None:
-        missing = "--data FILE" if asked.data is None else "--reward NAME (math, exact, or module:function)"
-        raise ConfigError(f"{asked.target} is a model, not a run: it needs {missing}")
-    response = asked.max_response_tokens or DEFAULT_RESPONSE_TOKENS
+    if request.data is None or request.reward is None:
+        missing = "--data FILE" if request.data is None else "--reward NAME (math, exact, or module:function)"
+        raise ConfigError(f"{request.target} is a model, not a run: it needs {missing}")
+    response = request.max_response_tokens or DEFAULT_RESPONSE_TOKENS
     context = description.get("max_position_embeddings") or CPU_CACHE_TOKENS
     if response >= context:
         raise ConfigError(
-            f"--max-response-tokens {response} leaves no room for a prompt: {asked.target} takes {context} "
+            f"--max-response-tokens {response} leaves no room for a prompt: {request.target} takes {context} "
             "tokens; lower it"
         )
-    name = f"{asked.target.resolve().name}-{asked.data.stem}-k{asked.samples_per_prompt}"
-    source = FileSource(path=str(asked.data))
+    name = f"{request.target.resolve().name}-{request.data.stem}-k{request.samples_per_prompt}"
+    source = FileSource(path=str(request.data))
     return Task(
-        model=Model(path=str(asked.target), precision=_precision(asked.target, description)),
+        model=Model(path=str(request.target), precision=_precision(request.target, description)),
         iteration=0,
         data=Data(train=source),
         source=source,
-        limit=asked.limit,
-        reward=_reward(asked, Reward(name=asked.reward)),
+        limit=request.limit,
+        reward=_reward(request, Reward(name=request.reward)),
         rollout=_engine(Rollout(), response + 1),
-        samples_per_prompt=asked.samples_per_prompt,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
+        samples_per_prompt=request.samples_per_prompt,
+        temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0,
         max_prompt_tokens=context - response,
         max_response_tokens=response,
@@ -170,8 +171,8 @@ def _file(path: Path, config: RunConfig) -> FileSource:
     return own.model_copy(update={"path": str(path)}) if own else FileSource(path=str(path))
 
 
-def _reward(asked: Asked, own: Reward) -> Reward:
-    changes = {"name": asked.reward, "answer": asked.answer}
+def _reward(request: EvaluationRequest, own: Reward) -> Reward:
+    changes = {"name": request.reward, "answer": request.answer}
     return Reward.model_validate(own.model_dump() | {k: v for k, v in changes.items() if v is not None})
 
 
@@ -217,8 +218,7 @@ def run(task: Task, console: Console) -> Evaluation:
     kept, dropped = tokenize(problems, tokenizer, task.max_prompt_tokens)
     if dropped:
         console.say(f"{dropped} of {len(problems)} prompts are over {task.max_prompt_tokens} tokens: dropped")
-    plan = SamplingPlan(
-        problems=kept,
+    settings = DrawSettings(
         samples_per_prompt=task.samples_per_prompt,
         iteration=task.iteration,
         weight_version=task.iteration,
@@ -227,6 +227,7 @@ def run(task: Task, console: Console) -> Evaluation:
         run_seed=task.seed,
         stream="evaluation",
     )
+    rollout = RolloutGroups(kept, settings)
     with grading(task.reward) as rewards:
         sampler = Sampler(
             endpoint=Endpoint(
@@ -247,7 +248,7 @@ def run(task: Task, console: Console) -> Evaluation:
             function=rollout_function(task.rollout.function),
         )
         console.say(f"starting an engine for {task.model.path}; log: {task.log}")
-        samples = _sample(task, plan, sampler, console)
+        samples = _sample(task, rollout, sampler, console)
     return _record(task, samples, dropped)
 
 
@@ -260,13 +261,13 @@ def _spec(task: Task) -> EngineSpec:
         log=task.log,
         seed=task.seed,
         cpu=_cpu(),
-        api_key=secrets.token_hex(24),
+        keys=Keys(api=secrets.token_hex(24)),
         load_model_weights=True,
     )
 
 
-def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) -> list[Sample]:
-    """Draw the plan from an engine, which is started again when it dies; what was drawn before is kept."""
+def _sample(task: Task, rollout: RolloutGroups, sampler: Sampler, console: Console) -> list[Sample]:
+    """Draw the rollout from an engine, which is started again when it dies; what was drawn before is kept."""
     attempts = task.rollout.retries + 1
     for attempt in range(attempts):
         spec = _spec(task)
@@ -277,17 +278,17 @@ def _sample(task: Task, plan: SamplingPlan, sampler: Sampler, console: Console) 
                 # No bucket in between: the weights stay the folder's, and get the number that every sample
                 # must carry. Samples of an engine that was never given one are refused.
                 control.begin_update()
-                control.end_update(plan.weight_version)
+                control.end_update(rollout.settings.weight_version)
             endpoint = replace(
                 sampler.endpoint, router_url=spec.url, any_engine_alive=engine.ready,
-                headers={"Authorization": f"Bearer {spec.api_key}"},
+                headers=spec.keys.headers,
             )  # fmt: skip
-            with console.progress("evaluation", plan.total - plan.finished) as advance:
-                replace(sampler, endpoint=endpoint).run(plan, advance)
-            return plan.samples(sampler.tokenizer)
+            with console.progress("evaluation", rollout.total - rollout.finished) as advance:
+                replace(sampler, endpoint=endpoint).run(rollout, advance)
+            return rollout.samples(sampler.tokenizer)
         except EnginesLost:
             console.say(
-                f"the engine died after {plan.finished} of {plan.total} samples ({attempt + 1} times)"
+                f"the engine died after {rollout.finished} of {rollout.total} samples ({attempt + 1} times)"
             )
             ended = tail(engine.log)
         finally:
@@ -332,10 +333,10 @@ def table(task: Task, result: Evaluation) -> Table:
     return shown
 
 
-def main(asked: Asked) -> None:
+def main(request: EvaluationRequest) -> None:
     """The command: evaluate, show the table, and say where the results are."""
     console = Console()
-    work = task(asked)
+    work = task(request)
     result = run(work, console)
     rich.console.Console(highlight=False).print(table(work, result))
     console.say(f"samples and table: {work.folder}")

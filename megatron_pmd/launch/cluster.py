@@ -12,7 +12,9 @@ from megatron_pmd.config import Frozen, explain
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.hardware import DEVICES, Machines
 
-PROFILES = Path(__file__).parents[2] / "slurm" / "clusters"
+SLURM_FILES = Path(__file__).with_name("slurm")
+"""In a checkout a link to the folder slurm/ at the root; in an installed package its files."""
+PROFILES = SLURM_FILES / "clusters"
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 """Of the environment; nemo-run writes them in upper case, so others would differ between the two ways."""
@@ -82,6 +84,9 @@ class Cluster(Frozen):
     exclusive: bool = True
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
+    host_python: str = "python3"
+    """On the nodes, outside the container: 3.9 or newer, without packages. It decides whether Slurm starts
+    the job again; a relative path starts at `shared`."""
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
     scratch: str | None = None
@@ -89,7 +94,7 @@ class Cluster(Frozen):
     setup: list[str] = []
     """Shell commands before the ranks start on a node, e.g. `module load cuda`."""
     max_attempts: PositiveInt = 20
-    """Starts of one run, over all its jobs."""
+    """Starts of one job, by Slurm and by the batch script; then it stops."""
     max_crashes: PositiveInt = 3
     """In a row without a new checkpoint; then the run stops with the reason."""
     extra_sbatch: list[str] = []

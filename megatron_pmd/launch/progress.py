@@ -9,7 +9,10 @@ from pathlib import Path
 
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.files import read_object, read_records
-from megatron_pmd.launch.submit import is_queued, job_ids, slurm
+from megatron_pmd.launch.history import History
+from megatron_pmd.launch.slurm import slurm
+from megatron_pmd.launch.submit import is_queued, job_ids
+from megatron_pmd.outcome import RunOutcome
 
 POLL_SECONDS = 0.5
 
@@ -17,23 +20,35 @@ POLL_SECONDS = 0.5
 def describe(run: Path) -> str:
     """Several lines: progress, jobs with the reason they wait for, attempts, outcome."""
     state = run / "launch"
-    config, summary = read_object(state / "config.json"), read_object(run / "summary.json")
+    config = read_object(state / "config.json")
     planned = config["iterations"] if config else "?"
     iterations = [m for m in read_records(run / "metrics.jsonl") if m["kind"] == "iteration"]
     reward = f", reward {iterations[-1]['reward']:.3f}" if iterations and "reward" in iterations[-1] else ""
     lines = [f"{run}: {len(iterations)} of {planned} iterations{reward}"]
     for number in job_ids(run):
         lines.append(f"job {number}: {_in_slurm(number)}")
-    attempts = _text(state / "attempts")
-    if attempts:
-        lines.append(f"attempts: {attempts}, the last on job {_text(state / 'job')}")
-    outcome = _text(state / "outcome") or (summary or {}).get("status", "")
-    if outcome:
-        lines.append(f"outcome of the last attempt: {outcome}")
-    for name, title in (("reason", "reason"), ("stopped", "stopped"), ("excluded_nodes", "excluded nodes")):
-        if text := _text(state / name):
-            lines.append(f"{title}: {text}")
+    lines += _attempts(run)
+    if excluded := _text(state / "excluded_nodes").split():
+        lines.append(f"excluded nodes: {' '.join(excluded)}")
     return "\n".join(lines)
+
+
+def _attempts(run: Path) -> list[str]:
+    """The starts of the run, and how the last one ended, in the words of its outcome."""
+    history = History.read(run / "launch" / "history.jsonl")
+    if history.last is None:  # no batch script has begun: the run was trained on this machine, or not at all
+        outcome = RunOutcome.read(run / "summary.json")
+        return [f"outcome: {outcome}"] if outcome else []
+    lines = [f"attempts: {len(history.attempts)}, the last on job {history.last.job}"]
+    # a job that was cancelled does not live to write its history; its nodes do
+    written = RunOutcome.read(run / "launch" / "outcome.json")
+    for attempt in reversed(history.attempts):
+        if outcome := attempt.outcome or (written if attempt is history.last else None):
+            lines.append(f"attempt {attempt.number} ended: {outcome}")
+            break
+    if history.stopped:
+        lines.append(f"stopped: {history.stopped}")
+    return lines
 
 
 def _in_slurm(number: str) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import check_places
+from megatron_pmd.engine.placement import check_parts
 from megatron_pmd.errors import ConfigError, LayoutError
-from megatron_pmd.launch.cluster import Cluster
+from megatron_pmd.launch.cluster import SLURM_FILES, Cluster
 
-TEMPLATE = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+TEMPLATE = SLURM_FILES / "train.sbatch"
 DIVIDING_LINE = "# --- from here on"
 
 
@@ -50,7 +50,7 @@ def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: st
             f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "
             f"(gpus_per_node of cluster {cluster.name}); change layout.data"
         )
-    check_places(config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.devices_per_engine)
+    check_parts(config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.devices_per_engine)
     mounts = [mount.split(":")[1] for mount in cluster.container.mounts if ":" in mount]
     inside = any(root == PurePosixPath(m) or PurePosixPath(m) in root.parents for m in mounts)
     if cluster.container.runtime != "none" and not inside:
@@ -105,6 +105,7 @@ def variables(job: Job) -> dict[str, str]:
         "PMD_RUNS": f"{job.root}/runs",
         "PMD_ROOT": str(job.root),
         "PMD_PYTHON": cluster.python,
+        "PMD_HOST_PYTHON": cluster.host_python,
         "PMD_RANKS_PER_NODE": str(job.ranks_per_node),
         "PMD_GPU": cluster.gpu,
         "PMD_SETUP": " && ".join(cluster.setup) or "true",

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.script import Job, render
+from megatron_pmd.launch.slurm import slurm
 
 Through = Literal["auto", "nemo-run", "sbatch"]
-DEADLINE_SECONDS = 60
-
-
-def slurm(*command: str, check: bool = True) -> str:
-    """What a Slurm command prints. Raises LaunchError in its own words when it fails, is absent, or hangs."""
-    if shutil.which(command[0]) is None:
-        raise LaunchError(
-            f"{command[0]} is not here: run this on a login node of the cluster, or use --dry-run"
-        )
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"{' '.join(command)}: no answer within {DEADLINE_SECONDS} s") from None
-    if check and done.returncode:
-        raise LaunchError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip()
 
 
 def submit(job: Job, *, chain: int = 1, through: Through = "auto") -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Place:
+class Allocation:
     """Where this node stands in its job, as Slurm and the batch script tell."""
 
     host: str
@@ -23,7 +23,7 @@ class Place:
     port: int
 
     @classmethod
-    def from_environment(cls) -> Place:
+    def from_environment(cls) -> Allocation:
         env = os.environ
         return cls(
             host=env.get("SLURMD_NODENAME", socket.gethostname()),

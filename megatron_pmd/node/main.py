@@ -1,41 +1,49 @@
 """One node of a Slurm job, `python -m megatron_pmd.node.main`: checks it, then starts its ranks.
 
-slurm/train.sbatch sets the environment that says what to run; the outcome goes into files that it reads:
-`outcome` (complete, saved, failed or refused), `reason` (the first failure's words), `bad_nodes`.
+slurm/train.sbatch sets the environment that says what to run. How the attempt ended goes into
+runs/NAME/launch/outcome.json, the nodes that cannot take part into bad_nodes: node/job.py reads both.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
-import socket
 import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import ConfigError, DataError, LayoutError, ModelError, PmdError
-from megatron_pmd.node.allocation import Place
+from megatron_pmd.errors import ConfigError, Interrupted, LayoutError, PmdError
+from megatron_pmd.node.allocation import Allocation
+from megatron_pmd.outcome import RunOutcome, Status
 
-# what a person has to mend: starting again would end the same way
-REFUSALS = (ConfigError, DataError, ModelError)
+OF_ONE_NODE = (Status.FAILED, Status.REFUSED, Status.INTERRUPTED)
+"""Outcomes that a node may have alone; any other comes to all nodes at once."""
 
 
 def main() -> int:
-    """Run this node's share; the exit code is 0 when the run is complete or saved, else 1."""
-    place = Place.from_environment()
+    """Run this node's share; the exit code is not 0 when srun has to end the other nodes."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the ranks; their agent must outlive it
+    signal.signal(signal.SIGTERM, _interrupt)
+    allocation = Allocation.from_environment()
     try:
-        outcome = _run(place)
-    except REFUSALS as error:
-        return _failed(place, "refused", f"{type(error).__name__}: {error}")
-    except PmdError as error:
-        return _failed(place, _kind(str(error)), str(error))
-    if place.rank == 0:
-        _note(place.state / "outcome", outcome)
-    return 0
+        outcome = _run(allocation)
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, (PmdError, KeyboardInterrupt)):
+            traceback.print_exc()
+        outcome = RunOutcome.of(error)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing but the writing of the outcome is left
+    return _tell(allocation, outcome)
 
 
-def _run(place: Place) -> str:
+def _interrupt(*_: object) -> None:
+    raise Interrupted("received SIGTERM")
+
+
+def _run(allocation: Allocation) -> RunOutcome:
     from megatron_pmd.node import preflight
     from megatron_pmd.node.ranks import Nodes, run_ranks
     from megatron_pmd.observe.summary import is_complete
@@ -43,68 +51,60 @@ def _run(place: Place) -> str:
 
     config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
     folder = Path(os.environ["PMD_RUNS"]) / config.name
-    _check(config, folder, place)
+    _check(config, folder, allocation)
     if is_complete(folder, config):
-        if place.rank == 0:
+        if allocation.rank == 0:
             print(f"{folder} is complete: nothing is left to train; raise iterations to go on", flush=True)
-        return "complete"
-    address = preflight.check_nodes(config, folder, place).address
+        return RunOutcome(Status.COMPLETE)
+    nodes = Nodes(
+        count=allocation.nodes,
+        rank=allocation.rank,
+        ranks_per_node=allocation.ranks_per_node,
+        rendezvous=allocation.rendezvous,
+        attempt=allocation.attempt,
+        address=preflight.check_nodes(config, folder, allocation).address,
+    )
     replay = os.environ.get("PMD_REPLAY")
-    nodes = Nodes(place.nodes, place.rank, place.ranks_per_node, place.rendezvous, place.attempt, address)
-    outcome = run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
-    if outcome.error:
-        raise PmdError(str(outcome))
-    return outcome.status.value
+    return run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
 
 
-def _check(config: RunConfig, folder: Path, place: Place) -> None:
-    if folder.resolve() != place.state.parent.resolve():
+def _check(config: RunConfig, folder: Path, allocation: Allocation) -> None:
+    if folder.resolve() != allocation.state.parent.resolve():
         raise ConfigError(
-            f"PMD_NAME={place.state.parent.name}, but the configuration's name is {config.name}: "
+            f"PMD_NAME={allocation.state.parent.name}, but the configuration's name is {config.name}: "
             "set PMD_NAME to it"
         )
-    ranks = place.nodes * place.ranks_per_node
+    ranks = allocation.nodes * allocation.ranks_per_node
     if config.layout.ranks != ranks:
         raise LayoutError(
-            f"{place.nodes} nodes x {place.ranks_per_node} ranks are {ranks} ranks; the layout of "
+            f"{allocation.nodes} nodes x {allocation.ranks_per_node} ranks are {ranks} ranks; the layout of "
             f"{config.name} needs {config.layout.ranks}: ask for "
-            f"{-(-config.layout.ranks // place.ranks_per_node)} nodes, or change layout.data"
+            f"{-(-config.layout.ranks // allocation.ranks_per_node)} nodes, or change layout.data"
         )
 
 
-def _kind(message: str) -> str:
-    """A rank's own refusal comes back as the launcher's message about that rank."""
-    return (
-        "refused"
-        if any(f"failed: {error.__name__}:" in message for error in (*REFUSALS, LayoutError))
-        else "failed"
-    )
-
-
-def _failed(place: Place, outcome: str, message: str) -> int:
-    print(f"{place.host}: {message}", file=sys.stderr, flush=True)
+def _tell(allocation: Allocation, outcome: RunOutcome) -> int:
+    """Write the outcome for the batch script; returns this node's exit code."""
+    path = allocation.state / "outcome.json"
+    if outcome.status not in OF_ONE_NODE:
+        if allocation.rank == 0:
+            outcome.write(path)
+        return 0
+    outcome = replace(outcome, reason=f"{allocation.host}: {outcome.reason}")
+    print(outcome, file=sys.stderr, flush=True)
     # the first reason is the cause; nodes that fail after it report broken connections
-    if _first(place.state / "reason", f"{place.host}: {message}"):
-        _note(place.state / "outcome", outcome)
-    return 1
+    _first(path, outcome)
+    return outcome.exit_code
 
 
-def _first(path: Path, text: str) -> bool:
-    """Write a file that no other node has written; whether this one did."""
+def _first(path: Path, outcome: RunOutcome) -> None:
+    """Write the outcome unless another node has written one."""
     try:
         with path.open("x") as file:
-            file.write(text + "\n")
+            file.write(json.dumps(outcome.as_json()) + "\n")
     except FileExistsError:
-        return False
-    return True
-
-
-def _note(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}")
-    partial.write_text(text + "\n")
-    partial.replace(path)
+        pass
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the ranks; their agent must outlive it
     sys.exit(main())

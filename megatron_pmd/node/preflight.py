@@ -23,7 +23,7 @@ import psutil
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
-from megatron_pmd.node.allocation import Place
+from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.observe.versions import versions
 
 POLL_SECONDS = 0.2
@@ -44,17 +44,17 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def check_nodes(config: RunConfig, folder: Path, place: Place) -> Report:
+def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Report:
     """Examine this node, wait for the reports of all; returns its own.
 
     Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. Raises LaunchError naming each node with a problem; they
     are listed in the file bad_nodes for the batch script to leave out.
     """
     limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
-    report = Report(place.host)
+    report = Report(allocation.host)
     try:
         interfaces = os.environ.get("PMD_INTERFACES", "").split()
-        report.interface, report.address = choose_interface(interfaces, place.master)
+        report.interface, report.address = choose_interface(interfaces, allocation.master)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, report.interface)
     except LaunchError as error:
@@ -62,28 +62,28 @@ def check_nodes(config: RunConfig, folder: Path, place: Place) -> Report:
     found = versions()
     report.software = {key: found[key] for key in ("python", "packages", "commit")}
     report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
-    report.problems += plan_problems(config, place, folder)
+    report.problems += plan_problems(config, allocation, folder)
     if os.environ.get("PMD_GPU", "cpu") != "cpu":
-        report.problems += gpu_problems(_nvidia_smi(), place.ranks_per_node, limits.driver)
-    meeting = place.state / "preflight" / str(place.attempt)
-    reports = exchange(report, meeting, place, limits.deadline_seconds)
-    refuse(judge(reports, limits.clock_skew_seconds), place)
+        report.problems += gpu_problems(_nvidia_smi(), allocation.ranks_per_node, limits.driver)
+    meeting = allocation.state / "preflight" / str(allocation.attempt)
+    reports = exchange(report, meeting, allocation, limits.deadline_seconds)
+    refuse(judge(reports, limits.clock_skew_seconds), allocation)
     return report
 
 
-def exchange(report: Report, meeting: Path, place: Place, deadline_seconds: float) -> list[Report]:
+def exchange(report: Report, meeting: Path, allocation: Allocation, deadline_seconds: float) -> list[Report]:
     """Write this node's report, and read those of all nodes, in their order.
 
     Raises LaunchError naming the nodes that have not reported by the deadline.
     """
     meeting.mkdir(parents=True, exist_ok=True)
-    own, partial = meeting / f"{place.rank}.json", meeting / f"{place.rank}.partial"
+    own, partial = meeting / f"{allocation.rank}.json", meeting / f"{allocation.rank}.partial"
     partial.write_text("")
     report.clock_offset_seconds = time.time() - partial.stat().st_mtime
     partial.write_text(json.dumps(asdict(report)))
     partial.rename(own)
     limit = time.monotonic() + deadline_seconds
-    waiting = set(range(place.nodes))
+    waiting = set(range(allocation.nodes))
     while waiting := {rank for rank in waiting if not (meeting / f"{rank}.json").exists()}:
         if time.monotonic() > limit:
             names = os.environ.get("PMD_NODES", "").split()
@@ -95,10 +95,10 @@ def exchange(report: Report, meeting: Path, place: Place, deadline_seconds: floa
                     ]
                     for name in missing
                 },
-                place,
+                allocation,
             )
         time.sleep(POLL_SECONDS)
-    return [Report(**json.loads((meeting / f"{rank}.json").read_text())) for rank in range(place.nodes)]
+    return [Report(**json.loads((meeting / f"{rank}.json").read_text())) for rank in range(allocation.nodes)]
 
 
 def judge(reports: Sequence[Report], clock_skew_seconds: float) -> dict[str, list[str]]:
@@ -118,11 +118,11 @@ def judge(reports: Sequence[Report], clock_skew_seconds: float) -> dict[str, lis
     return {host: found for host, found in problems.items() if found}
 
 
-def refuse(problems: dict[str, list[str]], place: Place) -> None:
+def refuse(problems: dict[str, list[str]], allocation: Allocation) -> None:
     """Raise LaunchError when there are problems, after listing their nodes for the batch script."""
     if not problems:
         return
-    (place.state / "bad_nodes").write_text("".join(f"{host}\n" for host in problems))
+    (allocation.state / "bad_nodes").write_text("".join(f"{host}\n" for host in problems))
     listed = "\n".join(f"  node {host}: {problem}" for host, found in problems.items() for problem in found)
     raise LaunchError(f"pre-flight: {len(problems)} node(s) cannot take part:\n{listed}")
 
@@ -170,7 +170,7 @@ def disk_problems(limits: Preflight, folders: Sequence[str | Path]) -> list[str]
     return found
 
 
-def plan_problems(config: RunConfig, place: Place, folder: Path) -> list[str]:
+def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> list[str]:
     """Free host memory, and room for the run's checkpoints in its folder, against the plan's."""
     from megatron_pmd.planner.hardware import DEVICES, Machines
     from megatron_pmd.planner.planning import make_plan
@@ -178,9 +178,9 @@ def plan_problems(config: RunConfig, place: Place, folder: Path) -> list[str]:
     free = psutil.virtual_memory().available
     device = DEVICES[os.environ.get("PMD_GPU", "cpu")]
     try:
-        plan = make_plan(config, Machines(device, place.ranks_per_node, free, 1e9))
+        plan = make_plan(config, Machines(device, allocation.ranks_per_node, free, 1e9))
     except ModelError as error:
-        print(f"{place.host}: memory and disk not compared with a plan: {error}", flush=True)
+        print(f"{allocation.host}: memory and disk not compared with a plan: {error}", flush=True)
         return []
     found = []
     need = sum(plan.host.values())

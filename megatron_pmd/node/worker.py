@@ -164,7 +164,7 @@ def _assemble(
 
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.device import SharedDevice
-    from megatron_pmd.rollout.carried_over import read_kept
+    from megatron_pmd.rollout.carried_over import read_carried_over
     from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
 
@@ -175,7 +175,7 @@ def _assemble(
     problems = control.on_driver(lambda: _problems(config, tokenizer, log, saved))
     state = RunState(completed=saved["iteration"], resumed=resume_from is not None)
     if resume_from and problems:
-        state.carried_over = read_kept(resume_from, problems.train.problem)
+        state.carried_over = read_carried_over(resume_from, problems.train.problem)
     device = SharedDevice()
     rollouts = _rollouts(start, log, tokenizer, device, cleanup)
     if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's

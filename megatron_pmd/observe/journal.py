@@ -44,8 +44,8 @@ class Phase:
     """Resident memory of the actor ranks at the end of the phase."""
     engine_bytes: int | None = None
     """Resident memory of the engines at the end of the phase."""
-    parts: list[JsonObject] = field(default_factory=list)
-    """Its sub-phases, as parts.together() gives them; what they leave of the seconds is the phase's own."""
+    subphases: list[JsonObject] = field(default_factory=list)
+    """As subphases.together() gives them; what they leave of the seconds is the phase's own."""
     seconds: float = 0.0
     """Set when the phase has ended."""
 
@@ -166,8 +166,8 @@ class Journal:
             "actor_bytes": phase.actor_bytes,
             "engine_bytes": phase.engine_bytes,
         }
-        if phase.parts:
-            line["parts"] = phase.parts
+        if phase.subphases:
+            line["subphases"] = phase.subphases
         if error:
             line["error"] = error
         line = finite(line)

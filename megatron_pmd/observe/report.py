@@ -132,10 +132,10 @@ def _phase_rows(run: RunFolder, colours: dict[str, str]) -> list[PhaseRow]:
     for name in by_phase:
         lines = [line for line in run.ledger if line["phase"] == name]
         rows.append(_phase_row(name, lines, total, colours[name]))
-        parts: dict[str, list[JsonObject]] = {}
-        for part in (part for line in lines for part in line.get("parts") or []):
-            parts.setdefault(part["part"], []).append(part)
-        rows += [_phase_row(part, found, total, None) for part, found in parts.items()]
+        subphases: dict[str, list[JsonObject]] = {}
+        for found in (subphase for line in lines for subphase in line.get("subphases") or []):
+            subphases.setdefault(found["subphase"], []).append(found)
+        rows += [_phase_row(name, found, total, None) for name, found in subphases.items()]
     return rows
 
 

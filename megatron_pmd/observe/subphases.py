@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass
-class Part:
+class Subphase:
     """One sub-phase on one rank."""
 
     name: str
@@ -23,55 +23,55 @@ class Part:
     """Resident memory of this rank's engine at its end."""
 
 
-class Parts:
-    """A rank's clock for sub-phases: `with parts("kv_cache"): …`; the same name again adds to that part."""
+class SubphaseClock:
+    """A rank's clock for sub-phases: `with clock("kv_cache"): …`; the same name again adds to that one."""
 
     def __init__(self, memory: Callable[[], tuple[int, int]] | None = None) -> None:
         """memory: resident bytes of (this rank, its engine) now; None: not measured."""
         self._memory = memory
-        self._parts: dict[str, Part] = {}
+        self._subphases: dict[str, Subphase] = {}
 
     @contextmanager
     def __call__(self, name: str, nbytes: int | None = None, *, memory: bool = True) -> Iterator[None]:
         """memory: look at it at the end; not inside a loop whose rounds take milliseconds."""
-        part = self._parts.setdefault(name, Part(name))
+        subphase = self._subphases.setdefault(name, Subphase(name))
         begun = time.perf_counter()
         try:
             yield
         finally:
-            part.seconds += time.perf_counter() - begun
+            subphase.seconds += time.perf_counter() - begun
             if nbytes is not None:
-                part.bytes = (part.bytes or 0) + nbytes
+                subphase.bytes = (subphase.bytes or 0) + nbytes
             if memory and self._memory is not None:
-                part.actor_bytes, part.engine_bytes = self._memory()
+                subphase.actor_bytes, subphase.engine_bytes = self._memory()
 
-    def take(self) -> list[Part]:
-        """The parts since the last take, in the order in which they began."""
-        taken, self._parts = list(self._parts.values()), {}
+    def take(self) -> list[Subphase]:
+        """The sub-phases since the last take, in the order in which they began."""
+        taken, self._subphases = list(self._subphases.values()), {}
         return taken
 
 
-def together(by_rank: list[list[Part]]) -> list[dict[str, Any]]:
+def together(by_rank: list[list[Subphase]]) -> list[dict[str, Any]]:
     """Lines for the ledger: the seconds of the slowest rank, its bytes, and all ranks' memory.
 
-    Ranks whose engine is led by another, or that have none, know fewer parts.
+    Ranks whose engine is led by another, or that have none, know fewer.
     """
-    merged: dict[str, list[Part]] = {}
-    for parts in by_rank:
-        for part in parts:
-            merged.setdefault(part.name, []).append(part)
+    merged: dict[str, list[Subphase]] = {}
+    for subphases in by_rank:
+        for subphase in subphases:
+            merged.setdefault(subphase.name, []).append(subphase)
     lines = []
-    for name, parts in merged.items():
-        slowest = max(parts, key=lambda part: part.seconds)
-        moved = max((part.bytes for part in parts if part.bytes is not None), default=None)
+    for name, subphases in merged.items():
+        slowest = max(subphases, key=lambda subphase: subphase.seconds)
+        moved = max((subphase.bytes for subphase in subphases if subphase.bytes is not None), default=None)
         lines.append(
             {
-                "part": name,
+                "subphase": name,
                 "seconds": round(slowest.seconds, 6),
                 "bytes": moved,
                 "gigabytes_per_second": None if moved is None else moved / max(slowest.seconds, 1e-9) / 1e9,
-                "actor_bytes": _sum(part.actor_bytes for part in parts),
-                "engine_bytes": _sum(part.engine_bytes for part in parts),
+                "actor_bytes": _sum(subphase.actor_bytes for subphase in subphases),
+                "engine_bytes": _sum(subphase.engine_bytes for subphase in subphases),
             }
         )
     return lines

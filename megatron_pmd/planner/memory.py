@@ -67,16 +67,20 @@ def _layer_bytes(shape: Shape, config: RunConfig, layer: int, assume: Assumption
     attention = shape.attention
     residual = 4 * shape.hidden / tensor  # two norms' inputs and outputs
     heads = (attention.score_width + attention.query_values + 2 * attention.cached_values) / tensor
-    again, has_experts = config.actor.recompute_modules, layer >= shape.dense_layers
-    dense = 3 * (shape.shared_intermediate if has_experts else shape.dense_intermediate)
+    again, has_experts = config.actor.recompute_modules, layer >= shape.feed_forward.dense_layers
+    dense = 3 * (
+        shape.feed_forward.shared_intermediate if has_experts else shape.feed_forward.dense_intermediate
+    )
     if ("shared_experts" if has_experts else "mlp") in again:
         dense = 0
     values = residual + heads + dense / tensor
     if has_experts and "moe" not in again:
         # tokens arrive once for each expert chosen; input, gate and up, product, output
         widths = 2 if "moe_act" in again else 3
-        routed = 2 * shape.hidden + widths * shape.expert_intermediate / config.layout.experts_tensor
-        values += assume.expert_imbalance * shape.experts_per_token / tensor * routed
+        routed = (
+            2 * shape.hidden + widths * shape.feed_forward.expert_intermediate / config.layout.experts_tensor
+        )
+        values += assume.expert_imbalance * shape.feed_forward.experts_per_token / tensor * routed
     return tokens * values * width
 
 
@@ -99,9 +103,13 @@ def engine_weight_bytes(shape: Shape, config: RunConfig) -> float:
     """On one device of an engine, with the parts that SGLang's options hold more than once."""
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
     attention = shape.layers * (shape.attention.split + shape.attention.replicated)
-    sparse = shape.layers - shape.dense_layers if shape.experts else 0
-    dense = shape.dense_layers * shape.feed_forward(0)[0] if options.get("moe_dense_tp_size") == 1 else 0
-    shared = sparse * 3 * shape.hidden * shape.shared_intermediate
+    sparse = shape.layers - shape.feed_forward.dense_layers if shape.feed_forward.experts else 0
+    dense = (
+        shape.feed_forward.dense_layers * shape.feed_forward_of(0)[0]
+        if options.get("moe_dense_tp_size") == 1
+        else 0
+    )
+    shared = sparse * 3 * shape.hidden * shape.feed_forward.shared_intermediate
     shared = shared if options.get("moe_a2a_backend") == "deepep" else 0
     divided = shape.total - attention - dense - shared
     values = divided / size + attention / attention_ranks(config) + dense + shared
@@ -120,12 +128,14 @@ def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
     slices = size // options.get("ep_size", 1)
     widths = []
-    if shape.experts:
-        widths.append(("an expert", shape.expert_intermediate, slices))
-    if shape.dense_layers:
-        widths.append(("a dense layer", shape.dense_intermediate, options.get("moe_dense_tp_size") or size))
-    if shape.shared_intermediate and options.get("moe_a2a_backend") != "deepep":
-        widths.append(("the shared experts", shape.shared_intermediate, size))
+    if shape.feed_forward.experts:
+        widths.append(("an expert", shape.feed_forward.expert_intermediate, slices))
+    if shape.feed_forward.dense_layers:
+        widths.append(
+            ("a dense layer", shape.feed_forward.dense_intermediate, options.get("moe_dense_tp_size") or size)
+        )
+    if shape.feed_forward.shared_intermediate and options.get("moe_a2a_backend") != "deepep":
+        widths.append(("the shared experts", shape.feed_forward.shared_intermediate, size))
     return [f"{what}'s {width} / {ways}" for what, width, ways in widths if width % (ways * FP8_BLOCK)]
 
 
@@ -199,7 +209,7 @@ def device_phases(
 
 def _gathered_bytes(shape: Shape, config: RunConfig) -> float:
     """The largest tensor, gathered whole, and its parts."""
-    largest = max(shape.embedding, 3 * shape.hidden * shape.dense_intermediate)
+    largest = max(shape.embedding, 3 * shape.hidden * shape.feed_forward.dense_intermediate)
     return 2 * largest * BYTES[config.model.precision]
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig, build
-from megatron_pmd.engine.placement import check_places
+from megatron_pmd.engine.placement import check_parts
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.planner import memory
 from megatron_pmd.planner.cost import Cost, cost
@@ -95,7 +95,7 @@ class Plan:
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
         try:
             per_node = min(ranks, machines.devices_per_node)
-            check_places(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
+            check_parts(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
         except LayoutError as error:
             found.append(str(error))
         longest = config.batch.max_prompt_tokens + config.batch.max_response_tokens
@@ -179,7 +179,7 @@ def _candidates(plan: Plan, growth: int) -> list[tuple[float, dict]]:
     tensors = [size for size in powers if size <= per_node]
     engines = sorted({config.rollout.tensor_parallel, *powers})
     recompute = [config.actor.recompute, *(["full"] if config.actor.recompute != "full" else [])]
-    experts = powers if plan.shape.experts else [1]
+    experts = powers if plan.shape.feed_forward.experts else [1]
     found = []
     sizes = itertools.product(tensors, sorted({layout.pipeline, *powers}), experts, engines, recompute)
     for tensor, pipeline, expert, engine, again in sizes:

@@ -33,6 +33,24 @@ class Attention:
     """Width of the attention's output before its last projection: heads x value width."""
     score_width: int
     """heads x (query-key width + value width): operations of one token with one other are twice this."""
+    heads: int
+    key_value_heads: int | None
+    """None for latent attention, whose heads share one."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Widths of the feed-forward parts, and who has experts."""
+
+    dense_intermediate: int
+    """Width in layers without experts."""
+    dense_layers: int
+    """The first so many layers have no experts."""
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    shared_intermediate: int
+    """Width of the experts that see every token, together."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +62,23 @@ class Shape:
     vocabulary: int
     hidden: int
     layers: int
-    heads: int
-    key_value_heads: int
     attention: Attention
-    latent_attention: bool
-    dense_intermediate: int
-    """Width of the feed-forward part of layers without experts."""
-    dense_layers: int
-    """The first so many layers have no experts."""
-    experts: int
-    experts_per_token: int
-    expert_intermediate: int
-    shared_intermediate: int
-    """Width of the experts that see every token, together."""
+    feed_forward: FeedForward
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
 
-    def feed_forward(self, layer: int) -> tuple[int, int, int]:
+    def feed_forward_of(self, layer: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
-        if layer < self.dense_layers:
-            return 3 * self.hidden * self.dense_intermediate, 0, 0
-        return 3 * self.hidden * self.shared_intermediate, self.hidden * self.experts, self.routed
+        part = self.feed_forward
+        if layer < part.dense_layers:
+            return 3 * self.hidden * part.dense_intermediate, 0, 0
+        return 3 * self.hidden * part.shared_intermediate, self.hidden * part.experts, self.routed
 
     @property
     def routed(self) -> int:
         """Parameters of one layer's routed experts."""
-        return self.experts * 3 * self.hidden * self.expert_intermediate
+        return self.feed_forward.experts * 3 * self.hidden * self.feed_forward.expert_intermediate
 
     @property
     def embedding(self) -> int:
@@ -78,7 +86,7 @@ class Shape:
 
     def layer(self, number: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of a whole layer, its two norms included."""
-        split, replicated, routed = self.feed_forward(number)
+        split, replicated, routed = self.feed_forward_of(number)
         return (
             split + self.attention.split,
             replicated + self.attention.replicated + 2 * self.hidden,
@@ -94,10 +102,11 @@ class Shape:
     @property
     def active(self) -> int:
         """Parameters that one token passes: all but the experts it is not routed to."""
-        if not self.experts:
+        part = self.feed_forward
+        if not part.experts:
             return self.total
-        idle = self.routed * (self.experts - self.experts_per_token) // self.experts
-        return self.total - idle * (self.layers - self.dense_layers)
+        idle = self.routed * (part.experts - part.experts_per_token) // part.experts
+        return self.total - idle * (self.layers - part.dense_layers)
 
 
 def shape_of(path: str) -> Shape:
@@ -137,16 +146,15 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
         vocabulary=config["vocab_size"],
         hidden=config["hidden_size"],
         layers=layers,
-        heads=config["num_attention_heads"],
-        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        latent_attention=latent,
         attention=_latent_attention(config) if latent else _grouped_attention(family, config),
-        dense_intermediate=config["intermediate_size"],
-        dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
-        experts=experts,
-        experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
-        expert_intermediate=config.get("moe_intermediate_size", 0) if experts else 0,
-        shared_intermediate=shared,
+        feed_forward=FeedForward(
+            dense_intermediate=config["intermediate_size"],
+            dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
+            experts=experts,
+            experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+            expert_intermediate=config.get("moe_intermediate_size", 0) if experts else 0,
+            shared_intermediate=shared,
+        ),
         tied_embeddings=config.get("tie_word_embeddings", False),
         context_limit=config.get("max_position_embeddings", 0),
     )
@@ -167,6 +175,8 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
         cache_heads=groups,
         query_values=heads * width,
         score_width=2 * heads * width,
+        heads=heads,
+        key_value_heads=groups,
     )
 
 
@@ -188,4 +198,6 @@ def _latent_attention(config: dict[str, Any]) -> Attention:
         cache_heads=1,
         query_values=heads * config["v_head_dim"],
         score_width=heads * (key + config["v_head_dim"]),
+        heads=heads,
+        key_value_heads=None,
     )

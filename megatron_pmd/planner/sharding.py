@@ -91,10 +91,10 @@ def check_divides(shape: Shape, config: RunConfig) -> None:
     """Raise LayoutError naming the first thing that the layout does not divide."""
     config.layout.check_model(
         shape.name,
-        heads=shape.heads,
+        heads=shape.attention.heads,
         vocabulary=shape.vocabulary,
-        key_value_heads=None if shape.latent_attention else shape.key_value_heads,
-        experts=shape.experts,
+        key_value_heads=shape.attention.key_value_heads,
+        experts=shape.feed_forward.experts,
     )
     layers_of_stages(shape.layers, config)
 

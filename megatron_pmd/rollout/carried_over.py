@@ -1,4 +1,4 @@
-"""The file of what a rollout keeps for the next one: part of every checkpoint."""
+"""The file of what a rollout leaves over for the next one: part of every checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_pmd.errors import CheckpointError
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
 
-FILE = "kept_responses.parquet"
+FILE = "carried_over.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -49,13 +49,13 @@ SCHEMA = pa.schema(
 )
 
 
-def write_kept(folder: Path, groups: Sequence[Group]) -> None:
+def write_carried_over(folder: Path, groups: Sequence[Group]) -> None:
     """Write FILE into a checkpoint's folder, one row a response."""
     rows = [_row(group, member) for group in groups for member in group.members]
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / FILE)
 
 
-def read_kept(folder: Path, problem: Callable[[int], Problem]) -> list[Group]:
+def read_carried_over(folder: Path, problem: Callable[[int], Problem]) -> list[Group]:
     """The groups written into a checkpoint's folder; none if it has no such file.
 
     problem: the training problem of an index. CheckpointError if the file cannot be read.

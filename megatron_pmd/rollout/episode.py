@@ -14,7 +14,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import RolloutError, StaleWeights
 from megatron_pmd.plugins import load
 from megatron_pmd.rollout.groups import Accounts
-from megatron_pmd.rollout.http import Stopped, Transport
+from megatron_pmd.rollout.http import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
 
 TOKEN_BUDGET = "token_budget"
@@ -61,12 +61,12 @@ class Episode:
         self,
         trajectory: Trajectory,
         sampling: Sampling,
-        transport: Transport,
+        client: GenerateClient,
         tokenizer: Any,
         accounts: Accounts,
         routing_key: str,
     ) -> None:
-        self._trajectory, self._sampling, self._transport = trajectory, sampling, transport
+        self._trajectory, self._sampling, self._client = trajectory, sampling, client
         self._tokenizer, self._accounts, self._routing_key = tokenizer, accounts, routing_key
         self._cursor = 0
         self._new_tokens = 0
@@ -109,7 +109,7 @@ class Episode:
         if sampling.repetition is not None:
             limits.append(sampling.repetition.window_tokens)
         if min(limits) <= 0:
-            raise Stopped(TOKEN_BUDGET)
+            raise ResponseStopped(TOKEN_BUDGET)
         request = {
             "input_ids": trajectory.tokens,
             "sampling_params": {
@@ -122,10 +122,10 @@ class Episode:
             "return_logprob": True,
             "return_routed_experts": sampling.record_routing,
         }
-        answer = await self._transport.generate(request, self._routing_key)
+        answer = await self._client.generate(request, self._routing_key)
         reason = self._take(turn, answer)
         if reason == "abort":
-            raise Stopped(self._transport.stopping)
+            raise ResponseStopped(self._client.stopping)
         if reason == "stop":
             turn.finish = "stop"
         elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):

@@ -1,4 +1,4 @@
-"""What a rollout is to draw, what has been drawn, and what is kept of it for the next one."""
+"""The groups of a rollout: what to draw, what has been drawn, and what the next rollout goes on with."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Group:
     def key(self) -> str:
         return f"{self.begun}-{self.place}"
 
-    def teaches(self, rule: GroupFilter) -> bool:
-        """Whether the filter keeps it; only for a complete group."""
+    def has_signal(self, rule: GroupFilter) -> bool:
+        """Whether the filter lets it through; only for a complete group."""
         rewards = [member.reward or 0.0 for member in self.members]
         mean = sum(rewards) / len(rewards)
         return not (
@@ -54,7 +54,7 @@ class Accounts:
     """
 
     carried: int = 0
-    """Responses kept by the last rollout, with `carried_tokens`."""
+    """Responses carried over from the last rollout, with `carried_tokens`."""
     started: int = 0
     carried_tokens: int = 0
     sampled_tokens: int = 0
@@ -70,30 +70,25 @@ class Accounts:
         self.dropped[reason] += len(members)
         self.dropped_tokens[reason] += sum(member.length for member in members)
 
-    def check(self, finished: Sequence[Trajectory], kept: Sequence[Trajectory]) -> None:
-        """RolloutError unless carried + started = finished + kept + dropped, in responses and in tokens."""
+    def check(self, finished: Sequence[Trajectory], left_over: Sequence[Trajectory]) -> None:
+        """RolloutError unless carried + started = finished + left over + dropped: responses and tokens."""
         came = self.carried + self.started
-        went = len(finished) + len(kept) + self.dropped.total()
+        went = len(finished) + len(left_over) + self.dropped.total()
         came_tokens = self.carried_tokens + self.sampled_tokens + self.inserted_tokens
-        went_tokens = sum(t.length for t in (*finished, *kept)) + self.dropped_tokens.total()
+        went_tokens = sum(t.length for t in (*finished, *left_over)) + self.dropped_tokens.total()
         if came != went or came_tokens != went_tokens:
             raise RolloutError(
                 f"responses were lost or counted twice: {self.carried} carried + {self.started} started, "
-                f"but {len(finished)} finished + {len(kept)} kept + {dict(self.dropped)} dropped; in tokens "
-                f"{self.carried_tokens} + {self.sampled_tokens} sampled + {self.inserted_tokens} inserted, "
-                f"but {went_tokens} in all"
+                f"but {len(finished)} finished + {len(left_over)} left over + {dict(self.dropped)} dropped; "
+                f"in tokens {self.carried_tokens} + {self.sampled_tokens} sampled + {self.inserted_tokens} "
+                f"inserted, but {went_tokens} in all"
             )
 
 
-@dataclass
-class SamplingPlan:
-    """What to draw, and what has been drawn so far; survives the loss of engines.
+@dataclass(frozen=True)
+class DrawSettings:
+    """How all responses of a rollout are sampled, and what their seeds follow from."""
 
-    With `partial`, a rollout ends before all its groups are complete, and what is unfinished is in `kept`.
-    """
-
-    problems: list[Problem]
-    """One new group each."""
     samples_per_prompt: int
     iteration: int
     weight_version: int
@@ -102,28 +97,60 @@ class SamplingPlan:
     run_seed: int
     stream: str = "train"
     """Separates the seeds of training and evaluation."""
+
+
+@dataclass(frozen=True)
+class EndRules:
+    """When a rollout has what it is to have, and when it may end with less."""
+
     wanted: int | None = None
     """Groups that a complete rollout has; None: all."""
     groups_per_step: int = 1
     """A rollout that ends early has a multiple of so many."""
     partial: PartialRollouts | None = None
     group_filter: GroupFilter | None = None
-    next_problem: Callable[[], Problem] | None = None
-    """For the group in a dropped one's place; the filter needs it."""
-    carried: Sequence[Group] = ()
-    """Kept by the last rollout; these come first."""
-    groups: list[Group] = field(init=False)
-    """All that were not dropped, in the order they are sampled."""
-    accounts: Accounts = field(init=False)
-    complete_groups: int = field(init=False)
 
-    def __post_init__(self) -> None:
+
+ALL_GROUPS = EndRules()
+
+
+class RolloutGroups:
+    """What to draw, and what has been drawn so far; survives the loss of engines.
+
+    With `partial`, a rollout ends before all its groups are complete, and what is unfinished is `left_over`.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        settings: DrawSettings,
+        rules: EndRules = ALL_GROUPS,
+        *,
+        next_problem: Callable[[], Problem] | None = None,
+        carried_over: Sequence[Group] = (),
+    ) -> None:
+        """problems: one new group each.
+
+        next_problem: for the group in a dropped one's place; the filter needs it.
+        carried_over: from the last rollout; these come first.
+        """
+        self.settings, self.rules = settings, rules
+        self._next_problem = next_problem
         # a rollout that was interrupted goes on with groups of its own iteration: new ones count on from them
-        self._begun = 1 + max((g.place for g in self.carried if g.begun == self.iteration), default=-1)
+        own = (group.place for group in carried_over if group.begun == settings.iteration)
+        self._begun = 1 + max(own, default=-1)
         self._dropped: list[Group] = []
         self._ends: float | None = None
         self.accounts = Accounts()
-        self.groups = list(self.carried)
+        self.groups: list[Group] = list(carried_over)
+        """All that were not dropped, in the order they are sampled."""
+        self._take_over()
+        self.complete_groups = sum(group.complete for group in self.groups)
+        for problem in problems:
+            self.begin(problem)
+
+    def _take_over(self) -> None:
+        """Enter what was carried over; a response that is too old for this rollout starts anew."""
         members = [member for group in self.groups for member in group.members]
         self.accounts.carried = len(members)
         self.accounts.carried_tokens = sum(member.length for member in members)
@@ -132,47 +159,45 @@ class SamplingPlan:
                 if self._stale(member):
                     group.members[number] = self._begin(group, number, "restarted")
                     self.accounts.drop([member], "stale")
-        self.complete_groups = sum(group.complete for group in self.groups)
-        for problem in self.problems:
-            self.begin(problem)
 
     def begin(self, problem: Problem) -> Group:
         """A new group, behind all others."""
-        group = Group(self.iteration, self._begun, problem, [])
+        group = Group(self.settings.iteration, self._begun, problem, [])
         self._begun += 1
-        group.members = [self._begin(group, number) for number in range(self.samples_per_prompt)]
+        group.members = [self._begin(group, number) for number in range(self.settings.samples_per_prompt)]
         self.groups.append(group)
         return group
 
     def _begin(self, group: Group, number: int, stream: str = "") -> Trajectory:
         self.accounts.started += 1
-        stream = "/".join(filter(None, (self.stream, stream, group.key if stream else "")))
-        seed = sample_seed(self.run_seed, self.iteration, group.place, number, stream)
+        settings = self.settings
+        stream = "/".join(filter(None, (settings.stream, stream, group.key if stream else "")))
+        seed = sample_seed(settings.run_seed, settings.iteration, group.place, number, stream)
         return Trajectory(group.problem, number, seed)
 
     def _stale(self, member: Trajectory) -> bool:
-        first = member.first_version
+        first, partial = member.first_version, self.rules.partial
         return (
-            self.partial is not None
+            partial is not None
             and first is not None
-            and first < self.weight_version - self.partial.max_staleness
+            and first < self.settings.weight_version - partial.max_staleness
         )
 
     def completed(self, group: Group) -> Group | None:
         """To be called when a group is complete. It counts (None), or the returned new group replaces it."""
-        rule = self.group_filter
-        if rule is None or group.teaches(rule):
+        rule = self.rules.group_filter
+        if rule is None or group.has_signal(rule):
             self.complete_groups += 1
             return None
-        if self.accounts.dropped["group_filter"] >= rule.max_dropped * self.samples_per_prompt:
+        if self.accounts.dropped["group_filter"] >= rule.max_dropped * self.settings.samples_per_prompt:
             self.accounts.filter_passed += 1
             self.complete_groups += 1
             return None
-        assert self.next_problem is not None, "a plan with a filter knows where further problems are"
+        assert self._next_problem is not None, "a rollout with a filter knows where further problems are"
         self.accounts.drop(group.members, "group_filter")
         self.groups.remove(group)
         self._dropped.append(group)
-        return self.begin(self.next_problem())
+        return self.begin(self._next_problem())
 
     @property
     def total(self) -> int:
@@ -186,7 +211,7 @@ class SamplingPlan:
 
     @property
     def _wanted(self) -> int:
-        return len(self.groups) if self.wanted is None else self.wanted
+        return len(self.groups) if self.rules.wanted is None else self.rules.wanted
 
     @property
     def is_full(self) -> bool:
@@ -196,14 +221,16 @@ class SamplingPlan:
     @property
     def may_end(self) -> bool:
         """Whether the rollout could end now, if it had to."""
-        return self.is_full or (self.partial is not None and self.complete_groups >= self.groups_per_step)
+        rules = self.rules
+        return self.is_full or (rules.partial is not None and self.complete_groups >= rules.groups_per_step)
 
     def seconds_left(self) -> float | None:
         """Until the deadline, which runs from the first call; None: there is none."""
-        if self.partial is None or self.partial.deadline_seconds is None:
+        partial = self.rules.partial
+        if partial is None or partial.deadline_seconds is None:
             return None
         if self._ends is None:
-            self._ends = time.monotonic() + self.partial.deadline_seconds
+            self._ends = time.monotonic() + partial.deadline_seconds
         return max(0.0, self._ends - time.monotonic())
 
     @property
@@ -211,19 +238,20 @@ class SamplingPlan:
         """The groups of the rollout: complete, those begun first before others, in whole optimizer steps."""
         complete = [group for group in self.groups if group.complete][: self._wanted]
         if len(complete) < self._wanted:
-            complete = complete[: len(complete) // self.groups_per_step * self.groups_per_step]
+            step = self.rules.groups_per_step
+            complete = complete[: len(complete) // step * step]
         return complete
 
     @property
-    def kept(self) -> list[Group]:
-        """What the next rollout continues with."""
+    def left_over(self) -> list[Group]:
+        """What the next rollout goes on with."""
         chosen = {id(group) for group in self.chosen}
         return [group for group in self.groups if id(group) not in chosen]
 
     def check(self) -> None:
         """The accounting invariant; see Accounts.check."""
         finished = [member for group in self.chosen for member in group.members]
-        self.accounts.check(finished, [member for group in self.kept for member in group.members])
+        self.accounts.check(finished, [member for group in self.left_over for member in group.members])
 
     def samples(self, tokenizer: Any) -> list[Sample]:
         """The rollout: the groups in `chosen`, numbered from 0."""
@@ -234,11 +262,10 @@ class SamplingPlan:
         return self._samples(self._dropped, tokenizer)
 
     def _samples(self, groups: list[Group], tokenizer: Any) -> list[Sample]:
-        oldest = 0
-        if self.partial is not None and not self.partial.count_earlier_segments:
-            oldest = self.weight_version
+        version, partial = self.settings.weight_version, self.rules.partial
+        oldest = version if partial is not None and not partial.count_earlier_segments else 0
         return [
-            _sample(group, index, tokenizer.decode(group.problem.tokens), member, self.weight_version, oldest)
+            _sample(group, index, tokenizer.decode(group.problem.tokens), member, version, oldest)
             for index, group in enumerate(groups)
             for member in group.members
         ]

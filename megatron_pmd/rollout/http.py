@@ -27,7 +27,7 @@ class EnginesLost(EngineError):
     """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
 
 
-class Stopped(BaseException):
+class ResponseStopped(BaseException):
     """The rollout ends before this response does; no Exception, so that no rollout function eats it."""
 
 
@@ -48,8 +48,8 @@ class Endpoint:
     """In place of headers where an engine takes an abort only from who may change it."""
 
 
-class Transport:
-    """One rollout's requests to the engines: `async with Transport(endpoint) as transport`."""
+class GenerateClient:
+    """One rollout's requests to the engines: `async with GenerateClient(endpoint) as client`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -75,8 +75,8 @@ class Transport:
     async def generate(self, request: dict[str, Any], routing_key: str) -> dict[str, Any]:
         """The answer to one request. Its finish reason is `stop`, `length` or, after stop(), `abort`.
 
-        Raises Stopped after stop() if nothing was answered, EnginesLost when no engine is left, EngineError
-        when the request fails `retries` times on engines that are alive.
+        Raises ResponseStopped after stop() if nothing was answered, EnginesLost when no engine is left,
+        EngineError when the request fails `retries` times on engines that are alive.
         """
         failure = ""
         for attempt in range(self._endpoint.retries + 1):
@@ -84,7 +84,7 @@ class Transport:
             if answer is not None:
                 return answer
             if self.stopping:
-                raise Stopped(self.stopping)
+                raise ResponseStopped(self.stopping)
             await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
             if not await self._any_alive():
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
@@ -99,7 +99,7 @@ class Transport:
 
     async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[dict[str, Any] | None, str]:
         if self.stopping:
-            raise Stopped(self.stopping)
+            raise ResponseStopped(self.stopping)
         url, body = self._endpoint.router_url + "/generate", orjson.dumps(request)
         try:
             async with self._session.post(url, data=body, headers={ROUTING_KEY: routing_key}) as reply:

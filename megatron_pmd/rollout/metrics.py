@@ -1,4 +1,4 @@
-"""A rollout in numbers: rewards, lengths, why responses ended, what was dropped or kept."""
+"""A rollout in numbers: rewards, lengths, why responses ended, what was dropped or left over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_pmd.batch import NOT_SAMPLED, Sample
-from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.groups import RolloutGroups
 
 FINISH_REASONS = ("stop", "length", "repetition")
 
@@ -41,22 +41,22 @@ def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def plan_metrics(plan: SamplingPlan) -> dict[str, float]:
+def account_values(rollout: RolloutGroups) -> dict[str, float]:
     """Of the drawing: where every response and token went. Only what the run's settings make possible."""
-    accounts = plan.accounts
+    accounts, settings = rollout.accounts, rollout.settings
     values: dict[str, float] = {}
-    if plan.group_filter is not None:
+    if rollout.rules.group_filter is not None:
         values |= {
-            "filter/dropped_groups": accounts.dropped["group_filter"] / plan.samples_per_prompt,
+            "filter/dropped_groups": accounts.dropped["group_filter"] / settings.samples_per_prompt,
             "filter/dropped_tokens": accounts.dropped_tokens["group_filter"],
             "filter/let_through_groups": accounts.filter_passed,
         }
-    if plan.partial is not None:
-        kept = [member for group in plan.kept for member in group.members]
-        stopped = Counter(member.stopped for member in kept if not member.finished)
+    if rollout.rules.partial is not None:
+        left_over = [member for group in rollout.left_over for member in group.members]
+        stopped = Counter(member.stopped for member in left_over if not member.finished)
         ages = [
-            plan.weight_version - (member.first_version or 0)
-            for group in plan.chosen
+            settings.weight_version - (member.first_version or 0)
+            for group in rollout.chosen
             for member in group.members
         ]
         values |= {
@@ -65,9 +65,9 @@ def plan_metrics(plan: SamplingPlan) -> dict[str, float]:
             "partial/sampled_tokens": accounts.sampled_tokens,
             "partial/restarted_responses": accounts.dropped["stale"],
             "partial/restarted_tokens": accounts.dropped_tokens["stale"],
-            "partial/kept_groups": len(plan.kept),
-            "partial/kept_finished_responses": sum(member.finished for member in kept),
-            "partial/kept_tokens": sum(member.length for member in kept),
+            "partial/left_over_groups": len(rollout.left_over),
+            "partial/left_over_finished_responses": sum(member.finished for member in left_over),
+            "partial/left_over_tokens": sum(member.length for member in left_over),
             "partial/mean_age": float(np.mean(ages)),
         }
         for reason in ("deadline", "enough_groups", "token_budget"):

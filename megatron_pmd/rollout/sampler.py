@@ -1,4 +1,4 @@
-"""Drawing a plan's samples: thousands of requests in flight, graded as they come, ended when it is time."""
+"""Drawing a rollout: thousands of requests in flight, graded as they come, ended when it is time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
-from megatron_pmd.rollout.groups import Group, SamplingPlan
-from megatron_pmd.rollout.http import Endpoint, Stopped, Transport
+from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.http import Endpoint, GenerateClient, ResponseStopped
 from megatron_pmd.rollout.trajectory import Trajectory
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
@@ -45,40 +45,44 @@ class Sampler:
     repetition: Repetition | None = None
     function: RolloutFunction = single_turn
     interrupted: Callable[[], bool] = lambda: False
-    """Asked all the time; once true the rollout ends as it is, and the plan says what it lacks."""
+    """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
-    def run(self, plan: SamplingPlan, on_sample: Callable[[], None] = lambda: None) -> None:
-        """Draw and grade what the plan still lacks; on_sample is called for each response that is finished.
+    def run(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
+        """Draw and grade what the rollout still lacks; on_sample is called for each finished response.
 
-        Raises EnginesLost when no engine is left (the plan keeps what is done), EngineError when a request
-        fails `retries` times on engines that are alive, StaleWeights when a sample came from other weights
-        than the plan's, RolloutError when the rollout function fails or the accounts do not add up.
+        Raises EnginesLost when no engine is left (what is done is kept), EngineError when a request fails
+        `retries` times on engines that are alive, StaleWeights when a sample came from other weights
+        than the rollout's, RolloutError when the rollout function fails or the accounts do not add up.
         """
         # asyncio's own loop takes a fifth more processor time for thousands of connections
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._run(plan, on_sample))
-        plan.check()
+            runner.run(self._run(rollout, on_sample))
+        rollout.check()
 
-    async def _run(self, plan: SamplingPlan, on_sample: Callable[[], None]) -> None:
-        budget = plan.partial.max_new_tokens if plan.partial else None
-        draw = _Draw(self, plan, on_sample, budget)
+    async def _run(self, rollout: RolloutGroups, on_sample: Callable[[], None]) -> None:
+        budget = rollout.rules.partial.max_new_tokens if rollout.rules.partial else None
+        draw = _Draw(self, rollout, on_sample, budget)
         await draw.run()
         # all that is unfinished has used up its budget, and no optimizer step is full
-        while not plan.may_end and not self.interrupted():
-            await _Draw(self, plan, on_sample, None).run()
+        while not rollout.may_end and not self.interrupted():
+            await _Draw(self, rollout, on_sample, None).run()
 
 
 class _Draw:
-    """All open responses of a plan at once, until they are finished, stopped, or over their budget."""
+    """All open responses of a rollout at once, until they are finished, stopped, or over their budget."""
 
     def __init__(
-        self, sampler: Sampler, plan: SamplingPlan, on_sample: Callable[[], None], max_new_tokens: int | None
+        self,
+        sampler: Sampler,
+        rollout: RolloutGroups,
+        on_sample: Callable[[], None],
+        max_new_tokens: int | None,
     ) -> None:
-        self._sampler, self._plan, self._on_sample = sampler, plan, on_sample
+        self._sampler, self._rollout, self._on_sample = sampler, rollout, on_sample
         self._sampling = Sampling(
-            weight_version=plan.weight_version,
-            temperature=plan.temperature,
-            top_p=plan.top_p,
+            weight_version=rollout.settings.weight_version,
+            temperature=rollout.settings.temperature,
+            top_p=rollout.settings.top_p,
             stop_tokens=sampler.stop_tokens,
             max_response_tokens=sampler.max_response_tokens,
             max_turns=sampler.max_turns,
@@ -89,11 +93,8 @@ class _Draw:
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    record_routing: bool = False
-    """Ask which experts each token went to."""
-
     async def run(self) -> None:
-        async with Transport(self._sampler.endpoint) as self._transport:
+        async with GenerateClient(self._sampler.endpoint) as self._client:
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())
@@ -103,7 +104,7 @@ class _Draw:
 
     async def _open_all(self) -> None:
         self._working += 1  # opening is work: with it, nothing is idle
-        for group in list(self._plan.groups):
+        for group in list(self._rollout.groups):
             self._open(group)
             # One turn of the loop sends what is opened so far; else the first request of thousands would
             # leave when the last one is prepared.
@@ -122,11 +123,11 @@ class _Draw:
         member.stopped = None
         try:
             await self._finish(group, member)
-        except Stopped as stopped:
+        except ResponseStopped as stopped:
             member.stopped = str(stopped)
         if member.finished:
             self._on_sample()
-            if group.complete and (replacement := self._plan.completed(group)):
+            if group.complete and (replacement := self._rollout.completed(group)):
                 self._open(replacement)
         self._working -= 1
         if group.complete or not self._working:
@@ -135,26 +136,26 @@ class _Draw:
     def _note_progress(self) -> None:
         if not self._working:
             self._idle.set()
-        if self._plan.is_full or not self._working:
+        if self._rollout.is_full or not self._working:
             self._enough.set()
-        if self._plan.may_end or not self._working:
+        if self._rollout.may_end or not self._working:
             self._may_end.set()
 
     async def _end(self) -> None:
         """Stop what is still in flight: when there is enough, at the deadline, or when the run has to end."""
-        ends = [asyncio.ensure_future(self._by_plan()), asyncio.ensure_future(self._by_interruption())]
+        ends = [asyncio.ensure_future(self._by_rules()), asyncio.ensure_future(self._by_interruption())]
         try:
             first, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for end in ends:
                 end.cancel()
         if not self._idle.is_set():
-            await self._transport.stop(first.pop().result(), self._idle)
+            await self._client.stop(first.pop().result(), self._idle)
 
-    async def _by_plan(self) -> str:
+    async def _by_rules(self) -> str:
         reason = DEADLINE
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._plan.seconds_left()):
+            async with asyncio.timeout(self._rollout.seconds_left()):
                 await self._enough.wait()
                 reason = ENOUGH_GROUPS
         await self._may_end.wait()
@@ -166,10 +167,10 @@ class _Draw:
         return INTERRUPTED
 
     async def _finish(self, group: Group, member: Trajectory) -> None:
-        """The rest of one response, and its grade. Stopped if it has to wait for a later iteration."""
-        plan, sampler = self._plan, self._sampler
+        """The rest of one response, and its grade. ResponseStopped if it waits for a later iteration."""
+        rollout, sampler = self._rollout, self._sampler
         episode = Episode(
-            member, self._sampling, self._transport, sampler.tokenizer, plan.accounts, group.key
+            member, self._sampling, self._client, sampler.tokenizer, rollout.accounts, group.key
         )
         try:
             graded = await sampler.function(episode)

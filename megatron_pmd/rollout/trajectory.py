@@ -48,7 +48,7 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """One response to one prompt, unfinished or graded. Survives iterations, and a checkpoint (kept.py)."""
+    """One response to one prompt, unfinished or graded. Survives iterations, and a checkpoint."""
 
     problem: Problem
     number: int

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.distributed import Control
-from megatron_pmd.rollout.carried_over import write_kept
+from megatron_pmd.rollout.carried_over import write_carried_over
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.training.shutdown import Shutdown
 from megatron_pmd.training.state import RunState
@@ -37,7 +37,7 @@ class Checkpoints:
         )  # fmt: skip
 
     def _write_more(self, checkpoint: Path, carried_over: list[Group]) -> None:
-        write_kept(checkpoint, carried_over)
+        write_carried_over(checkpoint, carried_over)
         for name in ("config.json", "versions.json"):  # a copy of the checkpoint alone then says what it is
             shutil.copyfile(self._folder / name, checkpoint / f"run_{name}")
 

@@ -36,7 +36,7 @@ def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
 
 def throughput(batch: RolloutBatch, seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second of an iteration's phases: response tokens in the rollout, all of them in training."""
-    everything, responses = len(batch.tokens), int(batch.response_lengths.sum())
+    everything, responses = int(batch.lengths.sum()), int(batch.response_lengths.sum())
     tokens = {"rollout": responses, "anchor": everything, "update": everything}
     return {f"{name}/tokens_per_second": count / seconds_by_phase[name] for name, count in tokens.items()}
 

@@ -19,10 +19,11 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.errors import StaleWeights
 from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
-from megatron_pmd.rollout.groups import SamplingPlan
-from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
+from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
-from megatron_pmd.training.rollouts import check_plan, evaluation_plan, train_plan
+from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
+from megatron_pmd.training.shares import distribute
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.training.trainer import Trainer
@@ -43,40 +44,50 @@ def start(run: Trainer) -> None:
 
 def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     """Take and grade the rollout of an iteration. Raises RunEnds if the run has to end before it is drawn."""
-    t, state, plan = iteration.number, run.state, None
+    t, state, rollout = iteration.number, run.state, None
     if run.control.is_driver:
-        plan = train_plan(run.config, run.problems.train, t, state.carried_over)
-    samples = run.rollouts.take(plan, run.actor)
-    if plan is not None and run.rollouts.live:
-        run.remember(plan.groups)
-        iteration.left_over = plan.kept
-        iteration.values |= plan_metrics(plan)
-    _end_if_cut(run, plan, "rollout")
-    packed = _grade_and_pack(run, iteration, plan, samples) if plan is not None else None
-    batch: RolloutBatch = run.control.from_driver(packed)
+        rollout = train_rollout(run.config, run.problems.train, t, state.carried_over)
+    samples = run.rollouts.take(rollout, run.actor)
+    if rollout is not None and run.rollouts.live:
+        run.remember(rollout.groups)
+        iteration.left_over = rollout.left_over
+        iteration.values |= account_values(rollout)
+    _end_if_cut(run, rollout, "rollout")
+    described = None
+    if rollout is not None:
+        described, samples = _grade_and_describe(run, iteration, rollout, samples)
+    batch = distribute(
+        described, samples, lambda batch: _trained_here(run, batch), run.control, say=run.log.say
+    )
     if run.config.actor.experts.replay_routing:
         batch.check_routing(run.actor.routing_width)
     return batch
 
 
-def _grade_and_pack(
-    run: Trainer, iteration: Iteration, plan: SamplingPlan, samples: list[Sample]
-) -> RolloutBatch:
-    """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch."""
+def _grade_and_describe(
+    run: Trainer, iteration: Iteration, rollout: RolloutGroups, samples: list[Sample]
+) -> tuple[RolloutBatch, list[Sample]]:
+    """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch.
+
+    The batch has no tokens yet; they are of the samples returned with it.
+    """
     t = iteration.number
     subproblem = Subproblem(run.config, t)
     subproblem.compute_advantages(samples)
     write_rollout(run.folder / "rollouts" / f"{t}.parquet", samples, t)
     if not subproblem.supervised:
-        drawn = [*samples, *plan.dropped_samples(run.tokenizer)]
+        drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
         run.problems.train.record(success_rates(drawn, run.config.reward.correct))
         iteration.values |= rollout_values(samples)
-    return RolloutBatch.pack(samples, subproblem.temperature, examples=_examples(run), weight_version=t)
+    examples = _examples(run)
+    everything, temperature = [*samples, *examples], subproblem.temperature
+    described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
+    return described, everything
 
 
-def _end_if_cut(run: Trainer, plan: SamplingPlan | None, what: str) -> None:
+def _end_if_cut(run: Trainer, rollout: RolloutGroups | None, what: str) -> None:
     """Raises RunEnds, on all ranks, after a rollout that was ended because the run has to end."""
-    cut = plan is not None and run.rollouts.live and not plan.may_end
+    cut = rollout is not None and run.rollouts.live and not rollout.may_end
     if run.control.from_driver(cut):
         reason = run.control.from_driver(run.shutdown.reason_before("rollout"))
         raise RunEnds(RunOutcome(Status.SAVED, f"{reason}; the {what} was cut short"))
@@ -95,9 +106,26 @@ def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:
     """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
     partial = run.config.rollout.partial
     batch.refuse_undeclared_versions(partial.max_staleness if partial else 0)
+    return [run.actor.microbatches(batch, samples) for samples in _responses_of_steps(run, batch)]
+
+
+def _responses_of_steps(run: Trainer, batch: RolloutBatch) -> list[np.ndarray]:
     groups = batch.groups[: batch.sampled]
-    steps = batching.steps_of_groups(groups, run.config.batch.prompts_per_step)
-    return [run.actor.microbatches(batch, samples) for samples in steps]
+    return batching.steps_of_groups(groups, run.config.batch.prompts_per_step)
+
+
+def _examples_of_step(run: Trainer, batch: RolloutBatch, step: int) -> np.ndarray:
+    """Which samples are the supervised examples of an optimizer step; none without algorithm.ptx."""
+    ptx = run.config.algorithm.ptx
+    per_step = ptx.examples_per_step if ptx else 0
+    return batch.sampled + step * per_step + np.arange(per_step)
+
+
+def _trained_here(run: Trainer, batch: RolloutBatch) -> np.ndarray:
+    """The samples that this rank trains on, in any step."""
+    responses = _responses_of_steps(run, batch)
+    examples = [_examples_of_step(run, batch, step) for step in range(len(responses))]
+    return run.actor.share(batch, [*responses, *examples])
 
 
 def anchor(
@@ -166,8 +194,7 @@ def _examples_of(run: Trainer, batch: RolloutBatch, subproblem: Subproblem, step
     ptx = run.config.algorithm.ptx
     if ptx is None:
         return None
-    first = batch.sampled + step * ptx.examples_per_step
-    examples = np.arange(first, first + ptx.examples_per_step)
+    examples = _examples_of_step(run, batch, step)
     per_step = run.config.batch.samples_per_step
     responses = np.arange(step * per_step, (step + 1) * per_step)
     mean = 1 / int(batch.response_lengths[examples].sum())
@@ -212,9 +239,9 @@ def evaluation_is_due(run: Trainer, t: int) -> bool:
 
 def evaluate(run: Trainer, t: int) -> None:
     """Sample the held-out problems under weight version t, and keep the samples."""
-    plan = evaluation_plan(run.config, run.problems.held_out, t) if run.control.is_driver else None
-    samples = run.rollouts.draw(plan, run.actor, "evaluation")
-    _end_if_cut(run, plan, "evaluation")
+    rollout = evaluation_rollout(run.config, run.problems.held_out, t) if run.control.is_driver else None
+    samples = run.rollouts.draw(rollout, run.actor, "evaluation")
+    _end_if_cut(run, rollout, "evaluation")
     if run.control.is_driver:
         write_rollout(run.folder / "evaluations" / f"{t}.parquet", samples, t)
         run.log.log("evaluation", estimate(samples, run.config.reward.correct).metrics())
@@ -255,14 +282,15 @@ def finish(run: Trainer) -> None:
 
 def _check_final_weights(run: Trainer, final: int) -> None:
     """No rollout follows the last sync to check it: draw one sample of each of a few prompts."""
-    plan = None
+    rollout = None
     if run.control.is_driver:
         problems = run.problems.train.peek(min(8, run.config.batch.prompts_per_rollout))
-        plan = check_plan(run.config, problems, final)
-    samples = run.rollouts.draw(plan, run.actor, "check of the final weights")
-    _end_if_cut(run, plan, "check of the final weights")
+        rollout = check_rollout(run.config, problems, final)
+    samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
+    _end_if_cut(run, rollout, "check of the final weights")
     temperature = Subproblem(run.config, final).temperature
-    batch = run.control.from_driver(RolloutBatch.pack(samples, temperature) if samples else None)
+    described = RolloutBatch.describe(samples, temperature) if samples else None
+    batch = distribute(described, samples, run.actor.share_of_all, run.control, say=run.log.say)
     run.rollouts.release()
     run.actor.wake()
     everything = [run.actor.microbatches(batch, np.arange(len(batch)))]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.residency import resident_bytes
+from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.batch import Sample, read_rollout
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
@@ -17,13 +17,16 @@ from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.engine.handover import Handover
+from megatron_pmd.engine.recovery import Recovery
+from megatron_pmd.engine.router import Router
 from megatron_pmd.errors import DataError, EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
-from megatron_pmd.rollout.groups import Group, SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.shared_memory import shared_memory_key
@@ -38,21 +41,21 @@ class RolloutSource(Protocol):
 
     live: bool
     """Whether there are engines: only they can be evaluated, and have weights to be checked."""
-    parts: Parts
+    clock: SubphaseClock
     """What the phases spend their time on."""
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        """The rollout of the plan's iteration: complete groups, graded.
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        """The rollout of the rollout's iteration: complete groups, graded.
 
-        [] on ranks other than the driver, whose plan is None.
+        [] on ranks other than the driver, whose rollout is None.
 
         Each sample says which of its tokens were sampled under which weight version (Sample.segments): a
         source may have begun them in earlier iterations, or produced them while others were trained on.
         actor: whose weights an engine is given that has to be started again.
         """
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
-        """Samples for the plan, drawn now, under the actor's weights; only of live engines. As take()."""
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
+        """Samples for the rollout, drawn now, under the actor's weights; only of live engines. As take()."""
 
     def make_room(self) -> None:
         """Before there is an actor: engines have started, and have left the device to it."""
@@ -98,47 +101,52 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._rewards, self._console, self._interrupted = rewards, console, interrupted
         self._function = rollout_function(config.rollout.function)
-        self.parts = Parts(lambda: (resident_bytes(), self.engine_bytes()))
-        self.fleet = Fleet(config, control, folder, self.parts, cpu=cpu, device=device)
+        self.clock = SubphaseClock(lambda: (actor_bytes(), self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
+        self.handover = Handover(self.fleet, self.clock, device)
+        self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
+        self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
         self._shards: ShardExport | None = None
-        self._push = WeightPush(
+        self.weight_push = WeightPush(
             transport_of(config, self.fleet, control, folder),
             control,
             shared_memory_key(folder),
-            self.parts,
+            self.clock,
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             verify=config.sync.verify == "full",
             on_device=not cpu,
         )
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        return self.draw(plan, actor, "rollout")
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        return self.draw(rollout, actor, "rollout")
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
         for _ in range(self._config.rollout.retries + 1):
-            failure = self._control.from_driver(self._try(plan, title) if self._control.is_driver else None)
+            failure = self._control.from_driver(
+                self._try(rollout, title) if self._control.is_driver else None
+            )
             if failure is None:
-                return plan.samples(self._tokenizer) if plan else []
+                return rollout.samples(self._tokenizer) if rollout else []
             # a server of others that came back by itself has forgotten the weights it was given
             forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
             if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
-            version = self._control.from_driver(plan.weight_version if plan else None)
-            self._revive(actor, version, forgotten=forgotten)
+            version = self._control.from_driver(rollout.settings.weight_version if rollout else None)
+            self.revive(actor, version, forgotten=forgotten)
         raise failure
 
-    def _try(self, plan: SamplingPlan | None, title: str) -> PmdError | None:
-        assert plan is not None, "the driver draws from a plan"
+    def _try(self, rollout: RolloutGroups | None, title: str) -> PmdError | None:
+        assert rollout is not None, "the driver knows what to draw"
         sampling = self._config.rollout
         endpoint = Endpoint(
-            router_url=self.fleet.router_url,
+            router_url=self.router.url,
             engine_urls=self.fleet.urls,
-            headers=self.fleet.headers,
-            abort_headers=self.fleet.admin_headers,
+            headers=self.fleet.keys.headers,
+            abort_headers=self.fleet.keys.admin_headers,
             request_timeout_seconds=sampling.request_timeout_seconds,
             retries=sampling.retries,
-            any_engine_alive=self.fleet.any_alive,
+            any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
         )
         sampler = Sampler(
             endpoint=endpoint,
@@ -153,54 +161,61 @@ class LiveEngines:
             interrupted=self._interrupted,
         )
         try:
-            with self._console.progress(title, plan.total - plan.finished) as advance:
-                sampler.run(plan, advance)
+            with self._console.progress(title, rollout.total - rollout.finished) as advance:
+                sampler.run(rollout, advance)
         except PmdError as error:
             return error
         return None
 
-    def _revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
+    def revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
         """Start lost engines and a lost router again; give all engines the current weights if any is new.
 
         As in the phases sync and resume: in a rollout the actors' parameters have left the device.
         """
         if self._restart(probe=True) or forgotten:
-            self.fleet.release()
+            self.handover.release()
             actor.wake_parameters()
-            self.fleet.resume_weights()
+            self.handover.resume_weights()
             self._send(actor, version)
             actor.release_parameters()
-            self.fleet.resume_cache()
-        self.fleet.serve()
+            self.handover.resume_cache()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Make the engines routable, and watch them while they generate."""
+        self._control.on_driver(lambda: self.router.start(self.fleet.urls))
+        self.fleet.watch()
 
     def _restart(self, *, probe: bool) -> bool:
         """Start lost engines again, and say so."""
-        reasons = self.fleet.restart_lost(probe=probe)
+        reasons = self.recovery.restart_lost(probe=probe)
+        if reasons:
+            self.router.stop()  # its picture of who is alive is out of date
         if reasons and self._control.is_driver:
             first = "; ".join(reason.splitlines()[0] for reason in reasons)
             self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
         return bool(reasons)
 
     def make_room(self) -> None:
-        self.fleet.wait_ready()
-        self.fleet.release()
+        self.recovery.wait_ready()
+        self.handover.release()
 
     def release(self) -> None:
-        self.fleet.release()
+        self.handover.release()
 
     def load(self, actor: Actor, version: int) -> PushReport:
         """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
         if not self.fleet.urls:
-            self.fleet.wait_ready()
+            self.recovery.wait_ready()
         for attempt in itertools.count():
             if self._restart(probe=attempt > 0):
-                self.fleet.release()  # a new engine has its cache, too, beside the actors' parameters
+                self.handover.release()  # a new engine has its cache, too, beside the actors' parameters
             try:
-                self.fleet.resume_weights()
+                self.handover.resume_weights()
                 return self._send(actor, version)
             except EngineError:
                 # what a living engine refuses, it would refuse again
-                if attempt == self._config.rollout.restarts or not self.fleet.any_lost():
+                if attempt == self._config.rollout.restarts or not self.recovery.any_lost():
                     raise
         raise AssertionError("unreachable")
 
@@ -209,17 +224,18 @@ class LiveEngines:
             self._shards = ShardExport(
                 actor.bridge, actor.chunks, self._control, actor.shapes, fp8=self._config.rollout.fp8
             )
-        return self._push.push(self._shards, version, serves=self.fleet.serves)
+        return self.weight_push.push(self._shards, version, serves=self.fleet.serves)
 
     def resume(self) -> None:
-        self.fleet.resume_cache()
-        self.fleet.serve()
+        self.handover.resume_cache()
+        self._serve()
 
     def engine_bytes(self) -> int:
-        return self.fleet.resident_bytes()
+        return self.fleet.engine_bytes()
 
     def close(self) -> None:
-        self._push.close()
+        self.weight_push.close()
+        self.router.stop()
         self.fleet.stop()
 
 
@@ -229,11 +245,11 @@ class WithoutEngines:
     live = False
 
     def __init__(self) -> None:
-        self.parts = Parts()
+        self.clock = SubphaseClock()
 
     def make_room(self) -> None: ...
 
-    def draw(self, plan: SamplingPlan | None, actor: Actor, title: str) -> list[Sample]:
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         raise AssertionError(f"{title}: only live engines are asked for more than rollouts")
 
     def release(self) -> None: ...
@@ -259,16 +275,17 @@ class ReplayedRollouts(WithoutEngines):
             raise DataError(f"{path}: no such rollout file or folder")
         self._path, self._control = path, control
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        """The recorded samples of the plan's iteration. Raises DataError if they are of another iteration."""
-        return self._control.on_driver(lambda: self._read(plan)) or []
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        """The recorded samples of the rollout's iteration. DataError if they are of another iteration."""
+        return self._control.on_driver(lambda: self._read(rollout)) or []
 
-    def _read(self, plan: SamplingPlan | None) -> list[Sample]:
-        assert plan is not None, "the driver draws from a plan"
-        path = self._path / f"{plan.iteration}.parquet" if self._path.is_dir() else self._path
+    def _read(self, rollout: RolloutGroups | None) -> list[Sample]:
+        assert rollout is not None, "the driver knows what to draw"
+        wanted = rollout.settings.iteration
+        path = self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path
         samples, iteration = read_rollout(path)
-        if iteration != plan.iteration:
-            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {plan.iteration}")
+        if iteration != wanted:
+            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {wanted}")
         return samples
 
 
@@ -279,51 +296,55 @@ class Demonstrations(WithoutEngines):
         super().__init__()
         self._control, self._tokenizer = control, tokenizer
 
-    def take(self, plan: SamplingPlan | None, actor: Actor) -> list[Sample]:
-        return demonstrations(plan.problems, self._tokenizer) if plan else []
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        if rollout is None:
+            return []
+        return demonstrations([group.problem for group in rollout.groups], self._tokenizer)
 
 
-def train_plan(
-    config: RunConfig, prompts: PromptSource, iteration: int, carried: list[Group]
-) -> SamplingPlan:
-    """The rollout of one iteration: first what the last one kept, then as many new prompts as it lacks."""
+def train_rollout(
+    config: RunConfig, prompts: PromptSource, iteration: int, carried_over: list[Group]
+) -> RolloutGroups:
+    """The rollout of one iteration: what the last one left over, then as many new prompts as it lacks."""
     sampling, wanted = config.rollout, config.batch.prompts_per_rollout
     extra = sampling.partial.extra_groups if sampling.partial else 0
-    return SamplingPlan(
-        problems=prompts.take(max(0, wanted + extra - len(carried))),
-        samples_per_prompt=config.batch.samples_per_prompt,
-        iteration=iteration,
-        weight_version=iteration,
-        temperature=Subproblem(config, iteration).temperature,
-        top_p=sampling.top_p,
-        run_seed=config.seed,
-        wanted=wanted,
-        groups_per_step=config.batch.prompts_per_step,
-        partial=sampling.partial,
-        group_filter=sampling.group_filter,
+    return RolloutGroups(
+        prompts.take(max(0, wanted + extra - len(carried_over))),
+        _as_in_training(config, iteration, samples_per_prompt=config.batch.samples_per_prompt),
+        EndRules(
+            wanted=wanted,
+            groups_per_step=config.batch.prompts_per_step,
+            partial=sampling.partial,
+            group_filter=sampling.group_filter,
+        ),
         next_problem=lambda: prompts.take(1)[0],
-        carried=carried,
+        carried_over=carried_over,
     )
 
 
-def check_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+def check_rollout(config: RunConfig, problems: list[Problem], iteration: int) -> RolloutGroups:
     """One response to each problem, as in training."""
-    return SamplingPlan(
-        problems=problems,
-        samples_per_prompt=1,
+    settings = _as_in_training(config, iteration, samples_per_prompt=1, stream="check")
+    return RolloutGroups(problems, settings)
+
+
+def _as_in_training(
+    config: RunConfig, iteration: int, *, samples_per_prompt: int, stream: str = "train"
+) -> DrawSettings:
+    return DrawSettings(
+        samples_per_prompt=samples_per_prompt,
         iteration=iteration,
         weight_version=iteration,
         temperature=Subproblem(config, iteration).temperature,
         top_p=config.rollout.top_p,
         run_seed=config.seed,
-        stream="check",
+        stream=stream,
     )
 
 
-def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) -> SamplingPlan:
+def evaluation_rollout(config: RunConfig, problems: list[Problem], iteration: int) -> RolloutGroups:
     """Held-out problems under the evaluation's own sampling settings."""
-    return SamplingPlan(
-        problems=problems[: config.evaluation.prompts],
+    settings = DrawSettings(
         samples_per_prompt=config.evaluation.samples_per_prompt,
         iteration=iteration,
         weight_version=iteration,
@@ -332,3 +353,4 @@ def evaluation_plan(config: RunConfig, problems: list[Problem], iteration: int) 
         run_seed=config.seed,
         stream="evaluation",
     )
+    return RolloutGroups(problems[: config.evaluation.prompts], settings)

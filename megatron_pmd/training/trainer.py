@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.residency import resident_bytes
+from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.distributed import Control
@@ -73,12 +73,12 @@ class Trainer:
         with self.log.phase(name) as record:
             yield record
             self.checkpoints.publish(wait=False)
-            mine = (resident_bytes(), self.rollouts.engine_bytes(), self.rollouts.parts.take())
+            mine = (actor_bytes(), self.rollouts.engine_bytes(), self.rollouts.clock.take())
             ranks = self.control.gather(mine)
             if ranks:
-                actor, engine, parts = zip(*ranks, strict=True)
+                actor, engine, subphases = zip(*ranks, strict=True)
                 record.actor_bytes, record.engine_bytes = sum(actor), sum(engine)
-                record.parts = together(list(parts))
+                record.subphases = together(list(subphases))
         self.shutdown.expect(name, record.seconds)
 
     def _end_if_it_must(self, name: str) -> None:

@@ -63,16 +63,12 @@ class BucketLayout:
     used: int = 0
     """Bytes taken so far, a multiple of ALIGNMENT."""
 
-    def fits(self, *sizes: int) -> bool:
-        """Whether tensors of these sizes (bytes) can all still be added."""
-        return self.used + sum(padded(size) for size in sizes) <= self.capacity
-
     def add(self, name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
         """Reserve the next place; ModelError if the name is taken or the bucket too small."""
         entry = Entry(name, dtype, tuple(shape), self.used)
         if name in self.entries:
             raise ModelError(f"tensor {name} was exported twice into one weight bucket")
-        if not self.fits(entry.nbytes):
+        if self.used + padded(entry.nbytes) > self.capacity:
             raise ModelError(
                 f"tensor {name} ({entry.nbytes} bytes) does not fit into a weight bucket of {self.capacity} "
                 f"bytes with {self.used} in use; raise sync.bucket_megabytes, or send the bucket first"
@@ -80,10 +76,6 @@ class BucketLayout:
         self.entries[name] = entry
         self.used += padded(entry.nbytes)
         return entry
-
-    def clear(self) -> None:
-        self.entries.clear()
-        self.used = 0
 
     def as_json(self) -> list[list[Any]]:
         """[name, dtype, shape, offset] of each tensor, in order."""
@@ -253,23 +245,6 @@ class SharedBucket(Bucket):
             return os.open(self.path, os.O_RDWR)
         except OSError as error:
             raise ModelError(f"weight bucket {self.path}: cannot be opened: {error.strerror}") from None
-
-    @property
-    def empty(self) -> bool:
-        return not self.layout.entries
-
-    def fits(self, *tensors: torch.Tensor) -> bool:
-        """Whether all of these can still be placed; tensors that an engine fuses must share a bucket."""
-        return self.layout.fits(*(t.nbytes for t in tensors))
-
-    def place(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor in, behind those placed before; ModelError if it does not fit (ask fits() first)."""
-        entry = self.layout.add(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        self.tensor(entry).copy_(tensor)
-
-    def clear(self) -> None:
-        """Make room for the next tensors. Only after every engine has answered for the last ones."""
-        self.layout.clear()
 
     def close(self) -> None:
         """Remove the file, if it is ours; the memory goes when the last process has unmapped it."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import reductions
 
+from megatron_pmd.device import current_device
 from megatron_pmd.weight_sync.bucket import Bucket, BucketLayout
 
 HANDLE_ARGUMENTS = 7
@@ -32,7 +33,7 @@ class DeviceBucket(Bucket):
         """group: of the ranks of this node."""
         super().__init__(key, capacity)
         self._group = group
-        self.data = torch.zeros(self.capacity, dtype=torch.uint8, device=device())
+        self.data = torch.zeros(self.capacity, dtype=torch.uint8, device=current_device())
 
     def begin(self, layout: BucketLayout) -> None:
         super().begin(layout)
@@ -56,17 +57,8 @@ class DeviceBucket(Bucket):
             torch.cuda.empty_cache()
 
 
-def device() -> torch.device:
-    """This rank's."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
 def open_handle(handle: list[Any], nbytes: int) -> torch.Tensor:
     """The bytes of another process's bucket on this device; they are closed with the last view of them."""
     sent = [bytes.fromhex(a) if isinstance(a, str) else a for a in handle]
-    described = (torch.Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, device().index)
+    described = (torch.Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, current_device().index)
     return reductions.rebuild_cuda_tensor(*described, *sent)

@@ -8,7 +8,7 @@ SGLang ignores what a custom loader returns, and an exception from it kills the 
 of all ranks, which may be of several nodes, go into a reply file beside the first one's bucket;
 EngineControl.load_bucket reads it, and takes a missing one for a failure.
 
-Runs in the engine: imports nothing of the trainer but the bucket's layout.
+Runs in the engine: imports nothing of the trainer but how a bucket is laid out, opened and answered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_pmd.files import write_whole
 from megatron_pmd.weight_sync.bucket import BucketLayout, word_sum
 from megatron_pmd.weight_sync.device_bucket import open_handle
 
@@ -72,10 +73,8 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
         failure = f"{type(error).__name__}: {error}"
     failures = _of_all_ranks(failure)
     if failures is not None:
-        target = Path(description["reply"])
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps({"bucket": description["bucket"], "failures": failures}))
-        partial.rename(target)
+        reply = {"bucket": description["bucket"], "failures": failures}
+        write_whole(Path(description["reply"]), json.dumps(reply))
 
 
 def _of_all_ranks(failure: str | None) -> list[str | None] | None:

@@ -8,19 +8,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.device import current_device
+from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
-from megatron_pmd.weight_sync.device_bucket import DeviceBucket, device
+from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
     from megatron_pmd.distributed import Control
-    from megatron_pmd.observe.subphases import Parts
+    from megatron_pmd.observe.subphases import SubphaseClock
     from megatron_pmd.weight_sync.shards import ShardExport
     from megatron_pmd.weight_sync.transport import Transport
 
@@ -49,19 +51,19 @@ class WeightPush:
         transport: Transport,
         control: Control,
         run_key: str,
-        parts: Parts,
+        clock: SubphaseClock,
         *,
         bucket_bytes: int,
         verify: bool = False,
         on_device: bool = False,
     ) -> None:
-        """parts: the clock for `begin` (engines withdraw their version), `write` (shards go into buckets),
-        `load` (what is then left to wait for the engines), `verify` and `confirm`.
+        """clock: measures `begin` (engines withdraw their version), `write` (shards go into buckets), `load`
+        (what is then left to wait for the engines), `verify` and `confirm`.
         bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
         on_device: the buckets are DeviceBucket, else SharedBucket.
         """
-        self._transport, self._control, self._key = transport, control, run_key
-        self._parts, self._bucket_bytes, self._verify = parts, bucket_bytes, verify
+        self.transport, self._control, self.run_key = transport, control, run_key
+        self._clock, self._bucket_bytes, self._verify = clock, bucket_bytes, verify
         self._on_device, self._node_group = on_device, None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
@@ -88,14 +90,14 @@ class WeightPush:
         if self._on_device and not self._handles:
             self._make_device_buckets()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
-        with self._parts("begin", memory=False):
-            self._together(self._transport.begin)
-            self._transport.connect()
+        with self._clock("begin", memory=False):
+            self._control.on_all(self.transport.begin)
+            self.transport.connect()
         self._send(export, plan, {"name": name})
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
-        with self._parts("confirm"):
-            self._together(lambda: self._transport.end(version))
+        with self._clock("confirm"):
+            self._control.on_all(lambda: self.transport.end(version))
         if self._on_device:
             self._close_buckets()
         return PushReport(plan.tensors, plan.bytes, len(plan.buckets))
@@ -107,7 +109,7 @@ class WeightPush:
         nodes = [node for node, _, _ in shares]
         self._serving = {rank for _, serves, _ in shares for rank in serves}
         serving = {nodes[rank] for rank in self._serving}
-        targets = [n for n in sorted(set(nodes)) if self._transport.needs_buckets(n in serving, n)]
+        targets = [n for n in sorted(set(nodes)) if self.transport.needs_buckets(n in serving, n)]
         self._plan = make_plan(
             [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
             last=[region.name for region in export.irregular],
@@ -131,20 +133,20 @@ class WeightPush:
                     sweep()
                 self._buckets = [SharedBucket(key, self._plan.capacity, owner=owner) for key in self._keys]
 
-        self._together(lambda: make(owner=True))
-        self._together(lambda: make(owner=False))
+        self._control.on_all(lambda: make(owner=True))
+        self._control.on_all(lambda: make(owner=False))
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
         assert self._plan is not None
-        opened = self._transport.opens_buckets and self._control.rank in self._serving
+        opened = self.transport.opens_buckets and self._control.rank in self._serving
         buckets = [DeviceBucket(key, self._plan.capacity, self._node_group) for key in self._keys]
         self._buckets = list(buckets)
         handles = [bucket.handle() for bucket in buckets] if opened else []
         self._handles = self._control.all_gather(handles)
 
     def _bucket_key(self, node: int, turn: int) -> str:
-        return f"{self._key}-{node}-{turn}"
+        return f"{self.run_key}-{node}-{turn}"
 
     def _places(self, turn: int) -> dict[str, Any]:
         """Where the engine that this rank leads finds the buckets of a turn: all hold the same."""
@@ -156,21 +158,26 @@ class WeightPush:
     def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
+
+        def loaded(sums: Sums) -> Sums:
+            """This rank's sums, once its engines have taken the bucket before."""
+            if loading is not None:
+                loading.result()
+            return sums
+
         irregular = export.irregular_tensors()
         # sub-phases of a verification do not count as the update's own
         write, load = ("verify", "verify") if "verify" in update else ("write", "load")
         for number, bucket_plan in enumerate(plan.buckets):
             bucket = self._buckets[number % 2] if self._buckets else None
             first, last = number == 0, number == len(plan.buckets) - 1
-            with self._parts(write, bucket_plan.nbytes, memory=first):
+            with self._clock(write, bucket_plan.nbytes, memory=first):
                 sums = self._write(export, bucket_plan, bucket, irregular)
-            with self._parts(load, memory=False):
-                failure = _outcome(loading)
-                shares = self._control.all_gather((failure, sums))
-            _raise_first(failure for failure, _ in shares)
+            with self._clock(load, memory=False):
+                shares = self._control.on_all(partial(loaded, sums))
             description: dict[str, Any] = {"tensors": bucket_plan.layout.as_json()}
             if bucket is not None:
-                parts = [part for rank, (_, part) in enumerate(shares) if self._is_here(rank)]
+                parts = [part for rank, part in enumerate(shares) if self._is_here(rank)]
                 checks = {
                     name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
                     for name, word in bucket_plan.words.items()
@@ -178,10 +185,9 @@ class WeightPush:
                 description = bucket.description(checks, self._places(number % 2))
                 description["update"] = _position(update, number, last, plan)
                 description["ends"] = last and self._verify == ("verify" in update)
-            loading = self._loader.submit(self._transport.load, bucket, description)
-        with self._parts(load, plan.bytes):
-            failure = _outcome(loading)
-            _raise_first(self._control.all_gather(failure))
+            loading = self._loader.submit(self.transport.load, bucket, description)
+        with self._clock(load, plan.bytes):
+            self._control.on_all(partial(loaded, {}))
 
     def _is_here(self, rank: int) -> bool:
         """Whether a rank shares this one's node."""
@@ -224,19 +230,10 @@ class WeightPush:
             torch.cuda.synchronize()  # the copies must be there before an engine is told of them
         return dict(sums)
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Run the action on every rank; raise the first PmdError of any on all of them."""
-        failure: PmdError | None = None
-        try:
-            action()
-        except PmdError as error:
-            failure = error
-        _raise_first(self._control.all_gather(failure))
-
     def close(self) -> None:
         """Give the buckets' memory back."""
         self._loader.shutdown(wait=False, cancel_futures=True)
-        self._transport.close()
+        self.transport.close()
         self._close_buckets()
 
     def _close_buckets(self) -> None:
@@ -261,7 +258,9 @@ def _exchange(
         data = torch.cat([held(r).reshape(-1).view(torch.uint8) for r in regions])
         operations.append(dist.P2POp(dist.isend, data, target))
     for source, regions in incoming.items():
-        buffers[source] = torch.empty(sum(r.nbytes for r in regions), dtype=torch.uint8, device=device())
+        buffers[source] = torch.empty(
+            sum(r.nbytes for r in regions), dtype=torch.uint8, device=current_device()
+        )
         operations.append(dist.P2POp(dist.irecv, buffers[source], source))
     pending = dist.batch_isend_irecv(operations) if operations else []
 
@@ -299,19 +298,3 @@ def _position(update: dict[str, Any], number: int, last: bool, plan: Plan) -> di
     if "verify" in update:
         return update | {"verify": "next" if number else "first", "verify_last": last}
     return update | ({"manifest": plan.manifest} if last else {})
-
-
-def _outcome(loading: Future[None] | None) -> PmdError | None:
-    """The failure of a load, once it has ended."""
-    try:
-        if loading is not None:
-            loading.result()
-    except PmdError as error:
-        return error
-    return None
-
-
-def _raise_first(failures: Any) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure

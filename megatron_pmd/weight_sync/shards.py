@@ -177,32 +177,49 @@ def _whole_blocks(shard: Shard) -> bool:
     return region.start % BLOCK == 0 and (end % BLOCK == 0 or end == region.shape[region.dim])
 
 
+class _BlockwiseShard:
+    """A shard as FP8 values and their scales: two regions of one quantisation.
+
+    An export reads the values first and the scales in the same bucket (plan.fused), so the values' reader
+    quantises and leaves the scales here, and the scales' reader takes them away: the matrix is quantised
+    once, and no more scales than one shard's are held. Whoever reads the scales alone quantises again.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._scales: torch.Tensor | None = None
+        """Of the values that were read last, until they are read too."""
+
+    def shards(self) -> list[Shard]:
+        region = self._shard.region
+        blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
+        first, count = region.start // BLOCK, -(-region.length // BLOCK)
+        of_scales = Region(region.name + SCALE_SUFFIX, "float32", blocks, region.dim, first, count)
+        return [
+            Shard(replace(region, dtype="float8_e4m3fn"), self._read_values),
+            Shard(of_scales, self._read_scales),
+        ]
+
+    def _read_values(self) -> torch.Tensor:
+        values, self._scales = self._quantize()
+        return values
+
+    def _read_scales(self) -> torch.Tensor:
+        scales, self._scales = self._scales, None
+        return self._quantize()[1] if scales is None else scales
+
+    def _quantize(self) -> Blocks:
+        region = self._shard.region
+        local = list(region.shape)
+        local[region.dim] = region.length
+        return self._shard.blocks() or quantize(self._shard.tensor().reshape(local))
+
+
 def _quantized(shard: Shard) -> list[Shard]:
-    """The shard, or what becomes of it: values, and scales, which are kept from the one to the other."""
-    region = shard.region
-    if not is_quantized(region.name) or region.dtype == "float8_e4m3fn":
+    """The shard, or the values and scales that it becomes."""
+    if not is_quantized(shard.region.name) or shard.region.dtype == "float8_e4m3fn":
         return [shard]
-    local = list(region.shape)
-    local[region.dim] = region.length
-    kept: list[torch.Tensor] = []
-
-    def both() -> Blocks:
-        return shard.blocks() or quantize(shard.tensor().reshape(local))
-
-    def values() -> torch.Tensor:
-        kept[:], result = [], both()
-        kept.append(result[1])
-        return result[0]
-
-    def scales() -> torch.Tensor:
-        return kept.pop() if kept else both()[1]
-
-    blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
-    first, count = region.start // BLOCK, -(-region.length // BLOCK)
-    return [
-        Shard(replace(region, dtype="float8_e4m3fn"), values),
-        Shard(Region(region.name + SCALE_SUFFIX, "float32", blocks, region.dim, first, count), scales),
-    ]
+    return _BlockwiseShard(shard).shards()
 
 
 def _cut_plain(mapping: Any, local: tuple[int, ...], whole: tuple[int, ...]) -> list[Cut] | None:

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.config import TRANSPORTS
+from megatron_pmd.device import current_device
 from megatron_pmd.engine.server import LOOPBACK, free_port
-from megatron_pmd.errors import ConfigError, EngineError, PmdError
-from megatron_pmd.weight_sync.device_bucket import device
+from megatron_pmd.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from megatron_pmd.config import RunConfig
@@ -163,21 +163,14 @@ class Broadcast(Colocated):
                 self._group = None
             self._group = _group(host, port, self._name, world, self._deadline)
 
-        failure: PmdError | None = None
-        try:
-            self._side_by_side(found, join)
-        except PmdError as error:
-            failure = error
-        for failed in self._control.all_gather(failure):
-            if failed is not None:
-                raise failed
+        self._control.on_all(lambda: self._side_by_side(found, join))
         self._members = list(self._fleet.urls)
 
     def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
         def send() -> None:
             assert bucket is not None, "the driver's node has a bucket"
             for entry in bucket.layout.entries.values():
-                tensor = bucket.tensor(entry).to(device())
+                tensor = bucket.tensor(entry).to(current_device())
                 try:
                     # An engine that refused the request never joins in: without a deadline, this would hang.
                     dist.broadcast(tensor, 0, group=self._group, async_op=True).wait(self._deadline)

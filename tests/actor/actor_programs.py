@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import json
-import os
 import random
-import resource
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +22,7 @@ if __name__ == "__main__":
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_pmd.actor import checkpoint, model
+from megatron_pmd.actor import model
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
@@ -40,7 +33,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.objectives.pmd import Pmd
 from tests.actor import objective_gradients
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
 
 OBJECTIVE = loss_of(Pmd(normaliser="response"), Constants(TAU, max_response_tokens=30))
@@ -291,7 +284,7 @@ def expert_bias(path: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return result
 
 
-def _message(action: Any) -> tuple[str, str]:
+def message_of(action: Any) -> tuple[str, str]:
     """Type and text of what the action raises; ("", "") if nothing."""
     try:
         action()
@@ -300,101 +293,6 @@ def _message(action: Any) -> tuple[str, str]:
     except Exception as error:
         return f"not a PmdError: {type(error).__name__}", str(error)
     return "", ""
-
-
-def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
-    """What saving and loading do when the disk is full, or files are not what was written."""
-    trial = Trial(config_for(path))
-    result: dict[str, Any] = {}
-    complete = trial.save(folder, 1)
-    save = checkpoint.dist_checkpointing.save
-
-    def disk_full(*arguments: Any, **options: Any) -> None:
-        save(*arguments, **options)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    checkpoint.dist_checkpointing.save = disk_full
-    result["disk full"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
-    result["disk full, first"] = _message(lambda: trial.actor.save(folder / "none", 2, {"iteration": 2}))
-    checkpoint.dist_checkpointing.save = save
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    result["write begun"] = _message(lambda: trial.actor.save(folder, 2, {"iteration": 2}))
-    result["write refused"] = _message(lambda: trial.actor.publish_checkpoint(wait=True))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    result["partial left"] = [p.name for p in folder.glob("*.partial")]
-    result["latest after disk full"] = checkpoint.latest(folder)
-    result["complete"] = complete
-    result["complete loads"] = _message(lambda: trial.actor.load(complete))
-    # a partial folder with everything in it, as a crash between the last write and the renaming leaves
-    partial = folder / "iteration-9.partial"
-    partial.mkdir()
-    (partial / checkpoint.STATE_FILE).write_text("{}")
-    unfinished = folder / "iteration-8"
-    unfinished.mkdir()
-    result["latest beside partial"] = checkpoint.latest(folder)
-    unfinished.rmdir()
-
-    for iteration in (2, 3, 10):
-        trial.save(folder, iteration)
-    result["kept"] = sorted(p.name for p in folder.iterdir())
-    result["latest of kept"] = checkpoint.latest(folder)
-    result["run state"] = checkpoint.read_run_state(folder / "iteration-10")
-
-    (folder / "iteration-10" / checkpoint.STATE_FILE).write_text("{")
-    result["broken run state"] = _message(lambda: checkpoint.read_run_state(folder / "iteration-10"))
-    weight = next(p for p in trial.actor.chunks[0].parameters() if p.ndim == 2)
-    needle = weight.detach().numpy().tobytes()[:64]
-    for shard in (folder / "iteration-3").glob("*.distcp"):
-        data = bytearray(shard.read_bytes())
-        at = data.find(needle)
-        while at >= 0:
-            data[at] ^= 1
-            at = data.find(needle, at + 1)
-        shard.write_bytes(data)
-    result["flipped bit"] = _message(lambda: trial.actor.load(folder / "iteration-3"))
-    for shard in (folder / "iteration-10").glob("*.distcp"):
-        os.truncate(shard, shard.stat().st_size // 2)
-    result["truncated"] = _message(lambda: trial.actor.load(folder / "iteration-10"))
-    result["missing"] = _message(lambda: trial.actor.load(folder / "iteration-77"))
-    return result
-
-
-def killed_while_saving(path: Path, folder: Path, pids: Path) -> None:
-    """One complete checkpoint, a second begun, and the end of this process by SIGKILL."""
-    trial = Trial(config_for(path))
-    trial.save(folder, 1)
-    write = checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data
-
-    def never_done(*arguments: Any, **options: Any) -> None:
-        time.sleep(600)
-        write(*arguments, **options)
-
-    checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(never_done)
-    trial.actor.save(folder, 2, {"iteration": 2})
-    trial.actor.publish_checkpoint(wait=False)
-    time.sleep(2)
-    children = psutil.Process().children(recursive=True)
-    pids.write_text(json.dumps({child.pid: child.create_time() for child in children}))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def bf16_resume(path: Path, folder: Path) -> list[Any]:
-    """The step after a checkpoint, without and with loading it: bf16 weights, fp32 main parameters."""
-    trial = Trial(config_for(path, precision="bf16"))
-    trial.step(STEPS[0])
-    saved = trial.save(folder)
-    results = [(trial.step(STEPS[1]), trial.weights())]
-    trial.actor.load(saved)
-    return [*results, (trial.step(STEPS[1]), trial.weights())]
-
-
-def save_and_load(path: Path, layout: dict[str, int], folder: Path) -> tuple[str, str]:
-    trial = Trial(config_for(path, layout))
-    trial.step(STEPS[0])
-    saved = trial.save(folder)
-    trial.step(STEPS[1])
-    return _message(lambda: trial.actor.load(saved))
 
 
 def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
@@ -409,8 +307,8 @@ def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tup
         else:  # its check of the layout comes before anything that needs the ranks
             model.provider_for(bridge, config)
 
-    return {name: _message(functools.partial(attempt, *case)) for name, case in cases.items()}
+    return {name: message_of(functools.partial(attempt, *case)) for name, case in cases.items()}
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

@@ -15,6 +15,8 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_SECONDS = 600
+SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""The environment of one rank without torchrun: it takes whatever port is free."""
 
 
 def launch(
@@ -28,20 +30,12 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         order = Path(folder) / "order"
         order.write_bytes(pickle.dumps((program, arguments)))
-        # one rank takes whatever port is free
-        single = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
         with (Path(folder) / "log").open("w+") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", *(torchrun if ranks > 1 else []), module, str(order)],
                 cwd=REPOSITORY,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | (single if ranks == 1 else {}),
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | (SINGLE if ranks == 1 else {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -57,7 +51,7 @@ def launch(
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def obey(programs: Mapping[str, Any]) -> None:
+def run_program(programs: Mapping[str, Any]) -> None:
     """What a module of programs does when launch() starts it: run the one asked for, keep its value."""
     torch.set_num_threads(1)
     order = Path(sys.argv[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -15,6 +16,8 @@ from tests.actor.launch import launch
 from tests.actor.reference import compute
 from tests.actor.tiny_models import FAMILIES, WEIGHT_TOLERANCE, write_model
 
+on_ranks = functools.partial(launch, module="tests.actor.checkpoint_programs")
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resuming_gives_the_next_step_bit_for_bit(one_process, family):
@@ -27,7 +30,7 @@ def test_resuming_gives_the_next_step_bit_for_bit(one_process, family):
 
 
 def test_resuming_in_bf16_gives_the_next_step_bit_for_bit(models, tmp_path):
-    (step, weights), (resumed_step, resumed_weights) = launch(
+    (step, weights), (resumed_step, resumed_weights) = on_ranks(
         "bf16_resume", path=models / "qwen3", folder=tmp_path
     )[0]
     assert next(iter(weights.values())).dtype == torch.bfloat16
@@ -37,9 +40,9 @@ def test_resuming_in_bf16_gives_the_next_step_bit_for_bit(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def faults(models, tmp_path_factory):
-    return launch("checkpoint_faults", path=models / "qwen3", folder=tmp_path_factory.mktemp("checkpoints"))[
-        0
-    ]
+    return on_ranks(
+        "checkpoint_faults", path=models / "qwen3", folder=tmp_path_factory.mktemp("checkpoints")
+    )[0]
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint_and_names_it(faults):
@@ -70,7 +73,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults)
 def test_a_rank_killed_while_saving_leaves_the_previous_checkpoint_and_no_writer(models, tmp_path):
     folder, pids = tmp_path / "checkpoints", tmp_path / "pids"
     with pytest.raises(AssertionError, match="ended with -9"):
-        launch("killed_while_saving", path=models / "qwen3", folder=folder, pids=pids)
+        on_ranks("killed_while_saving", path=models / "qwen3", folder=folder, pids=pids)
     assert sorted(path.name for path in folder.iterdir()) == ["iteration-1", "iteration-2.partial"]
     writers = {int(pid): started for pid, started in json.loads(pids.read_text()).items()}
     assert len(writers) >= 3, "the manager, the writer and a process for each file"
@@ -185,7 +188,7 @@ def test_tied_embeddings_lost_over_a_pipeline_are_refused_not_resumed_wrongly(tm
     """
     write_model(tmp_path / "model", "qwen2", vocab_size=509)
     torch.save(compute(tmp_path / "model"), tmp_path / "model" / "reference.pt")
-    outcomes = launch(
+    outcomes = on_ranks(
         "save_and_load", ranks=2, path=tmp_path / "model", layout={"pipeline": 2}, folder=tmp_path / "saved"
     )
     refused = [message for kind, message in outcomes if kind == "CheckpointError"]

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pmd.actor.packing import Row, pack_microbatch
 from megatron_pmd.batch import RolloutBatch
-from tests.actor.tiny_models import TEMPERATURE, rollout
+from tests.actor.tiny_models import TEMPERATURE, rollout, with_routing
 
 
 @pytest.fixture
@@ -45,6 +45,33 @@ def test_the_logits_of_each_response_token_are_on_one_rank_where_its_predecessor
             found[which] = (int(part.tokens[0, row]), int(part.targets[which]))
             assert found[which] == (batch.tokens[source - 1], batch.tokens[source])
     assert len(found) == batch.response_lengths[samples].sum()
+
+
+def test_a_share_gives_the_micro_batches_of_the_whole_batch_and_refuses_others():
+    samples = with_routing(rollout())
+    for sample in samples:
+        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+    whole, mine = RolloutBatch.pack(samples, TEMPERATURE), np.array([2, 5, 11])
+    share = whole.share(mine, np.zeros(whole.share_bytes(mine), np.uint8))
+    share.fill(samples)
+    for numbers in ([5, 11], [2], []):
+        ours, expected = (pack_microbatch(batch, numbers, Row(4), "cpu") for batch in (share, whole))
+        for name in ("tokens", "positions", "bounds", "rows", "here", "targets", "sequence", "experts"):
+            assert getattr(ours, name).tolist() == getattr(expected, name).tolist(), name
+        assert share.tokens[ours.source].tolist() == whole.tokens[expected.source].tolist()
+    with pytest.raises(IndexError, match=r"has not all of the samples \[5, 6\]"):
+        pack_microbatch(share, [5, 6], Row(4), "cpu")
+
+
+def test_padding_goes_to_the_experts_of_the_first_token_of_the_rollout():
+    samples = with_routing(rollout())
+    for sample in samples:
+        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+    batch = RolloutBatch.pack(samples, TEMPERATURE)
+    length, first = int(batch.lengths[3]), np.frombuffer(samples[0].routed_experts or b"", np.uint16)[:8]
+    packed = pack_microbatch(batch, [3], Row(64), "cpu")
+    assert packed.experts is not None and len(packed.experts) > length
+    assert packed.experts[length:].tolist() == [first.tolist()] * (len(packed.experts) - length)
 
 
 def test_two_ranks_hold_the_outer_and_the_inner_quarters_of_a_sequence():

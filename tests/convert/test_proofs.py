@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_pmd.actor.parameters import Parameter, Piece
 from megatron_pmd.convert import sharded
-from megatron_pmd.convert.parts import Record, tensors_of
+from megatron_pmd.convert.parts import PartRecord, tensors_of
 from megatron_pmd.errors import CheckpointError
 from tests.actor.launch import launch
 from tests.convert.command_line import tensors
@@ -66,7 +66,7 @@ def test_a_checkpoint_in_fp32_is_written_in_bf16_and_the_router_bias_keeps_its_p
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_tensor_that_was_converted_twice_or_never_is_named(times):
-    records = [Record(tensors={"a.weight": {}}), *[Record(tensors={"b.weight": {}})] * times]
+    records = [PartRecord(tensors={"a.weight": {}}), *[PartRecord(tensors={"b.weight": {}})] * times]
     with pytest.raises(CheckpointError, match=rf"b\.weight was converted {times} times, not once"):
         tensors_of(records, ["a.weight", "b.weight"])
 

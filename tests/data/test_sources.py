@@ -52,7 +52,7 @@ def test_keys_of_the_source_name_the_columns(tmp_path):
 
 
 def test_a_row_may_limit_its_responses_and_say_how_hard_it_is(tmp_path):
-    rows = [{**GOOD, "limit": 64, "level": 2.5}, {**GOOD, "limit": None, "level": 1}]
+    rows: list[dict[str, Any]] = [{**GOOD, "limit": 64, "level": 2.5}, {**GOOD, "limit": None, "level": 1}]
     keys = {"token_budget_key": "limit", "difficulty_key": "level"}
     for source in (jsonl(tmp_path, *rows), parquet(tmp_path, rows)):
         problems = load(source.model_copy(update=keys))

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 PROJECT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 240
+RECIPE = "tiny_moe_cpu"
 
 SMALL = [
     "iterations=3",
@@ -34,14 +36,14 @@ SMALL = [
 
 
 class CommandLine:
-    """`megatron-pmd train tiny_moe_cpu …` in its own session, with its runs in one folder."""
+    """`megatron-pmd train RECIPE …` in its own session, with its runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
         module = [sys.executable, "-m", "megatron_pmd.cli.main"]
-        command = [*module, "train", "tiny_moe_cpu", f"name={name}", *SMALL, *words]
+        command = [*module, "train", RECIPE, f"name={name}", *SMALL, *words]
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,
@@ -74,6 +76,20 @@ class CommandLine:
 
     def phases(self, name: str) -> list[tuple[int, str]]:
         return [(line["iteration"], line["phase"]) for line in self.lines(name, "ledger.jsonl")]
+
+    def running_requests(self, name: str) -> int:
+        """Responses that the run's engine is decoding, as it says itself; 0 while it does not answer.
+
+        Of each, at least one token is sampled.
+        """
+        options = json.loads((self.path(name) / "logs" / "engine-0.log.yaml").read_text())
+        headers = {"Authorization": f"Bearer {options['api-key']}"}
+        url = f"http://{options['host']}:{options['port']}/v1/loads"
+        try:
+            loads = httpx.get(url, headers=headers, timeout=5, trust_env=False).json()["loads"]
+        except httpx.HTTPError:
+            return 0
+        return sum(load["num_running_reqs"] for load in loads)
 
     def summary(self, name: str) -> dict[str, Any]:
         return json.loads((self.path(name) / "summary.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import subprocess
 
 import psutil
 import pyarrow.parquet as pq
@@ -20,12 +20,17 @@ LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_t
 LONG_ROLLOUT += ["rollout.max_total_tokens=16384", "iterations=1", "batch.max_tokens_per_microbatch=2048"]
 
 
+def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: subprocess.Popen[str]) -> None:
+    """Wait until the engine samples several responses at a time: at its start it is asked for one."""
+    wait_until(lambda: (0, "start") in command_line.phases(name), "the first sync", process)
+    wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
+
+
 def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_twice(
     command_line: CommandLine,
 ) -> None:
     process = command_line.start("engine_dies", *LONG_ROLLOUT)
-    wait_until(lambda: (0, "start") in command_line.phases("engine_dies"), "the first sync", process)
-    time.sleep(1.5)
+    in_the_middle_of_a_rollout(command_line, "engine_dies", process)
     schedulers = [p for p in descendants(process) if "sglang::scheduler" in " ".join(p.cmdline())]
     assert len(schedulers) == 1
     schedulers[0].kill()
@@ -61,19 +66,18 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     command_line: CommandLine,
 ) -> None:
     process = command_line.start("cut", *LONG_ROLLOUT)
-    wait_until(lambda: (0, "start") in command_line.phases("cut"), "the first sync", process)
-    time.sleep(1.5)
+    in_the_middle_of_a_rollout(command_line, "cut", process)
     for rank in descendants(process):
         if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "the rollout was cut short" in output
-    kept = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "kept_responses.parquet")
-    assert kept.num_rows == 32
+    cut = pq.read_table(command_line.path("cut") / "checkpoints" / "iteration-0" / "carried_over.parquet")
+    assert cut.num_rows == 32
     tokens = {
         (row["problem"], row["number"]): [t for turn in row["turns"] for t in turn["tokens"]]
-        for row in kept.to_pylist()
+        for row in cut.to_pylist()
     }
     assert sum(map(len, tokens.values())) > 0
     command_line.run("cut", *LONG_ROLLOUT)

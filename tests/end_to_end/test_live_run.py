@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +130,17 @@ def test_summary_says_complete_and_a_finished_run_trains_no_further(
     assert summary["status"] == "complete"
     assert summary["iterations"] == 3
     assert [e["iteration"] for e in summary["evaluations"]] == [0, 3]
-    assert (live / "report.html").stat().st_size > 1_000_000
     before = command_line.lines("live", "ledger.jsonl")
     assert "is complete: nothing is left to train" in command_line.run("live")
     assert command_line.lines("live", "ledger.jsonl") == before
+
+
+def test_the_report_shows_the_rewards_that_the_rollout_files_hold(live: Path) -> None:
+    page = (live / "report.html").read_text()
+    (text,) = re.findall(r'<script type="application/json" id="page-data">(.*?)</script>', page, re.DOTALL)
+    curve = json.loads(text)["charts"]["curve-0"]["data"][0]
+    rollouts = [read_rollout(live / "rollouts" / f"{t}.parquet")[0] for t in range(3)]
+    assert curve["y"] == pytest.approx([np.mean([s.reward for s in samples]) for samples in rollouts])
 
 
 def test_nothing_stays_in_shared_memory(live: Path) -> None:

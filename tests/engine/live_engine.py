@@ -11,8 +11,11 @@ import torch
 
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.weight_sync.bucket import SharedBucket
+from tests.weight_sync.filling import fill
 
 KEY, ADMIN_KEY = "a-key-nobody-else-has", "another-for-what-changes-the-engine"
 PROMPTS = [[5, 6, 7, 8], [100, 90, 80, 70, 60, 50, 40, 30, 20, 10], [11] * 7, [300]]
@@ -55,7 +58,7 @@ def models(folder):
 
 @pytest.fixture(scope="module")
 def starting(folder, models):
-    engine = EngineProcess(spec_for(folder / "model-0", folder, api_key=KEY, admin_key=ADMIN_KEY))
+    engine = EngineProcess(spec_for(folder / "model-0", folder, keys=Keys(KEY, ADMIN_KEY)))
     yield engine
     engine.stop()
 
@@ -79,20 +82,13 @@ def bucket():
     bucket.close()
 
 
-def fill(bucket: SharedBucket, model) -> dict:
-    bucket.clear()
-    for name, tensor in model.state_dict().items():
-        bucket.place(name, tensor)
-    return bucket.description()
-
-
 def update(control: EngineControl, bucket: SharedBucket, model, version: int) -> None:
     """The whole exchange of one iteration, in the order that a GPU needs."""
     control.release(["kv_cache"])
     control.release(["weights"])
     control.resume(["weights"])
     control.begin_update()
-    control.load_bucket(fill(bucket, model))
+    control.load_bucket(fill(bucket, model.state_dict()))
     control.end_update(version)
     control.resume(["kv_cache"])
     control.flush_cache()

@@ -21,16 +21,12 @@ import torch
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine import server_args
-from megatron_pmd.engine.client import EngineControl, resident_bytes
-from megatron_pmd.engine.sglang import (
-    EngineProcess,
-    EngineSpec,
-    RouterProcess,
-    RouterSpec,
-    engine_options,
-    free_port,
-)
+from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.router import RouterProcess, RouterSpec
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, engine_options
 from megatron_pmd.errors import ConfigError, EngineError
+from megatron_pmd.processes import tree_bytes
 from tests.engine.live_engine import (
     ADMIN_KEY,
     KEY,
@@ -180,7 +176,8 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
     """SGLang's children ask to die with their parent only after their imports: this is the time before."""
     program = (
         "import sys, time; from pathlib import Path; from megatron_pmd.config import *\n"
-        "from megatron_pmd.engine.sglang import *\n"
+        "from megatron_pmd.engine.server import free_port\n"
+        "from megatron_pmd.engine.sglang import EngineProcess, EngineSpec\n"
         "model, folder = sys.argv[1:]\n"
         "model = Model(path=model, precision='fp32')\n"
         "engine = EngineProcess(EngineSpec(number=0, model=model, seed=0, cpu=True,\n"
@@ -289,7 +286,7 @@ def test_a_stop_token_ends_the_response_and_is_its_last_token(control, engine, b
 
 
 def test_resident_memory_counts_the_whole_tree(engine):
-    assert resident_bytes(engine.pid) > 500e6  # the supervisor alone has 10 MB; the scheduler has torch
+    assert tree_bytes(engine.pid) > 500e6  # the supervisor alone has 10 MB; the scheduler has torch
 
 
 def test_the_router_passes_tokens_and_log_probs_and_says_when_no_engine_is_left(

@@ -24,9 +24,9 @@ from megatron_pmd.batch import read_rollout
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
-from megatron_pmd.evaluation.standalone import Asked, task
+from megatron_pmd.evaluation.standalone import EvaluationRequest, task
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
@@ -55,7 +55,7 @@ def write_model(folder: Path, **description) -> Path:
 
 
 def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
-    config, work = tiny_moe_cpu(), task(Asked(run_folder))
+    config, work = tiny_moe_cpu(), task(EvaluationRequest(run_folder))
     assert work.model.path == str(run_folder / "hf" / "iteration-10")  # not 9, as sorting the names would say
     assert (work.iteration, work.source, work.limit) == (
         10,
@@ -67,11 +67,11 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
 
 
 def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
-    asked = Asked(
+    request = EvaluationRequest(
         run_folder, data=Path("other.jsonl"), reward="exact", answer="last_line", max_response_tokens=99,
         temperature=0.0, limit=7, samples_per_prompt=4,
     )  # fmt: skip
-    work = task(asked)
+    work = task(request)
     assert (work.source.kind, getattr(work.source, "path", None)) == ("file", "other.jsonl")
     assert (work.reward.name, work.reward.answer) == ("exact", "last_line")
     assert (work.max_response_tokens, work.temperature, work.limit) == (99, 0.0, 7)
@@ -79,34 +79,34 @@ def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
 
 
 def test_an_evaluation_never_overwrites_another(run_folder):
-    first = task(Asked(run_folder)).folder
+    first = task(EvaluationRequest(run_folder)).folder
     first.mkdir(parents=True)
-    assert task(Asked(run_folder)).folder == first.with_name(first.name + "-2")
+    assert task(EvaluationRequest(run_folder)).folder == first.with_name(first.name + "-2")
 
 
 def test_a_run_without_an_exported_model_says_so(run_folder):
     for export in (run_folder / "hf").iterdir():
         export.rmdir()
     with pytest.raises(ModelError, match=r"no exported model.*hf_export"):
-        task(Asked(run_folder))
+        task(EvaluationRequest(run_folder))
 
 
 def test_a_model_needs_problems_and_a_reward(tmp_path):
     model = write_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="it needs --data FILE"):
-        task(Asked(model, reward="exact"))
+        task(EvaluationRequest(model, reward="exact"))
     with pytest.raises(ConfigError, match="it needs --reward NAME"):
-        task(Asked(model, data=Path("p.jsonl")))
+        task(EvaluationRequest(model, data=Path("p.jsonl")))
     with pytest.raises(ConfigError, match=r"leaves no room for a prompt.*512"):
-        task(Asked(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
+        task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json there"):
-        task(Asked(tmp_path))
+        task(EvaluationRequest(tmp_path))
     with pytest.raises(ModelError, match="dtype 'float64' is none of"):
         model = write_model(tmp_path / "model", dtype="float64")
-        task(Asked(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=8))
+        task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=8))
 
 
 class Letters:
@@ -161,25 +161,25 @@ def sampler_for(url: str, **changes: Any) -> Sampler:
     return Sampler(endpoint, Letters(), stop_tokens=[0], max_response_tokens=1, grader=Letters())
 
 
-def small_plan() -> SamplingPlan:
+def small_rollout() -> RolloutGroups:
     problem = Problem(index=0, messages=({"role": "user", "content": "?"},), answer="d", tokens=(1, 2))
-    return SamplingPlan([problem] * 4, 4, 0, weight_version=7, temperature=1.0, top_p=1.0, run_seed=0)
+    return RolloutGroups([problem] * 4, DrawSettings(4, 0, 7, temperature=1.0, top_p=1.0, run_seed=0))
 
 
 @pytest.mark.parametrize("served", ["none", "6", "70"])
 def test_samples_of_any_other_weight_version_are_refused(served):
-    plan = small_plan()
+    rollout = small_rollout()
     with answering(served, [0]) as url, pytest.raises(StaleWeights, match=f"version {served}, expected 7"):
-        sampler_for(url).run(plan)
-    assert plan.finished == 0 and plan.samples(Letters()) == []
+        sampler_for(url).run(rollout)
+    assert rollout.finished == 0 and rollout.samples(Letters()) == []
 
 
 def test_no_more_requests_are_sent_at_one_time_than_asked_for():
-    plan, most = small_plan(), [0]
+    rollout, most = small_rollout(), [0]
     with answering("7", most) as url:
-        sampler_for(url, max_in_flight=3).run(plan)
+        sampler_for(url, max_in_flight=3).run(rollout)
     assert most[0] == 3
-    assert [s.weight_version for s in plan.samples(Letters())] == [7] * 16
+    assert [s.weight_version for s in rollout.samples(Letters())] == [7] * 16
 
 
 def command(*arguments: str | Path) -> list[str]:

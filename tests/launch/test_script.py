@@ -15,8 +15,10 @@ from megatron_pmd.cli import train as cli
 from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError, LaunchError, LayoutError
 from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.launch.history import append
 from megatron_pmd.launch.script import TEMPLATE, Job, body, job_for, render
-from megatron_pmd.launch.submit import slurm
+from megatron_pmd.launch.slurm import slurm
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import RECIPES, recipe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,77 +57,88 @@ def test_values_with_spaces_and_quotes_reach_the_environment_unharmed() -> None:
     assert done.stdout == "module load 'cuda 12' && echo \"$HOME\""
 
 
-def test_a_job_of_a_chain_whose_first_start_slurm_lost_still_ends_with_the_run(tmp_path: Path) -> None:
-    """Slurm calls its second start a restart, but the script has not been there before."""
-    state = tmp_path / "done" / "launch"
-    state.mkdir(parents=True)
-    (state / "outcome").write_text("complete\n")
-    (state / "history").write_text("submitted 4\nbegin 2 at iteration-4\n")
-    variables = {
-        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "done", "PMD_RUNS": str(tmp_path),
-        "PMD_CHAIN_LINK": "2", "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1",
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-    }  # fmt: skip
-    done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "megatron-pmd: not started: an earlier job of this chain completed the run\n"
+HOSTNAMES = 'echo "$*" >>"$CALLS"; [[ "$2" != hostnames ]] || printf "n1\\nn2\\n"'
 
 
-def play(folder: Path, programs: dict[str, str]) -> str:
-    """A PATH on which these programs, name and body, stand before the machine's own."""
-    folder.mkdir()
+def run_body(folder: Path, programs: dict[str, str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """The body as job 5 on n1 and n2, with these programs, name and text, before the machine's own."""
+    played = folder / "bin"
+    played.mkdir()
     for name, text in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def test_a_first_node_that_was_lost_is_excluded_although_the_script_went_with_it(tmp_path: Path) -> None:
-    """Slurm's commands are played: the job starts again on other nodes, fails there, and is requeued."""
-    state, calls = tmp_path / "run" / "launch", tmp_path / "calls"
-    state.mkdir(parents=True)
-    (state / "history").write_text("submitted 5\nbegin 1 at nothing\n")
-    (state / "nodes").write_text("n[1-2]\n")
-    played = {
-        "sinfo": '[[ "$*" == *"n[1-2]" ]] && echo "n1 down*" && echo "n2 idle" || echo "n3 idle"',
-        "scontrol": 'echo "$*" >>"$CALLS"; [[ "$2" == hostnames ]] && printf "n2\\nn3\\n" || true',
-        "srun": "exit 3",
-        "sleep": "true",
-    }
-    variables = {
-        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(tmp_path),
-        "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_NODELIST": "n[2-3]", "SLURM_NNODES": "2", "CALLS": str(calls),
-        "PATH": play(tmp_path / "bin", played),
+        (played / name).write_text(f"#!/bin/bash\n{text}\n")
+        (played / name).chmod(0o755)
+    environment = {
+        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(folder),
+        "PMD_ROOT": str(PROJECT), "PMD_HOST_PYTHON": sys.executable, "SLURM_JOB_ID": "5",
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": "/",
+        "CALLS": str(folder / "calls"), "PATH": f"{played}:{os.environ['PATH']}",
     }  # fmt: skip
-    done = subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
-    assert done.returncode == 1, done.stderr
-    assert (
-        "megatron-pmd: node n1 is excluded from now on\nmegatron-pmd: attempt 1, job 5, nodes n2 n3"
-        in done.stdout
+    return subprocess.run(
+        ["bash"],
+        input=body(),
+        env=os.environ | environment | variables,
+        text=True,
+        capture_output=True,
+        timeout=60,
     )
-    assert (state / "excluded_nodes").read_text() == "n1\n"
-    assert calls.read_text().splitlines()[-2:] == ["requeue 5", "update JobId=5 ExcNodeList=n1"]
+
+
+def test_the_body_runs_an_attempt_on_all_nodes_and_ends_as_its_outcome_says(tmp_path: Path) -> None:
+    seen = 'printf "%s\\n" "$@" >"$CALLS.srun"; env >"$CALLS.env"'
+    outcome = """echo '{"status": "saved", "reason": "", "error": null}' >"$PMD_STATE/outcome.json" """
+    done = run_body(tmp_path, {"scontrol": HOSTNAMES, "srun": f"{seen}; {outcome}"})
+    assert done.returncode == 75, done.stderr
+    assert "attempt 1, job 5, nodes n1 n2, rendezvous n1:20005" in done.stderr
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 5"
+    words = (tmp_path / "calls.srun").read_text().splitlines()
+    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    variables = (tmp_path / "calls.env").read_text().splitlines()
+    assert {"PMD_NODES=n1 n2", "MASTER_ADDR=n1", "PMD_ATTEMPT=1", "PYTHONUNBUFFERED=1"} <= set(variables)
+
+
+def test_a_body_that_has_nothing_to_do_starts_no_step(tmp_path: Path) -> None:
+    state = tmp_path / "run" / "launch"
+    state.mkdir(parents=True)
+    append(state / "history.jsonl", "submitted", job="4")
+    append(state / "history.jsonl", "begun", attempt=1, job="4", nodes="n1", checkpoint=None)
+    RunOutcome(Status.COMPLETE).write(state / "outcome.json")
+    done = run_body(tmp_path, {"srun": 'touch "$CALLS"'}, PMD_CHAIN_LINK="1")
+    assert done.returncode == 0, done.stderr
+    assert "not started: an earlier job of this chain completed the run" in done.stderr
+    assert not (tmp_path / "calls").exists()
 
 
 def test_apptainer_gets_its_image_its_mounts_and_the_shared_folder(tmp_path: Path) -> None:
-    calls = tmp_path / "calls"
-    played = {"scontrol": "echo n1", "srun": 'printf "%s\\n" "$@" >"$CALLS"; exit 3'}
-    variables = {
-        "PMD_RECIPE": "x", "PMD_GPU": "cpu", "PMD_NAME": "run", "PMD_RUNS": str(tmp_path),
-        "PMD_ROOT": "/shared", "PMD_MAX_CRASHES": "1", "PMD_CONTAINER_RUNTIME": "apptainer",
-        "PMD_CONTAINER_IMAGE": "pmd.sif",
-        "PMD_CONTAINER_MOUNTS": "/shared:/shared,/data:/data", "SLURM_JOB_ID": "5", "SLURM_SUBMIT_DIR": "/",
-        "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "CALLS": str(calls),
-        "PATH": play(tmp_path / "bin", played),
+    container = {
+        "PMD_CONTAINER_RUNTIME": "apptainer", "PMD_CONTAINER_IMAGE": "pmd.sif",
+        "PMD_CONTAINER_MOUNTS": "/shared:/shared,/data:/data",
     }  # fmt: skip
-    subprocess.run(["bash"], input=body(), env=os.environ | variables, text=True, capture_output=True)
-    words = calls.read_text().splitlines()
+    programs = {"scontrol": HOSTNAMES, "srun": 'printf "%s\\n" "$@" >"$CALLS.srun"; exit 3'}
+    run_body(tmp_path, programs, PMD_MAX_CRASHES="1", **container)
+    words = (tmp_path / "calls.srun").read_text().splitlines()
     start = words.index("apptainer")
     assert words[start : start + 10] == [
-        "apptainer", "exec", "--nv", "--no-home", "--pwd", "/shared", "--bind", "/shared:/shared,/data:/data",
-        "pmd.sif", "bash",
+        "apptainer", "exec", "--nv", "--no-home", "--pwd", str(PROJECT), "--bind",
+        "/shared:/shared,/data:/data", "pmd.sif", "bash",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"PMD_HOST_PYTHON": "python2.9"}, "needs Python 3.9 or newer outside the container"),
+        ({"PMD_HOST_PYTHON": "old_python"}, "(PMD_HOST_PYTHON=old_python)"),
+        ({"PMD_ROOT": "/only/in/the/container"}, "from PMD_ROOT=/only/in/the/container"),
+        ({"PMD_CONTAINER_RUNTIME": "docker"}, "docker is not pyxis, apptainer or none"),
+    ],
+)
+def test_a_host_that_cannot_run_the_script_is_told_what_it_needs(
+    tmp_path: Path, variables: dict[str, str], words: str
+) -> None:
+    done = run_body(tmp_path, {"old_python": "exit 1", "srun": 'touch "$CALLS"'}, **variables)
+    assert done.returncode == 2
+    assert words in done.stdout
+    assert not (tmp_path / "calls").exists()
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.node import preflight
-from megatron_pmd.node.allocation import Place
+from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.node.preflight import (
     Report,
     choose_interface,
@@ -28,8 +28,8 @@ SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.2
 HEALTHY = "\n".join(f"{i}, 580.65.06, 0, 4, 81559" for i in range(8))
 
 
-def place(folder: Path, rank: int = 0, nodes: int = 2) -> Place:
-    return Place(f"n{rank + 1}", rank, nodes, 1, 1, folder, "n1", 20000)
+def allocation(folder: Path, rank: int = 0, nodes: int = 2) -> Allocation:
+    return Allocation(f"n{rank + 1}", rank, nodes, 1, 1, folder, "n1", 20000)
 
 
 def report(host: str, **values: object) -> Report:
@@ -57,7 +57,7 @@ def test_a_clock_that_is_off_is_named() -> None:
 
 def test_the_failing_nodes_are_listed_for_the_batch_script(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"(?s)1 node\(s\) cannot take part.*node n2: 7 GPUs answer"):
-        refuse({"n2": ["7 GPUs answer, 8 wanted"]}, place(tmp_path))
+        refuse({"n2": ["7 GPUs answer, 8 wanted"]}, allocation(tmp_path))
     assert (tmp_path / "bad_nodes").read_text() == "n2\n"
 
 
@@ -66,7 +66,7 @@ def test_reports_pass_through_the_shared_folder(tmp_path: Path) -> None:
 
     def meet(rank: int) -> None:
         own = report(f"n{rank + 1}", problems=[f"of {rank}"])
-        both[rank] = exchange(own, tmp_path / "meeting", place(tmp_path, rank), 20.0)
+        both[rank] = exchange(own, tmp_path / "meeting", allocation(tmp_path, rank), 20.0)
 
     threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -81,7 +81,7 @@ def test_a_node_that_does_not_report_is_named_at_the_deadline(
 ) -> None:
     monkeypatch.setenv("PMD_NODES", "n1 n2")
     with pytest.raises(LaunchError, match=r"node n2: no report in .* is the folder mounted there\?"):
-        exchange(report("n1"), tmp_path / "meeting", place(tmp_path), 0.3)
+        exchange(report("n1"), tmp_path / "meeting", allocation(tmp_path), 0.3)
 
 
 def test_a_wrong_interface_is_answered_with_those_tried_and_those_there_are() -> None:
@@ -132,7 +132,7 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
     healthy = SimpleNamespace(available=2e12), SimpleNamespace(free=2e12)
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: healthy[0])
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: healthy[1])
-    of_eight = Place("n1", 0, 1, 8, 1, tmp_path, "n1", 20000)
+    of_eight = Allocation("n1", 0, 1, 8, 1, tmp_path, "n1", 20000)
     assert plan_problems(config, of_eight, tmp_path) == []
     healthy[0].available, healthy[1].free = 1e9, 250e9
     memory, room = plan_problems(config, of_eight, tmp_path)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from megatron_pmd.rollout.tools.calculator import last_block, rollout
+from megatron_pmd.rollout.tools import calculator
 from megatron_pmd.rollout.tools.python import Limits, run_python
 from tests.rollout.test_episode import answering
-from tests.rollout.test_sampler import Numbers, plan_for, sampler_for
+from tests.rollout.test_sampler import Numbers, rollout_for, sampler_for
 from tools.bench.stub_engine import StubEngine, serving
 
 
@@ -74,8 +74,8 @@ def test_it_cannot_see_the_environment(monkeypatch):
 
 
 def test_the_last_python_block_of_a_turn_is_run():
-    assert last_block("so\n```python\n1+1\n```\nand\n```python\n2+2\n```") == "2+2\n"
-    assert last_block("```\n1+1\n```") is None
+    assert calculator.last_block("so\n```python\n1+1\n```\nand\n```python\n2+2\n```") == "2+2\n"
+    assert calculator.last_block("```\n1+1\n```") is None
 
 
 class Talking(Numbers):
@@ -101,8 +101,8 @@ def test_the_model_is_shown_what_its_code_prints_and_its_last_turn_is_graded():
         return 1.0
 
     with serving(engine) as url:
-        plan = plan_for(1, samples_per_prompt=1)
-        sampler = sampler_for(url, score, function=rollout, max_turns=4)
-        replace(sampler, tokenizer=Talking()).run(plan)
-    assert plan.samples(Talking())[0].response_tokens == [3, 41, 4]
+        rollout = rollout_for(1, samples_per_prompt=1)
+        sampler = sampler_for(url, score, function=calculator.rollout, max_turns=4)
+        replace(sampler, tokenizer=Talking()).run(rollout)
+    assert rollout.samples(Talking())[0].response_tokens == [3, 41, 4]
     assert graded == ["41"]

@@ -16,7 +16,7 @@ from megatron_pmd.errors import RolloutError
 from megatron_pmd.rollout.episode import Episode, message_text
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.metrics import rollout_values
-from tests.rollout.test_sampler import Numbers, plan_for, problem, sampler_for
+from tests.rollout.test_sampler import Numbers, problem, rollout_for, sampler_for
 from tools.bench.stub_engine import StubEngine, serving
 
 
@@ -64,9 +64,9 @@ def test_the_engine_is_asked_with_its_own_tokens_and_inserted_ones_do_not_count(
         return 1.0
 
     with serving(engine) as url:
-        plan = plan_for(1, samples_per_prompt=1)
-        sampler_for(url, score, function=three_turns, max_turns=3).run(plan)
-    sample = plan.samples(Numbers())[0]
+        rollout = rollout_for(1, samples_per_prompt=1)
+        sampler_for(url, score, function=three_turns, max_turns=3).run(rollout)
+    sample = rollout.samples(Numbers())[0]
     assert sample.response_tokens == WHOLE
     assert [request["input_ids"] for request in engine.requests] == [
         [1, 2],
@@ -98,9 +98,9 @@ def test_no_turn_follows_the_last_that_is_allowed_or_has_room():
     ]
     for limits, expected in cases:
         with serving(Turns()) as url:
-            plan = plan_for(1, samples_per_prompt=1)
-            sampler_for(url, function=greedy, **limits).run(plan)
-        sample = plan.samples(Numbers())[0]
+            rollout = rollout_for(1, samples_per_prompt=1)
+            sampler_for(url, function=greedy, **limits).run(rollout)
+        sample = rollout.samples(Numbers())[0]
         assert sample.response_tokens == expected
         assert sample.finish_reason == ("stop" if limits["max_turns"] == 2 else "length")
 
@@ -128,16 +128,16 @@ def test_a_stopped_response_goes_on_without_asking_again_or_running_a_tool_again
         for t in range(3):
             engine.weight_version = str(t)
             problems = [problem(i) for i in ([0, 1] if t == 0 else [1 + t])]
-            plan = plan_for(
+            rollout = rollout_for(
                 0, problems=problems, samples_per_prompt=1, iteration=t, weight_version=t, wanted=2,
-                groups_per_step=1, partial=PartialRollouts(max_new_tokens=5), carried=carried,
+                groups_per_step=1, partial=PartialRollouts(max_new_tokens=5), carried_over=carried,
             )  # fmt: skip
-            sampler_for(url, function=function, max_turns=3).run(plan)
-            carried = plan.kept
+            sampler_for(url, function=function, max_turns=3).run(rollout)
+            carried = rollout.left_over
     assert calls == ["run"]
     assert engine.decoded_tokens == 12 + 3 * 4
     assert not carried
-    sample = plan.samples(Numbers())[0]
+    sample = rollout.samples(Numbers())[0]
     assert sample.response_tokens == WHOLE
     origins = [(g.tokens, g.weight_version) for g in sample.segments]
     assert origins == [(4, 0), (2, -1), (1, 0), (3, 1), (2, -1), (2, 1), (2, 2)]
@@ -154,9 +154,9 @@ def test_a_function_that_does_not_repeat_itself_is_refused():
 
     engine = Turns()
     with serving(engine) as url:
-        plan = plan_for(1, samples_per_prompt=1, partial=PartialRollouts(max_new_tokens=3))
+        rollout = rollout_for(1, samples_per_prompt=1, partial=PartialRollouts(max_new_tokens=3))
         with pytest.raises(RolloutError, match="did not repeat itself on problem 0"):
-            sampler_for(url, function=forgetful).run(plan)
+            sampler_for(url, function=forgetful).run(rollout)
 
 
 def test_a_function_that_asks_nothing_or_returns_no_text_is_refused():
@@ -172,7 +172,7 @@ def test_a_function_that_asks_nothing_or_returns_no_text_is_refused():
             (wrong, "1 turns and returned a A"),
         ]:
             with pytest.raises(RolloutError, match=said):
-                sampler_for(url, function=function).run(plan_for(1))
+                sampler_for(url, function=function).run(rollout_for(1))
 
 
 # Chat messages
@@ -206,9 +206,9 @@ def test_a_turn_that_ended_itself_is_not_ended_twice():
         engine = Turns()
         engine.generate = answering([104, last], [104])  # type: ignore[method-assign]
         with serving(engine) as url:
-            plan = plan_for(1, samples_per_prompt=1)
-            replace(sampler_for(url, function=chat, max_turns=2), tokenizer=ChatTokenizer()).run(plan)
-        response = plan.samples(ChatTokenizer())[0].response_tokens
+            rollout = rollout_for(1, samples_per_prompt=1)
+            replace(sampler_for(url, function=chat, max_turns=2), tokenizer=ChatTokenizer()).run(rollout)
+        response = rollout.samples(ChatTokenizer())[0].response_tokens
         assert response[:3] == [104, last, first]
         assert response.count(900) == 2  # the turn's own end, and the message's
 
@@ -264,9 +264,9 @@ def test_recorded_experts_are_the_last_answers_about_the_whole_response():
 
     engine.generate = generate  # type: ignore[method-assign]
     with serving(engine) as url:
-        plan = plan_for(1, samples_per_prompt=1)
-        sampler_for(url, function=three_turns, max_turns=3, record_routing=True).run(plan)
-    batch = RolloutBatch.pack(plan.samples(Numbers()), temperature=1.0)
+        rollout = rollout_for(1, samples_per_prompt=1)
+        sampler_for(url, function=three_turns, max_turns=3, record_routing=True).run(rollout)
+    batch = RolloutBatch.pack(rollout.samples(Numbers()), temperature=1.0)
     assert batch.tokens.tolist() == [1, 2, 4, 7, 50, 5, 6, 8, 50, 7]
     batch.check_routing(6)
     assert batch.routed_experts is not None

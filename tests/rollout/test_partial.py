@@ -12,18 +12,18 @@ import pytest
 from megatron_pmd.batch import RolloutBatch, Sample, Segment
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.errors import CheckpointError, RolloutError
-from megatron_pmd.rollout.carried_over import FILE, read_kept, write_kept
-from megatron_pmd.rollout.groups import Group, SamplingPlan
-from megatron_pmd.rollout.metrics import plan_metrics
-from tests.rollout.test_sampler import Numbers, plan_for, problem, sampler_for
+from megatron_pmd.rollout.carried_over import FILE, read_carried_over, write_carried_over
+from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.metrics import account_values
+from tests.rollout.test_sampler import Numbers, problem, rollout_for, sampler_for
 from tools.bench.stub_engine import StubEngine, serving
 
 
 class Drawn(NamedTuple):
-    plan: SamplingPlan
+    rollout: RolloutGroups
     samples: list[Sample]
     metrics: dict[str, float]
-    """As they were then: the next iteration goes on with the plan's unfinished responses."""
+    """As they were then: the next iteration goes on with the rollout's unfinished responses."""
 
 
 def rollouts(
@@ -37,13 +37,13 @@ def rollouts(
         for t in range(iterations):
             engine.weight_version = str(t)
             new = max(0, wanted + partial.extra_groups - len(carried))
-            plan = plan_for(
+            rollout = rollout_for(
                 0, problems=[problem(next(numbers)) for _ in range(new)], iteration=t, weight_version=t,
-                wanted=wanted, groups_per_step=2, partial=partial, carried=carried,
+                wanted=wanted, groups_per_step=2, partial=partial, carried_over=carried,
             )  # fmt: skip
-            sampler_for(url, **changes).run(plan)
-            carried = plan.kept
-            drawn.append(Drawn(plan, plan.samples(Numbers()), plan_metrics(plan)))
+            sampler_for(url, **changes).run(rollout)
+            carried = rollout.left_over
+            drawn.append(Drawn(rollout, rollout.samples(Numbers()), account_values(rollout)))
     return drawn
 
 
@@ -66,47 +66,48 @@ def slow() -> StubEngine:
 def test_a_rollout_ends_with_enough_groups_and_the_rest_is_continued_not_repeated():
     engine = slow()
     drawn = rollouts(engine, 4, PartialRollouts(extra_groups=3))
-    for plan, samples, _ in drawn:
+    for rollout, samples, _ in drawn:
         assert_whole(engine, samples)
         assert sorted((s.group, s.number) for s in samples) == list(itertools.product(range(4), range(4)))
-        assert len(plan.kept) == 3
+        assert len(rollout.left_over) == 3
     assert all(metrics["partial/stopped_enough_groups"] > 0 for *_, metrics in drawn)
     everything = [s for _, samples, _ in drawn for s in samples]
     assert any(len(s.segments) > 1 for s in everything)
     assert len({s.seed for s in everything}) == len(everything)
     # every token the engine made is in a rollout or waits for the next one
     trained = sum(len(s.response_tokens) for s in everything)
-    assert trained + drawn[-1].metrics["partial/kept_tokens"] == engine.decoded_tokens
+    assert trained + drawn[-1].metrics["partial/left_over_tokens"] == engine.decoded_tokens
 
 
 def test_at_the_deadline_whole_optimizer_steps_are_taken_and_the_longest_goes_on_later():
     engine = StubEngine(median_tokens=40, sigma=0.0, tokens_per_second=1000)
     lengths = {0: 40, 1: 40, 2: 40, 3: 6000}
     engine.length = lambda seed: lengths.setdefault(seed, 40)  # type: ignore[method-assign]
-    plan = plan_for(4, wanted=4, groups_per_step=2, partial=PartialRollouts(deadline_seconds=1.0))
-    for number, member in enumerate(plan.groups[1].members):
+    rollout = rollout_for(4, wanted=4, groups_per_step=2, partial=PartialRollouts(deadline_seconds=1.0))
+    for number, member in enumerate(rollout.groups[1].members):
         member.seed = number
     with serving(engine) as url:
-        sampler_for(url, max_response_tokens=8000).run(plan)
-    assert [group.place for group in plan.chosen] == [0, 2]  # three are complete, a step takes two
-    assert [group.place for group in plan.kept] == [1, 3]
-    long = plan.groups[1].members[3]
+        sampler_for(url, max_response_tokens=8000).run(rollout)
+    assert [group.place for group in rollout.chosen] == [0, 2]  # three are complete, a step takes two
+    assert [group.place for group in rollout.left_over] == [1, 3]
+    long = rollout.groups[1].members[3]
     assert long.stopped == "deadline" and long.length < 6000
-    assert plan_metrics(plan)["partial/stopped_deadline"] == 1
-    assert plan_metrics(plan)["partial/kept_finished_responses"] == 7
+    assert account_values(rollout)["partial/stopped_deadline"] == 1
+    assert account_values(rollout)["partial/left_over_finished_responses"] == 7
 
 
 def test_an_interrupted_rollout_goes_on_from_a_checkpoint_as_if_nothing_had_been(tmp_path: Path):
     """Without any setting of partial rollouts: nothing is generated twice, and no prompt is drawn anew."""
     engine = StubEngine(median_tokens=60, sigma=1.0, tokens_per_second=60)
-    plan = plan_for(4, wanted=4)
+    rollout = rollout_for(4, wanted=4)
     with serving(engine) as url:
-        sampler_for(url, interrupted=lambda: plan.finished > 2).run(plan)
-        assert 0 < plan.finished < 16 and not plan.may_end
-        assert {member.stopped for group in plan.groups for member in group.members} == {None, "interrupted"}
-        write_kept(tmp_path, plan.groups)
-        carried = read_kept(tmp_path, problem)
-        resumed = plan_for(0, wanted=4, carried=carried)
+        sampler_for(url, interrupted=lambda: rollout.finished > 2).run(rollout)
+        assert 0 < rollout.finished < 16 and not rollout.may_end
+        stopped = {member.stopped for group in rollout.groups for member in group.members}
+        assert stopped == {None, "interrupted"}
+        write_carried_over(tmp_path, rollout.groups)
+        carried = read_carried_over(tmp_path, problem)
+        resumed = rollout_for(0, wanted=4, carried_over=carried)
         sampler_for(url).run(resumed)
     samples = resumed.samples(Numbers())
     assert_whole(engine, samples)
@@ -118,7 +119,7 @@ def test_an_interrupted_rollout_goes_on_from_a_checkpoint_as_if_nothing_had_been
 def test_a_deadline_waits_for_one_optimizer_step():
     engine = StubEngine(median_tokens=200, sigma=0.0, tokens_per_second=1000)
     drawn = rollouts(engine, 1, PartialRollouts(deadline_seconds=0.01))[0]
-    assert len(drawn.samples) == 16 and not drawn.plan.kept
+    assert len(drawn.samples) == 16 and not drawn.rollout.left_over
 
 
 def test_a_response_over_its_budget_waits_for_the_next_iteration():
@@ -139,17 +140,17 @@ def test_a_budget_that_no_response_meets_does_not_stop_training():
 
 
 def test_a_response_too_old_is_sampled_anew_under_the_current_weights():
-    old = plan_for(2).groups[0]
+    old = rollout_for(2).groups[0]
     old.members[0].turns = unfinished(5, version=3)
     old.members[1].turns = unfinished(5, version=4)
     before = [member.seed for member in old.members]
-    plan = plan_for(
+    rollout = rollout_for(
         0, problems=[], iteration=5, weight_version=5, wanted=1,
-        partial=PartialRollouts(deadline_seconds=9, max_staleness=1), carried=[old],
+        partial=PartialRollouts(deadline_seconds=9, max_staleness=1), carried_over=[old],
     )  # fmt: skip
-    assert [member.length for member in plan.groups[0].members] == [0, 5, 0, 0]
-    assert plan.accounts.dropped == {"stale": 1} and plan.accounts.dropped_tokens == {"stale": 5}
-    after = [member.seed for member in plan.groups[0].members]
+    assert [member.length for member in rollout.groups[0].members] == [0, 5, 0, 0]
+    assert rollout.accounts.dropped == {"stale": 1} and rollout.accounts.dropped_tokens == {"stale": 5}
+    after = [member.seed for member in rollout.groups[0].members]
     assert after[1:] == before[1:] and after[0] not in before
 
 
@@ -175,47 +176,53 @@ def test_kept_responses_survive_a_checkpoint(tmp_path):
     """Written, read and continued: the same responses as without the interruption."""
     engine = slow()
     partial = PartialRollouts(extra_groups=3)
-    first = rollouts(engine, 1, partial)[0].plan
-    write_kept(tmp_path, first.kept)
-    read = read_kept(tmp_path, problem)
-    assert read == first.kept
+    first = rollouts(engine, 1, partial)[0].rollout
+    write_carried_over(tmp_path, first.left_over)
+    read = read_carried_over(tmp_path, problem)
+    assert read == first.left_over
     engine.weight_version = "1"
-    plan = plan_for(
-        0, problems=[problem(90)] * 4, iteration=1, weight_version=1, wanted=4, partial=partial, carried=read
+    rollout = rollout_for(
+        0,
+        problems=[problem(90)] * 4,
+        iteration=1,
+        weight_version=1,
+        wanted=4,
+        partial=partial,
+        carried_over=read,
     )
     with serving(engine) as url:
-        sampler_for(url).run(plan)
-    assert_whole(engine, plan.samples(Numbers()))
+        sampler_for(url).run(rollout)
+    assert_whole(engine, rollout.samples(Numbers()))
 
 
 def test_a_broken_file_of_kept_responses_is_named(tmp_path):
-    assert read_kept(tmp_path, problem) == []
+    assert read_carried_over(tmp_path, problem) == []
     (tmp_path / FILE).write_bytes(b"PAR1 no more")
     with pytest.raises(CheckpointError, match=FILE):
-        read_kept(tmp_path, problem)
+        read_carried_over(tmp_path, problem)
 
 
 def test_a_response_lost_or_counted_twice_is_an_error():
     engine = StubEngine()
     with serving(engine) as url:
-        plan = plan_for(3)
-        sampler_for(url).run(plan)
-    plan.check()
-    twice = replace(plan.groups[0], members=[*plan.groups[0].members, plan.groups[0].members[0]])
-    for groups in ([*plan.groups[1:], twice], plan.groups[1:]):
-        plan.groups = list(groups)
+        rollout = rollout_for(3)
+        sampler_for(url).run(rollout)
+    rollout.check()
+    twice = replace(rollout.groups[0], members=[*rollout.groups[0].members, rollout.groups[0].members[0]])
+    for groups in ([*rollout.groups[1:], twice], rollout.groups[1:]):
+        rollout.groups = list(groups)
         with pytest.raises(RolloutError, match=r"lost or counted twice: 0 carried \+ 12 started, but"):
-            plan.check()
+            rollout.check()
 
 
 def test_a_token_lost_is_an_error():
     with serving(StubEngine()) as url:
-        plan = plan_for(1)
-        sampler_for(url).run(plan)
-    group: Group = plan.groups[0]
+        rollout = rollout_for(1)
+        sampler_for(url).run(rollout)
+    group: Group = rollout.groups[0]
     group.members[2].turns[-1].tokens.pop()
     with pytest.raises(RolloutError, match="lost or counted twice"):
-        plan.check()
+        rollout.check()
 
 
 def test_the_version_of_every_segment_is_in_the_sample():

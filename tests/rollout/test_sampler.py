@@ -16,9 +16,9 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWeights
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
-from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint, EnginesLost
-from megatron_pmd.rollout.metrics import plan_metrics, rollout_values
+from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving
@@ -58,20 +58,25 @@ def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.
     return Sampler(endpoint, Numbers(), [STOP_TOKEN], grader=Grading(score), **settings)
 
 
-def plan_for(groups: int, **changes: Any) -> SamplingPlan:
+def rollout_for(groups: int, **changes: Any) -> RolloutGroups:
+    """Of so many problems, or of `problems`, in groups of 4; changes: of any of its settings and rules."""
     settings: dict[str, Any] = dict(
-        problems=[problem(i) for i in range(groups)], samples_per_prompt=4, iteration=0, weight_version=0,
-        temperature=1.0, top_p=1.0, run_seed=0,
-    )  # fmt: skip
-    return SamplingPlan(**settings | changes)
+        samples_per_prompt=4, iteration=0, weight_version=0, temperature=1.0, top_p=1.0, run_seed=0
+    )
+    rules: dict[str, Any] = {}
+    others: dict[str, Any] = {"problems": [problem(i) for i in range(groups)]}
+    for name, value in changes.items():
+        of = settings if name in settings else rules if hasattr(ALL_GROUPS, name) else others
+        of[name] = value
+    return RolloutGroups(settings=DrawSettings(**settings), rules=EndRules(**rules), **others)
 
 
 def test_every_response_is_the_engines_own_and_a_group_has_one_routing_key():
     engine = StubEngine(keep_requests=True)
     with serving(engine) as url:
-        plan = plan_for(50)
-        sampler_for(url).run(plan)
-    samples = plan.samples(Numbers())
+        rollout = rollout_for(50)
+        sampler_for(url).run(rollout)
+    samples = rollout.samples(Numbers())
     assert [(s.group, s.number) for s in samples] == list(itertools.product(range(50), range(4)))
     assert len({s.seed for s in samples}) == 200
     for s in samples:
@@ -84,31 +89,31 @@ def test_every_response_is_the_engines_own_and_a_group_has_one_routing_key():
 def test_a_refused_request_is_sent_again_and_not_counted_twice():
     engine = StubEngine(failures=3)
     with serving(engine) as url:
-        plan = plan_for(2)
-        sampler_for(url).run(plan)
-        assert plan.accounts.sampled_tokens == engine.decoded_tokens
+        rollout = rollout_for(2)
+        sampler_for(url).run(rollout)
+        assert rollout.accounts.sampled_tokens == engine.decoded_tokens
         engine.failures = 1000
         with pytest.raises(EngineError, match="failed 1 times; last failure: HTTP 503: busy"):
-            sampler_for(url, retries=0).run(plan_for(1))
+            sampler_for(url, retries=0).run(rollout_for(1))
 
 
 def test_what_was_drawn_before_the_engines_were_lost_is_not_drawn_again():
     engine = StubEngine(keep_requests=True)
-    plan = plan_for(3)
+    rollout = rollout_for(3)
     with serving(engine) as url:
         lost = Endpoint(url, [url], {}, 20.0, retries=1, any_engine_alive=lambda: False)
         engine.failures = 5
         with pytest.raises(EnginesLost):
-            Sampler(lost, Numbers(), [STOP_TOKEN], 1000, Grading(lambda *_: 1.0)).run(plan)
-        drawn = plan.finished
-        sampler_for(url).run(plan)
-    assert drawn > 0 and plan.finished == 12
+            Sampler(lost, Numbers(), [STOP_TOKEN], 1000, Grading(lambda *_: 1.0)).run(rollout)
+        drawn = rollout.finished
+        sampler_for(url).run(rollout)
+    assert drawn > 0 and rollout.finished == 12
     assert len(engine.requests) == 12 + 5
 
 
 def test_responses_of_other_weights_stop_the_rollout():
     with serving(StubEngine(weight_version="6")) as url, pytest.raises(StaleWeights, match="version 6, exp"):
-        sampler_for(url).run(plan_for(2))
+        sampler_for(url).run(rollout_for(2))
 
 
 # Over-sampling with a filter
@@ -122,29 +127,29 @@ def parity_of_number(response: str, problem: Problem) -> float:
 def test_groups_of_equal_rewards_are_replaced_until_the_rollout_is_full():
     further = itertools.count(100, 2)
     with serving(StubEngine(median_tokens=3, sigma=1.0)) as url:
-        plan = plan_for(
+        rollout = rollout_for(
             8, group_filter=GroupFilter(max_dropped=100), next_problem=lambda: problem(next(further))
         )
-        sampler_for(url, lambda r, p: parity_of_number(r, p)).run(plan)
-    samples = plan.samples(Numbers())
+        sampler_for(url, lambda r, p: parity_of_number(r, p)).run(rollout)
+    samples = rollout.samples(Numbers())
     assert len(samples) == 32
     by_group = [list(g) for _, g in itertools.groupby(samples, key=lambda s: s.group)]
     assert all(len({s.reward for s in group}) == 2 for group in by_group)
-    dropped = plan_metrics(plan)["filter/dropped_groups"]
+    dropped = account_values(rollout)["filter/dropped_groups"]
     assert dropped >= 4  # the odd problems of the first eight
-    assert plan.accounts.started == 32 + 4 * dropped
-    assert plan.accounts.dropped_tokens["group_filter"] > 0
+    assert rollout.accounts.started == 32 + 4 * dropped
+    assert rollout.accounts.dropped_tokens["group_filter"] > 0
 
 
 def test_the_filter_gives_up_at_its_limit_and_says_how_many_it_let_through():
     further = itertools.count(100)
     with serving(StubEngine()) as url:
-        plan = plan_for(
+        rollout = rollout_for(
             4, group_filter=GroupFilter(max_dropped=3), next_problem=lambda: problem(next(further))
         )
-        sampler_for(url).run(plan)
-    assert len(plan.samples(Numbers())) == 16
-    metrics = plan_metrics(plan)
+        sampler_for(url).run(rollout)
+    assert len(rollout.samples(Numbers())) == 16
+    metrics = account_values(rollout)
     assert (metrics["filter/dropped_groups"], metrics["filter/let_through_groups"]) == (3, 4)
 
 
@@ -160,10 +165,10 @@ def test_the_filter_gives_up_at_its_limit_and_says_how_many_it_let_through():
 )
 def test_the_interval_of_mean_rewards_is_open(rewards, kept):
     rule = GroupFilter(drop_equal_rewards=False, mean_reward_above=0.25, mean_reward_below=1.0, max_dropped=1)
-    group = plan_for(1).groups[0]
+    group = rollout_for(1).groups[0]
     for member, reward in zip(group.members, rewards, strict=True):
         member.reward = float(reward)
-    assert group.teaches(rule) == kept
+    assert group.has_signal(rule) == kept
 
 
 # How responses end
@@ -171,9 +176,9 @@ def test_the_interval_of_mean_rewards_is_open(rewards, kept):
 
 def test_stop_reasons_and_lengths_are_counted():
     with serving(StubEngine(median_tokens=20)) as url:
-        plan = plan_for(10)
-        sampler_for(url, max_response_tokens=20).run(plan)
-    samples = plan.samples(Numbers())
+        rollout = rollout_for(10)
+        sampler_for(url, max_response_tokens=20).run(rollout)
+    samples = rollout.samples(Numbers())
     metrics = rollout_values(samples)
     cut = [s for s in samples if s.response_tokens[-1] != STOP_TOKEN]
     assert 0 < len(cut) < 40
@@ -203,9 +208,9 @@ def test_a_repeating_response_is_ended_early_with_a_reason_of_its_own(monkeypatc
     engine = StubEngine(median_tokens=500, sigma=0.0)
     monkeypatch.setattr(engine, "token", lambda seed, position: 5 + position % (3 if position > 40 else 50))
     with serving(engine) as url:
-        plan = plan_for(1)
-        sampler_for(url, repetition=Repetition(window_tokens=16, min_repeats=4)).run(plan)
-    for s in plan.samples(Numbers()):
+        rollout = rollout_for(1)
+        sampler_for(url, repetition=Repetition(window_tokens=16, min_repeats=4)).run(rollout)
+    for s in rollout.samples(Numbers()):
         assert s.finish_reason == "repetition"
         assert len(s.response_tokens) == 64  # the first multiple of 16 with 16 repeating tokens before it
     assert engine.decoded_tokens == 4 * 64
@@ -214,9 +219,9 @@ def test_a_repeating_response_is_ended_early_with_a_reason_of_its_own(monkeypatc
 def test_repetition_that_never_comes_leaves_the_response_as_it_is():
     engine = StubEngine()
     with serving(engine) as url:
-        plan = plan_for(3)
-        sampler_for(url, repetition=Repetition(window_tokens=4, min_repeats=2)).run(plan)
-    for s in plan.samples(Numbers()):
+        rollout = rollout_for(3)
+        sampler_for(url, repetition=Repetition(window_tokens=4, min_repeats=2)).run(rollout)
+    for s in rollout.samples(Numbers()):
         assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
 
 
@@ -251,4 +256,4 @@ def test_a_rollout_function_that_fails_is_named_with_its_problem():
         serving(StubEngine()) as url,
         pytest.raises(RolloutError, match=r"failed on problem \d: KeyError: 'temp"),
     ):
-        sampler_for(url, function=broken).run(plan_for(2))
+        sampler_for(url, function=broken).run(rollout_for(2))

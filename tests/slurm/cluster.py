@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd.outcome import RunOutcome
+
 PROJECT = Path(__file__).parents[2]
 LAB = PROJECT / "slurm" / "lab"
 NEMO_PYTHON = PROJECT / ".venv-nemo" / "bin" / "python"
@@ -127,6 +129,14 @@ class Cluster:
 
     def phases(self, name: str) -> list[tuple[int, str]]:
         return [(line["iteration"], line["phase"]) for line in self.lines(name, "ledger.jsonl")]
+
+    def outcome(self, name: str) -> RunOutcome | None:
+        """Of the run's last attempt."""
+        return RunOutcome.read(self.run(name) / "launch" / "outcome.json")
+
+    def begun(self, name: str) -> list[dict[str, Any]]:
+        """The starts of a run, as its history has them."""
+        return [line for line in self.lines(name, "launch/history.jsonl") if line["event"] == "begun"]
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pmd.outcome import RunOutcome, Status
 from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm
 
 pytestmark = pytest.mark.serial
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.serial
 def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> None:
     steps = cluster.steps("live")
     assert len(steps) == 16 and all(step["gradient_norm"] > 0 for step in steps)
-    assert cluster.text("live", "launch/outcome") == "complete\n"
+    assert cluster.outcome("live") == RunOutcome(Status.COMPLETE)
     assert cluster.job(live)["ExitCode"] == "0:0"
     iteration = ["rollout", "release", "anchor", "update", "sync", "resume"]
     assert [phase for t, phase in cluster.phases("live") if t == 1] == iteration
@@ -77,7 +78,7 @@ def test_told_to_save_a_run_is_requeued_and_resumes_to_the_same_metrics(
     log = cluster.log("told")
     assert "was told to save (SIGUSR1)" in log and "attempt 1 ended: saved" in log
     assert any(f"resuming after {done} iterations" in log for done in (1, 2, 3))
-    assert cluster.text("told", "launch/attempts") == "2\n"
+    assert [event["attempt"] for event in cluster.begun("told")] == [1, 2]
     assert cluster.steps("told") == cluster.steps("live")
     values = [
         line["iteration"] for line in cluster.lines("told", "metrics.jsonl") if line["kind"] == "iteration"
@@ -97,6 +98,8 @@ def test_cancelling_leaves_no_process_on_any_node(cluster: Cluster, live: str) -
     assert f"cancelled {number}" in cluster.command("cancel", str(cluster.run("cancelled")))
     cluster.wait(lambda: processes_on_nodes() == [], "no process is left", "cancelled")
     assert cluster.wait_for_end(number, "cancelled") == "CANCELLED"
+    status = cluster.command("status", str(cluster.run("cancelled")))
+    assert "attempt 1 ended: interrupted" in status and "failed" not in status
 
 
 def test_a_lost_node_is_replaced_and_the_run_goes_on_in_containers(cluster: Cluster, live: str) -> None:
@@ -141,21 +144,21 @@ def test_a_crash_loop_stops_with_its_reason_and_no_job_of_the_chain_starts_again
     last = cluster.text("loop", "launch/jobs").split()[-1]
     assert cluster.wait_for_end(number, "loop") == "FAILED"
     assert cluster.wait_for_end(last, "loop") == "FAILED"
-    assert cluster.text("loop", "launch/attempts") == "2\n"
-    stopped = cluster.text("loop", "launch/stopped")
-    assert (
-        "crashed 2 times without a new checkpoint; the last reason: the job step ended with exit code 3"
-        in stopped
-    )
-    assert "not started: an earlier job of this chain stopped" in cluster.log("loop")
-    assert "stopped: crashed 2 times" in cluster.command("status", str(cluster.run("loop")))
+    assert len(cluster.begun("loop")) == 2
+    reason = "crashed 2 times without a new checkpoint; the last reason: the job step ended with exit code 3"
+    assert f"not started: an earlier job of this chain stopped: {reason}" in cluster.log("loop")
+    assert f"stopped: {reason}" in cluster.command("status", str(cluster.run("loop")))
 
 
 def test_a_wrong_configuration_is_not_tried_again(cluster: Cluster) -> None:
     number = cluster.launch("wrong", cluster.profile(), "reward.name=nonsense")
     assert cluster.wait_for_end(number, "wrong") == "FAILED"
-    assert "reward.name='nonsense' is unknown" in cluster.text("wrong", "launch/stopped")
-    assert cluster.text("wrong", "launch/attempts") == "1\n"
+    assert cluster.job(number)["ExitCode"] == "2:0"
+    outcome = cluster.outcome("wrong")
+    assert outcome is not None and outcome.status is Status.REFUSED and outcome.error == "ConfigError"
+    assert "reward.name='nonsense' is unknown" in outcome.reason
+    assert "stopped: refused: ConfigError" in cluster.command("status", str(cluster.run("wrong")))
+    assert len(cluster.begun("wrong")) == 1
 
 
 def test_an_allocation_that_the_cluster_cannot_give_is_refused_at_once(cluster: Cluster) -> None:

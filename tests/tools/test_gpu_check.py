@@ -9,6 +9,7 @@ import torch
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import SharedBucket
+from tests.weight_sync.filling import fill
 from tools import gpu_check
 
 pytestmark = [
@@ -39,8 +40,7 @@ def test_the_gradient_of_a_step_is_transformers_but_for_bf16(folder):
 
 def test_another_process_loads_a_bucket_and_refuses_a_changed_one(tmp_path):
     bucket = SharedBucket("gpu-check-test", 4096, folder=tmp_path)
-    bucket.place("w", torch.ones(10))
-    description = bucket.description()
+    description = fill(bucket, {"w": torch.ones(10)})
     assert 0 < gpu_check.read_elsewhere(description) < 60
     bucket.data[0] ^= 1
     with pytest.raises(ModelError, match=r"tensor w .* has not the checksum"):

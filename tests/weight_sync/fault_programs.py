@@ -24,8 +24,9 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.rollouts import LiveEngines
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
+from tests.weight_sync.faulty_transport import Fault, FaultyTransport
 
 START_SECONDS = 180.0
 """A rank waits so long for one that starts an engine."""
@@ -40,33 +41,35 @@ class Trial:
         self.engines = LiveEngines(config, self.control, folder, tokenizer, rewards, Console(), cpu=True)
         self.actor = Actor(config, self.control)
         self.version = 0
-        self.transport = self.engines._push._transport
-        self.load_bucket = self.transport.load
-        self.starts, start = 1, self.engines.fleet._start_part
-
-        def counted(spec: Any) -> Any:
-            self.starts += 1
-            return start(spec)
-
-        self.engines.fleet._start_part = counted  # type: ignore[method-assign]
+        self.sender = self.engines.weight_push
+        self.transport = self.sender.transport
         self.events: list[str] = []
-        """What became of the actor's parameters, in order."""
-        for owner, name in (
-            (self.actor, "wake_parameters"), (self.actor, "release_parameters"), (self.engines._push, "push")
-        ):  # fmt: skip
-            setattr(owner, name, self._noting(name, getattr(owner, name)))
+        """What became of the engine and of the actor's parameters, in order."""
+        self._note_calls(self.engines.fleet.own, "start")
+        self._note_calls(self.actor, "wake_parameters")
+        self._note_calls(self.actor, "release_parameters")
+        self._note_calls(self.sender, "push")
 
-    def _noting(self, name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+    def _note_calls(self, owner: Any, name: str) -> None:
+        action = getattr(owner, name)
+
         def noted(*arguments: Any, **options: Any) -> Any:
             self.events.append(name)
             return action(*arguments, **options)
 
-        return noted
+        setattr(owner, name, noted)
+
+    @property
+    def starts(self) -> int:
+        """How often this rank's engine has been started."""
+        return 1 + self.events.count("start")
 
     @property
     def engine(self) -> Any:
         """This rank's."""
-        return self.engines.fleet._engine
+        own = self.engines.fleet.own
+        assert own is not None
+        return own.process
 
     def processes(self, name: str) -> list[psutil.Process]:
         found = psutil.Process(self.engine.pid).children(recursive=True)
@@ -80,23 +83,19 @@ class Trial:
         self.version += 1
         self.engines.load(self.actor, self.version)
 
-    def during_sync(self, fault: Callable[[Any, dict[str, Any]], None]) -> None:
+    def during_sync(self, fault: Fault) -> None:
         """Have the fault happen at the second bucket of the next sync, once."""
-        seen = []
+        self.sender.transport = FaultyTransport(self.transport, fault, at_bucket=2)
 
-        def load(bucket: Any, description: dict[str, Any]) -> None:
-            seen.append(description)
-            if len(seen) == 2:
-                fault(bucket, description)
-            self.load_bucket(bucket, description)
-
-        self.transport.load = load  # type: ignore[method-assign]
+    def without_fault(self) -> None:
+        """What is sent next arrives as it is."""
+        self.sender.transport = self.transport
 
     def served(self) -> dict[str, Any]:
         """What the router's answer to a request says of the engine behind it."""
         request = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 3}}
         reply = httpx.post(
-            self.engines.fleet.router_url + "/generate", json=request, headers=self.engines.fleet.headers,
+            self.engines.router.url + "/generate", json=request, headers=self.engines.fleet.keys.headers,
             timeout=60, trust_env=False,
         )  # fmt: skip
         return {"status": reply.status_code, "version": reply.json()["meta_info"]["weight_version"]}
@@ -105,7 +104,7 @@ class Trial:
         """Sync, resume, generate; and how often an engine has been started so far."""
         begun = time.monotonic()
         self.sync()
-        self.transport.load = self.load_bucket  # type: ignore[method-assign]
+        self.without_fault()
         self.engines.resume()
         return self.served() | {
             "expected": str(self.version), "starts": self.starts, "expected_starts": expected_starts,
@@ -122,60 +121,81 @@ def faults(path: Path, folder: Path, health_seconds: float, sync_seconds: float)
     sync = Sync(timeout_seconds=sync_seconds, verify="full")
     config = config_for(path).model_copy(update={"rollout": rollout, "sync": sync})
     trial = Trial(config, folder)
-    engines, results = trial.engines, dict[str, Any]()
     try:
-        results["none"] = trial.iteration(expected_starts=1)
-
-        engines.fleet._router.stop()  # type: ignore[union-attr]
-        results["router killed"] = {"noticed": not engines.fleet.any_alive()}
-        engines._revive(trial.actor, trial.version)
-        results["router killed"] |= trial.served() | {"expected": str(trial.version)}
-
-        engines.release()
-        trial.during_sync(lambda bucket, _: bucket.data[100:].add_(1))
-        results["bucket corrupted"] = _message(trial.sync)
-        trial.transport.load = trial.load_bucket  # type: ignore[method-assign]
-        results["after a corrupted bucket"] = trial.iteration(expected_starts=1)
-
-        engines.release()
-        trial.during_sync(_drop_a_tensor)
-        results["tensor dropped"] = _message(trial.sync)
-        results["after a dropped tensor"] = trial.iteration(expected_starts=1)
-
-        for process in [psutil.Process(trial.engine.pid), *trial.processes("")]:
-            process.send_signal(signal.SIGSTOP)
-        begun = time.monotonic()
-        while trial.engine.alive() and time.monotonic() - begun < 60:
-            time.sleep(0.2)
-        results["stopped while generating"] = {
-            "alive": trial.engine.alive(), "seconds": time.monotonic() - begun,
-            "lost": engines.fleet.any_lost(),
-        }  # fmt: skip
-        trial.events.clear()
-        engines._revive(trial.actor, trial.version)
-        results["stopped while generating"] |= trial.served() | {
-            "expected": str(trial.version), "events": list(trial.events)
-        }  # fmt: skip
-
-        trial.processes("sglang::scheduler")[0].kill()
-        engines.release()
-        results["killed before release"] = trial.iteration(expected_starts=3)
-
-        trial.processes("sglang::scheduler")[0].send_signal(signal.SIGSTOP)
-        engines.release()
-        results["stopped before release"] = trial.iteration(expected_starts=4)
-
-        engines.release()
-        trial.during_sync(lambda *_: trial.processes("sglang::scheduler")[0].kill())
-        results["killed during sync"] = trial.iteration(expected_starts=5)
-
-        engines.release()
-        trial.during_sync(lambda *_: trial.processes("sglang::scheduler")[0].send_signal(signal.SIGSTOP))
-        results["stopped during sync"] = trial.iteration(expected_starts=6)
+        results = dict[str, Any](none=trial.iteration(expected_starts=1))
+        results["router killed"] = _killed_router(trial)
+        results |= _refused_buckets(trial)
+        results["stopped while generating"] = _stopped_while_generating(trial)
+        results |= _deaths_beside_a_sync(trial)
     finally:
-        engines.close()
+        trial.engines.close()
     results["processes left"] = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
-    results["files left"] = [p.name for p in Path("/dev/shm").glob(f"*{engines._push._key}*")]
+    results["files left"] = [p.name for p in Path("/dev/shm").glob(f"*{trial.sender.run_key}*")]
+    return results
+
+
+def _killed_router(trial: Trial) -> dict[str, Any]:
+    engines = trial.engines
+    assert engines.router.process is not None
+    engines.router.process.stop()
+    noticed = not engines.router.reaches(engines.fleet.urls)
+    engines.revive(trial.actor, trial.version)
+    return {"noticed": noticed, "expected": str(trial.version)} | trial.served()
+
+
+def _refused_buckets(trial: Trial) -> dict[str, Any]:
+    """Of two updates that the engine refuses, its words; after each, an iteration with the same engine."""
+    results: dict[str, Any] = {}
+    trial.engines.release()
+    trial.during_sync(lambda bucket, _: bucket.data[100:].add_(1))
+    results["bucket corrupted"] = _message(trial.sync)
+    trial.without_fault()
+    results["after a corrupted bucket"] = trial.iteration(expected_starts=1)
+
+    trial.engines.release()
+    trial.during_sync(_drop_a_tensor)
+    results["tensor dropped"] = _message(trial.sync)
+    results["after a dropped tensor"] = trial.iteration(expected_starts=1)
+    return results
+
+
+def _stopped_while_generating(trial: Trial) -> dict[str, Any]:
+    for process in [psutil.Process(trial.engine.pid), *trial.processes("")]:
+        process.send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    while trial.engine.alive() and time.monotonic() - begun < 60:
+        time.sleep(0.2)
+    result = {
+        "alive": trial.engine.alive(), "seconds": time.monotonic() - begun,
+        "lost": trial.engines.recovery.any_lost(),
+    }  # fmt: skip
+    seen = len(trial.events)
+    trial.engines.revive(trial.actor, trial.version)
+    return result | trial.served() | {"expected": str(trial.version), "events": trial.events[seen:]}
+
+
+def _deaths_beside_a_sync(trial: Trial) -> dict[str, Any]:
+    """The scheduler is killed, or stops, before the engine is to release its memory, or in a sync."""
+
+    def scheduler() -> psutil.Process:
+        return trial.processes("sglang::scheduler")[0]
+
+    results: dict[str, Any] = {}
+    scheduler().kill()
+    trial.engines.release()
+    results["killed before release"] = trial.iteration(expected_starts=3)
+
+    scheduler().send_signal(signal.SIGSTOP)
+    trial.engines.release()
+    results["stopped before release"] = trial.iteration(expected_starts=4)
+
+    trial.engines.release()
+    trial.during_sync(lambda *_: scheduler().kill())
+    results["killed during sync"] = trial.iteration(expected_starts=5)
+
+    trial.engines.release()
+    trial.during_sync(lambda *_: scheduler().send_signal(signal.SIGSTOP))
+    results["stopped during sync"] = trial.iteration(expected_starts=6)
     return results
 
 
@@ -194,4 +214,4 @@ def _message(action: Callable[[], None]) -> str:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

@@ -19,9 +19,10 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.rollouts import LiveEngines
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.engine.live_engine import generate
+from tests.weight_sync.faulty_transport import FaultyTransport
 
 
 def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
@@ -36,12 +37,12 @@ def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
     control = Control(300)
     control.node = control.rank
     engines = LiveEngines(config, control, folder, None, None, Console(), cpu=True)
-    engine = engines.fleet._engine
-    assert engine is not None and engine.log is not None
-    result: dict[str, Any] = {"serves": engines.fleet.serves, "log": engine.log.name}
+    own = engines.fleet.own
+    assert own is not None and own.process.log is not None
+    result: dict[str, Any] = {"serves": engines.fleet.serves, "log": own.process.log.name}
 
     def answers() -> list[dict[str, Any]]:
-        return generate(engines.fleet.router_url, key=engines.fleet.key, max_new_tokens=8)
+        return generate(engines.router.url, key=engines.fleet.keys.api or "", max_new_tokens=8)
 
     try:
         actor = Actor(config, control)
@@ -53,7 +54,7 @@ def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
         result["refused"] = _with_damage(engines, actor)
 
         if control.node == 1:
-            engine.stop()
+            own.process.stop()
         engines.load(actor, 3)
         engines.resume()
         result["answers of another"] = control.on_driver(answers)
@@ -65,24 +66,22 @@ def engine_over_two_nodes(path: Path, folder: Path) -> dict[str, Any]:
 
 def _with_damage(engines: LiveEngines, actor: Actor) -> str:
     """What a sync ends with, in which the second node's bucket changes after it was described."""
-    transport = engines._push._transport
-    load = transport.load
+    transport = engines.weight_push.transport
 
     def damage(bucket: Any, description: dict[str, Any]) -> None:
         if engines.fleet.leads:
             with open(description["paths"][1], "r+b") as file:
                 file.write(bytes(range(1, 65)))
-        load(bucket, description)
 
-    transport.load = damage  # type: ignore[method-assign]
+    engines.weight_push.transport = FaultyTransport(transport, damage, at_bucket=1)
     try:
         engines.load(actor, 2)
     except EngineError as error:
         return str(error)
     finally:
-        transport.load = load  # type: ignore[method-assign]
+        engines.weight_push.transport = transport
     return ""
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

@@ -17,7 +17,7 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.weight_sync import loader
 from megatron_pmd.weight_sync import shards as export_module
 from megatron_pmd.weight_sync.bucket import Bucket
@@ -25,7 +25,7 @@ from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
-from tests.actor.launch import obey
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 
 
@@ -86,7 +86,7 @@ def export(
     """Both exports of the loaded weights and of changed ones, what memory it took, and a refused bucket."""
     actor, control = start(path, layout, nodes, precision)
     recorder = Recorder(records=control.rank % (control.world // nodes) == 0)
-    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
     shards = shards_of(actor, control)
     result: dict[str, Any] = {"node": control.node, "records": recorder.records}
     result["irregular"] = len(shards.irregular)
@@ -120,7 +120,7 @@ def _fp8(
     actor = Actor(config_for(path, layout), control)
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=True)
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=2**19)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19)
     push.push(shards, 1, serves=[control.rank] if records else [])
     push.close()
     own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
@@ -135,7 +135,7 @@ def _on_devices(
     The handles are CUDA's: here the rank's own process looks its bucket up.
     """
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes, on_device=True)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, on_device=True)
     opened: list[int] = []
 
     def handle(bucket: DeviceBucket) -> list[Any]:
@@ -170,7 +170,7 @@ def _all_irregular(
     export_module._only_renames = only_renames
     assert not shards.shards
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, Parts(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
     push.push(shards, 4, serves=[control.rank] if records else [])
     push.close()
     return recorder.tensors
@@ -205,4 +205,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

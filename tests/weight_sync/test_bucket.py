@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket, sweep, word_sum
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket
+from tests.weight_sync.filling import fill
 
 DTYPES = [
     torch.float32,
@@ -71,10 +73,15 @@ def test_a_layout_survives_json():
     assert BucketLayout.from_json(4096, json.loads(json.dumps(layout.as_json()))) == layout
 
 
-def test_fits_counts_the_padding_of_every_tensor():
+@pytest.mark.parametrize("sizes, fit", [
+    ((1, 1), True), ((ALIGNMENT, ALIGNMENT), True), ((ALIGNMENT + 1,), True),
+    ((1, 1, 1), False), ((ALIGNMENT + 1, 1), False),
+])  # fmt: skip
+def test_a_tensors_padding_takes_room_too(sizes, fit):
     layout = BucketLayout(2 * ALIGNMENT)
-    assert layout.fits(1, 1) and layout.fits(ALIGNMENT, ALIGNMENT) and layout.fits(ALIGNMENT + 1)
-    assert not layout.fits(1, 1, 1) and not layout.fits(ALIGNMENT + 1, 1)
+    with contextlib.nullcontext() if fit else pytest.raises(ModelError, match="does not fit"):
+        for number, nbytes in enumerate(sizes):
+            layout.add(str(number), "uint8", (nbytes,))
 
 
 def test_a_full_bucket_names_the_tensor_and_the_setting():
@@ -94,10 +101,8 @@ def test_every_dtype_and_layout_of_memory_arrives_bit_for_bit(bucket, tmp_path):
     torch.manual_seed(0)
     tensors = {str(dtype): torch.randint(0, 2, (5, 7)).to(dtype) for dtype in DTYPES}
     tensors |= {"transposed": torch.randn(4, 6).T, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3)}
-    for name, tensor in tensors.items():
-        bucket.place(name, tensor)
     model = Recorder()
-    reply = deliver(model, bucket.description(), tmp_path)
+    reply = deliver(model, fill(bucket, tensors), tmp_path)
     assert reply == {"bucket": "test#1", "failures": [None]}
     assert list(model.loaded) == list(tensors)
     for name, tensor in tensors.items():
@@ -105,18 +110,13 @@ def test_every_dtype_and_layout_of_memory_arrives_bit_for_bit(bucket, tmp_path):
 
 
 def test_a_bucket_is_used_again_without_traces_of_its_last_filling(bucket):
-    bucket.place("long", torch.full((100,), 7.0))
-    bucket.description()
-    bucket.clear()
-    assert bucket.empty
-    bucket.place("short", torch.ones(3))
-    [(name, tensor)] = read_bucket(bucket.description())
+    fill(bucket, {"long": torch.full((100,), 7.0)})
+    [(name, tensor)] = read_bucket(fill(bucket, {"short": torch.ones(3)}))
     assert name == "short" and torch.equal(tensor, torch.ones(3))
 
 
 def test_a_changed_byte_is_refused_by_the_buckets_name_and_nothing_is_loaded(bucket, tmp_path):
-    bucket.place("w", torch.randn(1000))
-    description = bucket.description()
+    description = fill(bucket, {"w": torch.randn(1000)})
     bucket.data[1234] ^= 1
     model = Recorder()
     reply = deliver(model, description, tmp_path)
@@ -126,9 +126,9 @@ def test_a_changed_byte_is_refused_by_the_buckets_name_and_nothing_is_loaded(buc
 
 
 def test_another_size_or_a_missing_file_is_refused_by_name(bucket):
-    bucket.place("w", torch.randn(10))
+    description = fill(bucket, {"w": torch.randn(10)})
     with pytest.raises(BucketError, match=r"test#1.*has 65536 bytes, expected 65600"):
-        read_bucket(bucket.description() | {"bytes": 65600})
+        read_bucket(description | {"bytes": 65600})
     bucket.close()
     with pytest.raises(BucketError, match=r"test#2.*No such file"):
         read_bucket(bucket.description())
@@ -139,10 +139,8 @@ def test_a_model_that_fails_is_reported_and_does_not_raise(bucket, tmp_path):
         def load_weights(self, weights):
             raise ValueError("expected 4 experts")
 
-    bucket.place("w", torch.randn(10))
-    assert (
-        deliver(Refuses(), bucket.description(), tmp_path)["failures"][0] == "ValueError: expected 4 experts"
-    )
+    reply = deliver(Refuses(), fill(bucket, {"w": torch.randn(10)}), tmp_path)
+    assert reply["failures"] == ["ValueError: expected 4 experts"]
 
 
 def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
@@ -155,14 +153,12 @@ def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
                     f"Parameter {name} not found in params_dict"
                 )
 
-    bucket.place("model.nonsense", torch.randn(10))
-    error = deliver(Warns(), bucket.description(), tmp_path)["failures"][0]
+    error = deliver(Warns(), fill(bucket, {"model.nonsense": torch.randn(10)}), tmp_path)["failures"][0]
     assert "model.nonsense not found" in error and "test#1" in error
 
 
 def test_a_reader_that_writes_does_not_change_the_bucket(bucket):
-    bucket.place("w", torch.ones(10))
-    [(_, tensor)] = read_bucket(bucket.description())
+    [(_, tensor)] = read_bucket(fill(bucket, {"w": torch.ones(10)}))
     tensor.zero_()
     [(_, again)] = read_bucket(bucket.description())
     assert torch.equal(again, torch.ones(10))
@@ -243,11 +239,10 @@ class TestUpdate:
     MANIFEST = (["a", "float32", [3]], ["b", "float32", [2, 2]])
 
     def send(self, bucket, folder, names: str, name: str, manifest=None, **changes) -> str | None:
-        bucket.clear()
-        for tensor in names:
-            bucket.place(tensor, torch.ones(3) if tensor == "a" else torch.ones(2, 2))
+        tensors = {tensor: torch.ones(3) if tensor == "a" else torch.ones(2, 2) for tensor in names}
         update = {"name": name} | ({} if manifest is None else {"manifest": manifest})
-        return deliver(Recorder(), bucket.description() | {"update": update | changes}, folder)["failures"][0]
+        description = fill(bucket, tensors) | {"update": update | changes}
+        return deliver(Recorder(), description, folder)["failures"][0]
 
     def test_an_update_with_every_announced_tensor_is_complete(self, bucket, tmp_path):
         assert self.send(bucket, tmp_path, "a", "1#1") is None
@@ -294,12 +289,11 @@ def verify(model: Linear, bucket: SharedBucket, folder: Path, spoil: bool = Fals
     errors = []
     for again in (False, True):
         for number, name in enumerate("ab"):
-            bucket.clear()
-            bucket.place(name, torch.full((4,), number + 1.0))
+            description = fill(bucket, {name: torch.full((4,), number + 1.0)})
             position: dict[str, object] = {"name": folder.name}
             if again:
                 position |= {"verify": "first" if name == "a" else "next", "verify_last": name == "b"}
-            errors.append(deliver(model, bucket.description() | {"update": position}, folder)["failures"][0])
+            errors.append(deliver(model, description | {"update": position}, folder)["failures"][0])
         if spoil:
             model.a.data[2] = 7.0
     return next((error for error in errors if error), None)

@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from megatron_pmd.weight_sync import device_bucket, loader
-from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.bucket import BucketLayout, SharedBucket
 from megatron_pmd.weight_sync.device_bucket import HANDLE_ARGUMENTS, DeviceBucket, open_handle
 
 SENT = (b"\x00handle", 4096, 512, False, b"counter", 3, b"\xffevent", True)
@@ -35,7 +35,7 @@ def test_a_handle_survives_json_and_is_opened_as_bytes_of_the_readers_own_device
     monkeypatch.setattr(reductions, "reduce_tensor", lambda data: (None, (*own, *SENT)))
     handle = json.loads(json.dumps(bucket.handle()))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *arguments: arguments)
-    monkeypatch.setattr(device_bucket, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(device_bucket, "current_device", lambda: torch.device("cuda", 1))
     assert open_handle(handle, 4096) == (*own[:-1], 1, *SENT)
 
 
@@ -59,8 +59,7 @@ def opened(monkeypatch):
 
 
 def described(bucket, value: float, **more):
-    bucket.layout.clear()
-    bucket.data.zero_()
+    bucket.begin(BucketLayout(bucket.capacity))
     entry = bucket.layout.add("w", "float32", (10,))
     bucket.tensor(entry).fill_(value)
     return bucket.description(places={"handles": [["ab", 1]]}) | more

@@ -12,9 +12,9 @@ import torch
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.console import Console
+from megatron_pmd.training.rollouts import LiveEngines
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for
@@ -24,7 +24,6 @@ from tests.engine.live_engine import (
     bucket,
     control,
     engine,
-    fill,
     folder,
     generate,
     largest_difference,
@@ -33,6 +32,7 @@ from tests.engine.live_engine import (
     update,
 )
 from tests.engine.only_rank import OnlyRank
+from tests.weight_sync.filling import fill
 
 pytestmark = [
     pytest.mark.serial,
@@ -44,7 +44,7 @@ FIXTURES = (folder, models, starting, engine, control, bucket)
 
 def test_a_corrupt_bucket_is_refused_by_name_and_the_engine_takes_the_next(control, engine, bucket, models):
     control.begin_update()
-    description = fill(bucket, models[1])
+    description = fill(bucket, models[1].state_dict())
     bucket.data[77] ^= 1
     with pytest.raises(EngineError, match=rf"engine 3 .*weight bucket test-{os.getpid()}#1: .*checksum"):
         control.load_bucket(description)
@@ -63,19 +63,14 @@ def test_a_wrong_shape_or_an_unknown_weight_is_refused_and_the_version_withdrawn
         ("model.layers.0.mlp.nonsense.weight", torch.ones(7), "nonsense.weight not found"),
     ]:
         control.begin_update()
-        bucket.clear()
-        bucket.place(name, tensor)
         with pytest.raises(EngineError, match=reason):
-            control.load_bucket(bucket.description())
+            control.load_bucket(fill(bucket, {name: tensor}))
         assert control.weight_version() is None and engine.alive()
 
 
 def send(control: EngineControl, bucket: SharedBucket, tensors, name: str, **last) -> None:
     """One bucket of an update, through the loader's accounts."""
-    bucket.clear()
-    for key, tensor in tensors:
-        bucket.place(key, tensor)
-    control.load_bucket(bucket.description() | {"update": {"name": name} | last})
+    control.load_bucket(fill(bucket, dict(tensors)) | {"update": {"name": name} | last})
 
 
 def manifest(model) -> list:
@@ -128,53 +123,48 @@ def through(transport, bucket: SharedBucket, model, version: int) -> None:
     transport.begin()
     transport.connect()
     for part in (tensors[:9], tensors[9:]):
-        bucket.clear()
-        for name, tensor in part:
-            bucket.place(name, tensor)
-        transport.load(bucket, bucket.description())
+        transport.load(bucket, fill(bucket, dict(part)))
     transport.end(version)
 
 
 @pytest.fixture
-def servers_fleet(engine, models, folder, tmp_path, monkeypatch):
-    """A fleet whose engine someone else has started."""
+def engines(engine, models, folder, tmp_path, monkeypatch):
+    """Engines of a run that someone else has started."""
     monkeypatch.setenv("PMD_SERVER_KEY", KEY)
     monkeypatch.setenv("PMD_SERVER_ADMIN_KEY", ADMIN_KEY)
     config = config_for(folder / "model-0").model_copy(
-        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=3, restarts=1)}
+        update={"rollout": Rollout(servers=(engine.url,), start_timeout_seconds=60, restarts=1)}
     )
-    fleet = Fleet(config, ALONE, tmp_path, Parts(), cpu=True)
-    yield fleet
-    fleet.stop()
+    engines = LiveEngines(config, ALONE, tmp_path, None, None, Console(), cpu=True)
+    yield engines
+    engines.close()
 
 
 def test_a_server_of_others_serves_the_weights_it_is_given_and_outlives_the_run(
-    control, engine, bucket, models, servers_fleet, tmp_path
+    control, engine, bucket, models, engines, tmp_path
 ):
-    fleet = servers_fleet
-    fleet.wait_ready()
-    transport = Disk(fleet, ALONE, tmp_path / "weights")
+    engines.make_room()
+    transport = Disk(engines.fleet, ALONE, tmp_path / "weights")
     for version, model in ((50, models[1]), (51, models[0])):
-        fleet.release()
-        fleet.resume_weights()
+        engines.release()
+        engines.handover.resume_weights()
         through(transport, bucket, model, version)
-        fleet.resume_cache()
-        fleet.serve()
-        answers = generate(fleet.router_url)
+        engines.resume()
+        answers = generate(engines.router.url)
         assert {answer["meta_info"]["weight_version"] for answer in answers} == {str(version)}
         assert largest_difference(model, answers) < 1e-4
-    assert not fleet.any_lost() and fleet.resident_bytes() == 0
+    assert not engines.recovery.any_lost() and engines.engine_bytes() == 0
     transport.close()
-    fleet.stop()
+    engines.close()
     assert engine.alive() and control.health()
 
 
-def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(servers_fleet, engine):
-    servers_fleet.wait_ready()
-    servers_fleet._engine.url = "http://127.0.0.1:9"
-    [reason] = servers_fleet.restart_lost(probe=False)
+def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines, engine):
+    engines.recovery.wait_ready()
+    engines.fleet.own.process.url = "http://127.0.0.1:9"
+    [reason] = engines.recovery.restart_lost(probe=False)
     assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in reason
-    assert servers_fleet.urls == [engine.url]
+    assert engines.fleet.urls == [engine.url]
 
 
 def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(
@@ -198,7 +188,7 @@ def test_a_broadcast_that_the_engine_refuses_ends_within_its_deadline_and_the_ne
     control.end_update(30)
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"engine 3 .*must run between begin_weight_update"):
-        transport.load(bucket, fill(bucket, models[0]))
+        transport.load(bucket, fill(bucket, models[0].state_dict()))
     assert time.monotonic() - begun < 20
     through(transport, bucket, models[0], 31)
     control.flush_cache()

@@ -17,11 +17,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 
+FAMILY = "qwen3moe"
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("nodes") / "model"
-    write_model(folder, "qwen3moe")
+    write_model(folder, FAMILY)
     return folder
 
 

@@ -16,11 +16,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 
+FAMILY = "qwen3"
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two-engines")
-    write_model(folder / "model", "qwen3", max_position_embeddings=512)
+    write_model(folder / "model", FAMILY, max_position_embeddings=512)
     return launch(
         "two_engines", ranks=2, module="tests.weight_sync.two_engine_programs", path=folder / "model",
         folder=folder / "run",

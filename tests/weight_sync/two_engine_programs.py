@@ -20,10 +20,10 @@ if __name__ == "__main__":
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.rollout.groups import SamplingPlan
-from tests.actor.launch import obey
+from megatron_pmd.rollout.groups import RolloutGroups
+from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
-from tests.rollout.test_sampler import Grading, Numbers, plan_for
+from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
 
 BATCH = Batch(
@@ -61,57 +61,57 @@ class Pair:
 
     def rollout(self, blow: Callable[[], None]) -> dict[str, Any]:
         """A rollout in whose middle the blow falls; where it fell, and what came of the rollout."""
-        plan = self._plan() if self.is_driver else None
+        rollout = self._groups() if self.is_driver else None
         record: dict[str, Any] = {}
-        striker = threading.Thread(target=self._strike, args=(plan, blow, record), daemon=True)
-        if plan:
+        striker = threading.Thread(target=self._strike, args=(rollout, blow, record), daemon=True)
+        if rollout:
             striker.start()
         begun = time.monotonic()
-        samples = self.engines.draw(plan, self.trial.actor, "rollout")
+        samples = self.engines.draw(rollout, self.trial.actor, "rollout")
         record["seconds"] = time.monotonic() - begun
-        if plan:
+        if rollout:
             striker.join()
             record |= {
                 "numbers": [(sample.group, sample.number) for sample in samples],
                 "lengths": [len(sample.response_tokens) for sample in samples],
-                "budgets": [member.problem.token_budget for group in plan.groups for member in group.members],
+                "budgets": [m.problem.token_budget for group in rollout.groups for m in group.members],
                 "versions": {segment.weight_version for sample in samples for segment in sample.segments},
-                "started": plan.accounts.started,
-                "sampled tokens": plan.accounts.sampled_tokens,
+                "started": rollout.accounts.started,
+                "sampled tokens": rollout.accounts.sampled_tokens,
             }
         return record | self._state() | {"difference": self._difference(samples)}
 
     def _state(self) -> dict[str, Any]:
-        router = self.engines.fleet._router
+        router = self.engines.router.process
         return {
             "version": self.trial.version,
             "starts": self.trial.starts,
             "router": router.pid if router else None,
         }
 
-    def _plan(self) -> SamplingPlan:
+    def _groups(self) -> RolloutGroups:
         budgets = [SHORT_TOKENS] + [BATCH.max_response_tokens] * (BATCH.prompts_per_rollout - 1)
         problems = [
             Problem(index=i, messages=(), answer="", tokens=(5, 10 * i + 1), token_budget=budget)
             for i, budget in enumerate(budgets)
         ]
         version = self.trial.version
-        return plan_for(0, problems=problems, iteration=version, weight_version=version)
+        return rollout_for(0, problems=problems, iteration=version, weight_version=version)
 
-    def _strike(self, plan: SamplingPlan, blow: Callable[[], None], record: dict[str, Any]) -> None:
+    def _strike(self, rollout: RolloutGroups, blow: Callable[[], None], record: dict[str, Any]) -> None:
         """Once a group is finished while both engines have work."""
-        while plan.finished < plan.total:
+        while rollout.finished < rollout.total:
             in_flight = [self._in_flight(url) for url in self.engines.fleet.urls]
-            if plan.finished >= BATCH.samples_per_prompt and all(in_flight):
+            if rollout.finished >= BATCH.samples_per_prompt and all(in_flight):
                 blow()
-                record |= {"in flight": in_flight, "finished before": plan.finished}
+                record |= {"in flight": in_flight, "finished before": rollout.finished}
                 return
             time.sleep(0.02)
 
     def _in_flight(self, url: str) -> int:
         """Requests that the engine works on, or that wait in it, when it last noted them."""
         reply = httpx.get(
-            url + "/v1/loads", headers=self.engines.fleet.headers, timeout=60, trust_env=False
+            url + "/v1/loads", headers=self.engines.fleet.keys.headers, timeout=60, trust_env=False
         ).json()
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in reply["loads"])
 
@@ -164,11 +164,11 @@ def _server(trial: Trial) -> int:
 
 
 def _kill_router(trial: Trial) -> None:
-    router = trial.engines.fleet._router
+    router = trial.engines.router.process
     assert router is not None
     for process in psutil.Process(router.pid).children(recursive=True):
         process.kill()
 
 
 if __name__ == "__main__":
-    obey(globals())
+    run_program(globals())

@@ -204,7 +204,7 @@ def memory() -> dict[str, Any]:
 
     standins.install()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    from megatron_pmd.actor.forward import token_log_probs
+    from megatron_pmd.actor.log_probs import token_log_probs
     from megatron_pmd.actor.parallel import initialize
 
     initialize(Layout(), seed=0, timeout_seconds=60)

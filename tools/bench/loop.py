@@ -33,13 +33,16 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import prompt_source, tokenize
 from megatron_pmd.data.sources import load_problems
 from megatron_pmd.engine.client import EngineControl
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, RouterProcess, RouterSpec, free_port
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.router import RouterProcess, RouterSpec
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
 from megatron_pmd.node.worker import prepare_model
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.pool import RewardPool
-from megatron_pmd.rollout.groups import SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from recipes import configuration
@@ -87,14 +90,14 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
     """The recipe's engines, started as the fleet starts them."""
     import torch
 
-    key = secrets.token_hex(24)
+    keys = Keys(api=secrets.token_hex(24))
     with contextlib.ExitStack() as cleanup:
         engines = []
         for number in range(config.engines):
             spec = EngineSpec(
                 number=number, model=config.model, rollout=config.rollout, port=free_port(),
                 log=folder / f"engine-{number}.log", seed=number, cpu=not torch.cuda.is_available(),
-                api_key=key, first_gpu=number * config.ranks_per_engine, load_model_weights=True,
+                keys=keys, first_gpu=number * config.ranks_per_engine, load_model_weights=True,
             )  # fmt: skip
             engines.append(EngineProcess(spec))
             cleanup.callback(engines[-1].stop)
@@ -104,11 +107,11 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
                 control.begin_update()
                 control.end_update(0)
         router = RouterProcess(
-            RouterSpec([e.url for e in engines], free_port(), folder / "router.log", 600.0, api_key=key)
+            RouterSpec([e.url for e in engines], free_port(), folder / "router.log", 600.0, api_key=keys.api)
         )
         cleanup.callback(router.stop)
         router.wait_ready(60)
-        yield Served(engines, router, {"Authorization": f"Bearer {key}"})
+        yield Served(engines, router, keys.headers)
 
 
 def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row]:
@@ -127,13 +130,14 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
             tokenizer, stops, config.batch.max_response_tokens, rewards,
         )  # fmt: skip
         for turn in range(repetitions + 1):
-            plan = SamplingPlan(
-                chosen, config.batch.samples_per_prompt, turn, 0, config.rollout.temperature,
-                config.rollout.top_p, config.seed,
+            settings = DrawSettings(
+                config.batch.samples_per_prompt, turn, 0, config.rollout.temperature, config.rollout.top_p,
+                config.seed,
             )  # fmt: skip
-            requests = _requests(plan, stops, sampler.max_response_tokens)
+            rollout = RolloutGroups(chosen, settings)
+            requests = _requests(rollout, stops, sampler.max_response_tokens)
             engines.flush()
-            loop.append(_through_the_loop(sampler, plan, folder / "rollout.parquet"))
+            loop.append(_through_the_loop(sampler, rollout, folder / "rollout.parquet"))
             engines.flush()
             bare.append(asyncio.run(_posted(engines, requests)))
     # the first turn warms the engines up
@@ -144,28 +148,28 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
     )
 
 
-def _through_the_loop(sampler: Sampler, plan: SamplingPlan, file: Path) -> float:
+def _through_the_loop(sampler: Sampler, rollout: RolloutGroups, file: Path) -> float:
     """Tokens per second of what the driver does in the rollout phase."""
     begun = time.perf_counter()
-    sampler.run(plan)
-    samples = plan.samples(sampler.tokenizer)
-    write_rollout(file, samples, plan.iteration)
-    batch = RolloutBatch.pack(samples, plan.temperature)
+    sampler.run(rollout)
+    samples = rollout.samples(sampler.tokenizer)
+    write_rollout(file, samples, rollout.settings.iteration)
+    batch = RolloutBatch.pack(samples, rollout.settings.temperature)
     return float(batch.response_lengths.sum()) / (time.perf_counter() - begun)
 
 
-def _requests(plan: SamplingPlan, stops: list[int], max_tokens: int) -> list[Row]:
+def _requests(rollout: RolloutGroups, stops: list[int], max_tokens: int) -> list[Row]:
     return [
         {
             "input_ids": member.tokens,
             "sampling_params": {
-                "max_new_tokens": max_tokens, "temperature": plan.temperature, "top_p": plan.top_p,
-                "stop_token_ids": stops,
+                "max_new_tokens": max_tokens, "temperature": rollout.settings.temperature,
+                "top_p": rollout.settings.top_p, "stop_token_ids": stops,
                 "sampling_seed": member.seed,
             },
             "return_logprob": True,
         }
-        for group in plan.groups
+        for group in rollout.groups
         for member in group.members
     ]  # fmt: skip
 
@@ -280,9 +284,9 @@ def bench_outside(run: Path) -> list[Row]:
 
 def bench_first_rollout(run: Path, begun: float | None) -> list[Row]:
     """Where the time goes until the first rollout is on disk; begun: when the command was given, if known."""
-    order = (run / "logs" / "order-0.json").stat().st_mtime
-    rows = [row("command: Python and its imports", [order - begun if begun else _import_seconds()], "s")]
-    earlier = order
+    started = (run / "logs" / "job-0.json").stat().st_mtime
+    rows = [row("command: Python and its imports", [started - begun if begun else _import_seconds()], "s")]
+    earlier = started
     for what, mark in (
         ("ranks: imports, process groups, run folder", run / "config.json"),
         ("problems, reward workers", run / "logs" / "engine-0.log.yaml"),

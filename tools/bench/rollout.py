@@ -27,7 +27,7 @@ import typer
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.groups import Group, SamplingPlan
+from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
 from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler
 from tools.bench.stub_engine import STOP_TOKEN, response_length
@@ -78,23 +78,27 @@ def sampler(url: str, max_response_tokens: int) -> Sampler:
     return Sampler(endpoint, Instant(), [STOP_TOKEN], max_response_tokens, Instant())
 
 
-def plan(groups: int, size: int, iteration: int = 0, **changes: Any) -> SamplingPlan:
-    problems = [Problem(i, (), "", tokens=(1, 2)) for i in range(groups)]
-    return SamplingPlan(problems, size, iteration, iteration, 1.0, 1.0, run_seed=0, **changes)
+def settings_of(size: int, iteration: int) -> DrawSettings:
+    """Groups of this size under the weights of this iteration."""
+    return DrawSettings(size, iteration, iteration, temperature=1.0, top_p=1.0, run_seed=0)
+
+
+def problems(count: int) -> list[Problem]:
+    return [Problem(i, (), "", tokens=(1, 2)) for i in range(count)]
 
 
 def driver(settings: dict[str, Any]) -> dict[str, float]:
     """All responses in flight at once: how much later than the engine allows the driver has them."""
-    work = plan(GROUPS, GROUP_SIZE)
-    seeds = [member.seed for group in work.groups for member in group.members]
+    rollout = RolloutGroups(problems(GROUPS), settings_of(GROUP_SIZE, iteration=0))
+    seeds = [member.seed for group in rollout.groups for member in group.members]
     lengths = [response_length(seed, settings["median_tokens"], settings["sigma"]) for seed in seeds]
     ideal = [tokens / settings["tokens_per_second"] for tokens in lengths]
     finished: list[float] = []
     with stub(settings) as url:
         used, begun = time.process_time(), time.monotonic()
-        sampler(url, max(lengths)).run(work, lambda: finished.append(time.monotonic() - begun))
+        sampler(url, max(lengths)).run(rollout, lambda: finished.append(time.monotonic() - begun))
         seconds = time.monotonic() - begun
-    assert sum(lengths) == work.accounts.sampled_tokens
+    assert sum(lengths) == rollout.accounts.sampled_tokens
     return {
         "requests": len(seeds),
         "mean_tokens": sum(lengths) / len(lengths),
@@ -109,7 +113,7 @@ def driver(settings: dict[str, Any]) -> dict[str, float]:
 
 def consecutive(partial: PartialRollouts | None) -> dict[str, float]:
     """Iterations one after another, each with as many groups; only the measured ones count."""
-    kept: list[Group] = []
+    carried_over: list[Group] = []
     samples = tokens = 0
     ages: list[int] = []
     with stub(TAIL) as url, httpx.Client(trust_env=False) as client:
@@ -123,14 +127,14 @@ def consecutive(partial: PartialRollouts | None) -> dict[str, float]:
             if t == WARM_UP:
                 begun, before = time.monotonic(), decoded
             extra = partial.extra_groups if partial else 0
-            work = plan(
-                TAIL_GROUPS + extra - len(kept), TAIL_GROUP_SIZE, t,
-                wanted=TAIL_GROUPS, groups_per_step=1, partial=partial, carried=kept,
+            rollout = RolloutGroups(
+                problems(TAIL_GROUPS + extra - len(carried_over)), settings_of(TAIL_GROUP_SIZE, t),
+                EndRules(wanted=TAIL_GROUPS, partial=partial), carried_over=carried_over,
             )  # fmt: skip
-            sampler(url, 1 << 20).run(work)
-            kept = work.kept
+            sampler(url, 1 << 20).run(rollout)
+            carried_over = rollout.left_over
             if t >= WARM_UP:
-                members = [member for group in work.chosen for member in group.members]
+                members = [member for group in rollout.chosen for member in group.members]
                 samples += len(members)
                 tokens += sum(member.length for member in members)
                 ages += [t - (member.first_version or 0) for member in members]

@@ -121,7 +121,7 @@ def export_ranks(order: Path) -> None:
     from megatron_pmd.actor import parallel
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.distributed import Control
-    from megatron_pmd.observe.subphases import Parts
+    from megatron_pmd.observe.subphases import SubphaseClock
     from megatron_pmd.weight_sync.push import WeightPush
     from megatron_pmd.weight_sync.shards import ShardExport
 
@@ -135,7 +135,7 @@ def export_ranks(order: Path) -> None:
         _Nowhere(),
         control,
         f"bench-{order.parent.name}",
-        Parts(),
+        SubphaseClock(),
         bucket_bytes=config.sync.bucket_megabytes * 2**20,
     )
 
@@ -170,7 +170,7 @@ def bench_sync(model: Path, repetitions: int, folder: Path) -> list[Row]:
     ours = row(f"sync of {total / 1e6:,.0f} MB", [total / s / 1e9 for s in measured["sync"][1:]], "GB/s")
     rows = [fresh, *compared(ours, touched, 0.3)]
     rows.append({**ours, "what": "sync, against fresh pages", "ratio": ours["value"] / fresh["value"]})
-    return [*rows, *(row(f"of it {name}", values[1:], "s") for name, values in measured["parts"].items())]
+    return [*rows, *(row(f"of it {name}", values[1:], "s") for name, values in measured["subphases"].items())]
 
 
 def sync_ranks(order: Path) -> None:
@@ -194,21 +194,21 @@ def sync_ranks(order: Path) -> None:
     control = Control(300)
     control.on_driver(lambda: prepare_model(config))
     engines = LiveEngines(config, control, Path(task["run"]), None, None, Console(), cpu=True)
-    seconds, parts = [], dict[str, list[float]]()
+    seconds, subphases = [], dict[str, list[float]]()
     try:
         actor = Actor(config, control)
         for turn in range(task["turns"]):
             control.barrier()
-            engines.parts.take()
+            engines.clock.take()
             begun = time.perf_counter()
             report = engines.load(actor, turn)
             seconds.append(max(control.all_gather(time.perf_counter() - begun)))
-            for line in together(control.all_gather(engines.parts.take())):
-                parts.setdefault(line["part"], []).append(line["seconds"])
+            for line in together(control.all_gather(engines.clock.take())):
+                subphases.setdefault(line["subphase"], []).append(line["seconds"])
             engines.resume()
             engines.release()
         if control.is_driver:
-            measured = {"bytes": report.bytes, "sync": seconds, "parts": parts}
+            measured = {"bytes": report.bytes, "sync": seconds, "subphases": subphases}
             order.with_suffix(".measured").write_text(json.dumps(measured))
     finally:
         engines.close()
@@ -222,7 +222,8 @@ def bench_update(model: Path, repetitions: int, folder: Path) -> list[Row]:
     from safetensors.torch import load_file
 
     from megatron_pmd.engine.client import EngineControl
-    from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, free_port
+    from megatron_pmd.engine.server import free_port
+    from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
 
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):

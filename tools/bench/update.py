@@ -1,4 +1,4 @@
-"""The sides of tools/bench/loop.py's update benchmark, each in its own processes and told over stdin when to run.
+"""The sides of loop.py's update benchmark, each in its own processes and told over stdin when to run.
 
 `ours` is one rank of the actor, under torchrun; `plain` is a training step as one writes it with transformers
 alone: fp32 weights under autocast, AdamW, one padded batch. All take the same optimizer steps, or anchor

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_pmd.config import override
-from megatron_pmd.engine import fleet
+from megatron_pmd.config import RunConfig, override
+from megatron_pmd.engine import own, recovery
+from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.engine.handover import Handover
+from megatron_pmd.engine.recovery import Recovery
 from megatron_pmd.errors import EngineError
-from megatron_pmd.observe.subphases import Parts
+from megatron_pmd.observe.subphases import SubphaseClock
 from recipes import recipe
 from tests.engine.only_rank import OnlyRank
+
+
+def wait_ready(config: RunConfig, folder: Path) -> Fleet:
+    """A fleet whose engines answer."""
+    control, clock = OnlyRank(), SubphaseClock()
+    fleet = Fleet(config, control, folder, clock, cpu=True)
+    Recovery(fleet, Handover(fleet, clock), control, config.rollout).wait_ready()
+    return fleet
 
 
 @pytest.fixture
@@ -34,11 +47,9 @@ def start(monkeypatch, tmp_path):
             def stop(self):
                 pass
 
-        monkeypatch.setattr(fleet, "EngineProcess", Engine)
-        monkeypatch.setattr(fleet, "RESTART_PAUSE_SECONDS", 0.0)
-        engines = fleet.Fleet(recipe("tiny_moe_cpu"), OnlyRank(), tmp_path, Parts(), cpu=True)
-        engines.wait_ready()
-        assert engines.urls == [specs[-1].url]
+        monkeypatch.setattr(own, "EngineProcess", Engine)
+        monkeypatch.setattr(recovery, "RESTART_PAUSE_SECONDS", 0.0)
+        assert wait_ready(recipe("tiny_moe_cpu"), tmp_path).urls == [specs[-1].url]
         return specs
 
     return start
@@ -65,6 +76,5 @@ def test_a_server_of_others_that_never_answers_ends_the_start_with_its_address(t
         ['rollout.servers=["http://127.0.0.1:9"]', "rollout.ranks_per_engine=null", "sync.transport=disk",
          "rollout.start_timeout_seconds=0.1"],
     )  # fmt: skip
-    engines = fleet.Fleet(config, OnlyRank(), tmp_path, Parts(), cpu=True)
     with pytest.raises(EngineError, match=r"server 0 of rollout\.servers \(http://127\.0\.0\.1:9\) did not"):
-        engines.wait_ready()
+        wait_ready(config, tmp_path)

@@ -1,0 +1,59 @@
+"""How engines and actors take turns on the devices they share: who holds what, and when it changes hands."""
+
+from __future__ import annotations
+
+from megatron_pmd.device import SharedDevice
+from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.engine.own import OwnEngine
+from megatron_pmd.errors import EngineError
+from megatron_pmd.observe.subphases import SubphaseClock
+
+
+class Handover:
+    """The engines' memory. Collective: every actor rank calls every method, in the same order."""
+
+    def __init__(self, fleet: Fleet, clock: SubphaseClock, device: SharedDevice | None = None) -> None:
+        """clock: measures the flush. device: the account that the actor keeps, too; servers that others
+        started have a device of their own.
+        """
+        self._fleet, self._clock = fleet, clock
+        self._device = SharedDevice() if fleet.external or device is None else device
+        self.note_start()
+
+    def note_start(self) -> None:
+        """Engines that start come with their weights and their cache."""
+        self._device.held |= {"weights", "kv_cache"}
+
+    def release(self) -> None:
+        """Engines give their memory to the actors: the KV cache first, then the weights.
+
+        One that does not, because it is dead or stuck, is killed: that frees its memory too.
+        """
+
+        def give_up(own: OwnEngine) -> int | None:
+            try:
+                own.release("kv_cache", "weights")
+            except EngineError:
+                if own.why_lost(probe=True) is None:
+                    raise
+                return own.number
+            return None
+
+        self._fleet.kill([number for number in self._fleet.on_leaders(give_up) if number is not None])
+        self._device.leave("kv_cache", "weights")
+
+    def resume_weights(self) -> None:
+        """Engines take the memory of their weights back; its contents are undefined."""
+        self._device.take("weights")
+        self._fleet.on_leaders(lambda own: own.resume("weights"))
+
+    def resume_cache(self) -> None:
+        """Engines take the KV cache back and forget what earlier weights left in it."""
+
+        def resume(own: OwnEngine) -> None:
+            own.resume("kv_cache")
+            with self._clock("flush"):
+                own.calls.flush_cache()
+
+        self._device.take("kv_cache")
+        self._fleet.on_leaders(resume)

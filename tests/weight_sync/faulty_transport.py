@@ -1,0 +1,28 @@
+"""A transport on whose way something happens to a bucket, or to who takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.transport import Transport
+
+Fault = Callable[[Bucket, dict[str, Any]], object]
+
+
+class FaultyTransport:
+    """Another transport, but for one fault: before its `at_bucket`th bucket (from 1) is loaded, once."""
+
+    def __init__(self, transport: Transport, fault: Fault, *, at_bucket: int) -> None:
+        self._transport, self._fault, self._at_bucket = transport, fault, at_bucket
+        self._buckets = 0
+        self.opens_buckets = transport.opens_buckets
+        self.needs_buckets, self.connect = transport.needs_buckets, transport.connect
+        self.begin, self.end, self.close = transport.begin, transport.end, transport.close
+
+    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+        self._buckets += 1
+        if self._buckets == self._at_bucket and bucket is not None:
+            self._fault(bucket, description)
+        self._transport.load(bucket, description)

@@ -1,0 +1,157 @@
+"""The model, the samples and the steps that gpu_check tries an actor on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_pmd.config import RunConfig, build, override
+
+COMPARED = {
+    "query": "model.layers.0.self_attn.q_proj.weight",
+    "an expert": "model.layers.0.mlp.experts.0.down_proj.weight",
+    "last norm": "model.norm.weight",
+    "output layer": "lm_head.weight",
+}
+"""The tensors whose gradients are compared, by what the table calls them."""
+
+
+def configuration(folder: Path, cuda: bool) -> RunConfig:
+    """A random Qwen3-MoE of realistic width on CUDA, a tiny one without; one rank, bf16."""
+    tokens = 512 if cuda else 24
+    return build(
+        {
+            "name": "gpu_check",
+            "iterations": 1,
+            "model": {"path": str(folder / "model"), "precision": "bf16"},
+            "batch": {
+                "prompts_per_rollout": 4,
+                "samples_per_prompt": 4,
+                "prompts_per_step": 4,
+                "max_tokens_per_microbatch": 8 * tokens,
+                "max_prompt_tokens": tokens // 2,
+                "max_response_tokens": tokens // 2,
+            },
+            "optimizer": {"learning_rate": 1e-5},
+            "data": {"train": {"kind": "reasoning_gym", "task": "chain_sum", "size": 1}},
+            "reward": {"name": "exact"},
+        }
+    )
+
+
+def make_model(folder: Path, cuda: bool) -> None:
+    """Weights of seed 0; what transformers gives the samples' responses for log-probabilities, and gradients.
+
+    The gradient is that of the step in Trial.steps: at the anchor a response's loss, (τ/2)(s − A/τ)²/|y|, has
+    the gradient of −A s/|y|.
+    """
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = dict(
+        num_hidden_layers=4, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512,
+    )  # fmt: skip
+    large = dict(
+        num_hidden_layers=2, hidden_size=4096, intermediate_size=4096, moe_intermediate_size=1536,
+        num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        vocab_size=32_768,
+    )  # fmt: skip
+    shape = large if cuda else small
+    config = Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **shape)
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
+    model.save_pretrained(folder / "model")
+    model.to("cuda" if cuda else "cpu")
+    result = []
+    drawn = samples(configuration(folder, cuda), shape["vocab_size"])
+    for sample in drawn:
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens], device=model.device)
+        logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
+        chosen = tokens[0, len(sample.prompt_tokens) :, None]
+        log_probs = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        (-sample.advantage * log_probs.mean() / len(drawn)).backward()
+        result.append(log_probs.tolist())
+    (folder / "reference.json").write_text(json.dumps(result))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # transformers has a layer's experts in one tensor
+    gradients[COMPARED["an expert"]] = gradients["model.layers.0.mlp.experts.down_proj"][0]
+    torch.save({name: gradients[name].cpu() for name in COMPARED.values()}, folder / "gradients.pt")
+
+
+def samples(config: RunConfig, vocabulary: int) -> list[Any]:
+    from megatron_pmd.batch import Sample
+
+    rng = np.random.default_rng(0)
+    longest = config.batch.max_response_tokens
+    return [
+        Sample(
+            group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
+            prompt_tokens=rng.integers(0, vocabulary, rng.integers(2, longest)).tolist(),
+            response_tokens=(response := rng.integers(0, vocabulary, rng.integers(2, longest)).tolist()),
+            engine_log_probs=[0.0] * len(response), finish_reason="stop", weight_version=0, seed=0,
+            advantage=float(rng.normal()),
+        )
+        for i in range(16)
+    ]  # fmt: skip
+
+
+class Trial:
+    """One actor and its samples."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        config = override(configuration(folder, cuda), list(settings))
+        if not cuda:
+            from megatron_pmd.actor.cpu import standins
+
+            standins.install()
+        from megatron_pmd.actor.settings import set_environment
+
+        if cuda:
+            set_environment(config)  # before megatron-core imports Transformer Engine, as in the worker
+        from megatron_pmd.actor.actor import Actor
+        from megatron_pmd.actor.parallel import initialize
+        from megatron_pmd.batch import RolloutBatch
+        from megatron_pmd.distributed import Control
+
+        single = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(single)
+        initialize(config.layout, seed=0, timeout_seconds=300)
+        self.actor = Actor(config, Control(300))
+        reference = json.loads((folder / "reference.json").read_text())
+        vocabulary = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
+        drawn = samples(config, vocabulary)
+        for sample, log_probs in zip(drawn, reference, strict=True):
+            sample.engine_log_probs = log_probs
+        self.batch = RolloutBatch.pack(drawn, 1.0)
+        self.microbatches = self.actor.microbatches(self.batch, np.arange(16))
+
+    def log_probs(self, microbatches: list[list[int]]) -> Any:
+        return self.actor.log_probs(self.batch, microbatches)
+
+    def steps(self, count: int) -> dict[str, float]:
+        """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
+        from megatron_pmd.algorithm.losses import Constants, loss_of
+        from megatron_pmd.objectives.pmd import Pmd
+
+        anchor = self.log_probs(self.microbatches).log_probs
+        loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
+        seconds, reports = [], []
+        for _ in range(count):
+            begin = time.monotonic()
+            reports.append(self.actor.update(self.batch, self.microbatches, anchor, loss, 0.0))
+            seconds.append(time.monotonic() - begin)
+        first = reports[0]
+        return {
+            "loss": first.loss_sum / first.loss_count,
+            "gradient norm": first.gradient_norm,
+            "seconds": float(np.median(seconds)),
+        }
