@@ -125,10 +125,9 @@ def read_rollout(path: Path) -> tuple[list[Sample], int]:
 
 
 @dataclass
-class RolloutBatch:
-    """What a rank knows of a rollout: some numbers of every sample, and the tokens of those that are here.
+class RolloutMetadata:
+    """What every rank knows of a rollout: some numbers of each sample, none of its tokens.
 
-    Of every sample:
     lengths          int64   [samples]  prompt plus response tokens
     prompt_lengths   int64   [samples]
     counted_lengths  int64   [samples]  tokens that count in the loss
@@ -140,16 +139,6 @@ class RolloutBatch:
     examples         the last so many samples are supervised examples, not sampled responses
     padding_experts  uint8 or uint16 [layers · top-k]  the experts of the rollout's first token, which padding
                      goes to as well. None: not recorded for all samples
-
-    Of those that are here: sample i owns tokens[offsets[i] : offsets[i + 1]], prompt first; a sample that is
-    not here owns none.
-    offsets          int64   [samples + 1]
-    tokens           int32   [tokens here]
-    engine_log_probs float32 [tokens here]  0 at prompt tokens
-    token_versions   int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
-    counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
-    routed_experts   [tokens here, layers · top-k]  of padding_experts' type; None as that. A sample's last
-                     token, which goes nowhere in the engine, has its predecessor's
     """
 
     lengths: np.ndarray
@@ -163,47 +152,29 @@ class RolloutBatch:
     temperature: float
     examples: int
     padding_experts: np.ndarray | None
-    offsets: np.ndarray
-    tokens: np.ndarray
-    engine_log_probs: np.ndarray
-    token_versions: np.ndarray
-    counted: np.ndarray
-    routed_experts: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     @property
     def sampled(self) -> int:
         """Responses of the policy: samples before the supervised examples."""
-        return len(self) - self.examples
+        return len(self.lengths) - self.examples
 
     @property
     def response_lengths(self) -> np.ndarray:
         return self.lengths - self.prompt_lengths
 
-    @property
-    def here(self) -> np.ndarray:
-        """The samples whose tokens are here, ascending."""
-        return np.flatnonzero(np.diff(self.offsets))
-
     @classmethod
-    def describe(
+    def of(
         cls,
         samples: Sequence[Sample],
         temperature: float,
         *,
         examples: int = 0,
         weight_version: int | None = None,
-    ) -> RolloutBatch:
-        """What is known of every sample; the tokens of none are here.
-
-        weight_version: see there; None: the newest that any sample has.
-        """
+    ) -> RolloutMetadata:
+        """weight_version: see there; None: the newest that any sample has."""
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
         segments = [segment for s in samples for segment in s.segments if segment.tokens]
-        padding_experts = _padding_experts(samples, lengths)
-        return cls(
+        return RolloutMetadata(
             lengths=np.array(lengths, np.int64),
             prompt_lengths=np.array([len(s.prompt_tokens) for s in samples], np.int64),
             counted_lengths=np.array(
@@ -218,10 +189,39 @@ class RolloutBatch:
             sampled_versions=sorted({segment.weight_version for segment in segments} - {NOT_SAMPLED}),
             temperature=temperature,
             examples=examples,
-            padding_experts=padding_experts,
-            offsets=np.zeros(len(samples) + 1, np.int64),
-            **_token_arrays(np.empty(0, np.uint8), 0, padding_experts),
+            padding_experts=_padding_experts(samples, lengths),
         )
+
+
+@dataclass
+class RolloutBatch(RolloutMetadata):
+    """A rollout with the tokens of some of its samples, which are those here, as packed arrays.
+
+    Sample i owns tokens[offsets[i] : offsets[i + 1]], prompt first; one that is not here owns none.
+
+    offsets          int64   [samples + 1]
+    tokens           int32   [tokens here]
+    engine_log_probs float32 [tokens here]  0 at prompt tokens
+    token_versions   int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
+    counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
+    routed_experts   [tokens here, layers · top-k]  of padding_experts' type; None as that. A sample's last
+                     token, which goes nowhere in the engine, has its predecessor's
+    """
+
+    offsets: np.ndarray
+    tokens: np.ndarray
+    engine_log_probs: np.ndarray
+    token_versions: np.ndarray
+    counted: np.ndarray
+    routed_experts: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def here(self) -> np.ndarray:
+        """The samples whose tokens are here, ascending."""
+        return np.flatnonzero(np.diff(self.offsets))
 
     @classmethod
     def pack(
@@ -232,32 +232,31 @@ class RolloutBatch:
         examples: Sequence[Sample] = (),
         weight_version: int | None = None,
     ) -> RolloutBatch:
-        """Sampled responses, then supervised examples, all of their tokens. weight_version: see describe."""
+        """Sampled responses, then supervised examples, with all of their tokens."""
         everything = [*samples, *examples]
-        known = cls.describe(everything, temperature, examples=len(examples), weight_version=weight_version)
+        metadata = RolloutMetadata.of(
+            everything, temperature, examples=len(examples), weight_version=weight_version
+        )
         numbers = np.arange(len(everything))
-        batch = known.share(numbers, np.empty(known.share_bytes(numbers), np.uint8))
+        batch = cls.share(metadata, numbers, np.empty(share_bytes(metadata, numbers), np.uint8))
         batch.fill(everything)
         return batch
 
-    def share_bytes(self, samples: np.ndarray) -> int:
-        """What the tokens of these samples take in memory."""
-        tokens = int(self.lengths[samples].sum())
-        return tokens * sum(width * dtype.itemsize for _, dtype, width in _columns(self.padding_experts))
+    @classmethod
+    def share(cls, metadata: RolloutMetadata, samples: np.ndarray, memory: np.ndarray) -> RolloutBatch:
+        """The rollout with the tokens of these samples alone, which are in `memory`, or are to be: see fill.
 
-    def share(self, samples: np.ndarray, memory: np.ndarray) -> RolloutBatch:
-        """The batch with the tokens of these samples alone, which are in `memory`, or are to be: see fill.
-
-        memory: uint8 [share_bytes(samples) or more]; not copied.
+        memory: uint8 [share_bytes(metadata, samples)]; not copied.
         """
-        held = np.zeros(len(self), bool)
+        held = np.zeros(len(metadata.lengths), bool)
         held[samples] = True
-        offsets = np.concatenate([[0], np.cumsum(np.where(held, self.lengths, 0))]).astype(np.int64)
-        arrays = _token_arrays(memory, int(offsets[-1]), self.padding_experts)
-        return dataclasses.replace(self, offsets=offsets, **arrays)
+        offsets = np.concatenate([[0], np.cumsum(np.where(held, metadata.lengths, 0))]).astype(np.int64)
+        arrays = _token_arrays(memory, int(offsets[-1]), metadata.padding_experts)
+        known = {entry.name: getattr(metadata, entry.name) for entry in dataclasses.fields(RolloutMetadata)}
+        return cls(**known, offsets=offsets, **arrays)
 
     def fill(self, samples: Sequence[Sample]) -> None:
-        """Write the tokens of the samples that are here. samples: all of those described, in their order."""
+        """Write the tokens of the samples that are here. samples: all of the rollout's, in order."""
         for number in self.here.tolist():
             sample = samples[number]
             start, end = self.offsets[number : number + 2].tolist()
@@ -300,6 +299,12 @@ class RolloutBatch:
                     else "without rollout.partial all of it must be of one version"
                 )
             )
+
+
+def share_bytes(metadata: RolloutMetadata, samples: np.ndarray) -> int:
+    """What the tokens of these samples take in memory."""
+    tokens = int(metadata.lengths[samples].sum())
+    return tokens * sum(width * dtype.itemsize for _, dtype, width in _columns(metadata.padding_experts))
 
 
 def _columns(padding_experts: np.ndarray | None) -> list[tuple[str, np.dtype, int]]:

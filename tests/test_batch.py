@@ -10,9 +10,11 @@ import pytest
 from megatron_pmd.batch import (
     NOT_SAMPLED,
     RolloutBatch,
+    RolloutMetadata,
     Sample,
     Segment,
     read_rollout,
+    share_bytes,
     write_rollout,
 )
 from megatron_pmd.errors import StaleWeights
@@ -81,15 +83,14 @@ def test_recorded_experts_take_one_byte_each_where_their_numbers_fit(largest, dt
     ]
     assert batch.routed_experts is not None and batch.routed_experts.tolist() == rows
     assert batch.routed_experts.dtype == dtype
-    assert batch.share_bytes(np.array([1])) == 4 * (4 + 4 + 4 + 1 + 3 * np.dtype(dtype).itemsize)
+    assert share_bytes(batch, np.array([1])) == 4 * (4 + 4 + 4 + 1 + 3 * np.dtype(dtype).itemsize)
 
 
 def test_a_share_has_the_numbers_of_every_sample_and_the_tokens_of_its_own():
     samples = [sample(4, segments=MIXED), sample(3, number=1), sample(1, number=2)]
-    known = RolloutBatch.describe(samples, 1.0, examples=1)
-    assert (len(known), len(known.tokens), known.here.tolist()) == (3, 0, [])
+    known = RolloutMetadata.of(samples, 1.0, examples=1)
     mine = np.array([0, 2])
-    share = known.share(mine, np.zeros(known.share_bytes(mine), np.uint8))
+    share = RolloutBatch.share(known, mine, np.zeros(share_bytes(known, mine), np.uint8))
     share.fill(samples)
     assert share.here.tolist() == [0, 2] and share.offsets.tolist() == [0, 6, 6, 9]
     assert share.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10]

@@ -21,7 +21,7 @@ from megatron_pmd.actor.parallel import context_parallel_position, data_parallel
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
-from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.batch import RolloutBatch, RolloutMetadata
 from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
@@ -128,7 +128,7 @@ class Actor:
             control, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
         )
 
-    def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
+    def microbatches(self, batch: RolloutMetadata, samples: np.ndarray) -> batching.Microbatches:
         """This rank's micro-batches of the given samples; every rank of a replica gets the same."""
         rank, size = data_parallel_position()
         layout, lengths = self.config.layout, self._row.padded(batch.lengths[samples])
@@ -143,14 +143,14 @@ class Actor:
         )
         return [[int(samples[i]) for i in bin_] for bin_ in shares[rank]]
 
-    def share(self, batch: RolloutBatch, steps: Iterable[np.ndarray]) -> np.ndarray:
+    def share(self, batch: RolloutMetadata, steps: Iterable[np.ndarray]) -> np.ndarray:
         """Of the samples of these optimizer steps, those that this rank's replica trains on, ascending."""
         microbatches = [m for samples in steps for m in self.microbatches(batch, samples)]
         return np.array(sorted(set(itertools.chain(*microbatches))), np.int64)
 
-    def share_of_all(self, batch: RolloutBatch) -> np.ndarray:
+    def share_of_all(self, batch: RolloutMetadata) -> np.ndarray:
         """share(), of one step on all samples."""
-        return self.share(batch, [np.arange(len(batch))])
+        return self.share(batch, [np.arange(len(batch.lengths))])
 
     @torch.no_grad()
     def log_probs(self, batch: RolloutBatch, microbatches: batching.Microbatches) -> AnchorReport:

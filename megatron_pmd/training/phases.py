@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from megatron_pmd.actor.actor import AnchorReport, Examples
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import over_iteration
-from megatron_pmd.batch import RolloutBatch, Sample, write_rollout
+from megatron_pmd.batch import RolloutBatch, RolloutMetadata, Sample, write_rollout
 from megatron_pmd.convert.live import write_policy
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.errors import StaleWeights
@@ -53,23 +54,22 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
         iteration.left_over = rollout.left_over
         iteration.values |= account_values(rollout)
     _end_if_cut(run, rollout, "rollout")
-    described = None
+    metadata = None
     if rollout is not None:
-        described, samples = _grade_and_describe(run, iteration, rollout, samples)
-    batch = distribute(
-        described, samples, lambda batch: _trained_here(run, batch), run.control, say=run.log.say
-    )
+        metadata, samples = _grade(run, iteration, rollout, samples)
+    needed = functools.partial(_trained_here, run)
+    batch = distribute(metadata, samples, needed, run.control, say=run.log.say)
     if run.config.actor.experts.replay_routing:
         batch.check_routing(run.actor.routing_width)
     return batch
 
 
-def _grade_and_describe(
+def _grade(
     run: Trainer, iteration: Iteration, rollout: RolloutGroups, samples: list[Sample]
-) -> tuple[RolloutBatch, list[Sample]]:
-    """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch.
+) -> tuple[RolloutMetadata, list[Sample]]:
+    """On the driver: rewards become advantages, and the samples a file and numbers to log.
 
-    The batch has no tokens yet; they are of the samples returned with it.
+    Returns what every rank is to know of the batch, and its samples, supervised examples included.
     """
     t = iteration.number
     subproblem = Subproblem(run.config, t)
@@ -81,8 +81,8 @@ def _grade_and_describe(
         iteration.values |= rollout_values(samples)
     examples = _examples(run)
     everything, temperature = [*samples, *examples], subproblem.temperature
-    described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
-    return described, everything
+    metadata = RolloutMetadata.of(everything, temperature, examples=len(examples), weight_version=t)
+    return metadata, everything
 
 
 def _end_if_cut(run: Trainer, rollout: RolloutGroups | None, what: str) -> None:
@@ -109,19 +109,19 @@ def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:
     return [run.actor.microbatches(batch, samples) for samples in _responses_of_steps(run, batch)]
 
 
-def _responses_of_steps(run: Trainer, batch: RolloutBatch) -> list[np.ndarray]:
+def _responses_of_steps(run: Trainer, batch: RolloutMetadata) -> list[np.ndarray]:
     groups = batch.groups[: batch.sampled]
     return batching.steps_of_groups(groups, run.config.batch.prompts_per_step)
 
 
-def _examples_of_step(run: Trainer, batch: RolloutBatch, step: int) -> np.ndarray:
+def _examples_of_step(run: Trainer, batch: RolloutMetadata, step: int) -> np.ndarray:
     """Which samples are the supervised examples of an optimizer step; none without algorithm.ptx."""
     ptx = run.config.algorithm.ptx
     per_step = ptx.examples_per_step if ptx else 0
     return batch.sampled + step * per_step + np.arange(per_step)
 
 
-def _trained_here(run: Trainer, batch: RolloutBatch) -> np.ndarray:
+def _trained_here(run: Trainer, batch: RolloutMetadata) -> np.ndarray:
     """The samples that this rank trains on, in any step."""
     responses = _responses_of_steps(run, batch)
     examples = [_examples_of_step(run, batch, step) for step in range(len(responses))]
@@ -289,8 +289,8 @@ def _check_final_weights(run: Trainer, final: int) -> None:
     samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
     _end_if_cut(run, rollout, "check of the final weights")
     temperature = Subproblem(run.config, final).temperature
-    described = RolloutBatch.describe(samples, temperature) if samples else None
-    batch = distribute(described, samples, run.actor.share_of_all, run.control, say=run.log.say)
+    metadata = RolloutMetadata.of(samples, temperature) if samples else None
+    batch = distribute(metadata, samples, run.actor.share_of_all, run.control, say=run.log.say)
     run.rollouts.release()
     run.actor.wake()
     everything = [run.actor.microbatches(batch, np.arange(len(batch)))]

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutBatch, RolloutMetadata, Sample, share_bytes
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.shared_memory import SHARED_MEMORY, nameless_file, path_to
@@ -42,9 +42,9 @@ class NodeFile:
 
 
 def distribute(
-    described: RolloutBatch | None,
+    metadata: RolloutMetadata | None,
     samples: Sequence[Sample],
-    needed: Callable[[RolloutBatch], np.ndarray],
+    needed: Callable[[RolloutMetadata], np.ndarray],
     control: Control,
     *,
     say: Callable[[str], Any] = print,
@@ -52,18 +52,18 @@ def distribute(
 ) -> RolloutBatch:
     """The batch with the tokens of this rank's share; collective.
 
-    described  on the driver: RolloutBatch.describe of the samples
-    samples    on the driver: all of them, in that order
-    needed     from what is known of every sample to the samples whose tokens this rank trains on
+    metadata   on the driver: RolloutMetadata.of(samples)
+    samples    on the driver: all of them
+    needed     the samples whose tokens this rank trains on
     memory     where a node's file is to be; where it is too small, the file is in the folder for temporary
                files, and the driver says so
 
     A node's file is there until the last of its ranks has dropped its batch. Raises LaunchError on all ranks
     if a node has room for it nowhere.
     """
-    batch: RolloutBatch = control.from_driver(described)
-    own: Share = tuple(np.unique(needed(batch)).tolist())
-    files = plan(batch, control.all_gather((control.node, own)))
+    known: RolloutMetadata = control.from_driver(metadata)
+    own: Share = tuple(np.unique(needed(known)).tolist())
+    files = plan(known, control.all_gather((control.node, own)))
     mine = files[control.node]
     file: IO[bytes] | None = None
 
@@ -80,7 +80,7 @@ def distribute(
     if file is not None:
         whole = torch.frombuffer(mmap.mmap(file.fileno(), mine.nbytes), dtype=torch.uint8)
         if control.is_driver:
-            _pack(batch, samples, files, whole, control)
+            _pack(known, samples, files, whole, control)
         else:
             for offset, nbytes in mine.sections.values():
                 control.receive_bytes(whole[offset : offset + nbytes], 0)
@@ -91,7 +91,7 @@ def distribute(
 
     def map_section() -> None:
         nonlocal share
-        share = _mapped(batch, own, path, *mine.sections[own])
+        share = _mapped(known, own, path, *mine.sections[own])
 
     control.on_all(map_section)
     if file is not None:
@@ -112,7 +112,7 @@ def _tell_of_other_folders(
             )
 
 
-def plan(batch: RolloutBatch, requests: list[tuple[int, Share]]) -> dict[int, NodeFile]:
+def plan(metadata: RolloutMetadata, requests: list[tuple[int, Share]]) -> dict[int, NodeFile]:
     """Every node's file. requests: each rank's node and share, in rank order."""
     nodes = [node for node, _ in requests]
     files: dict[int, NodeFile] = {}
@@ -120,7 +120,7 @@ def plan(batch: RolloutBatch, requests: list[tuple[int, Share]]) -> dict[int, No
         sections, end = {}, 0
         # in one order everywhere: the driver packs a share once, and sends it to every node that needs it
         for share in sorted({share for needing, share in requests if needing == node}):
-            nbytes = batch.share_bytes(np.array(share, np.int64))
+            nbytes = share_bytes(metadata, np.array(share, np.int64))
             sections[share] = end, nbytes
             # a map begins at a page's beginning, and cannot be of nothing
             end += -(-max(nbytes, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
@@ -129,7 +129,7 @@ def plan(batch: RolloutBatch, requests: list[tuple[int, Share]]) -> dict[int, No
 
 
 def _pack(
-    batch: RolloutBatch,
+    metadata: RolloutMetadata,
     samples: Sequence[Sample],
     files: dict[int, NodeFile],
     memory: torch.Tensor,
@@ -143,14 +143,14 @@ def _pack(
             offset, nbytes = mine.sections[share]
             section = memory[offset : offset + nbytes]
         else:
-            section = torch.empty(batch.share_bytes(numbers), dtype=torch.uint8)
-        batch.share(numbers, section.numpy()).fill(samples)
+            section = torch.empty(share_bytes(metadata, numbers), dtype=torch.uint8)
+        RolloutBatch.share(metadata, numbers, section.numpy()).fill(samples)
         for file in files.values():
             if file is not mine and share in file.sections:
                 control.send_bytes(section, file.leader)
 
 
-def _mapped(batch: RolloutBatch, own: Share, path: Path, offset: int, nbytes: int) -> RolloutBatch:
+def _mapped(metadata: RolloutMetadata, own: Share, path: Path, offset: int, nbytes: int) -> RolloutBatch:
     """The batch with this rank's section of its node's file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -164,4 +164,4 @@ def _mapped(batch: RolloutBatch, own: Share, path: Path, offset: int, nbytes: in
             f"{path}, where a node's part of the batch is, cannot be mapped: {error}; the ranks of a node "
             "need one user and one /proc"
         ) from None
-    return batch.share(np.array(own, np.int64), np.frombuffer(section, np.uint8))
+    return RolloutBatch.share(metadata, np.array(own, np.int64), np.frombuffer(section, np.uint8))

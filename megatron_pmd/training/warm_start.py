@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_pmd.algorithm.losses import next_token
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutMetadata, Sample
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.training.shares import distribute
 from megatron_pmd.training.trainer import Trainer
@@ -20,11 +20,11 @@ def warm_start(run: Trainer) -> None:
     settings = run.config.warm_start
     assert settings is not None, "called only when the recipe asks for it"
     for step in range(settings.steps):
-        described, samples = None, list[Sample]()
+        metadata, samples = None, list[Sample]()
         if run.control.is_driver:
             samples = demonstrations(run.problems.train.take(settings.problems_per_step), run.tokenizer)
-            described = RolloutBatch.describe(samples, temperature=1.0)
-        batch = distribute(described, samples, run.actor.share_of_all, run.control, say=run.log.say)
+            metadata = RolloutMetadata.of(samples, temperature=1.0)
+        batch = distribute(metadata, samples, run.actor.share_of_all, run.control, say=run.log.say)
         microbatches = run.actor.microbatches(batch, np.arange(len(batch)))
         no_anchor = torch.zeros(len(batch.tokens))
         report = run.actor.update(batch, microbatches, no_anchor, next_token, settings.learning_rate)

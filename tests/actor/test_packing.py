@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_pmd.actor.packing import Row, pack_microbatch
-from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.batch import RolloutBatch, share_bytes
 from tests.actor.tiny_models import TEMPERATURE, rollout, with_routing
 
 
@@ -52,7 +52,7 @@ def test_a_share_gives_the_micro_batches_of_the_whole_batch_and_refuses_others()
     for sample in samples:
         sample.engine_log_probs = [0.0] * len(sample.response_tokens)
     whole, mine = RolloutBatch.pack(samples, TEMPERATURE), np.array([2, 5, 11])
-    share = whole.share(mine, np.zeros(whole.share_bytes(mine), np.uint8))
+    share = RolloutBatch.share(whole, mine, np.zeros(share_bytes(whole, mine), np.uint8))
     share.fill(samples)
     for numbers in ([5, 11], [2], []):
         ours, expected = (pack_microbatch(batch, numbers, Row(4), "cpu") for batch in (share, whole))

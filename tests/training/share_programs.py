@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutBatch, RolloutMetadata, Sample
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.training.shares import distribute
@@ -48,9 +48,9 @@ def _trained(
     actor = Actor(config, control)
     sampled = len(samples) - examples
     steps = [np.arange(sampled - 4), np.arange(sampled - 4, sampled), np.arange(sampled, len(samples))]
-    described = RolloutBatch.describe(samples, 0.8, examples=examples) if control.is_driver else None
+    metadata = RolloutMetadata.of(samples, 0.8, examples=examples) if control.is_driver else None
     share = distribute(
-        described, samples if control.is_driver else [], lambda batch: actor.share(batch, steps), control,
+        metadata, samples if control.is_driver else [], lambda batch: actor.share(batch, steps), control,
         memory=memory,
     )  # fmt: skip
     result = {
@@ -126,8 +126,8 @@ def interrupted(samples: list[Sample], memory: Path, how: str) -> int:
     if isinstance(control, Deadly):
         control.memory = memory
     share = distribute(
-        RolloutBatch.describe(samples, 1.0) if control.is_driver else None, Watched(samples, memory, how),
-        lambda batch: np.arange(rank, len(batch), world), control, memory=memory,
+        RolloutMetadata.of(samples, 1.0) if control.is_driver else None, Watched(samples, memory, how),
+        lambda batch: np.arange(rank, len(batch.lengths), world), control, memory=memory,
     )  # fmt: skip
     assert share.tokens.any()
     used = used_blocks(memory)
@@ -141,10 +141,10 @@ def without_room(samples: list[Sample], memory: Path, temporary: Path) -> tuple[
     tempfile.tempdir = str(temporary)
     said: list[str] = []
     try:
+        metadata, numbers = RolloutMetadata.of(samples, 1.0), np.arange(len(samples))
         share = distribute(
-            RolloutBatch.describe(samples, 1.0), samples, lambda batch: np.arange(len(batch)), Control(60),
-            say=said.append, memory=memory,
-        )  # fmt: skip
+            metadata, samples, lambda batch: numbers, Control(60), say=said.append, memory=memory
+        )
     except LaunchError as error:
         return said, False, str(error)
     whole = RolloutBatch.pack(samples, 1.0)
