@@ -1,0 +1,99 @@
+"""The tutorials run as they stand on the page: blocks with a title are files, bash blocks are commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megatron_pmd.algorithm.losses import Constants, LossInput
+from megatron_pmd.config.algorithm import read_objective
+
+PROJECT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DEADLINE_SECONDS = 900
+"""For a page that takes three minutes on two idle cores."""
+
+
+class Block(NamedTuple):
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(*found) for found in FENCE.findall((PROJECT / page).read_text())]
+
+
+def follow(page: str, folder: Path) -> str:
+    """Write the page's files and give its commands, in its order; returns what they printed."""
+    printed = []
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT),
+        "COLUMNS": "100",
+    }  # fmt: skip
+    for block in blocks(page):
+        if block.title:
+            (folder / block.title).write_text(block.text)
+        elif block.language == "bash":
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block.text], cwd=folder, env=environment, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=DEADLINE_SECONDS,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{block.text}\n{done.stdout}"
+            printed.append(done.stdout)
+    return "".join(printed)
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+@pytest.mark.serial
+def test_your_own_task_is_learned_reported_and_evaluated(tmp_path: Path):
+    page = "docs/tutorials/your_own_task.md"
+    printed = follow(page, tmp_path)
+    assert blocks(page)[2].text in printed, "the problems that the page shows are those it makes"
+    run = tmp_path / "runs/sorting"
+    first, *_, last = metrics(run, "evaluation")
+    assert last["mean_at_k"] > first["mean_at_k"]
+    assert (run / "report.html").is_file()
+    assert (run / "hf/iteration-6/config.json").is_file()
+    assert "mean@4" in printed and "pass@4" in printed
+
+
+@pytest.mark.serial
+def test_from_grpo_to_pmd_trains_twice_on_one_rollout_and_prints_both(tmp_path: Path):
+    printed = follow("docs/tutorials/from_grpo_to_pmd.md", tmp_path)
+    pmd, grpo = (metrics(tmp_path / "runs" / name, "step") for name in ("pmd", "grpo"))
+    assert len(pmd) == len(grpo) == 16
+    # one rollout and one start: the first step, before anything has moved, sees the same groups
+    assert pmd[0]["pmd/chi2_weight"] == pytest.approx(grpo[0]["pmd/chi2_weight"], rel=1e-6)
+    assert pmd[-1]["gradient_norm"] != grpo[-1]["gradient_norm"]
+    for name in ("pmd", "grpo"):
+        assert sum(line.startswith(f"{name} ") for line in printed.splitlines()) == 6
+
+
+def test_the_objective_in_contributing_is_read_from_its_file_and_has_its_formulas_gradient(tmp_path: Path):
+    (block,) = [block for block in blocks("CONTRIBUTING.md") if block.title]
+    (tmp_path / block.title).write_text(block.text)
+    objective = read_objective({"name": f"{tmp_path / block.title}:Mine", "strength": 2.0})
+    log_probs = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    anchor = torch.tensor([-1.5, -2.0, -1.0], dtype=torch.float64)
+    sequence, advantages = torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0])
+    x = LossInput(log_probs, anchor, anchor, torch.ones(3), sequence, advantages)
+    loss = objective.loss(x, Constants(tau=0.1, max_response_tokens=8))
+    # s = 0.5 for both: (2/2)(0.5 - 1)² and (2/2)(0.5 + 1)², with the gradient 2 (s - A)
+    assert loss.tolist() == pytest.approx([0.25, 2.25])
+    loss.sum().backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == pytest.approx([-1.0, -1.0, 3.0])
