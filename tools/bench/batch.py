@@ -103,7 +103,7 @@ def measure(way: Callable[..., RolloutBatch], samples: list[Sample], control: Co
     gigabytes = share_bytes(batch, np.arange(len(batch))) / 1e9
     return {
         "GB": gigabytes, "arrival_s": arrived - start, "processor_s": sum(processor_seconds),
-        "reading_s": read - arrived, "driver_GB": ranks[0], "rank_GB": max(ranks[1:], default=0.0), "all_GB": sum(ranks),
+        "reading_s": read - arrived, "driver_GB": ranks[0], "rank_GB": max(ranks[1:]), "all_GB": sum(ranks),
     }  # fmt: skip
 
 
