@@ -67,7 +67,7 @@ def test_your_own_task_is_learned_reported_and_evaluated(tmp_path: Path):
     first, *_, last = metrics(run, "evaluation")
     assert last["mean_at_k"] > first["mean_at_k"]
     assert (run / "report.html").is_file()
-    assert (run / "hf/iteration-6/config.json").is_file()
+    assert (run / "hf/iteration-8/config.json").is_file()
     assert "mean@4" in printed and "pass@4" in printed
 
 
