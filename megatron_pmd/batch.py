@@ -124,32 +124,15 @@ def read_rollout(path: Path) -> tuple[list[Sample], int]:
     return samples, iteration
 
 
-@dataclass
-class RolloutBatch:
-    """What a rank knows of a rollout: some numbers of every sample, and the tokens of those that are here.
+@dataclass(frozen=True)
+class SampleColumns:
+    """What every rank knows of every sample.
 
-    Of every sample:
     lengths          int64   [samples]  prompt plus response tokens
     prompt_lengths   int64   [samples]
     counted_lengths  int64   [samples]  tokens that count in the loss
     groups           int64   [samples]
     rewards, advantages float64 [samples]  rewards are the shaped ones
-    weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
-    sampled_versions the weights that sampled any token, ascending
-    temperature      of the policy that all log-probabilities are of
-    examples         the last so many samples are supervised examples, not sampled responses
-    padding_experts  uint8 or uint16 [layers · top-k]  the experts of the rollout's first token, which padding
-                     goes to as well. None: not recorded for all samples
-
-    Of those that are here: sample i owns tokens[offsets[i] : offsets[i + 1]], prompt first; a sample that is
-    not here owns none.
-    offsets          int64   [samples + 1]
-    tokens           int32   [tokens here]
-    engine_log_probs float32 [tokens here]  0 at prompt tokens
-    token_versions   int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
-    counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
-    routed_experts   [tokens here, layers · top-k]  of padding_experts' type; None as that. A sample's last
-                     token, which goes nowhere in the engine, has its predecessor's
     """
 
     lengths: np.ndarray
@@ -158,20 +141,62 @@ class RolloutBatch:
     groups: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return self.lengths - self.prompt_lengths
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """The tokens of the samples that are here: sample i owns ids[offsets[i] : offsets[i + 1]], prompt first.
+
+    A sample that is not here owns none.
+    offsets          int64   [samples + 1]
+    ids              int32   [tokens here]
+    engine_log_probs float32 [tokens here]  0 at prompt tokens
+    versions         int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
+    counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
+    routed_experts   uint8 or uint16 [tokens here, layers · top-k]  None: not recorded for all samples. A
+                     sample's last token, which goes nowhere in the engine, has its predecessor's
+    """
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    engine_log_probs: np.ndarray
+    versions: np.ndarray
+    counted: np.ndarray
+    routed_experts: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class RolloutBatch:
+    """What a rank knows of a rollout: some numbers of every sample, and the tokens of those that are here.
+
+    weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
+    sampled_versions the weights that sampled any token, ascending
+    temperature      of the policy that all log-probabilities are of
+    examples         the last so many samples are supervised examples, not sampled responses
+    padding_experts  [layers · top-k]  the experts of the rollout's first token, which padding goes to as
+                     well. None: as routed_experts
+    """
+
+    samples: SampleColumns
+    tokens: TokenColumns
     weight_version: int
     sampled_versions: list[int]
     temperature: float
     examples: int
     padding_experts: np.ndarray | None
-    offsets: np.ndarray
-    tokens: np.ndarray
-    engine_log_probs: np.ndarray
-    token_versions: np.ndarray
-    counted: np.ndarray
-    routed_experts: np.ndarray | None
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.samples)
 
     @property
     def sampled(self) -> int:
@@ -179,13 +204,9 @@ class RolloutBatch:
         return len(self) - self.examples
 
     @property
-    def response_lengths(self) -> np.ndarray:
-        return self.lengths - self.prompt_lengths
-
-    @property
     def here(self) -> np.ndarray:
         """The samples whose tokens are here, ascending."""
-        return np.flatnonzero(np.diff(self.offsets))
+        return np.flatnonzero(np.diff(self.tokens.offsets))
 
     @classmethod
     def describe(
@@ -203,7 +224,7 @@ class RolloutBatch:
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
         segments = [segment for s in samples for segment in s.segments if segment.tokens]
         padding_experts = _padding_experts(samples, lengths)
-        return cls(
+        columns = SampleColumns(
             lengths=np.array(lengths, np.int64),
             prompt_lengths=np.array([len(s.prompt_tokens) for s in samples], np.int64),
             counted_lengths=np.array(
@@ -212,6 +233,12 @@ class RolloutBatch:
             groups=np.array([s.group for s in samples], np.int64),
             rewards=np.array([s.shaped_reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
+        )
+        return cls(
+            samples=columns,
+            tokens=_token_columns(
+                np.zeros(len(samples) + 1, np.int64), np.empty(0, np.uint8), padding_experts
+            ),
             weight_version=(
                 max(s.weight_version for s in samples) if weight_version is None else weight_version
             ),
@@ -219,8 +246,6 @@ class RolloutBatch:
             temperature=temperature,
             examples=examples,
             padding_experts=padding_experts,
-            offsets=np.zeros(len(samples) + 1, np.int64),
-            **_token_arrays(np.empty(0, np.uint8), 0, padding_experts),
         )
 
     @classmethod
@@ -242,7 +267,7 @@ class RolloutBatch:
 
     def share_bytes(self, samples: np.ndarray) -> int:
         """What the tokens of these samples take in memory."""
-        tokens = int(self.lengths[samples].sum())
+        tokens = int(self.samples.lengths[samples].sum())
         return tokens * sum(width * dtype.itemsize for _, dtype, width in _columns(self.padding_experts))
 
     def share(self, samples: np.ndarray, memory: np.ndarray) -> RolloutBatch:
@@ -252,31 +277,32 @@ class RolloutBatch:
         """
         held = np.zeros(len(self), bool)
         held[samples] = True
-        offsets = np.concatenate([[0], np.cumsum(np.where(held, self.lengths, 0))]).astype(np.int64)
-        arrays = _token_arrays(memory, int(offsets[-1]), self.padding_experts)
-        return dataclasses.replace(self, offsets=offsets, **arrays)
+        lengths = np.where(held, self.samples.lengths, 0)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return dataclasses.replace(self, tokens=_token_columns(offsets, memory, self.padding_experts))
 
     def fill(self, samples: Sequence[Sample]) -> None:
         """Write the tokens of the samples that are here. samples: all of those described, in their order."""
+        columns = self.tokens
         for number in self.here.tolist():
             sample = samples[number]
-            start, end = self.offsets[number : number + 2].tolist()
+            start, end = columns.offsets[number : number + 2].tolist()
             response = start + len(sample.prompt_tokens)
-            self.tokens[start:response] = sample.prompt_tokens
-            self.tokens[response:end] = sample.response_tokens
-            self.engine_log_probs[start:response] = 0.0
-            self.engine_log_probs[response:end] = sample.engine_log_probs
-            self.token_versions[start:response] = NOT_SAMPLED
-            self.counted[start:response] = False
+            columns.ids[start:response] = sample.prompt_tokens
+            columns.ids[response:end] = sample.response_tokens
+            columns.engine_log_probs[start:response] = 0.0
+            columns.engine_log_probs[response:end] = sample.engine_log_probs
+            columns.versions[start:response] = NOT_SAMPLED
+            columns.counted[start:response] = False
             for segment in sample.segments:
-                self.token_versions[response : response + segment.tokens] = segment.weight_version
-                self.counted[response : response + segment.tokens] = segment.counted
+                columns.versions[response : response + segment.tokens] = segment.weight_version
+                columns.counted[response : response + segment.tokens] = segment.counted
                 response += segment.tokens
             assert response == end, "a sample's segments cover its response"
-            if self.routed_experts is not None:
+            if columns.routed_experts is not None:
                 recorded = _recorded_experts(sample).reshape(end - start - 1, -1)
-                self.routed_experts[start : end - 1] = recorded
-                self.routed_experts[end - 1] = recorded[-1]
+                columns.routed_experts[start : end - 1] = recorded
+                columns.routed_experts[end - 1] = recorded[-1]
 
     def check_routing(self, width: int) -> None:
         """DataError unless each token has `width` recorded experts: layers · top-k."""
@@ -304,23 +330,26 @@ class RolloutBatch:
 
 def _columns(padding_experts: np.ndarray | None) -> list[tuple[str, np.dtype, int]]:
     """Name, type and width of what a batch has of each token; those of larger types first, to be aligned."""
-    columns = [("tokens", np.dtype(np.int32), 1), ("engine_log_probs", np.dtype(np.float32), 1)]
-    columns.append(("token_versions", np.dtype(np.int32), 1))
+    columns = [("ids", np.dtype(np.int32), 1), ("engine_log_probs", np.dtype(np.float32), 1)]
+    columns.append(("versions", np.dtype(np.int32), 1))
     if padding_experts is not None:
         columns.append(("routed_experts", padding_experts.dtype, len(padding_experts)))
     return [*columns, ("counted", np.dtype(np.bool_), 1)]
 
 
-def _token_arrays(memory: np.ndarray, tokens: int, padding_experts: np.ndarray | None) -> dict[str, Any]:
-    """A batch's arrays of so many tokens in this memory, one behind the other."""
+def _token_columns(
+    offsets: np.ndarray, memory: np.ndarray, padding_experts: np.ndarray | None
+) -> TokenColumns:
+    """A batch's arrays of its tokens in this memory, one behind the other."""
+    tokens = int(offsets[-1])
     arrays: dict[str, Any] = {"routed_experts": None}
-    offset = 0
+    start = 0
     for name, dtype, width in _columns(padding_experts):
-        end = offset + tokens * width * dtype.itemsize
-        arrays[name], offset = memory[offset:end].view(dtype), end
+        end = start + tokens * width * dtype.itemsize
+        arrays[name], start = memory[start:end].view(dtype), end
     if padding_experts is not None:
         arrays["routed_experts"] = arrays["routed_experts"].reshape(tokens, len(padding_experts))
-    return arrays
+    return TokenColumns(offsets, **arrays)
 
 
 def _recorded_experts(sample: Sample) -> np.ndarray:

@@ -32,9 +32,9 @@ MIXED = [Segment(2, 5, counted=False), Segment(1, NOT_SAMPLED, counted=False), S
 
 def test_packed_tokens_carry_version_and_count_of_their_segment():
     batch = RolloutBatch.pack([sample(4, segments=MIXED), sample(3, number=1)], 1.0)
-    assert batch.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10, 11, 12]
-    assert batch.token_versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
-    assert batch.counted.tolist() == [False] * 5 + [True] + [False] * 2 + [True] * 3
+    assert batch.tokens.ids.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10, 11, 12]
+    assert batch.tokens.versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
+    assert batch.tokens.counted.tolist() == [False] * 5 + [True] + [False] * 2 + [True] * 3
     assert batch.weight_version == 7
 
 
@@ -79,8 +79,8 @@ def test_recorded_experts_take_one_byte_each_where_their_numbers_fit(largest, dt
         [6, 7, largest],
         [6, 7, largest],
     ]
-    assert batch.routed_experts is not None and batch.routed_experts.tolist() == rows
-    assert batch.routed_experts.dtype == dtype
+    assert batch.tokens.routed_experts is not None and batch.tokens.routed_experts.tolist() == rows
+    assert batch.tokens.routed_experts.dtype == dtype
     assert batch.share_bytes(np.array([1])) == 4 * (4 + 4 + 4 + 1 + 3 * np.dtype(dtype).itemsize)
 
 
@@ -91,9 +91,13 @@ def test_a_share_has_the_numbers_of_every_sample_and_the_tokens_of_its_own():
     mine = np.array([0, 2])
     share = known.share(mine, np.zeros(known.share_bytes(mine), np.uint8))
     share.fill(samples)
-    assert share.here.tolist() == [0, 2] and share.offsets.tolist() == [0, 6, 6, 9]
-    assert share.tokens.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10]
-    assert share.token_versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7]
+    assert share.here.tolist() == [0, 2] and share.tokens.offsets.tolist() == [0, 6, 6, 9]
+    assert share.tokens.ids.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10]
+    assert share.tokens.versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7]
     for batch in (known, share):
-        assert batch.lengths.tolist() == [6, 5, 3] and batch.counted_lengths.tolist() == [1, 3, 1]
+        assert batch.samples.lengths.tolist() == [6, 5, 3] and batch.samples.counted_lengths.tolist() == [
+            1,
+            3,
+            1,
+        ]
         assert batch.sampled_versions == [5, 7] and batch.sampled == 2

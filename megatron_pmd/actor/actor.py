@@ -131,7 +131,7 @@ class Actor:
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
         """This rank's micro-batches of the given samples; every rank of a replica gets the same."""
         rank, size = data_parallel_position()
-        layout, lengths = self.config.layout, self._row.padded(batch.lengths[samples])
+        layout, lengths = self.config.layout, self._row.padded(batch.samples.lengths[samples])
         costs = batching.attention_cost_tokens(lengths, self._tokens_at_equal_cost)
         shares = batching.pack(
             lengths,
@@ -157,7 +157,7 @@ class Actor:
         """One forward pass over the micro-batches: log π of each response token under the current weights."""
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
-        current = torch.from_numpy(batch.token_versions == batch.weight_version)
+        current = torch.from_numpy(batch.tokens.versions == batch.weight_version)
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
             log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
@@ -169,7 +169,7 @@ class Actor:
             self._run(batch, microbatches, keep, forward_only=True)
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
         compared = computed & current
-        difference = (result - torch.from_numpy(batch.engine_log_probs))[compared].abs().double()
+        difference = (result - torch.from_numpy(batch.tokens.engine_log_probs))[compared].abs().double()
         return AnchorReport(
             log_probs=result,
             sum_absolute=float(difference.sum()),
@@ -193,9 +193,9 @@ class Actor:
 
         Raises NonFiniteLoss on all ranks; what is saved of the run is then its last checkpoint.
         """
-        engine = torch.from_numpy(batch.engine_log_probs)
-        counted = torch.from_numpy(batch.counted)
-        advantages = torch.from_numpy(batch.advantages).float()
+        engine = torch.from_numpy(batch.tokens.engine_log_probs)
+        counted = torch.from_numpy(batch.tokens.counted)
+        advantages = torch.from_numpy(batch.samples.advantages).float()
         sums = _StepSums()
 
         def loss(
@@ -270,7 +270,7 @@ class Actor:
         examples: batching.Microbatches | None = None,
     ) -> None:
         # demonstrations have no recorded routing: routers choose by themselves
-        replay = self._replay if batch.routed_experts is not None else None
+        replay = self._replay if batch.tokens.routed_experts is not None else None
         run_schedule(
             self.chunks, batch, microbatches, self._row, on_logits,
             forward_only=forward_only, examples=examples, replay=replay,

@@ -99,7 +99,7 @@ def pack_microbatch(
     """
     if not np.isin(samples, batch.here).all():
         raise IndexError(f"this rank's share of the batch has not all of the samples {samples}")
-    lengths = batch.lengths[samples]
+    lengths = batch.samples.lengths[samples]
     starts = np.concatenate([[0], np.cumsum(row.padded(lengths))]).astype(np.int64)
     total, multiple = int(starts[-1]), math.lcm(row.multiple * row.size, row.sequence_multiple)
     padding = -total % multiple if total else multiple
@@ -111,8 +111,8 @@ def pack_microbatch(
     empty = np.zeros(0, np.int64)
     answers, sources = [empty], [empty]
     for sample, start, length in zip(samples, starts.tolist(), lengths.tolist(), strict=False):
-        offset, prompt = int(batch.offsets[sample]), int(batch.prompt_lengths[sample])
-        tokens[start : start + length] = batch.tokens[offset : offset + length]
+        offset, prompt = int(batch.tokens.offsets[sample]), int(batch.samples.prompt_lengths[sample])
+        tokens[start : start + length] = batch.tokens.ids[offset : offset + length]
         positions[start : start + length] = np.arange(length)
         origin[start : start + length] = np.arange(offset, offset + length)
         answers.append(np.arange(start + prompt, start + length))
@@ -144,8 +144,8 @@ def pack_microbatch(
 
 def _experts(batch: RolloutBatch, origin: np.ndarray) -> np.ndarray | None:
     """The recorded experts of these tokens of the batch, if there are any; -1: padding."""
-    if batch.padding_experts is None or batch.routed_experts is None:
+    if batch.padding_experts is None or batch.tokens.routed_experts is None:
         return None
     experts = np.tile(batch.padding_experts, (len(origin), 1))
-    experts[origin >= 0] = batch.routed_experts[origin[origin >= 0]]
+    experts[origin >= 0] = batch.tokens.routed_experts[origin[origin >= 0]]
     return experts

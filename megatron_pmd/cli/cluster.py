@@ -15,7 +15,7 @@ from megatron_pmd.launch.script import Job, job_for, render
 from megatron_pmd.launch.submit import Through
 from recipes import configuration
 
-Recipe = Annotated[str, typer.Argument(help="a recipe's name, or a config.json written by a run")]
+Recipe = Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")]
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
 Profile = Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder, runs/NAME")]

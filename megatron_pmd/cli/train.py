@@ -16,7 +16,7 @@ Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value,
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a recipe's name, or a config.json written by a run")],
+    recipe: Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")],
     settings: Settings = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     stop_after: Annotated[

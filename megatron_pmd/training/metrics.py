@@ -36,7 +36,7 @@ def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
 
 def throughput(batch: RolloutBatch, seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second of an iteration's phases: response tokens in the rollout, all of them in training."""
-    everything, responses = int(batch.lengths.sum()), int(batch.response_lengths.sum())
+    everything, responses = int(batch.samples.lengths.sum()), int(batch.samples.response_lengths.sum())
     tokens = {"rollout": responses, "anchor": everything, "update": everything}
     return {f"{name}/tokens_per_second": count / seconds_by_phase[name] for name, count in tokens.items()}
 
@@ -63,9 +63,9 @@ def step_values(
             name: np.concatenate([r.per_sequence[name] for r in reporting])
             for name in reporting[0].per_sequence
         },
-        advantage=batch.advantages[samples],
-        reward=batch.rewards[samples],
-        group=batch.groups[samples],
+        advantage=batch.samples.advantages[samples],
+        reward=batch.samples.rewards[samples],
+        group=batch.samples.groups[samples],
         baseline=subproblem.config.algorithm.baseline,
         tau=subproblem.tau,
     )

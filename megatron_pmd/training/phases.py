@@ -110,7 +110,7 @@ def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:
 
 
 def _responses_of_steps(run: Trainer, batch: RolloutBatch) -> list[np.ndarray]:
-    groups = batch.groups[: batch.sampled]
+    groups = batch.samples.groups[: batch.sampled]
     return batching.steps_of_groups(groups, run.config.batch.prompts_per_step)
 
 
@@ -143,7 +143,7 @@ def anchor(
     report = run.actor.log_probs(batch, [microbatch for step in compared for microbatch in step])
     iteration.values |= _agreement(run, batch, report)
     if engine:
-        return dataclasses.replace(report, log_probs=torch.from_numpy(batch.engine_log_probs))
+        return dataclasses.replace(report, log_probs=torch.from_numpy(batch.tokens.engine_log_probs))
     return report
 
 
@@ -197,7 +197,7 @@ def _examples_of(run: Trainer, batch: RolloutBatch, subproblem: Subproblem, step
     examples = _examples_of_step(run, batch, step)
     per_step = run.config.batch.samples_per_step
     responses = np.arange(step * per_step, (step + 1) * per_step)
-    mean = 1 / int(batch.response_lengths[examples].sum())
+    mean = 1 / int(batch.samples.response_lengths[examples].sum())
     return Examples(
         microbatches=run.actor.microbatches(batch, examples),
         scale=ptx.weight * mean * subproblem.count(batch, responses),

@@ -49,7 +49,7 @@ class Subproblem:
     def count(self, batch: RolloutBatch, samples: np.ndarray) -> int:
         """What the objective's sum over these samples is divided by: sequences, or counted tokens."""
         if self.config.algorithm.objective.counts == "tokens":
-            return int(batch.counted_lengths[samples].sum())
+            return int(batch.samples.counted_lengths[samples].sum())
         return len(samples)
 
     def compute_advantages(self, samples: list[Sample]) -> None:

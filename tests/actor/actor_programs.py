@@ -166,7 +166,7 @@ def logits(path: Path) -> dict[str, Any]:
 
     with Widest():
         trial.step_of([samples], 0.0)
-    return {"rows": widest, "responses": int(trial.batch.response_lengths[samples].sum())}
+    return {"rows": widest, "responses": int(trial.batch.samples.response_lengths[samples].sum())}
 
 
 def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:

@@ -25,11 +25,14 @@ def test_log_probs_equal_transformers_after_loading(one_process, reference, fami
     report = one_process[family]["anchors"][packing]
     batch = RolloutBatch.pack(reference(family).samples, TEMPERATURE)
     response = ~report.log_probs.isnan()
-    assert int(response.sum()) == batch.response_lengths.sum()
+    assert int(response.sum()) == batch.samples.response_lengths.sum()
     # compared with the engines are only the tokens that they sampled under the current weights
-    assert report.tokens == (batch.token_versions == batch.weight_version).sum() < response.sum()
+    assert report.tokens == (batch.tokens.versions == batch.weight_version).sum() < response.sum()
     torch.testing.assert_close(
-        report.log_probs[response], torch.from_numpy(batch.engine_log_probs)[response], rtol=0, atol=1e-5
+        report.log_probs[response],
+        torch.from_numpy(batch.tokens.engine_log_probs)[response],
+        rtol=0,
+        atol=1e-5,
     )
 
 

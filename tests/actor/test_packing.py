@@ -24,10 +24,11 @@ def test_context_ranks_hold_every_token_once_and_as_many_each(batch, size, sampl
     parts = [pack_microbatch(batch, samples, Row(4, rank, size), "cpu") for rank in range(size)]
     assert len({part.tokens.shape for part in parts}) == 1
     assert parts[0].tokens.size(1) % 4 == 0
-    real = sum(int(batch.lengths[s]) for s in samples)
+    real = sum(int(batch.samples.lengths[s]) for s in samples)
     held = np.concatenate([part.tokens[0].numpy() for part in parts])
     whole = np.concatenate(
-        [batch.tokens[batch.offsets[s] : batch.offsets[s + 1]] for s in samples] or [np.zeros(0, np.int64)]
+        [batch.tokens.ids[batch.tokens.offsets[s] : batch.tokens.offsets[s + 1]] for s in samples]
+        or [np.zeros(0, np.int64)]
     )
     assert sorted(held[held > 0]) == sorted(whole[whole > 0]) and len(held) >= real
     assert parts[0].bounds[-1] == len(held)
@@ -43,8 +44,8 @@ def test_the_logits_of_each_response_token_are_on_one_rank_where_its_predecessor
             assert which not in found
             source = int(part.source[which])
             found[which] = (int(part.tokens[0, row]), int(part.targets[which]))
-            assert found[which] == (batch.tokens[source - 1], batch.tokens[source])
-    assert len(found) == batch.response_lengths[samples].sum()
+            assert found[which] == (batch.tokens.ids[source - 1], batch.tokens.ids[source])
+    assert len(found) == batch.samples.response_lengths[samples].sum()
 
 
 def test_a_share_gives_the_micro_batches_of_the_whole_batch_and_refuses_others():
@@ -58,7 +59,7 @@ def test_a_share_gives_the_micro_batches_of_the_whole_batch_and_refuses_others()
         ours, expected = (pack_microbatch(batch, numbers, Row(4), "cpu") for batch in (share, whole))
         for name in ("tokens", "positions", "bounds", "rows", "here", "targets", "sequence", "experts"):
             assert getattr(ours, name).tolist() == getattr(expected, name).tolist(), name
-        assert share.tokens[ours.source].tolist() == whole.tokens[expected.source].tolist()
+        assert share.tokens.ids[ours.source].tolist() == whole.tokens.ids[expected.source].tolist()
     with pytest.raises(IndexError, match=r"has not all of the samples \[5, 6\]"):
         pack_microbatch(share, [5, 6], Row(4), "cpu")
 
@@ -68,7 +69,10 @@ def test_padding_goes_to_the_experts_of_the_first_token_of_the_rollout():
     for sample in samples:
         sample.engine_log_probs = [0.0] * len(sample.response_tokens)
     batch = RolloutBatch.pack(samples, TEMPERATURE)
-    length, first = int(batch.lengths[3]), np.frombuffer(samples[0].routed_experts or b"", np.uint16)[:8]
+    length, first = (
+        int(batch.samples.lengths[3]),
+        np.frombuffer(samples[0].routed_experts or b"", np.uint16)[:8],
+    )
     packed = pack_microbatch(batch, [3], Row(64), "cpu")
     assert packed.experts is not None and len(packed.experts) > length
     assert packed.experts[length:].tolist() == [first.tolist()] * (len(packed.experts) - length)

@@ -80,17 +80,17 @@ def transformers_with_forced_routers(folder: Path, expected: Any) -> Forced:
         if hasattr(layer.mlp, "gate"):
             force(layer.mlp, functools.partial(chosen.__getitem__, number))
     whole, losses = [], []
-    assert batch.routed_experts is not None
+    assert batch.tokens.routed_experts is not None
     for i, sample in enumerate(samples):
-        start, end = batch.offsets[i : i + 2]
-        experts = torch.from_numpy(batch.routed_experts[start:end].astype(np.int64)).view(-1, 4, 2)
+        start, end = batch.tokens.offsets[i : i + 2]
+        experts = torch.from_numpy(batch.tokens.routed_experts[start:end].astype(np.int64)).view(-1, 4, 2)
         chosen |= {number: experts[:, number] for number in range(4)}
-        tokens = torch.from_numpy(batch.tokens[start:end].astype(np.int64))
+        tokens = torch.from_numpy(batch.tokens.ids[start:end].astype(np.int64))
         logits = model(tokens[None]).logits[0] / TEMPERATURE
         first = len(sample.prompt_tokens)
         log_probs = logits.log_softmax(-1)[first - 1 : -1].gather(1, tokens[first:, None])[:, 0]
         whole += [torch.full((first,), torch.nan), log_probs.detach().float()]
-        counted = torch.from_numpy(batch.counted[start + first : end])
+        counted = torch.from_numpy(batch.tokens.counted[start + first : end])
         ratio = (log_probs - expected.anchor[start + first : end].double())[counted].sum()
         losses.append(TAU / 2 * (ratio - sample.advantage / TAU) ** 2 / counted.sum())
     loss = torch.stack([losses[i] for i in STEPS[0]]).mean()
@@ -141,8 +141,8 @@ def test_recorded_experts_survive_the_rollout_file(tmp_path):
     packed = RolloutBatch.pack(read, TEMPERATURE)
     packed.check_routing(8)
     first = np.frombuffer(samples[0].routed_experts or b"", np.uint16).reshape(-1, 8)
-    assert packed.routed_experts is not None
-    assert np.array_equal(packed.routed_experts[: len(first)], first)
+    assert packed.tokens.routed_experts is not None
+    assert np.array_equal(packed.tokens.routed_experts[: len(first)], first)
 
 
 def test_a_rollout_without_recorded_experts_is_refused_where_they_are_to_be_replayed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,21 +49,38 @@ def test_supervised_training_needs_no_engines_and_lowers_its_loss(command_line: 
 def test_another_objective_trains_on_the_same_rollout_with_examples_beside(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    """The first rollout of the live run, half of each group called right."""
+    """The first rollout of the live run, half of each group called right; of the others only half counts.
+
+    At the first step π_θ is π_t, so that s = 0 and ρ = 1: what is left of the losses is arithmetic in the
+    advantages A and the counted tokens n, A²/(2τn) of PMD and −A of GRPO, each with its own mean.
+    """
     samples, _ = read_rollout(live / "rollouts" / "0.parquet")
     for sample in samples:
         sample.reward = float(sample.number % 2)
+        [whole] = sample.segments
+        if not sample.reward:
+            half = (whole.tokens + 1) // 2
+            sample.segments = [
+                replace(whole, tokens=half),
+                replace(whole, tokens=whole.tokens - half, counted=False),
+            ]
     write_rollout(tmp_path / "0.parquet", samples, 0)
     words = ["--replay", str(tmp_path / "0.parquet"), "iterations=1"]
     command_line.run("pmd_beside", *words)
     command_line.run("grpo_beside", *words, *OTHERWISE)
     pmd, grpo = command_line.steps("pmd_beside"), command_line.steps("grpo_beside")
     assert len(pmd) == len(grpo) == 2
+    first = samples[:16]  # four prompts with four responses each
+    counted = np.array([s.segments[0].tokens for s in first], np.float64)
+    advantage = np.array([s.reward for s in first]) - 0.5
+    assert pmd[0]["loss"] == pytest.approx(np.mean(advantage**2 / (2 * 0.1) / counted), rel=1e-5)
+    deviation = math.sqrt(1 / 3)  # of 0, 1, 0, 1, with n − 1
+    expected = -np.sum(advantage / deviation * counted) / counted.sum()
+    # the mismatch weights are 1 but for the numerics of engine and actor
+    assert grpo[0]["loss"] == pytest.approx(expected, rel=1e-3) and expected < -0.1
     for step, other in zip(grpo, pmd, strict=True):
-        assert step["gradient_norm"] != other["gradient_norm"]
         assert 0 < step["ptx/loss"] < math.log(128) + 1 and "ptx/loss" not in other
         assert 0 < step["entropy"] < math.log(128)
-    assert grpo[1]["loss"] != pmd[1]["loss"]
 
 
 def test_an_alarm_stops_the_run_with_a_checkpoint_that_goes_on_as_if_nothing_had_happened(

@@ -77,8 +77,8 @@ def test_the_engine_is_asked_with_its_own_tokens_and_inserted_ones_do_not_count(
     assert sample.response == Numbers().decode(WHOLE)
     batch = RolloutBatch.pack([sample], temperature=1.0)
     inserted = [token in (7, 8, 50) for token in WHOLE]
-    assert batch.counted[2:].tolist() == [not i for i in inserted]
-    assert (batch.token_versions[2:] == NOT_SAMPLED).tolist() == inserted
+    assert batch.tokens.counted[2:].tolist() == [not i for i in inserted]
+    assert (batch.tokens.versions[2:] == NOT_SAMPLED).tolist() == inserted
     assert rollout_values([sample])["rollout/inserted_share"] == 4 / 16
 
 
@@ -267,7 +267,7 @@ def test_recorded_experts_are_the_last_answers_about_the_whole_response():
         rollout = rollout_for(1, samples_per_prompt=1)
         sampler_for(url, function=three_turns, max_turns=3, record_routing=True).run(rollout)
     batch = RolloutBatch.pack(rollout.samples(Numbers()), temperature=1.0)
-    assert batch.tokens.tolist() == [1, 2, 4, 7, 50, 5, 6, 8, 50, 7]
+    assert batch.tokens.ids.tolist() == [1, 2, 4, 7, 50, 5, 6, 8, 50, 7]
     batch.check_routing(6)
-    assert batch.routed_experts is not None
-    assert batch.routed_experts[:, 0].tolist() == [*range(9), 8]
+    assert batch.tokens.routed_experts is not None
+    assert batch.tokens.routed_experts[:, 0].tolist() == [*range(9), 8]

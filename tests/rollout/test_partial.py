@@ -167,12 +167,12 @@ def test_earlier_segments_can_be_left_out_of_the_loss():
     last = rollouts(engine, 3, PartialRollouts(extra_groups=3, count_earlier_segments=False))[2]
     assert any(s.segments[0].weight_version < 2 for s in last.samples)
     batch = RolloutBatch.pack(last.samples, 1.0, weight_version=2)
-    assert (batch.counted == (batch.token_versions == 2)).all()
-    assert not batch.counted.all()
+    assert (batch.tokens.counted == (batch.tokens.versions == 2)).all()
+    assert not batch.tokens.counted.all()
     batch.refuse_undeclared_versions(max_staleness=4)
 
 
-def test_kept_responses_survive_a_checkpoint(tmp_path):
+def test_carried_over_responses_survive_a_checkpoint(tmp_path):
     """Written, read and continued: the same responses as without the interruption."""
     engine = slow()
     partial = PartialRollouts(extra_groups=3)
@@ -195,7 +195,7 @@ def test_kept_responses_survive_a_checkpoint(tmp_path):
     assert_whole(engine, rollout.samples(Numbers()))
 
 
-def test_a_broken_file_of_kept_responses_is_named(tmp_path):
+def test_a_broken_file_of_carried_over_responses_is_named(tmp_path):
     assert read_carried_over(tmp_path, problem) == []
     (tmp_path / FILE).write_bytes(b"PAR1 no more")
     with pytest.raises(CheckpointError, match=FILE):

@@ -21,7 +21,7 @@ from tests.actor.launch import run_program
 
 Case = tuple[dict[str, int], int]
 """A layout, and on how many nodes."""
-ARRAYS = ("tokens", "engine_log_probs", "token_versions", "counted", "routed_experts")
+ARRAYS = ("ids", "engine_log_probs", "versions", "counted", "routed_experts")
 
 
 def trained(path: Path, cases: dict[str, Case], samples: list[Sample], examples: int, memory: Path) -> Any:
@@ -56,7 +56,7 @@ def _trained(
     result = {
         "node": control.node,
         "here": share.here,
-        "arrays": {name: getattr(share, name).copy() for name in ARRAYS},
+        "arrays": {name: getattr(share.tokens, name).copy() for name in ARRAYS},
         "mapped": mapped_bytes(memory),
         "listed": os.listdir(memory),
         "expected": np.unique(np.concatenate([m for s in steps for m in actor.microbatches(share, s)])),
@@ -69,7 +69,7 @@ def _trained(
         supervised = Examples(actor.microbatches(batch, steps[2]), scale=2.0)
         # a learning rate of 0 leaves the weights as they are for the second
         step = actor.update(batch, first, anchor.log_probs, actor_programs.OBJECTIVE, 0.0, supervised)
-        places = [np.arange(*batch.offsets[i : i + 2]) for i in share.here.tolist()]
+        places = [np.arange(*batch.tokens.offsets[i : i + 2]) for i in share.here.tolist()]
         log_probs = anchor.log_probs[np.concatenate([np.zeros(0, np.int64), *places])]
         reports.append([log_probs, anchor.sum_absolute, anchor.histogram, *asdict(step).values()])
     result["reports"] = reports
@@ -129,7 +129,7 @@ def interrupted(samples: list[Sample], memory: Path, how: str) -> int:
         RolloutBatch.describe(samples, 1.0) if control.is_driver else None, Watched(samples, memory, how),
         lambda batch: np.arange(rank, len(batch), world), control, memory=memory,
     )  # fmt: skip
-    assert share.tokens.any()
+    assert share.tokens.ids.any()
     used = used_blocks(memory)
     control.barrier()
     return used
@@ -148,7 +148,7 @@ def without_room(samples: list[Sample], memory: Path, temporary: Path) -> tuple[
     except LaunchError as error:
         return said, False, str(error)
     whole = RolloutBatch.pack(samples, 1.0)
-    return said, all(np.array_equal(getattr(share, n), getattr(whole, n)) for n in ARRAYS), ""
+    return said, all(np.array_equal(getattr(share.tokens, n), getattr(whole.tokens, n)) for n in ARRAYS), ""
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ NAMES = [name for cases in CASES.values() for name in cases]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_has_the_tokens_that_it_trains_on_and_no_others(outcomes, name):
     whole = RolloutBatch.pack(samples(), 0.8)
-    bounds = list(zip(whole.offsets[:-1].tolist(), whole.offsets[1:].tolist(), strict=True))
+    bounds = list(zip(whole.tokens.offsets[:-1].tolist(), whole.tokens.offsets[1:].tolist(), strict=True))
     for rank in outcomes[name]:
         assert rank["here"].tolist() == rank["expected"].tolist()
         for array in ARRAYS:
-            expected = np.concatenate([getattr(whole, array)[slice(*bounds[i])] for i in rank["here"]])
+            expected = np.concatenate([getattr(whole.tokens, array)[slice(*bounds[i])] for i in rank["here"]])
             assert rank["arrays"][array].dtype == expected.dtype
             assert np.array_equal(rank["arrays"][array], expected), array
 

@@ -155,7 +155,7 @@ def _through_the_loop(sampler: Sampler, rollout: RolloutGroups, file: Path) -> f
     samples = rollout.samples(sampler.tokenizer)
     write_rollout(file, samples, rollout.settings.iteration)
     batch = RolloutBatch.pack(samples, rollout.settings.temperature)
-    return float(batch.response_lengths.sum()) / (time.perf_counter() - begun)
+    return float(batch.samples.response_lengths.sum()) / (time.perf_counter() - begun)
 
 
 def _requests(rollout: RolloutGroups, stops: list[int], max_tokens: int) -> list[Row]:

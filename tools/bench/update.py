@@ -110,7 +110,7 @@ def steps_of(config: RunConfig, batch: RolloutBatch) -> list[np.ndarray]:
     """Sample indices of each optimizer step."""
     from megatron_pmd.actor.batching import steps_of_groups
 
-    return steps_of_groups(batch.groups, config.batch.prompts_per_step)
+    return steps_of_groups(batch.samples.groups, config.batch.prompts_per_step)
 
 
 def serve(step: Step, config: RunConfig, batch: RolloutBatch) -> None:
@@ -121,7 +121,7 @@ def serve(step: Step, config: RunConfig, batch: RolloutBatch) -> None:
         samples = steps[int(number) % len(steps)]
         begun = time.perf_counter()
         used, peak = step(samples, variant)
-        tokens = batch.lengths[samples].sum()
+        tokens = batch.samples.lengths[samples].sum()
         print(f"rates {tokens / (time.perf_counter() - begun)} {tokens / used} {peak}", flush=True)
 
 
@@ -151,7 +151,7 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     control = Control(config.actor.timeout_seconds)
     actor = Actor(config, control)
-    anchor = torch.from_numpy(batch.engine_log_probs)
+    anchor = torch.from_numpy(batch.tokens.engine_log_probs)
 
     def step(samples: np.ndarray, variant: str) -> list[tuple[float, int]] | None:
         used = Used()
@@ -197,7 +197,7 @@ def plain(config: RunConfig, batch: RolloutBatch) -> Step:
     def step(samples: np.ndarray, variant: str) -> tuple[float, int]:
         used = Used()
         train, responses_only = variant != "plain_anchor", variant == "plain_responses_only"
-        rows = max(1, together // int(batch.lengths[samples].max()))
+        rows = max(1, together // int(batch.samples.lengths[samples].max()))
         with torch.set_grad_enabled(train):
             for start in range(0, len(samples), rows):
                 loss = _loss(model, config, batch, samples[start : start + rows], responses_only)
@@ -216,13 +216,13 @@ def _loss(
     model: torch.nn.Module, config: RunConfig, batch: RolloutBatch, samples: np.ndarray, responses_only: bool
 ) -> torch.Tensor:
     """The PMD loss of some samples, summed; padded on the left, so that all responses end together."""
-    longest, responses = int(batch.lengths[samples].max()), batch.response_lengths[samples]
+    longest, responses = int(batch.samples.lengths[samples].max()), batch.samples.response_lengths[samples]
     tokens = torch.zeros((len(samples), longest), dtype=torch.int64)
     attended = torch.zeros_like(tokens)
     for row, s in enumerate(samples):
-        length = int(batch.lengths[s])
+        length = int(batch.samples.lengths[s])
         tokens[row, longest - length :] = torch.from_numpy(
-            batch.tokens[batch.offsets[s] : batch.offsets[s + 1]]
+            batch.tokens.ids[batch.tokens.offsets[s] : batch.tokens.offsets[s + 1]]
         )
         attended[row, longest - length :] = 1
     kept = int(responses.max()) + 1 if responses_only else longest
@@ -235,9 +235,12 @@ def _loss(
     scaled = logits[:, :-1][answered].float() / config.rollout.temperature
     log_probs = scaled.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     source = np.concatenate(
-        [np.arange(batch.offsets[s] + batch.prompt_lengths[s], batch.offsets[s + 1]) for s in samples]
+        [
+            np.arange(batch.tokens.offsets[s] + batch.samples.prompt_lengths[s], batch.tokens.offsets[s + 1])
+            for s in samples
+        ]
     )
-    anchor = torch.from_numpy(batch.engine_log_probs[source])
+    anchor = torch.from_numpy(batch.tokens.engine_log_probs[source])
     terms = pmd_loss(config)(
         LossInput(
             log_probs=log_probs,
@@ -245,7 +248,7 @@ def _loss(
             engine_log_probs=anchor,
             mask=torch.ones_like(log_probs),
             sequence=torch.repeat_interleave(torch.arange(len(samples)), torch.from_numpy(responses)),
-            advantages=torch.from_numpy(batch.advantages[samples]).float(),
+            advantages=torch.from_numpy(batch.samples.advantages[samples]).float(),
         )
     )
     return terms.sum
