@@ -179,7 +179,7 @@ def _reap(waiting: dict[int, int], ended: Sequence[object]) -> list[int]:
 
 
 def _fork(rank: Callable[[], None]) -> int:
-    """A child's process id. The child does what a rank does and ends as any interpreter, with its exit code."""
+    """A child's process id. The child does what a rank does, and ends as any interpreter does."""
     parent = os.getpid()
     if pid := os.fork():
         return pid
