@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_pmd.engine.client import EngineControl, Tag
+from megatron_pmd.engine.control import EngineControl, Tag
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
 

@@ -7,7 +7,7 @@ import time
 
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import POLL_SECONDS, answers
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import EngineError
 
 KEY, ADMIN_KEY = "PMD_SERVER_KEY", "PMD_SERVER_ADMIN_KEY"

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 from megatron_pmd.config import RunConfig
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine import external
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.own import OwnEngine
 from megatron_pmd.engine.placement import part_of
 from megatron_pmd.engine.server import free_port, meeting_address, node_address
-from megatron_pmd.engine.sglang import EngineSpec, NodeSpan
+from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan
 from megatron_pmd.observe.subphases import SubphaseClock
 
 T = TypeVar("T")

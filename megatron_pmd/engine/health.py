@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.external import Engine
-from megatron_pmd.engine.sglang import EngineSpec
+from megatron_pmd.engine.sglang_server import EngineSpec
 
 
 class Watch(threading.Thread):

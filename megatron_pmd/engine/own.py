@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.client import EngineControl, Tag
+from megatron_pmd.engine.control import EngineControl, Tag
 from megatron_pmd.engine.device_memory import EngineMemory, device_memory
 from megatron_pmd.engine.external import Engine, ExternalEngine
 from megatron_pmd.engine.health import Watch
 from megatron_pmd.engine.placement import EnginePart
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.processes import tree_bytes

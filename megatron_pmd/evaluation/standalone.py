@@ -18,10 +18,10 @@ from megatron_pmd.batch import Sample, write_rollout
 from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Rollout, RunConfig, Source, load
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import load_problems
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import free_port, tail
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import ConfigError, EngineError, ModelError
 from megatron_pmd.evaluation.estimates import Evaluation, evaluate
 from megatron_pmd.files import read_object, write_whole
@@ -30,8 +30,8 @@ from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.remote import grading
 from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 
 DEFAULT_RESPONSE_TOKENS = 1024

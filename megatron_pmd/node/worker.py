@@ -164,7 +164,7 @@ def _assemble(
 
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.device import SharedDevice
-    from megatron_pmd.rollout.carried_over import read_carried_over
+    from megatron_pmd.rollout.carried_over_file import read_carried_over
     from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
 

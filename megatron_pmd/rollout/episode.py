@@ -13,8 +13,8 @@ from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import RolloutError, StaleWeights
 from megatron_pmd.plugins import load
+from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
-from megatron_pmd.rollout.http import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
 
 TOKEN_BUDGET = "token_budget"

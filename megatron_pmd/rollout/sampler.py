@@ -17,8 +17,8 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint, GenerateClient, ResponseStopped
 from megatron_pmd.rollout.trajectory import Trajectory
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.distributed import Control
-from megatron_pmd.rollout.carried_over import write_carried_over
+from megatron_pmd.rollout.carried_over_file import write_carried_over
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.training.shutdown import Shutdown
 from megatron_pmd.training.state import RunState

@@ -23,8 +23,8 @@ from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import RolloutGroups
-from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from megatron_pmd.shared_memory import shared_memory_key
 from megatron_pmd.weight_sync.push import PushReport, WeightPush

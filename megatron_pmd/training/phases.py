@@ -21,9 +21,9 @@ from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values, rollout_values
+from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
 from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
-from megatron_pmd.training.shares import distribute
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.training.trainer import Trainer

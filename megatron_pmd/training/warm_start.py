@@ -8,7 +8,7 @@ import torch
 from megatron_pmd.algorithm.losses import next_token
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.data.demonstrations import demonstrations
-from megatron_pmd.training.shares import distribute
+from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.trainer import Trainer
 
 

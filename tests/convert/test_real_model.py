@@ -10,7 +10,7 @@ import torch
 
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.server import free_port
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from recipes.smollm2_135m_cpu import make_model
 from tests.convert.command_line import convert, tensors
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.batch import NOT_SAMPLED, read_rollout
-from megatron_pmd.rollout.carried_over import FILE
+from megatron_pmd.rollout.carried_over_file import FILE
 from tests.end_to_end.command_line import CommandLine
 
 pytestmark = pytest.mark.serial

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_pmd.config import Model, Rollout
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import free_port
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from tests.weight_sync.filling import fill
 

@@ -21,10 +21,10 @@ import torch
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine import server_args
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
 from megatron_pmd.engine.server import free_port
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec, engine_options
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, engine_options
 from megatron_pmd.errors import ConfigError, EngineError
 from megatron_pmd.processes import tree_bytes
 from tests.engine.live_engine import (
@@ -177,7 +177,7 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
     program = (
         "import sys, time; from pathlib import Path; from megatron_pmd.config import *\n"
         "from megatron_pmd.engine.server import free_port\n"
-        "from megatron_pmd.engine.sglang import EngineProcess, EngineSpec\n"
+        "from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec\n"
         "model, folder = sys.argv[1:]\n"
         "model = Model(path=model, precision='fp32')\n"
         "engine = EngineProcess(EngineSpec(number=0, model=model, seed=0, cpu=True,\n"

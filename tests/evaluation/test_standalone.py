@@ -26,8 +26,8 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
 from megatron_pmd.evaluation.standalone import EvaluationRequest, task
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
 

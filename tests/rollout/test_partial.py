@@ -12,7 +12,7 @@ import pytest
 from megatron_pmd.batch import RolloutBatch, Sample, Segment
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.errors import CheckpointError, RolloutError
-from megatron_pmd.rollout.carried_over import FILE, read_carried_over, write_carried_over
+from megatron_pmd.rollout.carried_over_file import FILE, read_carried_over, write_carried_over
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import account_values
 from tests.rollout.test_sampler import Numbers, problem, rollout_for, sampler_for

@@ -16,8 +16,8 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWeights
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
+from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint, EnginesLost
 from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats

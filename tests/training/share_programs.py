@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
-from megatron_pmd.training.shares import distribute
+from megatron_pmd.training.batch_shares import distribute
 from tests.actor.launch import run_program
 
 Case = tuple[dict[str, int], int]

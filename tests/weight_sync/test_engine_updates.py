@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_pmd.config import Rollout
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.live_engines import LiveEngines

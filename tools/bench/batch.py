@@ -25,7 +25,7 @@ import typer
 
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
-from megatron_pmd.training.shares import distribute
+from megatron_pmd.training.batch_shares import distribute
 from tools.bench.loop import machine
 
 ROOT = Path(__file__).parents[2]

@@ -32,18 +32,18 @@ from megatron_pmd.batch import RolloutBatch, write_rollout
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import prompt_source, tokenize
 from megatron_pmd.data.sources import load_problems
-from megatron_pmd.engine.client import EngineControl
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
 from megatron_pmd.engine.server import free_port
-from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
 from megatron_pmd.node.worker import prepare_model
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
 from recipes import configuration
 from tools.bench import update as bench_update_sides

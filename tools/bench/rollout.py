@@ -27,8 +27,8 @@ import typer
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
-from megatron_pmd.rollout.http import Endpoint
 from megatron_pmd.rollout.sampler import Sampler
 from tools.bench.stub_engine import STOP_TOKEN, response_length
 

@@ -221,9 +221,9 @@ def bench_update(model: Path, repetitions: int, folder: Path) -> list[Row]:
     """One engine of one thread; every way loads all tensors and ends with a version."""
     from safetensors.torch import load_file
 
-    from megatron_pmd.engine.client import EngineControl
+    from megatron_pmd.engine.control import EngineControl
     from megatron_pmd.engine.server import free_port
-    from megatron_pmd.engine.sglang import EngineProcess, EngineSpec
+    from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):

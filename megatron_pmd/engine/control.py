@@ -20,7 +20,7 @@ import httpx
 import torch
 
 from megatron_pmd.engine.server import tail
-from megatron_pmd.engine.sglang import LOADER, NO_WEIGHTS, EngineSpec
+from megatron_pmd.engine.sglang_server import LOADER, NO_WEIGHTS, EngineSpec
 from megatron_pmd.errors import EngineError, StaleWeights
 
 Tag = Literal["weights", "kv_cache"]

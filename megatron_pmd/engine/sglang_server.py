@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import Model, Rollout
+from megatron_pmd.engine.installed_options import check_options, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
-from megatron_pmd.engine.server_args import check_options, server_options
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.fp8 import names_in, quantization_config
 from megatron_pmd.stubs import stub_path
