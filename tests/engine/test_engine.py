@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from megatron_pmd.config import Rollout
-from megatron_pmd.engine import server_args
+from megatron_pmd.engine import installed_options
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
 from megatron_pmd.engine.server import free_port
@@ -76,7 +76,7 @@ def test_an_unknown_sglang_option_is_refused_with_the_nearest_name(folder, tmp_p
 
 def test_the_options_are_found_where_0_5_17_declares_them(tmp_path, monkeypatch):
     """constraints/gpu.txt has that version: it is the last for torch 2.11."""
-    source = tmp_path / "sglang" / "srt" / "server_args.py"
+    source = tmp_path / "sglang" / "srt" / "installed_options.py"
     source.parent.mkdir(parents=True)
     source.write_text(
         "class ServerArgs:\n"
@@ -84,8 +84,8 @@ def test_the_options_are_found_where_0_5_17_declares_them(tmp_path, monkeypatch)
         '    tp_size: A[int, "how many"] = 1\n'
     )
     place = SimpleNamespace(submodule_search_locations=[str(tmp_path / "sglang")])
-    monkeypatch.setattr(server_args.importlib.util, "find_spec", lambda name: place)
-    found = server_args.server_options.__wrapped__()
+    monkeypatch.setattr(installed_options.importlib.util, "find_spec", lambda name: place)
+    found = installed_options.server_options.__wrapped__()
     assert found == {"model_path": "model-path", "tp_size": "tp-size"}
 
 
