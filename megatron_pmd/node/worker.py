@@ -193,7 +193,8 @@ def _rollouts(
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
     from megatron_pmd.rewards.remote import grading
-    from megatron_pmd.training.rollouts import Demonstrations, LiveEngines, ReplayedRollouts
+    from megatron_pmd.training.live_engines import LiveEngines
+    from megatron_pmd.training.rollouts import Demonstrations, ReplayedRollouts
 
     config, control = start.config, start.control
     if start.spec.replay:

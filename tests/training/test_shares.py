@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from megatron_pmd.batch import RolloutBatch, Sample
-from tests.actor.launch import REPOSITORY, SINGLE, launch
+from tests.actor.launch import launch
 from tests.actor.tiny_models import rollout, with_routing, write_model
+from tests.actor.warm import REPOSITORY
 from tests.training.share_programs import ARRAYS, Case
 
 PROGRAMS = "tests.training.share_programs"
@@ -136,12 +137,12 @@ def in_room(
     blocks in use and its files after all ranks have ended."""
     order = room.parent / "order"
     order.write_bytes(pickle.dumps((program, arguments)))
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}" if ranks > 1 else ""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}"
     program = f"{sys.executable} {torchrun} -m {PROGRAMS} {order}"
     mount, after = f"mount -t tmpfs -o size={size} tmpfs {room}", f"stat -f -c '%b %f' {room}; ls -A {room}"
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", f"{mount} && {program}; code=$?; echo AFTER; {after}; exit $code"],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"} | (SINGLE if ranks == 1 else {}),
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     output, _, rest = done.stdout.rpartition("AFTER\n")

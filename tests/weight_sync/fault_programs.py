@@ -23,7 +23,7 @@ from megatron_pmd.config import Rollout, RunConfig, Sync
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
-from megatron_pmd.training.rollouts import LiveEngines
+from megatron_pmd.training.live_engines import LiveEngines
 from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.weight_sync.faulty_transport import Fault, FaultyTransport

@@ -14,7 +14,7 @@ from megatron_pmd.config import Rollout
 from megatron_pmd.engine.client import EngineControl
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
-from megatron_pmd.training.rollouts import LiveEngines
+from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for

@@ -91,8 +91,9 @@ def measure(way: Callable[..., RolloutBatch], samples: list[Sample], control: Co
     arrived = time.perf_counter()
     grew = resident_gigabytes("VmHWM") - before
     for number in range(control.rank, len(batch), control.world):
-        place = slice(*batch.offsets[number : number + 2].tolist())
-        for array in (batch.tokens, batch.engine_log_probs, batch.counted, batch.routed_experts):
+        place = slice(*batch.tokens.offsets[number : number + 2].tolist())
+        columns = batch.tokens
+        for array in (columns.ids, columns.engine_log_probs, columns.counted, columns.routed_experts):
             if array is not None:
                 array[place].max()
     control.barrier()
@@ -103,7 +104,8 @@ def measure(way: Callable[..., RolloutBatch], samples: list[Sample], control: Co
     gigabytes = batch.share_bytes(np.arange(len(batch))) / 1e9
     return {
         "GB": gigabytes, "arrival_s": arrived - start, "processor_s": sum(processor_seconds),
-        "reading_s": read - arrived, "driver_GB": ranks[0], "rank_GB": max(ranks[1:], default=0.0), "all_GB": sum(ranks),
+        "reading_s": read - arrived, "driver_GB": ranks[0], "rank_GB": max(ranks[1:], default=0.0),
+        "all_GB": sum(ranks),
     }  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def sync_ranks(order: Path) -> None:
     from megatron_pmd.node.worker import prepare_model
     from megatron_pmd.observe.console import Console
     from megatron_pmd.observe.subphases import together
-    from megatron_pmd.training.rollouts import LiveEngines
+    from megatron_pmd.training.live_engines import LiveEngines
     from recipes import configuration
 
     torch.set_num_threads(1)

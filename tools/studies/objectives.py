@@ -96,7 +96,7 @@ def run_all(folder: Path, seeds: list[int]) -> None:
         from megatron_pmd.node.worker import prepare_model
         from megatron_pmd.observe.console import Console
         from megatron_pmd.rewards.pool import RewardPool
-        from megatron_pmd.training.rollouts import LiveEngines
+        from megatron_pmd.training.live_engines import LiveEngines
         from megatron_pmd.training.run_log import RunLog
         from megatron_pmd.training.warm_start import warm_start
 

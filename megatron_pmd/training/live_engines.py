@@ -1,0 +1,195 @@
+"""Rollouts from live engines: the fleet, its weights, and what brings both back when an engine is lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.residency import actor_bytes
+from megatron_pmd.batch import Sample
+from megatron_pmd.config import RunConfig
+from megatron_pmd.device import SharedDevice
+from megatron_pmd.distributed import Control
+from megatron_pmd.engine.fleet import Fleet
+from megatron_pmd.engine.handover import Handover
+from megatron_pmd.engine.recovery import Recovery
+from megatron_pmd.engine.router import Router
+from megatron_pmd.errors import EngineError, PmdError, StaleWeights
+from megatron_pmd.observe.console import Console
+from megatron_pmd.observe.subphases import SubphaseClock
+from megatron_pmd.rewards.pool import RewardPool
+from megatron_pmd.rewards.remote import RemoteReward
+from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.rollout.http import Endpoint, EnginesLost
+from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.shared_memory import shared_memory_key
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
+from megatron_pmd.weight_sync.shards import ShardExport
+from megatron_pmd.weight_sync.transport import transport_of
+
+
+class LiveEngines:
+    """The fleet, its weights and its router, kept alive: dead engines start again with current weights."""
+
+    live = True
+
+    def __init__(
+        self,
+        config: RunConfig,
+        control: Control,
+        folder: Path,
+        tokenizer: Any,
+        rewards: RewardPool | RemoteReward | None,
+        console: Console,
+        *,
+        cpu: bool,
+        interrupted: Callable[[], bool] = lambda: False,
+        device: SharedDevice | None = None,
+    ) -> None:
+        """Starts the engines; they answer only after the first load().
+
+        interrupted: see Sampler. device: the account that the actor keeps, too.
+        """
+        self._config, self._control, self._tokenizer = config, control, tokenizer
+        self._rewards, self._console, self._interrupted = rewards, console, interrupted
+        self._function = rollout_function(config.rollout.function)
+        self.clock = SubphaseClock(lambda: (actor_bytes(), self.engine_bytes()))
+        self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
+        self.handover = Handover(self.fleet, self.clock, device)
+        self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
+        self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
+        self._shards: ShardExport | None = None
+        self.weight_push = WeightPush(
+            transport_of(config, self.fleet, control, folder),
+            control,
+            shared_memory_key(folder),
+            self.clock,
+            bucket_bytes=config.sync.bucket_megabytes * 2**20,
+            verify=config.sync.verify == "full",
+            on_device=not cpu,
+        )
+
+    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
+        return self.draw(rollout, actor, "rollout")
+
+    def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
+        """See RolloutSource. Raises EngineError when engines die again and again."""
+        for _ in range(self._config.rollout.retries + 1):
+            failure = self._control.from_driver(
+                self._try(rollout, title) if self._control.is_driver else None
+            )
+            if failure is None:
+                return rollout.samples(self._tokenizer) if rollout else []
+            # a server of others that came back by itself has forgotten the weights it was given
+            forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
+            if not (forgotten or isinstance(failure, EnginesLost)):
+                raise failure
+            version = self._control.from_driver(rollout.settings.weight_version if rollout else None)
+            self.revive(actor, version, forgotten=forgotten)
+        raise failure
+
+    def _try(self, rollout: RolloutGroups | None, title: str) -> PmdError | None:
+        assert rollout is not None, "the driver knows what to draw"
+        sampling = self._config.rollout
+        endpoint = Endpoint(
+            router_url=self.router.url,
+            engine_urls=self.fleet.urls,
+            headers=self.fleet.keys.headers,
+            abort_headers=self.fleet.keys.admin_headers,
+            request_timeout_seconds=sampling.request_timeout_seconds,
+            retries=sampling.retries,
+            any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
+        )
+        sampler = Sampler(
+            endpoint=endpoint,
+            tokenizer=self._tokenizer,
+            stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
+            max_response_tokens=self._config.batch.max_response_tokens,
+            grader=self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
+            record_routing=self._config.actor.experts.replay_routing,
+            max_turns=sampling.max_turns,
+            repetition=sampling.repetition,
+            function=self._function,
+            interrupted=self._interrupted,
+        )
+        try:
+            with self._console.progress(title, rollout.total - rollout.finished) as advance:
+                sampler.run(rollout, advance)
+        except PmdError as error:
+            return error
+        return None
+
+    def revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
+        """Start lost engines and a lost router again; give all engines the current weights if any is new.
+
+        As in the phases sync and resume: in a rollout the actors' parameters have left the device.
+        """
+        if self._restart(probe=True) or forgotten:
+            self.handover.release()
+            actor.wake_parameters()
+            self.handover.resume_weights()
+            self._send(actor, version)
+            actor.release_parameters()
+            self.handover.resume_cache()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Make the engines routable, and watch them while they generate."""
+        self._control.on_driver(lambda: self.router.start(self.fleet.urls))
+        self.fleet.watch()
+
+    def _restart(self, *, probe: bool) -> bool:
+        """Start lost engines again, and say so."""
+        reasons = self.recovery.restart_lost(probe=probe)
+        if reasons:
+            self.router.stop()  # its picture of who is alive is out of date
+        if reasons and self._control.is_driver:
+            first = "; ".join(reason.splitlines()[0] for reason in reasons)
+            self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
+        return bool(reasons)
+
+    def make_room(self) -> None:
+        self.recovery.wait_ready()
+        self.handover.release()
+
+    def release(self) -> None:
+        self.handover.release()
+
+    def load(self, actor: Actor, version: int) -> PushReport:
+        """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
+        if not self.fleet.urls:
+            self.recovery.wait_ready()
+        for attempt in itertools.count():
+            if self._restart(probe=attempt > 0):
+                self.handover.release()  # a new engine has its cache, too, beside the actors' parameters
+            try:
+                self.handover.resume_weights()
+                return self._send(actor, version)
+            except EngineError:
+                # what a living engine refuses, it would refuse again
+                if attempt == self._config.rollout.restarts or not self.recovery.any_lost():
+                    raise
+        raise AssertionError("unreachable")
+
+    def _send(self, actor: Actor, version: int) -> PushReport:
+        if self._shards is None:
+            self._shards = ShardExport(
+                actor.bridge, actor.chunks, self._control, actor.shapes, fp8=self._config.rollout.fp8
+            )
+        return self.weight_push.push(self._shards, version, serves=self.fleet.serves)
+
+    def resume(self) -> None:
+        self.handover.resume_cache()
+        self._serve()
+
+    def engine_bytes(self) -> int:
+        return self.fleet.engine_bytes()
+
+    def close(self) -> None:
+        self.weight_push.close()
+        self.router.stop()
+        self.fleet.stop()

@@ -1,0 +1,221 @@
+"""A process that has imported what actor ranks import, once, and forks them: `WarmProcess`.
+
+A fresh interpreter spends 7 s of a core on importing torch, megatron-core, Megatron-Bridge and transformers,
+each rank anew, and torchrun 2 s. A rank forked from here is such an interpreter just after its imports: this
+process starts no thread, joins no group, touches no GPU and draws no random number, which it checks before
+every fork. Then the rank does what `python -m MODULE ARGUMENTS` does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import connection
+from pathlib import Path
+
+from megatron_pmd.processes import die_with_parent
+
+REPOSITORY = Path(__file__).parents[2]
+GRACE_SECONDS = 30.0
+"""Between SIGTERM and SIGKILL, as torchrun has it."""
+PORTS = range(20_000, 30_000)
+"""For rank 0's store: below those that the kernel gives to outgoing connections."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # without it, asking whether there is a GPU makes CUDA unusable in a forked process
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # else pyarrow's allocator starts a thread when it is imported
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+MODULES = (
+    "tests.actor.actor_programs",
+    "tests.convert.conversion_programs",
+    "tests.weight_sync.push_programs",
+    "tests.weight_sync.two_engine_programs",
+)
+"""What the programs import is imported here; the programs themselves are run anew in each rank."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`python -m module arguments` on each of some ranks."""
+
+    module: str
+    arguments: tuple[str, ...]
+    folder: str
+    """Where the ranks run."""
+    stdout: str
+    stderr: str
+    """Files that the ranks append to."""
+    ranks: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+    deadline_seconds: float = 600.0
+
+
+class WarmProcess:
+    """Started by the first job; dies with this process, and every rank with it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._jobs: connection.Connection | None = None
+
+    def run(self, job: Job) -> int:
+        """0, or how the rank that failed first ended: its exit code, or minus the number of its signal.
+
+        The other ranks are ended then; at the deadline all are, and the result is -15.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._jobs is not None
+        self._jobs.send(job)
+        try:
+            return self._jobs.recv()
+        except EOFError:
+            raise AssertionError(f"the warm process ended before {job.module} did; see its stderr") from None
+
+    def _start(self) -> None:
+        ours, theirs = connection.Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.actor.warm", str(theirs.fileno())],
+            cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()], preexec_fn=partial(die_with_parent, parent=os.getpid()),
+        )  # fmt: skip
+        theirs.close()
+        self._jobs = ours
+        atexit.register(self._stop, self._process, ours)
+
+    @staticmethod
+    def _stop(process: subprocess.Popen[bytes], jobs: connection.Connection) -> None:
+        jobs.close()
+        process.wait(GRACE_SECONDS)
+
+
+WARM = WarmProcess()
+
+
+def _import_all() -> None:
+    from megatron_pmd.actor.cpu import bridge_import, standins
+    from megatron_pmd.stubs import stub_path
+
+    standins.install()
+    for module in MODULES:
+        importlib.import_module(module)
+    sys.path.append(str(stub_path()))
+    bridge_import.import_bridge()
+
+
+def _check_untouched(numbers: tuple[object, ...]) -> None:
+    import torch
+
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"imports have started {len(threads) - 1} threads: a fork would lose them"
+    assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+    assert _random_states() == numbers, "random numbers were drawn: every rank would go on from them"
+
+
+def _random_states() -> tuple[object, ...]:
+    import numpy
+    import torch
+
+    drawn = numpy.random.get_state(legacy=False)["state"]
+    return random.getstate(), drawn["key"].tobytes(), drawn["pos"], torch.get_rng_state().numpy().tobytes()
+
+
+def _serve(jobs: connection.Connection) -> None:
+    """Fork ranks for one job after the other, until the other end is closed."""
+    _import_all()
+    gc.freeze()  # a collection in a rank would otherwise copy every page it looks at
+    numbers = _random_states()
+    while True:
+        try:
+            job = jobs.recv()
+        except EOFError:
+            os._exit(0)
+        _check_untouched(numbers)
+        jobs.send(_run(job, jobs))
+
+
+def _run(job: Job, jobs: connection.Connection) -> int:
+    port = str(_free_port())
+    waiting = {}
+    for rank in range(job.ranks):
+        pid = _fork(partial(_be_rank, job, rank, port, jobs))
+        waiting[os.pidfd_open(pid)] = pid
+    first = 0
+    limit = time.monotonic() + job.deadline_seconds
+    while waiting and not first:
+        ended = connection.wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
+        first = next((code for code in _reap(waiting, ended) if code), 0 if ended else -signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in waiting.values():
+            os.kill(pid, number)
+        limit = time.monotonic() + GRACE_SECONDS
+        while waiting and time.monotonic() < limit:
+            _reap(waiting, connection.wait(list(waiting), timeout=1.0))
+    return first
+
+
+def _reap(waiting: dict[int, int], ended: Sequence[object]) -> list[int]:
+    """Take those that have ended out of `waiting`, by file descriptor; how each ended."""
+    codes = []
+    for descriptor in ended:
+        assert isinstance(descriptor, int)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(waiting.pop(descriptor), 0)[1]))
+        os.close(descriptor)
+    return codes
+
+
+def _fork(rank: Callable[[], None]) -> int:
+    """A child's process id. The child does what a rank does, and ends as any interpreter does."""
+    parent = os.getpid()
+    if pid := os.fork():
+        return pid
+    die_with_parent(parent=parent)
+    rank()
+    sys.exit()
+
+
+def _be_rank(job: Job, rank: int, port: str, jobs: connection.Connection) -> None:
+    import numpy
+    import torch
+
+    jobs.close()
+    for descriptor, path in ((1, job.stdout), (2, job.stderr)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.update(
+        job.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks),
+        LOCAL_WORLD_SIZE=str(job.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+    )  # fmt: skip
+    os.chdir(job.folder)
+    # an interpreter's own generators start anywhere; Python seeds its own after a fork
+    torch.seed()
+    numpy.random.seed()
+    sys.argv = [job.module, *job.arguments]
+    runpy.run_module(job.module, run_name="__main__", alter_sys=True)
+
+
+def _free_port() -> int:
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"no free port in {PORTS}")
+
+
+if __name__ == "__main__":
+    _serve(connection.Connection(int(sys.argv[1])))
