@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.multiprocessing import reductions
 
 from megatron_pmd.device import current_device
-from megatron_pmd.weight_sync.bucket import Bucket, BucketLayout
+from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout
 
 HANDLE_ARGUMENTS = 7
 """Of rebuild_cuda_tensor's arguments, the first that the sender decides; before them is what a bucket is."""

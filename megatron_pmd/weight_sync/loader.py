@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.files import write_whole
-from megatron_pmd.weight_sync.bucket import BucketLayout, word_sum
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout, word_sum
 from megatron_pmd.weight_sync.device_bucket import open_handle
 
 KEPT_MAPPINGS = 4

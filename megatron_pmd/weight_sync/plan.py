@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.fp8 import SCALE_SUFFIX
-from megatron_pmd.weight_sync.bucket import BucketLayout, nbytes_of, padded
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout, nbytes_of, padded
 
 WANTED_BUCKETS = 8
 """A small model is cut into about so many, so that engines load one while the next is written."""

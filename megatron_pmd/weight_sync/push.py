@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from megatron_pmd.device import current_device
 from megatron_pmd.errors import ModelError
-from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep, word_sum
+from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep
+from megatron_pmd.weight_sync.bucket_layout import word_sum
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.weight_sync.bucket import Bucket, BucketLayout
+from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout
 
 
 def fill(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

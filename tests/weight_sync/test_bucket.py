@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megatron_pmd.errors import ModelError
-from megatron_pmd.weight_sync.bucket import ALIGNMENT, BucketLayout, SharedBucket, sweep, word_sum
+from megatron_pmd.weight_sync.bucket import SharedBucket, sweep
+from megatron_pmd.weight_sync.bucket_layout import ALIGNMENT, BucketLayout, word_sum
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket
 from tests.weight_sync.filling import fill
 

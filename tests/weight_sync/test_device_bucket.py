@@ -10,7 +10,8 @@ import torch
 from torch.multiprocessing import reductions
 
 from megatron_pmd.weight_sync import device_bucket, loader
-from megatron_pmd.weight_sync.bucket import BucketLayout, SharedBucket
+from megatron_pmd.weight_sync.bucket import SharedBucket
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout
 from megatron_pmd.weight_sync.device_bucket import HANDLE_ARGUMENTS, DeviceBucket, open_handle
 
 SENT = (b"\x00handle", 4096, 512, False, b"counter", 3, b"\xffevent", True)
