@@ -35,7 +35,7 @@ DISTINCT = 64
 """So many samples are made, and taken again and again: the lists of 8,192 others would fill the machine."""
 WAYS: dict[str, dict[str, tuple[float, ...]]] = {
     "shares": {"no": (0.125, 0.25, 1.0), "48 × 8": (0.0625, 0.125, 0.25)},
-    "pickle": {"no": (0.125, 0.25), "48 × 8": (0.015625,)},
+    "pickle": {"no": (0.0625, 0.125), "48 × 8": (0.0078125,)},
 }
 """Way -> recorded routing -> fractions of the samples, so that none takes more than 8 GB."""
 
