@@ -131,7 +131,7 @@ def main(
     tokens: int = 8192,
     output: Path | None = None,
 ) -> None:
-    rows = []
+    rows, described = [], machine()
     for way, fractions_by_routing in WAYS.items():
         for routing, fractions in fractions_by_routing.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def main(
             for row in rows[-len(measured) :]:
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     if output is not None:
-        output.write_text(json.dumps({"machine": machine(), "ranks": ranks, "rows": rows}, indent=1))
+        output.write_text(json.dumps({"machine": described, "ranks": ranks, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
