@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 PROJECT = Path(__file__).parents[2]
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
 
 SMALL = [
