@@ -1,4 +1,4 @@
-"""What the tests run on actor ranks: `python -m tests.actor.actor_programs ORDER`, see launch.py."""
+"""What the tests run on actor ranks: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
-
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.actor import model
 from megatron_pmd.actor.actor import Actor
@@ -33,7 +27,6 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.objectives.pmd import Pmd
 from tests.actor import objective_gradients
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
 
 OBJECTIVE = loss_of(Pmd(normaliser="response"), Constants(TAU, max_response_tokens=30))
@@ -308,7 +301,3 @@ def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tup
             model.provider_for(bridge, config)
 
     return {name: message_of(functools.partial(attempt, *case)) for name, case in cases.items()}
-
-
-if __name__ == "__main__":
-    run_program(globals())

@@ -1,4 +1,4 @@
-"""What can befall a checkpoint, on actor ranks: `python -m tests.actor.checkpoint_programs ORDER`."""
+"""What can befall a checkpoint, on actor ranks: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from typing import Any
 
 import psutil
 
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
-
 from megatron_pmd.actor import checkpoint
 from tests.actor.actor_programs import Trial, message_of
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import STEPS, config_for
 
 
@@ -117,7 +111,3 @@ def save_and_load(path: Path, layout: dict[str, int], folder: Path) -> tuple[str
     saved = trial.save(folder)
     trial.step(STEPS[1])
     return message_of(lambda: trial.actor.load(saved))
-
-
-if __name__ == "__main__":
-    run_program(globals())

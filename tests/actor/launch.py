@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def launch(
         order, log = Path(folder) / "order", Path(folder) / "log"
         order.write_bytes(pickle.dumps((program, arguments)))
         job = Job(
-            module, (str(order),), str(REPOSITORY), str(log), str(log), ranks,
+            "tests.actor.launch:run_order", (module, str(order)), str(REPOSITORY), str(log), str(log), ranks,
             deadline_seconds=DEADLINE_SECONDS,
         )  # fmt: skip
         code = WARM.run(job)
@@ -39,10 +39,20 @@ def launch(
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def run_program(programs: Mapping[str, Any]) -> None:
-    """What a module of programs does when launch() starts it: run the one asked for, keep its value."""
+def run_order(module: str, order: str) -> None:
+    """What each rank does for launch(): run the program asked for, keep its value.
+
+    A module whose programs need something around them has a function `run(program, arguments)`.
+    """
     torch.set_num_threads(1)
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    torch.save(programs[name](**arguments), order.parent / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    programs = importlib.import_module(module)
+    name, arguments = pickle.loads(Path(order).read_bytes())
+    program = getattr(programs, name)
+    value = programs.run(program, arguments) if hasattr(programs, "run") else program(**arguments)
+    torch.save(value, Path(order).parent / f"{os.environ['RANK']}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_order(*sys.argv[1:])

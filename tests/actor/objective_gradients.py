@@ -52,7 +52,7 @@ def all_gradients(trial: Any) -> Gradients:
     examples = np.arange(SAMPLED, 16)
     results["sft of the examples"] = _gradient(trial, next_token, examples, None)
     trial.batch.examples = 16 - SAMPLED
-    first, last = trial.batch.offsets[SAMPLED], trial.batch.offsets[16]
+    first, last = trial.batch.tokens.offsets[SAMPLED], trial.batch.tokens.offsets[16]
     tokens = int(trial.batch.counted[first:last].sum())
     beside = Examples(actor.microbatches(trial.batch, examples), EXAMPLE_WEIGHT * SAMPLED / tokens)
     results[WITH_EXAMPLES] = _gradient(trial, OBJECTIVES["pmd"], samples, beside)

@@ -3,7 +3,7 @@
 A fresh interpreter spends 7 s of a core on importing torch, megatron-core, Megatron-Bridge and transformers,
 each rank anew, and torchrun 2 s. A rank forked from here is such an interpreter just after its imports: this
 process starts no thread, joins no group, touches no GPU and draws no random number, which it checks before
-every fork. Then the rank does what `python -m MODULE ARGUMENTS` does.
+every fork. A rank calls a function and ends as any interpreter does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import gc
 import importlib
 import os
 import random
-import runpy
 import signal
 import socket
 import subprocess
@@ -42,18 +41,23 @@ ENVIRONMENT = {
 }
 MODULES = (
     "tests.actor.actor_programs",
+    "tests.actor.checkpoint_programs",
     "tests.convert.conversion_programs",
+    "tests.training.share_programs",
+    "tests.weight_sync.fault_programs",
+    "tests.weight_sync.node_programs",
     "tests.weight_sync.push_programs",
     "tests.weight_sync.two_engine_programs",
 )
-"""What the programs import is imported here; the programs themselves are run anew in each rank."""
+"""With all that they import."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """`python -m module arguments` on each of some ranks."""
+    """A call of a function on each of some ranks."""
 
-    module: str
+    function: str
+    """module:name."""
     arguments: tuple[str, ...]
     folder: str
     """Where the ranks run."""
@@ -84,7 +88,9 @@ class WarmProcess:
         try:
             return self._jobs.recv()
         except EOFError:
-            raise AssertionError(f"the warm process ended before {job.module} did; see its stderr") from None
+            raise AssertionError(
+                f"the warm process ended before {job.function} did; see its stderr"
+            ) from None
 
     def _start(self) -> None:
         ours, theirs = connection.Pipe()
@@ -205,8 +211,8 @@ def _be_rank(job: Job, rank: int, port: str, jobs: connection.Connection) -> Non
     # an interpreter's own generators start anywhere; Python seeds its own after a fork
     torch.seed()
     numpy.random.seed()
-    sys.argv = [job.module, *job.arguments]
-    runpy.run_module(job.module, run_name="__main__", alter_sys=True)
+    module, name = job.function.split(":")
+    getattr(importlib.import_module(module), name)(*job.arguments)
 
 
 def _free_port() -> int:

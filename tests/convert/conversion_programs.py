@@ -1,13 +1,12 @@
-"""What the tests run on a conversion's ranks: `python -m tests.convert.conversion_programs ORDER`."""
+"""What the tests run on a conversion's ranks, see tests/actor/launch.py."""
 
 from __future__ import annotations
 
 import functools
 import os
-import pickle
 import resource
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,11 @@ from megatron_pmd.errors import PmdError
 
 PART_BYTES = 150_000
 """Several parts even of the tiny models."""
+
+
+def run(program: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    with ranks() as control:
+        return program(control, **arguments)
 
 
 def _message(action: Any) -> tuple[str, str]:
@@ -183,11 +187,3 @@ def load_as_megatron_does(
     module.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
     write_policy(actor.export(), actor.shapes.keys(), model, out, control)
     return {name: tensor.detach().clone() for name, tensor in actor.export()}
-
-
-if __name__ == "__main__":
-    order = Path(sys.argv[1])
-    name, arguments = pickle.loads(order.read_bytes())
-    with ranks() as control:
-        result = globals()[name](control, **arguments)
-        torch.save(result, order.parent / f"{os.environ['RANK']}.pt")

@@ -1,10 +1,11 @@
-"""What the tests of shares run on ranks: `python -m tests.training.share_programs ORDER`, see launch.py."""
+"""What the tests of shares run on ranks: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.training.batch_shares import distribute
-from tests.actor.launch import run_program
 
 Case = tuple[dict[str, int], int]
 """A layout, and on how many nodes."""
 ARRAYS = ("ids", "engine_log_probs", "versions", "counted", "routed_experts")
+
+
+def run(program: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return program(**arguments)
 
 
 def trained(path: Path, cases: dict[str, Case], samples: list[Sample], examples: int, memory: Path) -> Any:
@@ -149,8 +154,3 @@ def without_room(samples: list[Sample], memory: Path, temporary: Path) -> tuple[
         return said, False, str(error)
     whole = RolloutBatch.pack(samples, 1.0)
     return said, all(np.array_equal(getattr(share.tokens, n), getattr(whole.tokens, n)) for n in ARRAYS), ""
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    run_program(globals())

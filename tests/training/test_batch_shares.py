@@ -138,7 +138,7 @@ def in_room(
     order = room.parent / "order"
     order.write_bytes(pickle.dumps((program, arguments)))
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}"
-    program = f"{sys.executable} {torchrun} -m {PROGRAMS} {order}"
+    program = f"{sys.executable} {torchrun} -m tests.actor.launch {PROGRAMS} {order}"
     mount, after = f"mount -t tmpfs -o size={size} tmpfs {room}", f"stat -f -c '%b %f' {room}; ls -A {room}"
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", f"{mount} && {program}; code=$?; echo AFTER; {after}; exit $code"],

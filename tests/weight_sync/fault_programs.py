@@ -1,4 +1,4 @@
-"""One rank with a real engine, and what can befall it: `python -m tests.weight_sync.fault_programs ORDER`."""
+"""One rank with a real engine, and what can befall it: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ import httpx
 import psutil
 import torch
 
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
-
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import Rollout, RunConfig, Sync
@@ -24,7 +19,6 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.live_engines import LiveEngines
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.weight_sync.faulty_transport import Fault, FaultyTransport
 
@@ -211,7 +205,3 @@ def _message(action: Callable[[], None]) -> str:
     except PmdError as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-if __name__ == "__main__":
-    run_program(globals())

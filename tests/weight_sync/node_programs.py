@@ -1,4 +1,4 @@
-"""An engine over two nodes, which here are two ranks: `python -m tests.weight_sync.node_programs ORDER`."""
+"""An engine over two nodes, which here are two ranks: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any
 
 import psutil
 
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
-
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import Rollout, Sync
@@ -19,7 +14,6 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.live_engines import LiveEngines
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.engine.live_engine import generate
 from tests.weight_sync.faulty_transport import FaultyTransport
@@ -81,7 +75,3 @@ def _with_damage(engines: LiveEngines, actor: Actor) -> str:
     finally:
         engines.weight_push.transport = transport
     return ""
-
-
-if __name__ == "__main__":
-    run_program(globals())

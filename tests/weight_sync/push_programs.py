@@ -1,4 +1,4 @@
-"""What the tests of weight sync run on actor ranks: `python -m tests.weight_sync.push_programs ORDER`."""
+"""What the tests of weight sync run on actor ranks: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import initialize
@@ -25,7 +20,6 @@ from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 
 
@@ -202,7 +196,3 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
-
-
-if __name__ == "__main__":
-    run_program(globals())

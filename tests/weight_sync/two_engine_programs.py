@@ -1,4 +1,4 @@
-"""Two ranks with an engine each, and deaths: `python -m tests.weight_sync.two_engine_programs ORDER`."""
+"""Two ranks with an engine each, and deaths: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ import httpx
 import numpy as np
 import psutil
 
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
-
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rollout.groups import RolloutGroups
-from tests.actor.launch import run_program
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
@@ -168,7 +162,3 @@ def _kill_router(trial: Trial) -> None:
     assert router is not None
     for process in psutil.Process(router.pid).children(recursive=True):
         process.kill()
-
-
-if __name__ == "__main__":
-    run_program(globals())
