@@ -78,9 +78,9 @@ demo-moe: setup
 # unless TESTS was given.
 test: setup
 	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not serial" $(TESTS) || { \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 -m "not serial" $(TESTS) || { \
 		code=$$?; [ $$code -eq 5 -a -n "$(TESTS)" ] || status=$$code; }; \
-	$(BIN)/python -m pytest -m serial $(TESTS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
+	$(BIN)/python -m pytest --durations=10 -m serial $(TESTS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
 	exit $$status
 
 # All three run, whatever the first says.
