@@ -71,6 +71,10 @@ class Proof:
 
 def proofs() -> list[Proof]:
     """The columns, in the order of a model's way: it is computed, laid out, saved, served, trained."""
+    return [*proofs_of_the_actor(), *proofs_of_the_weights(), *proofs_with_engines()]
+
+
+def proofs_of_the_actor() -> list[Proof]:
     return [
         Proof(
             "one process",
@@ -100,6 +104,11 @@ def proofs() -> list[Proof]:
             (test_checkpoint.test_a_checkpoint_resumes_under_another_layout_of_as_many_fewer_or_more_ranks,),
             frozenset(LAYOUTS[saved][0] for group in OTHER_LAYOUTS.values() for saved in group),
         ),
+    ]
+
+
+def proofs_of_the_weights() -> list[Proof]:
+    return [
         Proof(
             "conversion",
             "Hugging Face to Megatron and back changes no bit. A sharded checkpoint converts, in one "
@@ -117,6 +126,11 @@ def proofs() -> list[Proof]:
             (test_shards.test_every_node_gets_the_tensors_of_the_bridges_export_bit_for_bit,),
             frozenset(case["family"] for case in test_shards.CASES.values()),
         ),
+    ]
+
+
+def proofs_with_engines() -> list[Proof]:
+    return [
         Proof(
             "SGLang",
             "A real engine that was given the weights computes transformers' log-probabilities within 1e-4, "

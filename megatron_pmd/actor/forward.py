@@ -65,7 +65,6 @@ def run_schedule(
     """Drive all micro-batches through megatron-core's pipeline schedule and this rank's chunks of the model.
 
     examples: micro-batches of supervised examples, which come after those of responses.
-
     on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With
     forward_only it returns anything, which comes back as a list; otherwise (summed loss, count, anything),
     and gradients are divided by the global count. replay: routers choose the experts that the batch has
@@ -73,9 +72,9 @@ def run_schedule(
     """
     # else Float16Module hands on an fp32 copy of all logits
     as_computed = {"fp32_output": False} if get_model_config(chunks[0]).bf16 else {}
-    # every chunk of an interleaved pipeline reads the micro-batches by itself
     work = [(samples, False) for samples in microbatches] + [(samples, True) for samples in examples or []]
     device = current_device()
+    # every chunk of an interleaved pipeline reads the micro-batches by itself
     packed = [
         (pack_microbatch(batch, samples, row, device, supervised=supervised) for samples, supervised in work)
         for _ in chunks
