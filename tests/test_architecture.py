@@ -164,3 +164,9 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 def _given_fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
     fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
     return [part for part in fields if part.value is None or "init=False" not in ast.unparse(part.value)]
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    functions = [*_definitions(ast.FunctionDef), *_definitions(ast.AsyncFunctionDef)]
+    assert len(functions) > 1000
+    assert [where for where, node in functions if node.end_lineno - node.lineno >= 60] == []
