@@ -53,7 +53,7 @@ def all_gradients(trial: Any) -> Gradients:
     results["sft of the examples"] = _gradient(trial, next_token, examples, None)
     trial.batch.examples = 16 - SAMPLED
     first, last = trial.batch.tokens.offsets[SAMPLED], trial.batch.tokens.offsets[16]
-    tokens = int(trial.batch.counted[first:last].sum())
+    tokens = int(trial.batch.tokens.counted[first:last].sum())
     beside = Examples(actor.microbatches(trial.batch, examples), EXAMPLE_WEIGHT * SAMPLED / tokens)
     results[WITH_EXAMPLES] = _gradient(trial, OBJECTIVES["pmd"], samples, beside)
     return results if trial.control.is_driver else {}

@@ -24,7 +24,6 @@ import torch
 
 from megatron_pmd.actor.cpu import bridge_import, standins
 from megatron_pmd.stubs import stub_path
-from tests.actor import actor_programs
 
 CHILD_SECONDS = 90
 TWO_RANKS = {
@@ -89,6 +88,8 @@ def _fork(action: Callable[[], object], rank: int, ranks: int, port: str, report
 def train_without(name: str | None, model: Path, layout: dict[str, int]) -> None:
     """Log-probs, two steps, save, load and a step of a tiny model; raises where a number is wrong."""
     standins.install(leave_out=(name,) if name else ())
+
+    from tests.actor import actor_programs
 
     reference = torch.load(model / "reference.pt", weights_only=False)
     with tempfile.TemporaryDirectory() as folder:
