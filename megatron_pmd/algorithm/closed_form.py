@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import logsumexp, wrightomega
 
 Floats = NDArray[np.float64]
@@ -44,6 +43,8 @@ def optimum_mean(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> tu
     λ solves E_{π_t}[ρ] = 1. With x = log ρ = A/τ − λρ and E[A] = 0 that reads E[eˣ − 1 − x] = E[λρ]. Both
     sides are sums of positive terms: their logarithms lose no digits, neither at λ ~ 1e-13 nor at A/τ ~ 1e4.
     """
+    from scipy.optimize import brentq  # half a second of imports that only the driver needs
+
     r, p = _checked(rewards, probabilities, tau)
     support = p > 0
     p_s, r_s = p[support], r[support]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
 
 from megatron_pmd.batch import Sample
 
@@ -70,6 +69,8 @@ def evaluate(samples: Sequence[Sample], correct: float = 1.0) -> Evaluation:
 
 def _mean(per_prompt: list[float]) -> Score:
     """Percentile bootstrap over prompts; no width when all prompts agree or there is only one."""
+    from scipy.stats import bootstrap  # half a second of imports that only the driver needs
+
     value = float(np.mean(per_prompt))
     if len(set(per_prompt)) < 2:
         return Score(value, value, value)
@@ -81,5 +82,7 @@ def _mean(per_prompt: list[float]) -> Score:
 
 def _share(passed: list[bool]) -> Score:
     """Wilson's interval of a proportion, which has a width also where every prompt passed, or none."""
+    from scipy.stats import binomtest
+
     interval = binomtest(sum(passed), len(passed)).proportion_ci(method="wilson")
     return Score(float(np.mean(passed)), float(interval.low), float(interval.high))
