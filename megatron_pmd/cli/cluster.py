@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from megatron_pmd.cli.train import Recipe, Settings
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.cluster import load_cluster
@@ -15,14 +16,12 @@ from megatron_pmd.launch.script import Job, job_for, render
 from megatron_pmd.launch.submit import Through
 from recipes import configuration
 
-Recipe = Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")]
-Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
 Profile = Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder, runs/NAME")]
 
 
 def plan(recipe: Recipe, settings: Settings = None, cluster: Profile = "h100") -> None:
-    """What a run needs of a cluster, before it queues; exit code 1 when it cannot fit."""
+    """What a run needs of a cluster, before it queues; refused when it cannot fit."""
     from megatron_pmd.planner.planning import check, make_plan
     from megatron_pmd.planner.table import show
 

@@ -12,11 +12,12 @@ from megatron_pmd.config import StopAfter
 from megatron_pmd.outcome import RunOutcome, Status
 from recipes import configuration
 
+Recipe = Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")]
 Settings = Annotated[Optional[list[str]], typer.Argument(help="dotted.key=value, e.g. algorithm.tau=0.05")]  # noqa: UP045
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")],
+    recipe: Recipe,
     settings: Settings = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     stop_after: Annotated[
