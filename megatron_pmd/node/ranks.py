@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd import errors
 from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import DataError, Interrupted
 from megatron_pmd.node.worker import JobSpec
@@ -116,7 +117,9 @@ def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
     noted = RunOutcome.read(spec.outcome_file(failure.local_rank))
     if noted is None:
         noted = RunOutcome(Status.FAILED, f"it ended with {failure.signal_name() or failure.exitcode}")
-    return replace(noted, reason=f"rank {rank} failed: {noted.reason}; logs: {logs}")
+    # A PmdError of one rank is raised on all (Control.on_driver), and any can be the first to end.
+    who = "" if hasattr(errors, noted.error or "") else f"rank {rank} failed: "
+    return replace(noted, reason=f"{who}{noted.reason}; logs: {logs}")
 
 
 def _ended(folder: Path, nodes: Nodes, outcome: RunOutcome) -> RunOutcome:

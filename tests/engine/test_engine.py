@@ -76,7 +76,7 @@ def test_an_unknown_sglang_option_is_refused_with_the_nearest_name(folder, tmp_p
 
 def test_the_options_are_found_where_0_5_17_declares_them(tmp_path, monkeypatch):
     """constraints/gpu.txt has that version: it is the last for torch 2.11."""
-    source = tmp_path / "sglang" / "srt" / "installed_options.py"
+    source = tmp_path / "sglang" / "srt" / "server_args.py"
     source.parent.mkdir(parents=True)
     source.write_text(
         "class ServerArgs:\n"
