@@ -6,12 +6,14 @@ One engine serves the whole module (its start takes 15-45 s); two tests start an
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -193,8 +195,8 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
         assert trainer.stdout is not None
         supervisor = psutil.Process(int(trainer.stdout.readline()))
         deadline = time.monotonic() + START_SECONDS
-        # supervisor > server > resource tracker, scheduler, detokenizer
-        while len(family := [supervisor, *supervisor.children(recursive=True)]) < 5:
+        # supervisor > server > scheduler, detokenizer
+        while len(family := [supervisor, *supervisor.children(recursive=True)]) < 4:
             assert time.monotonic() < deadline, (tmp_path / "engine.log").read_text()
             time.sleep(0.05)
     finally:
@@ -252,6 +254,17 @@ def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
     listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert engine.spec.port in {address.port for address in listening}
     assert len([a for a in listening if a.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]) <= 1, listening
+
+
+def test_the_engine_forks_its_processes_and_sglang_would_not(engine):
+    """stubs/packages/sglang_cpu_plugin.py; a process that was spawned has Python's `spawn_main` in its start."""
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None and sglang.origin is not None
+    source = Path(sglang.origin).parent / "srt" / "entrypoints" / "engine.py"
+    assert 'mp.set_start_method("spawn", force=True)' in source.read_text(), "the stand-in is needed no more"
+    family = psutil.Process(engine.pid).children(recursive=True)
+    words = [" ".join(process.cmdline()) for process in family]
+    assert len(words) == 3 and not any("multiprocessing" in line for line in words), words
 
 
 def test_log_probs_equal_transformers_before_and_after_an_update(control, engine, bucket, models):

@@ -27,9 +27,9 @@ def return_routed_experts_from_host_memory():
 def fork_processes():
     """An engine's server process forks its scheduler and its detokenizer, with all that it has imported.
 
-    `_set_envs_and_config` of entrypoints/engine.py asks for `spawn`, which CUDA needs: each process then imports
-    torch, transformers and SGLang again. That is 17 of the 30 s of processor time that a start takes, and half
-    of an engine's memory.
+    `_set_envs_and_config` of entrypoints/engine.py asks for `spawn`, which CUDA needs: each process then
+    imports torch, transformers and SGLang again. That is 17 of the 30 s of processor time that a start takes,
+    and half of an engine's memory.
     """
     set_start_method = multiprocessing.set_start_method
 
