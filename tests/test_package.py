@@ -60,7 +60,7 @@ def pip(*words: str) -> None:
 
 
 def install(python: Path, what: str) -> None:
-    pip("--python", str(python), "install", "-c", str(PROJECT / "constraints/cpu.txt"), what)
+    pip("--python", str(python), "install", "-c", str(PROJECT / "constraints/stack.txt"), what)
 
 
 @pytest.fixture(scope="module")

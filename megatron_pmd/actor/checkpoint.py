@@ -116,6 +116,7 @@ class Saver:
                 str(partial),
                 strategy,
                 async_sharded_save=True,
+                async_strategy="mcore",
             )
         except FAILURES as error:
             raise _not_written(partial, error) from error

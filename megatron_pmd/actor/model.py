@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.hugging_face import TensorFiles
-from megatron_pmd.stubs import stub_path
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -34,20 +32,14 @@ YARN_ROPE = {
 
 
 def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Megatron-Bridge's AutoBridge for a Hugging Face folder, with a configuration in the shape it reads.
+    """Megatron-Bridge's AutoBridge for a Hugging Face folder.
 
-    Raises ModelError for a folder that is not a complete model, or a family that the bridge does not know.
+    Raises ModelError for a folder that is not a complete model, a family that the bridge does not know, or
+    rotary settings that it would read wrongly.
     """
     check_files(path)
     bridge = open_bridge(path, trust_remote_code=trust_remote_code)
-    config = bridge.hf_pretrained.config
-    rope = rope_of(path, config)
-    # Megatron-Bridge 0.3.1 reads transformers 4's rope_theta and rope_scaling. In transformers 5 both live in
-    # rope_parameters: without this the weights load bit for bit and the logits are wrong, silently.
-    config.rope_theta = rope["rope_theta"]
-    if rope.get("rope_type", "default") == "default":
-        config.rope_scaling = None
-        config.rope_parameters = None
+    check_rope(path, bridge.hf_pretrained.config)
     return bridge
 
 
@@ -59,8 +51,6 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     if torch.cuda.is_available():
         importlib.import_module("megatron.bridge")
     else:
-        if str(stub_path()) not in sys.path:
-            sys.path.append(str(stub_path()))  # the bridge imports triton; none of its kernels runs here
         bridge_import.import_bridge()
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
@@ -80,8 +70,8 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     return bridge
 
 
-def rope_of(path: Path, config: Any) -> dict[str, Any]:
-    """The rotary settings, when they are ones that arrive in megatron-core; ModelError otherwise.
+def check_rope(path: Path, config: Any) -> None:
+    """ModelError for rotary settings that do not arrive in megatron-core.
 
     Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to
     those of Llama 3.1 to 3.3; other types are dropped by some of its families. Both would give wrong logits,
@@ -98,21 +88,6 @@ def rope_of(path: Path, config: Any) -> dict[str, Any]:
             f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, and for the "
             f"DeepSeek-V3 family `yarn` with {', '.join(sorted(YARN_ROPE))}"
         )
-    return rope
-
-
-def latent_attention_fields(path: Path) -> dict[str, Any]:
-    """Fields of MLATransformerConfig that Megatron-Bridge 0.3.1 leaves at megatron-core's defaults.
-
-    It takes the rotary ones from transformers 4's names, and passes on no rank that is None.
-    """
-    config = AutoConfig.from_pretrained(path)
-    rope = rope_of(path, config)
-    fields = dict(q_lora_rank=config.q_lora_rank, rotary_base=rope["rope_theta"])
-    if rope.get("rope_type", "default") == "default":
-        return fields | dict(rope_type="rope", rotary_scaling_factor=1.0)
-    same = {key: rope[key] for key in YARN_ROPE - {"factor"}}
-    return fields | same | dict(rope_type="yarn", rotary_scaling_factor=rope["factor"])
 
 
 def check_files(path: Path) -> None:
@@ -138,8 +113,6 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     if unknown:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
     fields = settings.transformer_fields(config)
-    if provider.multi_latent_attention:
-        fields = latent_attention_fields(Path(config.model.path)) | fields
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_pmd.actor.cpu.modules import block_spec
-from megatron_pmd.actor.model import latent_attention_fields, load_bridge, open_bridge
+from megatron_pmd.actor.model import load_bridge, open_bridge
 from megatron_pmd.actor.settings import CPU_FIELDS
 from megatron_pmd.errors import ModelError
 
@@ -104,7 +104,7 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
     from megatron.core.utils import get_model_config
 
     bridge = open_bridge(path)
-    module = build_whole(bridge, path, dtype=torch.float32, on_meta=True)
+    module = build_whole(bridge, dtype=torch.float32, on_meta=True)
     config = get_model_config(module)
     registry = bridge._model_bridge.mapping_registry()
     modules = dict(module.named_modules())
@@ -149,7 +149,7 @@ def logits(
     Raises ModelError for a model whose rotary settings would not arrive.
     """
     bridge = load_bridge(path)
-    module = build_whole(bridge, path, dtype=torch.float32).eval()
+    module = build_whole(bridge, dtype=torch.float32).eval()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for parameter in model.parameters:
         tensors[parameter.name].copy_(read(parameter))
@@ -163,7 +163,7 @@ def logits(
     return tokens, output[0].float()
 
 
-def build_whole(bridge: Any, path: Path, *, dtype: torch.dtype, on_meta: bool = False) -> Any:
+def build_whole(bridge: Any, *, dtype: torch.dtype, on_meta: bool = False) -> Any:
     """The whole model in this process, on the CPU or on the meta device, its weights not set."""
     provider = bridge.to_megatron_provider(load_weights=False)
     settings: dict[str, Any] = dict(
@@ -184,13 +184,12 @@ def build_whole(bridge: Any, path: Path, *, dtype: torch.dtype, on_meta: bool = 
         moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        mtp_num_layers=None,
         should_pad_vocab=False,
         moe_router_dtype="fp32",
         # its parameters have the names of Transformer Engine's spec, and it builds on any machine
         transformer_layer_spec=block_spec,
     )
-    if provider.multi_latent_attention:
-        settings = latent_attention_fields(path) | settings
     for name, value in settings.items():
         setattr(provider, name, value)
     provider.finalize()

@@ -94,6 +94,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        mtp_num_layers=None,  # layers that predict further tokens are no part of the policy
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),
         **_expert_fields(config.actor.experts),

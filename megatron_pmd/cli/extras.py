@@ -10,7 +10,7 @@ from megatron_pmd.errors import MissingPackage
 
 INSTALL = {
     "report": "pip install 'megatron-pmd[report]'",
-    "cpu": "`make setup` in a clone installs what trains on a CPU, constraints/gpu.txt says how to on GPUs",
+    "cpu": "`make setup` in a clone installs what trains on a CPU, the Dockerfile what trains on GPUs",
 }
 
 

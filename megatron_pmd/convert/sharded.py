@@ -129,13 +129,20 @@ class ShardedReader:
         }
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._common = metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     @property
     def layout(self) -> dict[str, int] | None:
         """The layout it was saved under, where the saver noted it."""
         try:
-            common = torch.load(self.folder / "common.pt", weights_only=True)
+            if self._common is None:  # written by megatron-core up to 0.16
+                common = torch.load(self.folder / "common.pt", weights_only=True)
+            else:
+                with (self.folder / self._common.relative_path).open("rb") as file:
+                    file.seek(self._common.offset)
+                    data = io.BytesIO(file.read(self._common.length))
+                (common,) = torch.load(data, weights_only=True)
         except (OSError, pickle.UnpicklingError, RuntimeError):
             return None
         return common.get("layout") if isinstance(common, dict) else None

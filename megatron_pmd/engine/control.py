@@ -91,6 +91,9 @@ class EngineControl:
             bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8
         )
         # By value: torch's own way of sharing between processes lets only related processes read it.
+        # megatron-core puts a function of its own in this place; SGLang's unpickler knows torch's name alone
+        load: Any = torch.storage._load_from_bytes
+        load.__module__, load.__name__, load.__qualname__ = "torch.storage", *["_load_from_bytes"] * 2
         payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
         request = {
             "serialized_named_tensors": [payload] * self.spec.rollout.tensor_parallel,

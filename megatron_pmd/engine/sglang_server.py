@@ -16,7 +16,6 @@ from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.fp8 import names_in, quantization_config
-from megatron_pmd.stubs import stub_path
 
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
 NO_WEIGHTS = "none"
@@ -175,7 +174,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     if spec.record_routing:
         path.append(str(Path(__file__).parent / "plugins"))
     if spec.cpu:
-        path.insert(0, str(stub_path()))
+        path.insert(0, str(Path(__file__).parent / "cpu"))
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["OMP_NUM_THREADS"] = str(spec.rollout.threads_per_engine)
         if spec.rollout.tensor_parallel > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,10 +28,8 @@ COLUMNS = [
     "reward_error",
 ]
 
-T = TypeVar("T")
 
-
-def evenly(items: Sequence[T], count: int) -> list[T]:
+def evenly[T](items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)

@@ -132,7 +132,7 @@ def _only_renames(bridge: Any) -> bool:
     Some bridges change tensors after their mapping (GPT-OSS merges experts); DeepSeek's only adds CONSTANTS.
     """
     change = type(bridge._model_bridge).maybe_modify_converted_hf_weight
-    return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge")
+    return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge", "LlamaBridge")
 
 
 def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:

@@ -23,14 +23,11 @@ from unittest import mock
 import torch
 
 from megatron_pmd.actor.cpu import bridge_import, standins
-from megatron_pmd.stubs import stub_path
 
 CHILD_SECONDS = 90
 TWO_RANKS = {
     # ranks exchange as many tokens as each other's experts were chosen for
     "split_sizes": dict(expert=2, data=2),
-    # Megatron-Bridge sends each rank its columns of a row-parallel weight
-    "contiguous_scatter": dict(tensor=2),
     "pinned_memory": dict(context=2),
 }
 LATENT = ("latent_linear", "pinned_memory")
@@ -129,27 +126,12 @@ def exchange_unequal_parts(name: str | None) -> None:
 
 def import_before_core() -> None:
     """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
-    sys.path.append(str(stub_path()))
     with mock.patch.object(bridge_import, "CORE_MODULES", ()):
         bridge_import.import_bridge()
 
 
 def import_without_engine() -> None:
-    sys.path.append(str(stub_path()))
     importlib.import_module("megatron.bridge")
-
-
-def rotary_base_unaided(model: Path) -> float:
-    """What Megatron-Bridge makes of a transformers 5 configuration's rope_theta."""
-    from megatron.bridge import AutoBridge
-
-    return AutoBridge.from_hf_pretrained(str(model)).to_megatron_provider(load_weights=False).rotary_base
-
-
-def raise_unless_read(model: Path) -> None:
-    base, right = rotary_base_unaided(model), 1e6
-    if base != right:
-        raise AssertionError(f"rotary base {base}, config.json has {right}")
 
 
 def trials(models: Path) -> dict[str, str]:
@@ -164,11 +146,8 @@ def trials(models: Path) -> dict[str, str]:
     for name in bridge_import.CORE_MODULES:
         importlib.import_module(name)
     trial("transformer_engine", import_without_engine)
-    trial("triton", bridge_import.import_bridge)
-    sys.path.append(str(stub_path()))
     bridge_import.import_bridge()
     importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
-    trial("rope", lambda: raise_unless_read(models / "qwen3"))
     moe, latent = models / "qwen3moe", models / "deepseek"
     model_for = dict.fromkeys(standins.STAND_INS, moe) | dict.fromkeys(LATENT, latent)
     trial("nothing left out", lambda: train_without(None, moe, {}))

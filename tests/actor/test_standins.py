@@ -42,7 +42,7 @@ def outcomes(models, tmp_path_factory) -> dict[str, str]:
 
 def test_with_all_stand_ins_training_saving_and_loading_are_right(outcomes):
     complete = {name: outcome for name, outcome in outcomes.items() if name.startswith("nothing left out")}
-    assert len(complete) == 6
+    assert len(complete) == 5
     assert set(complete.values()) == {""}, complete
 
 
@@ -65,7 +65,7 @@ with ranks():
     from megatron_pmd.actor.parameters import build_whole, open_bridge
     for name in ("qwen3", "qwen3moe", "deepseek"):
         folder = Path(sys.argv[1]) / name
-        module = build_whole(open_bridge(folder), folder, dtype=torch.float32, on_meta=True)
+        module = build_whole(open_bridge(folder), dtype=torch.float32, on_meta=True)
         assert {p.device.type for p in module.parameters()} == {"meta"}, name
 """
     done = subprocess.run(
@@ -75,14 +75,9 @@ with ranks():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_megatron_bridge_still_imports_transformer_engine_and_triton_unasked(outcomes):
+def test_megatron_bridge_still_imports_transformer_engine_unasked(outcomes):
     assert "ModuleNotFoundError: No module named 'transformer_engine'" in outcomes["transformer_engine"]
-    assert "ModuleNotFoundError: No module named 'triton'" in outcomes["triton"]
 
 
 def test_megatron_core_must_look_for_transformer_engine_before_the_stand_in_appears(outcomes):
     assert outcomes["core modules first"] != ""
-
-
-def test_megatron_bridge_alone_still_reads_another_rotary_base_than_the_file_says(outcomes):
-    assert "rotary base" in outcomes["rope"] and "config.json has 1000000" in outcomes["rope"]

@@ -114,12 +114,10 @@ WARM = WarmProcess()
 
 def _import_all() -> None:
     from megatron_pmd.actor.cpu import bridge_import, standins
-    from megatron_pmd.stubs import stub_path
 
     standins.install()
     for module in MODULES:
         importlib.import_module(module)
-    sys.path.append(str(stub_path()))
     bridge_import.import_bridge()
 
 

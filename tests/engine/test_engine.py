@@ -257,7 +257,7 @@ def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
 
 
 def test_the_engine_forks_its_processes_and_sglang_would_not(engine):
-    """stubs/packages/sglang_cpu_plugin.py. A spawned process would have `multiprocessing` in its command."""
+    """engine/cpu/sglang_cpu_plugin.py. A spawned process would have `multiprocessing` in its command."""
     sglang = importlib.util.find_spec("sglang")
     assert sglang is not None and sglang.origin is not None
     source = Path(sglang.origin).parent / "srt" / "entrypoints" / "engine.py"

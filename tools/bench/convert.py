@@ -107,7 +107,7 @@ def bridge_alone(direction: str, source: str, out: str, config_folder: str) -> N
 
         clock = Clock()
         bridge = load_bridge(Path(config_folder))
-        module = build_whole(bridge, Path(config_folder), dtype=torch.bfloat16)
+        module = build_whole(bridge, dtype=torch.bfloat16)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if direction == "to-megatron":
             bridge.load_hf_weights([module])

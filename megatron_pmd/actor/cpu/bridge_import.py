@@ -1,4 +1,4 @@
-"""Importing Megatron-Bridge 0.3.1 where neither Triton nor Transformer Engine exists."""
+"""Importing Megatron-Bridge 0.6.2 where there is no Transformer Engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def import_bridge() -> None:
     for module in (engine, pytorch):
         module.__spec__ = ModuleSpec(module.__name__, None)
         module.__path__ = []
-    engine.__version__ = "2.11.0"
+    engine.__version__ = "2.20.2"
     engine.pytorch = pytorch
     for name in TE_CLASSES:
         setattr(pytorch, name, type(name, (torch.nn.Module,), {}))

@@ -7,6 +7,7 @@ tells column- from row-parallel weights by class name; the names below are there
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -173,6 +174,14 @@ class TELinear(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
 
+class LatentAttention(MLASelfAttention):
+    """MLA with the modules its spec names: megatron-core would look for a fused norm of its own backend."""
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
 class _GroupedLinear(torch.nn.Module):
     """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens."""
 
@@ -248,6 +257,7 @@ def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
     layer.sharded_state_dict_keys_map = {}
     attention.core_attention = PackedAttention
     if latent:
+        layer.self_attention.module = LatentAttention
         layer.input_layernorm = RMSNorm
         attention.linear_q_down_proj = attention.linear_kv_down_proj = TELinear
         attention.linear_q_up_proj = attention.linear_kv_up_proj = TELayerNormColumnParallelLinear
@@ -258,14 +268,15 @@ def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if is_moe:
         layer.pre_mlp_layernorm = RMSNorm
-        experts = layer.mlp.submodules.experts
-        experts.module = TEGroupedMLP
-        experts.submodules = MLPSubmodules(
-            linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+        layer.mlp.keywords["submodules"].experts = partial(
+            TEGroupedMLP,
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+            ),
         )
     else:
         layer.pre_mlp_layernorm = IdentityOp
-        layer.mlp.submodules.linear_fc1 = TELayerNormColumnParallelLinear
+        layer.mlp.keywords["submodules"].linear_fc1 = TELayerNormColumnParallelLinear
     return spec
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins that let megatron-core 0.16.1 run on a CPU over gloo. Never installed where CUDA exists.
+"""Stand-ins that let megatron-core 0.19.2 run on a CPU over gloo. Never installed where CUDA exists.
 
 Each function answers one place in torch or megatron-core, named in its docstring;
 tests/actor/test_standins.py leaves them out one at a time and fails when one is no longer needed.
@@ -115,14 +115,6 @@ def streams() -> None:
     torch.Tensor.record_stream = lambda self, stream: None
 
 
-def missing_te_gemm() -> None:
-    """transformer/moe/moe_utils.py leaves `te_general_gemm` undefined when Transformer Engine is absent."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def latent_linear() -> None:
     """transformer/multi_latent_attention.py asks isinstance(…, TELinear), a mock without Transformer Engine.
 
@@ -220,17 +212,6 @@ def adam_state() -> None:
     cls._set_main_param_and_optimizer_states = keep_step
 
 
-def contiguous_scatter() -> None:
-    """gloo's scatter silently sends non-contiguous chunks wrong: Megatron-Bridge, row-parallel weights."""
-    original = torch.distributed.scatter
-
-    def scatter(tensor: torch.Tensor, scatter_list: Any = None, *args: Any, **kwargs: Any) -> Any:
-        chunks = [chunk.contiguous() for chunk in scatter_list] if scatter_list else scatter_list
-        return original(tensor, chunks, *args, **kwargs)
-
-    torch.distributed.scatter = scatter
-
-
 STAND_INS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -242,12 +223,10 @@ STAND_INS: dict[str, Callable[[], None]] = {
         synchronisation,
         random_state,
         streams,
-        missing_te_gemm,
         latent_linear,
         split_sizes,
         uneven_collectives,
         adam_state,
-        contiguous_scatter,
     )
 }
 

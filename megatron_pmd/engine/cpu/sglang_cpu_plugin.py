@@ -1,6 +1,6 @@
 """Plugin of SGLang (entry point group sglang.srt.plugins): SGLang itself loads it in each of its processes.
 
-Two stand-ins, each with the place in SGLang 0.5.21 that it answers.
+Stand-ins, each with the place in SGLang 0.5.23 that it answers.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import multiprocessing
 def register():
     return_routed_experts_from_host_memory()
     fork_processes()
+    name_the_cpu_as_device()
 
 
 def return_routed_experts_from_host_memory():
@@ -37,3 +38,14 @@ def fork_processes():
         set_start_method("fork" if method == "spawn" else method, force=force)
 
     multiprocessing.set_start_method = fork
+
+
+def name_the_cpu_as_device():
+    """`torch.get_device_module()` of a CUDA build is torch.cuda also where there is no device.
+
+    weight_updater.py synchronises it when memory is released, and the engine dies.
+    """
+    import torch
+
+    module_of = torch.get_device_module
+    torch.get_device_module = lambda device=None: torch.cpu if device is None else module_of(device)
