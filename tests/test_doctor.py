@@ -54,7 +54,7 @@ def test_a_version_other_than_the_pinned_one_is_a_warning_that_names_both(versio
         doctor.pins("stack")["transformers"],
     )
     versions["httpx"] = "0.27.0"
-    assert f"httpx 0.27.0 (pinned {pinned['httpx']})" in found("other requirements").found
+    assert f"httpx 0.27.0 (pinned {doctor.pins('stack')['httpx']})" in found("other requirements").found
 
 
 def test_a_build_suffix_is_not_another_version():
