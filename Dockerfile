@@ -10,43 +10,47 @@ ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
 
-# Versions: those of constraints/gpu.txt and nemo.txt, but for what is named here, e.g. --build-arg PINS="sglang==0.5.21 torch==2.13.0"
+# Versions: those of constraints/stack.txt and nemo.txt, but for what is named here, e.g. --build-arg PINS="sglang==0.5.23 torch==2.14.1"
 ARG PINS=""
-# NVIDIA's apex, from source: the package of that name on the index is another project. megatron-core uses its fused Adam
-# where Transformer Engine has none.
-# Tag 25.09:
-ARG APEX_COMMIT=4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49
+# NVIDIA's apex, from source: the package of that name on the index is another project. megatron-core takes one module of it,
+# fused_weight_gradient_mlp_cuda, which accumulates gradients inside the GEMM. Tag 25.09 asks for compute_70, which nvcc 13 has
+# dropped; commits from 26bba57d on do not.
+ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
 ARG MAX_JOBS=16
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 \
-    NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
+    CUDA_HOME=/usr/local/cuda NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
 
+# without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-pip ninja-build numactl \
+RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-pip python3-venv ninja-build numactl \
+        ibverbs-providers libibverbs1 librdmacm1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/megatron-pmd
 # what compiles for half an hour comes before what changes every day
 COPY constraints/ constraints/
 RUN for pin in ${PINS}; do \
-        grep -q "^${pin%%==*}==" constraints/gpu.txt constraints/nemo.txt || { echo "PINS: ${pin%%==*} is no pin of ours" >&2; exit 1; }; \
-        sed -i "s/^${pin%%==*}==.*/${pin}/" constraints/gpu.txt constraints/nemo.txt; \
+        grep -q "^${pin%%==*}==" constraints/stack.txt constraints/nemo.txt || { echo "PINS: ${pin%%==*} is no pin of ours" >&2; exit 1; }; \
+        sed -i "s/^${pin%%==*}==.*/${pin}/" constraints/stack.txt constraints/nemo.txt; \
     done; cp constraints/*.txt /opt/
-RUN python3 -m pip install --constraint /opt/gpu.txt torch
-RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/gpu.txt \
+RUN python3 -m pip install --constraint /opt/stack.txt torch torchvision packaging wheel setuptools ninja
+# its torch half is compiled here; without FORCE_BUILD it first tries to download one
+RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
     transformer-engine transformer-engine-cu13 transformer-engine-torch
 RUN git clone https://github.com/NVIDIA/apex /opt/apex && git -C /opt/apex checkout "${APEX_COMMIT}" \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation /opt/apex \
     && rm -rf /opt/apex
-RUN python3 -m pip install --no-deps --constraint /opt/gpu.txt megatron-bridge \
-    && python3 -m pip install --constraint /opt/gpu.txt sglang sglang-kernel sglang-router
+# it declares an older transformers than sglang's, and packages that are compiled and that we do not import
+RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge \
+    && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/gpu.txt --editable '.[gpu]'
+RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]'
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
-RUN python3 -m pip install virtualenv==21.15.8 && virtualenv /opt/nemo \
-    && /opt/nemo/bin/pip install --constraint /opt/cpu.txt --constraint /opt/nemo.txt --editable '.[nemo]'
+RUN python3 -m venv /opt/nemo \
+    && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
 
 # the smoke test: what can be seen without a GPU
 RUN megatron-pmd plan qwen3_30b_a3b_dapo_32xh100 && megatron-pmd launch qwen3_30b_a3b_dapo_32xh100 --dry-run > /dev/null \

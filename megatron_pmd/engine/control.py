@@ -29,6 +29,22 @@ READING = ("/model_info", "/server_info", "/health", "/health_generate")
 """Endpoints that only tell."""
 
 
+def pickled_by_value(value: Any) -> bytes:
+    """A pickle that SGLang's SafeUnpickler (srt/utils/common.py) reads, also of tensors.
+
+    By value: torch's own way of sharing between processes lets only related processes read it. megatron-core
+    (core/__init__.py) puts a function of its own in the place of torch.storage._load_from_bytes, which a
+    pickled tensor names; the unpickler knows torch's name alone.
+    """
+    load: Any = torch.storage._load_from_bytes
+    own = load.__module__, load.__qualname__
+    load.__module__, load.__qualname__ = "torch.storage", "_load_from_bytes"
+    try:
+        return pickle.dumps(value)
+    finally:
+        load.__module__, load.__qualname__ = own
+
+
 class EngineControl:
     """The only caller of one engine's control endpoints: its leader's. Calls must not overlap in time."""
 
@@ -36,7 +52,6 @@ class EngineControl:
         """timeout_seconds: deadline of each call."""
         self.spec = spec
         self.timeout_seconds = timeout_seconds
-        self._must_end = True
         self._client = httpx.Client(
             base_url=spec.url, trust_env=False,
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds)),
@@ -72,9 +87,8 @@ class EngineControl:
         tried again.
         """
         self.withdraw_version()
-        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400, 404))
-        self._must_end = begun.status_code != 404  # 0.5.17 knows neither call, and takes buckets at any time
-        if self._must_end and not begun.json().get("success"):  # an earlier update is still open
+        begun = self._call("POST", "/begin_weight_update", {}, accept=(200, 400))
+        if not begun.json().get("success"):  # an earlier update is still open
             self._confirmed("/end_weight_update", {})
             self._confirmed("/begin_weight_update", {})
 
@@ -90,11 +104,7 @@ class EngineControl:
         body = torch.frombuffer(
             bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8
         )
-        # By value: torch's own way of sharing between processes lets only related processes read it.
-        # megatron-core puts a function of its own in this place; SGLang's unpickler knows torch's name alone
-        load: Any = torch.storage._load_from_bytes
-        load.__module__, load.__name__, load.__qualname__ = "torch.storage", *["_load_from_bytes"] * 2
-        payload = base64.b64encode(pickle.dumps([("bucket", body)])).decode()
+        payload = base64.b64encode(pickled_by_value([("bucket", body)])).decode()
         request = {
             "serialized_named_tensors": [payload] * self.spec.rollout.tensor_parallel,
             "load_format": LOADER,
@@ -144,8 +154,7 @@ class EngineControl:
 
     def end_update(self, version: int) -> None:
         """Close the weight update; the engine now serves this version. StaleWeights if it says otherwise."""
-        if self._must_end:
-            self._confirmed("/end_weight_update", {})
+        self._confirmed("/end_weight_update", {})
         self.confirm(version)
 
     def withdraw_version(self) -> None:

@@ -21,19 +21,18 @@ def server_options() -> dict[str, str]:
     spec = importlib.util.find_spec("sglang")  # a top-level package: found, not imported
     if spec is None or not spec.submodule_search_locations:
         raise EngineError(
-            "sglang is not installed in this environment; install the versions in pyproject.toml"
+            "sglang is not installed in this environment; install the versions in constraints/stack.txt"
         )
     root = Path(spec.submodule_search_locations[0]) / "srt"
-    whole = ast.parse((root / "server_args.py").read_text())
-    options = _declared(whole)  # 0.5.17; 0.5.21 has them in files of their own
+    options: dict[str, str] = {}
     for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
         options |= _declared(ast.parse(source.read_text()))
     if "model_path" not in options:
         raise EngineError(
-            f"the sglang at {root.parent} does not declare its options where 0.5.17 and 0.5.21 do; "
-            "this program is written for these two"
+            f"the sglang at {root.parent} does not declare its options in srt/arg_groups/fields, as the "
+            "pinned version does; install the versions in constraints/stack.txt"
         )
-    return options | _registered_by_hand(whole)
+    return options | _registered_by_hand(ast.parse((root / "server_args.py").read_text()))
 
 
 def check_options(given: dict[str, Any], taken: dict[str, str]) -> None:

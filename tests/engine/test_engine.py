@@ -76,38 +76,11 @@ def test_an_unknown_sglang_option_is_refused_with_the_nearest_name(folder, tmp_p
     assert wrong.log is not None and not wrong.log.parent.exists()  # nothing was written, let alone started
 
 
-def test_the_options_are_found_where_0_5_17_declares_them(tmp_path, monkeypatch):
-    """constraints/gpu.txt has that version: it is the last for torch 2.11."""
-    source = tmp_path / "sglang" / "srt" / "server_args.py"
-    source.parent.mkdir(parents=True)
-    source.write_text(
-        "class ServerArgs:\n"
-        '    model_path: A[str, Arg(help="where", cli_name="--model-path")]\n'
-        '    tp_size: A[int, "how many"] = 1\n'
-    )
+def test_a_version_that_keeps_its_options_elsewhere_is_refused_by_its_place(tmp_path, monkeypatch):
     place = SimpleNamespace(submodule_search_locations=[str(tmp_path / "sglang")])
     monkeypatch.setattr(installed_options.importlib.util, "find_spec", lambda name: place)
-    found = installed_options.server_options.__wrapped__()
-    assert found == {"model_path": "model-path", "tp_size": "tp-size"}
-
-
-def test_an_engine_that_knows_no_weight_update_window_is_given_none(folder):
-    """As SGLang 0.5.17."""
-    asked = []
-
-    def answer(request):
-        asked.append(request.url.path)
-        if request.url.path.endswith("_weight_update"):
-            return httpx.Response(404)
-        return httpx.Response(200, json={"success": True, "weight_version": "5"})
-
-    control = EngineControl(spec_for(folder, folder), timeout_seconds=1)
-    control._client = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://engine")
-    control.begin_update()
-    control.end_update(5)
-    assert asked == [
-        "/update_weight_version", "/begin_weight_update", "/update_weight_version", "/model_info"
-    ]  # fmt: skip
+    with pytest.raises(EngineError, match=r"sglang does not declare its options in srt/arg_groups/fields"):
+        installed_options.server_options.__wrapped__()
 
 
 def test_an_option_that_follows_a_setting_of_ours_is_refused_by_that_setting(folder):

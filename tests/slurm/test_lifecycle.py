@@ -151,13 +151,13 @@ def test_a_crash_loop_stops_with_its_reason_and_no_job_of_the_chain_starts_again
 
 
 def test_what_only_a_person_can_mend_is_not_tried_again(cluster: Cluster) -> None:
-    number = cluster.launch("wrong", cluster.profile(), "model.path=nowhere", "model.prepare=null")
+    number = cluster.launch("wrong", cluster.profile(), 'rollout.sglang={"nonsense": 1}')
     assert cluster.wait_for_end(number, "wrong") == "FAILED"
     assert cluster.job(number)["ExitCode"] == "2:0"
     outcome = cluster.outcome("wrong")
-    assert outcome is not None and outcome.status is Status.REFUSED and outcome.error == "ModelError"
-    assert "nowhere: no such model folder" in outcome.reason
-    assert "stopped: refused: ModelError" in cluster.command("status", str(cluster.run("wrong")))
+    assert outcome is not None and outcome.status is Status.REFUSED and outcome.error == "ConfigError"
+    assert "rollout.sglang.nonsense is not an option" in outcome.reason
+    assert "stopped: refused: ConfigError" in cluster.command("status", str(cluster.run("wrong")))
     assert len(cluster.begun("wrong")) == 1
 
 
