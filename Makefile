@@ -3,7 +3,7 @@
 PYTHON ?=
 # More options for the installation of torch, e.g. an index with its CPU build where pip would choose the CUDA build.
 TORCH_OPTIONS ?=
-# Worker processes of the parallel tests.
+# Worker processes of the tests.
 JOBS ?= 2
 # What to test: make test TESTS=tests/test_config.py
 TESTS ?=
@@ -65,15 +65,9 @@ demo: setup
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
 
-# Fast tests in parallel, then those marked `serial` one by one; a failure in either fails the target, and both always run.
-# Exit code 5 is "no test selected": all right for the second call (TESTS may hold no serial test), not for the first
-# unless TESTS was given.
+# Workers take whole files (tests/conftest.py) in their order. 
 test: setup
-	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=10 -m "not serial" $(TESTS) || { \
-		code=$$?; [ $$code -eq 5 -a -n "$(TESTS)" ] || status=$$code; }; \
-	$(BIN)/python -m pytest --durations=10 -m serial $(TESTS) || { code=$$?; [ $$code -eq 5 ] || status=$$code; }; \
-	exit $$status
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=10 $(TESTS)
 
 # All three run, whatever the first says.
 lint: setup

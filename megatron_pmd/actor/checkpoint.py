@@ -209,7 +209,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
             raise CheckpointError(
                 f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved; "
                 "this layout of this model cannot be resumed "
-                "(megatron-core 0.16.1 loses tied embeddings of some vocabulary sizes over a pipeline)"
+                "(megatron-core 0.19.2 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
 
 

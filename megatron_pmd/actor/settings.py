@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_pmd.config import Actor, Experts, RunConfig
-from megatron_pmd.errors import ConfigError, LayoutError
+from megatron_pmd.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -253,7 +253,7 @@ def check_device(config: RunConfig) -> None:
 
 
 def check_model(provider: Any, config: RunConfig) -> None:
-    """Raise LayoutError or ConfigError where layout or settings do not fit the model."""
+    """Raise LayoutError (Layout.check_model) or ConfigError where layout or settings do not fit the model."""
     layout, path, actor = config.layout, config.model.path, config.actor
     stages = layout.pipeline * layout.virtual_pipeline
     layers = None
@@ -273,12 +273,6 @@ def check_model(provider: Any, config: RunConfig) -> None:
         experts=provider.num_moe_experts,
         layers=layers,
     )
-    if layout.virtual_pipeline > 1 and provider.share_embeddings_and_output_weights:
-        raise LayoutError(
-            f"layout.virtual_pipeline={layout.virtual_pipeline}, but {path} ties its output layer to its "
-            "embedding: Megatron-Bridge 0.3.1 looks for both in a stage's first chunk; "
-            "use layout.virtual_pipeline=1"
-        )
     if not provider.num_moe_experts and actor.experts != Experts():
         raise ConfigError(f"actor.experts is set, but {path} has no experts")
     if actor.experts.bias_update_rate and not provider.moe_router_enable_expert_bias:

@@ -73,7 +73,7 @@ class Layout(Frozen):
         experts          None or 0 for a dense model
         layers           (how many, setting that divides them, its value), where they are dealt out evenly
         """
-        # Megatron-Bridge 0.3.1 cannot load a vocabulary that needs padding
+        # the vocabulary is not padded: a row more would be a token that no tokenizer has
         rules = [
             ("attention heads", heads, "tensor", self.tensor),
             ("rows of the vocabulary", vocabulary, "tensor", self.tensor),

@@ -21,7 +21,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "dense, pipeline=2": ("qwen3", dict(pipeline=2)),
     "dense, data=2": ("llama", dict(data=2)),
     "dense, context=2": ("qwen2", dict(context=2)),
-    "dense, pipeline=2, virtual_pipeline=2": ("llama", dict(pipeline=2, virtual_pipeline=2)),
+    "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
     "moe, tensor=2, expert=2": ("qwen3moe", dict(tensor=2, expert=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),

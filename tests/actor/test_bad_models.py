@@ -190,12 +190,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         "LayoutError",
         ["layout.pipeline x virtual_pipeline=6", "4 layers"],
     ),
-    "tied embeddings over an interleaved pipeline": (
-        "qwen3",
-        dict(layout=dict(pipeline=2, virtual_pipeline=2)),
-        "LayoutError",
-        ["layout.virtual_pipeline=2", "ties its output layer"],
-    ),
     "expert bias of a router without": (
         "qwen3moe",
         dict(actor={"experts": {"bias_update_rate": 1e-3}}),

@@ -182,7 +182,7 @@ def test_a_checkpoint_resumes_under_another_layout_of_as_many_fewer_or_more_rank
 
 @pytest.mark.serial
 def test_tied_embeddings_lost_over_a_pipeline_are_refused_not_resumed_wrongly(tmp_path):
-    """megatron-core 0.16.1 restores wrong rows of a tied vocabulary of 509 saved from two pipeline stages.
+    """megatron-core 0.19.2 restores wrong rows of a tied vocabulary of 509 saved from two pipeline stages.
 
     When this test fails because loading succeeds, the defect is gone and the digest stays as a safeguard.
     """

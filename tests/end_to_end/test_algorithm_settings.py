@@ -111,8 +111,8 @@ def test_engines_and_actor_agree_at_a_temperature_that_changes(
     assert len(lines) == 2
     for line in lines:
         assert 0 < line["sync/max_abs_difference"] <= 1e-3
-    # sharper logits: half the temperature cannot leave the entropy where it was; by how much it falls depends on
-    # what was sampled (0.7 to 0.82 seen)
+    # sharper logits: half the temperature cannot leave the entropy where it was; how far it falls depends on
+    # what was sampled (to 0.7 to 0.82 of it, seen)
     assert lines[1]["entropy"] < 0.9 * lines[0]["entropy"]
 
 
