@@ -34,9 +34,10 @@ def hold_back(signal_number: int) -> None:
     """Keep a signal for sigwait in this process, and harmless in all that it starts.
 
     Slurm sends it to the direct children of its step alone, or to every process of the step: a shell, a
-    compiler or a server may get it at any moment, also in the seconds before it could install a handler. Blocked
-    and ignored are inherited. One that comes meanwhile waits for sigwait: the kernel drops an ignored signal
-    only where it is not blocked. To be called before there are other threads, which would take it.
+    compiler or a server may get it at any moment, also in the seconds before it could install a handler. A
+    child inherits both that it is blocked and that it is ignored. One that comes waits for sigwait: the
+    kernel drops an ignored signal only where it is not blocked. To be called before there are other threads,
+    which would take it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal_number})
     # shells unblock all signals; set again it would drop one that waits

@@ -43,7 +43,7 @@ def main(parent: int, command: list[str]) -> int:
 
     signal.signal(PARENT_DIED, kill_group)
     signal.signal(signal.SIGTERM, kill_group)
-    # Slurm may send it to every process of a job; what it tells is for the trainer, and the server inherits this.
+    # Slurm may send the signal to save to every process of a job. The server inherits that it is ignored.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Ctrl-C in the terminal is the trainer's to answer: it stops the supervisor when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -84,7 +84,7 @@ def run_ranks(
         spec.outcome_file(local_rank).unlink(missing_ok=True)  # an earlier start's
     path = logs / f"job-{nodes.rank}.json"
     spec.write(path)
-    os.environ["OMP_NUM_THREADS"] = str(config.actor.threads_per_rank)
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
     try:
         with _passing_on_the_signal_to_save():
             elastic_launch(_launch_config(config, nodes, logs), sys.executable)("-m", RANK_MODULE, str(path))
@@ -100,12 +100,22 @@ def run_ranks(
     return outcome_of(folder) or RunOutcome(Status.FAILED, f"{folder}: the ranks ended without a summary")
 
 
+def threads_per_rank(config: RunConfig, nodes: Nodes) -> int:
+    """OpenMP threads: of the rank's share of the node's cores where they step the optimizer, else few.
+
+    With optimizer.offload megatron-core steps torch's AdamW on the host (HybridDeviceOptimizer).
+    """
+    if not config.optimizer.offload:
+        return config.actor.threads_per_rank
+    return max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
+
+
 @contextmanager
 def _passing_on_the_signal_to_save() -> Iterator[None]:
     """Send SIGUSR1, which this process holds back (processes.hold_back), on to its ranks while they run.
 
-    Where Slurm tracks processes by cgroup it signals the direct child of its step alone. It may come before the
-    ranks do: then each gets it when it starts.
+    Where Slurm tracks processes by cgroup it signals the direct child of its step alone. It may come before
+    the ranks do: then each gets it when it starts.
     """
     ended = threading.Event()
 

@@ -57,7 +57,7 @@ def test_engines_of_other_nodes_are_called_without_a_proxy(monkeypatch):
 def test_a_server_outlives_the_signal_to_save_that_all_processes_of_a_job_get(tmp_path):
     """Slurm with proctrack/linuxproc sends it so."""
     port = free_port()
-    command = [sys.executable, "-m", "http.server", "--bind", LOOPBACK, "--directory", str(tmp_path), str(port)]
+    command = [sys.executable, "-m", "http.server", "--bind", LOOPBACK, "-d", str(tmp_path), str(port)]
     url = f"http://{LOOPBACK}:{port}"
     server = ServerProcess("server", command, os.environ, url, "/", tmp_path / "logs" / "server.log")
     try:

@@ -1,4 +1,4 @@
-"""What Slurm tells its direct child reaches the ranks: slurm/train.sbatch's own step, with ranks that wait."""
+"""What Slurm tells its direct child reaches the ranks: the step of slurm/train.sbatch, ranks that wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +28,8 @@ sys.exit(main.main())
 
 
 @pytest.fixture
-def step(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
-    """Starts the step of a job on one node: the process that Slurm would start, and signal."""
+def step(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The step of a job on one node, running: the process that Slurm would start, and signal."""
     python = tmp_path / "python"  # in the place of `python -m megatron_pmd.node.main`
     (tmp_path / "node.py").write_text(NODE)
     python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/node.py\n")
@@ -44,37 +44,26 @@ def step(tmp_path: Path) -> Callable[[], subprocess.Popen[str]]:
         "SLURMD_NODENAME": "n1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": str(PROJECT),
     }  # fmt: skip
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", "-c", STEP], env=os.environ | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    return start
-
-
-def wait_for(paths: list[Path], process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 60
-    while not all(path.exists() for path in paths):
-        assert process.poll() is None and time.monotonic() < limit, process.communicate(timeout=60)[0]
-        time.sleep(0.01)
+    process = subprocess.Popen(
+        ["bash", "-c", STEP], env=os.environ | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    yield process
+    process.kill()
+    process.communicate()
 
 
-@pytest.mark.parametrize("when", ["while the node is checked", "while the ranks run"])
 def test_the_direct_child_alone_is_told_to_save_and_all_ranks_do(
-    step: Callable[[], subprocess.Popen[str]], tmp_path: Path, when: str
+    step: subprocess.Popen[str], tmp_path: Path
 ) -> None:
+    """Told as soon as the node is checked, while torch's agent is imported: before there are ranks."""
     run = tmp_path / "runs" / "tiny_moe_cpu"
-    process = step()
-    checked = [run / "launch" / "preflight" / "1" / "0.json"]
-    born = [run / "born-0", run / "born-1"]
-    try:
-        wait_for(checked if when == "while the node is checked" else born, process)
-        process.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()  # the ranks end with it
-    assert process.returncode == 0, output
+    while not (run / "launch" / "preflight" / "1" / "0.json").exists():
+        assert step.poll() is None, step.communicate()[0]
+        time.sleep(0.01)
+    step.send_signal(signal.SIGUSR1)
+    output, _ = step.communicate(timeout=60)
+    assert step.returncode == 0, output
     outcome = RunOutcome.read(run / "launch" / "outcome.json")
     assert outcome == RunOutcome(Status.SAVED, "was told to save (SIGUSR1)")
-    assert (run / "saved-1").exists()
+    assert (run / "saved-0").exists() and (run / "saved-1").exists()
