@@ -75,4 +75,4 @@ def test_an_engine_has_the_longer_deadline_until_its_kernels_are_compiled(starte
     assert "SGLANG_WARMUP_TIMEOUT" not in engine.environment
     assert "watchdog-timeout" not in options.read_text()
     assert started(override(config, ["rollout.tensor_parallel=4"]), 3)[0] == 2000.5
-    assert started(override(config, ["rollout.sglang={chunked_prefill_size: 4096}"]), 4)[0] == 2000.5
+    assert started(override(config, ['rollout.sglang={"chunked_prefill_size": 4096}']), 4)[0] == 2000.5
