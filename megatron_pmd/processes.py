@@ -7,6 +7,9 @@ import os
 import resource
 import signal
 
+SAVE = signal.SIGUSR1
+"""What Slurm sends a run that it wants to end; the ranks then write a checkpoint (training/shutdown.py)."""
+
 _PR_SET_PDEATHSIG = 1
 # Loaded here, not in the function: between fork and exec (preexec_fn) the loader's lock may be held for good.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,6 +28,21 @@ def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG, {signal_number}): {os.strerror(code)}")
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal_number)
+
+
+def hold_back(signal_number: int) -> None:
+    """Keep a signal for sigwait in this process, and harmless in all that it starts.
+
+    Slurm sends it to the direct children of its step alone, or to every process of the step: a shell, a
+    compiler or a server may get it at any moment, also in the seconds before it could install a handler. A
+    child inherits both that it is blocked and that it is ignored. One that comes waits for sigwait: the
+    kernel drops an ignored signal only where it is not blocked. To be called before there are other threads,
+    which would take it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal_number})
+    # shells unblock all signals; set again it would drop one that waits
+    if signal.getsignal(signal_number) is not signal.SIG_IGN:
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
 def allow_many_files() -> None:

@@ -31,9 +31,10 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
             f"pipeline={layout.pipeline} x data={layout.data} needs {layout.ranks}; "
             f"start {layout.ranks} ranks or change layout.data"
         )
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-    )
+    # Not also gloo with CUDA: every group that megatron-core forms would connect each of its ranks with each
+    # other a second time, minutes at 512 ranks. What is on the host goes through Control's group, or through
+    # the gloo groups that megatron-core forms of data-parallel ranks.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     form_groups(layout, seed=seed, timeout_seconds=timeout_seconds)
 
 

@@ -10,6 +10,7 @@ import typer
 from megatron_pmd.cli.extras import needs
 from megatron_pmd.config import StopAfter
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.processes import SAVE, hold_back
 from recipes import configuration
 
 Recipe = Annotated[str, typer.Argument(help="a recipe's name, its .py file, or a run's config.json")]
@@ -28,6 +29,7 @@ def train(
     ] = None,
 ) -> None:
     """Train on this machine; started again with the same words, it resumes where it stopped."""
+    hold_back(SAVE)  # before numpy starts threads
     with needs("cpu"):
         from megatron_pmd.node.ranks import run_here
         from megatron_pmd.observe.console import Console

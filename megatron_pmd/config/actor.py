@@ -129,7 +129,8 @@ class Optimizer(Frozen):
     """Needs CUDA and Transformer Engine unless fp32. `bf16` halves Adam's moments in memory (megatron-core's
     precision-aware optimizer)."""
     offload: float = Field(0.0, ge=0, le=1)
-    """Needs CUDA unless 0. Share of the optimizer's states, and of its arithmetic, that stays on the host."""
+    """Needs CUDA unless 0. Share of the optimizer's states, and of its arithmetic, that stays on the host;
+    there each rank uses its share of the node's cores."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

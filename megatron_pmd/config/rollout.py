@@ -108,6 +108,10 @@ class Rollout(Frozen):
     prompts that begin alike go to one engine until it is far ahead. `manual`: all requests of one group or
     conversation go to one engine. `random`, `power_of_two`: as they say."""
     start_timeout_seconds: PositiveFloat = 300.0
+    """Deadline for an engine to answer after its start."""
+    cold_start_timeout_seconds: PositiveFloat = 2400.0
+    """The same where kernels are compiled first: with CUDA, at the first start with these versions and
+    options on a node. DeepGEMM alone takes 10 to 20 minutes, as SGLang says."""
     request_timeout_seconds: PositiveFloat = 600.0
     """From sending a request to its last token, retries not counted."""
     retries: NonNegativeInt = 5

@@ -18,6 +18,9 @@ from megatron_pmd.errors import EngineError
 from megatron_pmd.files import write_whole
 
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 10.0
+"""So long a server's start is waited for without a word."""
+REPEAT_SECONDS = 300.0
 LOG_TAIL_LINES = 15
 LOOPBACK = "127.0.0.1"
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
@@ -142,9 +145,12 @@ class ServerProcess:
         """Whether the server accepts requests now."""
         return answers(self._ready_url, 5.0)
 
-    def wait_ready(self, deadline_seconds: float) -> None:
-        """Block until the server accepts requests; EngineError at once if it exits, or at the deadline."""
-        started = time.monotonic()
+    def wait_ready(self, deadline_seconds: float, meanwhile: str = "") -> None:
+        """Block until the server accepts requests; EngineError at once if it exits, or at the deadline.
+
+        After 10 s, and then every 5 minutes, prints what is being waited for. meanwhile: why it takes long.
+        """
+        started, patience = time.monotonic(), PATIENCE_SECONDS
         while not self.ready():
             waited = time.monotonic() - started
             if not self.alive():
@@ -154,6 +160,15 @@ class ServerProcess:
             if waited > deadline_seconds:
                 raise EngineError(
                     f"{self._where()} was not ready {waited:.0f} s after its start; {self._log()}"
+                )
+            if waited > patience:
+                patience = waited + REPEAT_SECONDS
+                print(
+                    f"waiting for {self._where()}, {waited:.0f} s so far, at most {deadline_seconds:.0f} s"
+                    + (f": {meanwhile}" if meanwhile else "")
+                    + f"; log: {self.log}",
+                    file=sys.stderr,
+                    flush=True,
                 )
             time.sleep(POLL_SECONDS)
 

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import Model, Rollout
+from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
@@ -198,6 +200,15 @@ class EngineProcess(ServerProcess):
         options = engine_options(spec)
         assert spec.log is not None, "an engine of ours has a log"
         self.spec = spec
+        environment = engine_environment(spec)
+        self._ready_before = None if spec.cpu else ready_before(options)
+        self._compiles = self._ready_before is not None and not self._ready_before.exists()
+        if self._compiles:
+            # SGLang ends itself when its first request takes 600 s or one pass 300 s, and NCCL when ranks
+            # wait 600 s for the one that compiles
+            seconds = math.ceil(spec.rollout.cold_start_timeout_seconds)
+            environment.setdefault("SGLANG_WARMUP_TIMEOUT", str(seconds))
+            options = {"watchdog_timeout": seconds, "dist_timeout": seconds} | options
         arguments = spec.log.with_name(spec.log.name + ".yaml")
         # SGLang's --config wants YAML, and JSON is YAML.
         write_arguments(arguments, {server_options()[name]: value for name, value in options.items()})
@@ -205,4 +216,15 @@ class EngineProcess(ServerProcess):
         name, span = f"engine {spec.number}", spec.span
         if span.nodes > 1:
             name += f", node {span.node} of {span.nodes}"
-        super().__init__(name, command, engine_environment(spec), spec.url, "/ready", spec.log)
+        super().__init__(name, command, environment, spec.url, "/ready", spec.log)
+
+    def wait_ready(self, deadline_seconds: float, meanwhile: str = "") -> None:
+        """See ServerProcess; longer where the engine's kernels are compiled first."""
+        if self._compiles:
+            deadline_seconds = max(deadline_seconds, self.spec.rollout.cold_start_timeout_seconds)
+            meanwhile = "it compiles kernels, as at each first start of a version on a node"
+        super().wait_ready(deadline_seconds, meanwhile)
+        if self._ready_before is not None:
+            with suppress(OSError):  # then the next start has the longer deadline, too
+                self._ready_before.parent.mkdir(parents=True, exist_ok=True)
+                self._ready_before.touch()

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
-PARENT_DIED = signal.SIGUSR1
+PARENT_DIED = signal.SIGUSR2
 SGLANG_FILES = ("sglang_", "sgl_shm_", "sem.mp-")
 
 
@@ -43,6 +43,8 @@ def main(parent: int, command: list[str]) -> int:
 
     signal.signal(PARENT_DIED, kill_group)
     signal.signal(signal.SIGTERM, kill_group)
+    # Slurm may send the signal to save to every process of a job. The server inherits that it is ignored.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Ctrl-C in the terminal is the trainer's to answer: it stops the supervisor when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     libc.prctl(PR_SET_PDEATHSIG, int(PARENT_DIED))

@@ -51,8 +51,9 @@ class Preflight(Frozen):
     """Floor on the bus bandwidth of an all-reduce over all ranks; None: not measured."""
     free_disk_gigabytes: NonNegativeInt = 10
     """On the shared folder, and on scratch where there is one."""
-    driver: str | None = None
-    """Oldest NVIDIA driver accepted, e.g. `535`."""
+    driver: str | None = "580"
+    """Oldest NVIDIA driver accepted; None: any. 580 is the first that runs the image's CUDA 13 by itself.
+    From 535 on some do with forward-compatibility libraries (cuda-compat) in the image: then name it."""
     clock_skew_seconds: PositiveFloat = 5.0
     deadline_seconds: PositiveFloat = 120.0
     """For all nodes to have reported."""
@@ -90,7 +91,8 @@ class Cluster(Frozen):
     shared: str
     """Folder that all nodes see under one path; runs/, models/ and data/ are looked for there."""
     scratch: str | None = None
-    """Folder on a disk of each node: caches of compiled kernels."""
+    """Folder on a disk of each node, kept after a job: compiled kernels (node/caches.py). None: they are
+    in `shared`/runs, a folder for each node."""
     setup: list[str] = []
     """Shell commands before the ranks start on a node, e.g. `module load cuda`."""
     max_attempts: PositiveInt = 20

@@ -119,18 +119,7 @@ def variables(job: Job) -> dict[str, str]:
         "PMD_SCRATCH": cluster.scratch or "",
         "PMD_REPLAY": job.replay or "",
     }
-    caches = {}
-    if cluster.scratch:
-        caches = {name: f"{cluster.scratch}/{folder}" for name, folder in CACHES.items()}
-    return own | caches | cluster.network.environment | cluster.environment
-
-
-CACHES = {
-    "TRITON_CACHE_DIR": "triton",
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-}
-"""Compiled kernels: many nodes that write one folder of a shared file system wait for each other."""
+    return own | cluster.network.environment | cluster.environment
 
 
 def exports(job: Job) -> str:

@@ -19,6 +19,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, Interrupted, LayoutError, PmdError
 from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.processes import SAVE, hold_back
 
 OF_ONE_NODE = (Status.FAILED, Status.REFUSED, Status.INTERRUPTED)
 """Outcomes that a node may have alone; any other comes to all nodes at once."""
@@ -26,7 +27,7 @@ OF_ONE_NODE = (Status.FAILED, Status.REFUSED, Status.INTERRUPTED)
 
 def main() -> int:
     """Run this node's share; the exit code is not 0 when srun has to end the other nodes."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the ranks; their agent must outlive it
+    hold_back(SAVE)  # at once: Slurm may send it to this process alone; run_ranks passes it on
     signal.signal(signal.SIGTERM, _interrupt)
     allocation = Allocation.from_environment()
     try:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.node.allocation import Allocation
+from megatron_pmd.node.caches import keep_compiled_kernels
 from megatron_pmd.observe.versions import versions
 
 POLL_SECONDS = 0.2
@@ -47,8 +50,8 @@ class Report:
 def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Report:
     """Examine this node, wait for the reports of all; returns its own.
 
-    Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. Raises LaunchError naming each node with a problem; they
-    are listed in the file bad_nodes for the batch script to leave out.
+    Sets GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and where compiled kernels are kept. Raises LaunchError naming
+    each node with a problem; they are listed in the file bad_nodes for the batch script to leave out.
     """
     limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
     report = Report(allocation.host)
@@ -63,8 +66,14 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Repo
     report.software = {key: found[key] for key in ("python", "packages", "commit")}
     report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
     report.problems += plan_problems(config, allocation, folder)
+    report.problems += core_problems()
     if os.environ.get("PMD_GPU", "cpu") != "cpu":
         report.problems += gpu_problems(_nvidia_smi(), allocation.ranks_per_node, limits.driver)
+        report.problems += cuda_problems(allocation.ranks_per_node, limits.deadline_seconds)
+        try:
+            keep_compiled_kernels(allocation.host, found["packages"])
+        except LaunchError as error:
+            report.problems.append(str(error))
     meeting = allocation.state / "preflight" / str(allocation.attempt)
     reports = exchange(report, meeting, allocation, limits.deadline_seconds)
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
@@ -210,6 +219,57 @@ def gpu_problems(answer: str, wanted: int, driver: str | None) -> list[str]:
         if int(used) > 0.05 * int(total):
             found.append(f"GPU {index}: {used} of {total} MiB in use before the run starts")
     return found
+
+
+def core_problems() -> list[str]:
+    """Whether this process, and so all ranks and engines, may use the cores that the job has of the node."""
+    usable = len(os.sched_getaffinity(0))
+    # of each node, e.g. 96(x4),64
+    job = [int(n) for n in re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))]
+    given = min([*job, os.cpu_count() or usable])
+    # a node may keep some cores to itself, or count threads
+    if 2 * usable >= given:
+        return []
+    return [f"{usable} of the job's {given} cores may be used: srun has bound its step; use --cpu-bind=none"]
+
+
+def cuda_problems(ranks: int, deadline_seconds: float) -> list[str]:
+    """Whether torch computes on a GPU for each rank: nvidia-smi lists GPUs also where CUDA cannot start.
+
+    In a process of its own, which leaves nothing on them.
+    """
+    program = f"import torch\nfor i in range({ranks}): torch.ones(1, device=f'cuda:{{i}}').sum().item()"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
+    except subprocess.TimeoutExpired:
+        return [f"CUDA did not start on {ranks} GPUs within {deadline_seconds:g} s"]
+    if done.returncode == 0:
+        return []
+    said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    error = next((line for line in said if re.match(r"[\w.]+(Error|Exception)\b", line)), said[-1])
+    return [f"CUDA does not start: {error}"]
+
+
+def refuse_gpu_node() -> None:
+    """For a rank without CUDA: raises LaunchError where there are to be GPUs, and has the node left out.
+
+    The rank would else train on the processor, over gloo, and those of other nodes wait for it over NCCL.
+    """
+    if os.environ.get("PMD_GPU", "cpu") == "cpu":
+        return
+    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    if state := os.environ.get("PMD_STATE"):
+        with (Path(state) / "bad_nodes").open("a") as file:
+            file.write(f"{host}\n")
+    import torch
+
+    why = "torch.cuda.is_available() says no more"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error)
+    raise LaunchError(f"node {host}: CUDA does not start, although PMD_GPU={os.environ['PMD_GPU']}: {why}")
 
 
 def _nvidia_smi() -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_pmd import errors
 from megatron_pmd.config import RunConfig, StopAfter
@@ -16,7 +21,12 @@ from megatron_pmd.errors import DataError, Interrupted
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.processes import SAVE
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
+
+RANK_MODULE = "megatron_pmd.node.worker"
+"""Program of each rank."""
+LISTENING_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -74,11 +84,10 @@ def run_ranks(
         spec.outcome_file(local_rank).unlink(missing_ok=True)  # an earlier start's
     path = logs / f"job-{nodes.rank}.json"
     spec.write(path)
-    os.environ["OMP_NUM_THREADS"] = str(config.actor.threads_per_rank)
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
     try:
-        elastic_launch(_launch_config(config, nodes, logs), sys.executable)(
-            "-m", "megatron_pmd.node.worker", str(path)
-        )
+        with _passing_on_the_signal_to_save():
+            elastic_launch(_launch_config(config, nodes, logs), sys.executable)("-m", RANK_MODULE, str(path))
     except ChildFailedError as failed:
         return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
     except (KeyboardInterrupt, SignalException):
@@ -89,6 +98,44 @@ def run_ranks(
         for bucket in SHARED_MEMORY.glob(f"{PREFIX}{shared_memory_key(folder)}-*"):
             bucket.unlink(missing_ok=True)
     return outcome_of(folder) or RunOutcome(Status.FAILED, f"{folder}: the ranks ended without a summary")
+
+
+def threads_per_rank(config: RunConfig, nodes: Nodes) -> int:
+    """OpenMP threads: of the rank's share of the node's cores where they step the optimizer, else few.
+
+    With optimizer.offload megatron-core steps torch's AdamW on the host (HybridDeviceOptimizer).
+    """
+    if not config.optimizer.offload:
+        return config.actor.threads_per_rank
+    return max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
+
+
+@contextmanager
+def _passing_on_the_signal_to_save() -> Iterator[None]:
+    """Send SIGUSR1, which this process holds back (processes.hold_back), on to its ranks while they run.
+
+    Where Slurm tracks processes by cgroup it signals the direct child of its step alone. It may come before
+    the ranks do: then each gets it when it starts.
+    """
+    ended = threading.Event()
+
+    def pass_on() -> None:
+        asked, told = False, set()
+        while not ended.is_set():
+            asked |= signal.sigtimedwait({SAVE}, LISTENING_SECONDS) is not None
+            for child in psutil.Process().children() if asked else ():
+                if child.pid not in told:
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(SAVE)
+                    told.add(child.pid)
+
+    thread = threading.Thread(target=pass_on, name="signal-to-save", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:

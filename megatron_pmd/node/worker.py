@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.node.preflight import refuse_gpu_node
 from megatron_pmd.outcome import RunOutcome
 from megatron_pmd.plugins import load
 from megatron_pmd.processes import allow_many_files, die_with_parent, quiet
@@ -61,6 +62,7 @@ def main(spec: JobSpec) -> None:
 
     cpu = not torch.cuda.is_available()
     if cpu:
+        refuse_gpu_node()
         from megatron_pmd.actor.cpu import standins
 
         standins.install()
@@ -76,8 +78,9 @@ def main(spec: JobSpec) -> None:
     from megatron_pmd.node.bandwidth import check_bandwidth
 
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
-    # the driver may take this long in a rollout while the others wait for it
-    waiting = config.longest_rollout_seconds + config.actor.timeout_seconds
+    # the driver may take this long in a rollout, or a rank in an engine's start, while the others wait for it
+    longest = max(config.longest_rollout_seconds, config.rollout.cold_start_timeout_seconds)
+    waiting = longest + config.actor.timeout_seconds
     control = Control(waiting)
     try:
         check_bandwidth(control)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from typing import Any
+
+from megatron_pmd.processes import SAVE, hold_back
 
 CUTTABLE = {"evaluate", "rollout"}
 """Phases that can be ended at any moment; the others run to their end once begun."""
@@ -27,7 +29,7 @@ class Shutdown:
 
     def __init__(self, end_time: float | None = None) -> None:
         """end_time: when the allocation ends, in seconds since the epoch; None: never."""
-        self._end_time, self._asked = end_time, False
+        self._end_time, self._asked = end_time, threading.Event()
         self._longest: dict[str, float] = {}
 
     @classmethod
@@ -36,11 +38,13 @@ class Shutdown:
         return cls(float(os.environ.get("PMD_END_TIME") or 0) or None)
 
     def install(self) -> None:
-        """Note SIGUSR1 from here on. Before, it is lost; the end of the allocation is not."""
-        signal.signal(signal.SIGUSR1, self._note)
+        """Note SIGUSR1, also one that came since this rank was started: its parent holds it back for it."""
+        hold_back(SAVE)
+        threading.Thread(target=self._listen, name="signal-to-save", daemon=True).start()
 
-    def _note(self, *_: Any) -> None:
-        self._asked = True
+    def _listen(self) -> None:
+        signal.sigwait({SAVE})
+        self._asked.set()
 
     def expect(self, phase: str, seconds: float) -> None:
         """Note how long a phase took, in this start or an earlier one."""
@@ -48,7 +52,7 @@ class Shutdown:
 
     def reason_before(self, phase: str) -> str | None:
         """Why the phase must not begin; None if it may."""
-        if self._asked:
+        if self._asked.is_set():
             return "was told to save (SIGUSR1)"
         seconds = self._seconds_after(phase)
         if seconds < 0:
@@ -57,7 +61,7 @@ class Shutdown:
 
     def must_cut(self) -> bool:
         """Whether a phase that can be ended at any moment must end now."""
-        return self._asked or self._seconds_after("") < 0
+        return self._asked.is_set() or self._seconds_after("") < 0
 
     def _seconds_after(self, phase: str) -> float:
         """Of the allocation, when the phase, a checkpoint and the margin are over."""

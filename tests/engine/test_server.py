@@ -1,11 +1,21 @@
-"""Where a server listens, and what it inherits."""
+"""Where a server listens, what it inherits, and what it survives."""
 
 from __future__ import annotations
+
+import os
+import signal
+import sys
 
 import psutil
 import pytest
 
-from megatron_pmd.engine.server import LOOPBACK, inherited_environment, node_address
+from megatron_pmd.engine.server import (
+    LOOPBACK,
+    ServerProcess,
+    free_port,
+    inherited_environment,
+    node_address,
+)
 from megatron_pmd.errors import EngineError
 
 
@@ -42,3 +52,20 @@ def test_engines_of_other_nodes_are_called_without_a_proxy(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "intranet")
     environment = inherited_environment(["10.0.0.7", LOOPBACK])
     assert environment["NO_PROXY"].split(",") == ["intranet", LOOPBACK, "localhost", "10.0.0.7"]
+
+
+def test_a_server_outlives_the_signal_to_save_that_all_processes_of_a_job_get(tmp_path):
+    """Slurm with proctrack/linuxproc sends it so."""
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", "--bind", LOOPBACK, "-d", str(tmp_path), str(port)]
+    url = f"http://{LOOPBACK}:{port}"
+    server = ServerProcess("server", command, os.environ, url, "/", tmp_path / "logs" / "server.log")
+    try:
+        server.wait_ready(30)
+        tree = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert len(tree) == 2
+        for process in tree:
+            process.send_signal(signal.SIGUSR1)
+        assert server.ready() and server.alive()
+    finally:
+        server.stop()

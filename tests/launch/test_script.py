@@ -91,7 +91,8 @@ def test_the_body_runs_an_attempt_on_all_nodes_and_ends_as_its_outcome_says(tmp_
     assert "attempt 1, job 5, nodes n1 n2, rendezvous n1:20005" in done.stderr
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 5"
     words = (tmp_path / "calls.srun").read_text().splitlines()
-    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none"]
+    assert words[4] == "--kill-on-bad-exit=1"
     variables = (tmp_path / "calls.env").read_text().splitlines()
     assert {"PMD_NODES=n1 n2", "MASTER_ADDR=n1", "PMD_ATTEMPT=1", "PYTHONUNBUFFERED=1"} <= set(variables)
 

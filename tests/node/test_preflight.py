@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,9 @@ from megatron_pmd.node import preflight
 from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.node.preflight import (
     Report,
+    check_nodes,
     choose_interface,
+    core_problems,
     disk_problems,
     exchange,
     gpu_problems,
@@ -22,6 +27,8 @@ from megatron_pmd.node.preflight import (
     plan_problems,
     refuse,
 )
+from megatron_pmd.node.worker import JobSpec
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import recipe
 
 SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.21"}, "commit": "abc"}
@@ -99,7 +106,7 @@ def test_the_first_interface_that_exists_is_taken() -> None:
     [
         (HEALTHY.rpartition("\n")[0], "7 GPUs answer, 8 wanted"),
         ("", "0 GPUs answer, 8 wanted"),
-        (HEALTHY.replace("3, 580.65.06", "3, 525.1"), "GPU 3: driver 525.1, 535 or newer wanted"),
+        (HEALTHY.replace("3, 580.65.06", "3, 525.1"), "GPU 3: driver 525.1, 580 or newer wanted"),
         (HEALTHY.replace("5, 580.65.06, 0", "5, 580.65.06, 2"), "GPU 5: 2 uncorrected memory errors"),
         (
             HEALTHY.replace("0, 580.65.06, 0, 4,", "0, 580.65.06, 0, 60000,"),
@@ -108,11 +115,11 @@ def test_the_first_interface_that_exists_is_taken() -> None:
     ],
 )
 def test_a_gpu_that_is_not_well_is_named(answer: str, problem: str) -> None:
-    assert problem in " ".join(gpu_problems(answer, 8, "535"))
+    assert problem in " ".join(gpu_problems(answer, 8, "580"))
 
 
 def test_healthy_gpus_pass_also_where_error_counts_are_not_kept() -> None:
-    assert gpu_problems(HEALTHY, 8, "535") == []
+    assert gpu_problems(HEALTHY, 8, Preflight().driver) == []
     assert gpu_problems(HEALTHY.replace(", 0, 4", ", [N/A], 4"), 8, None) == []
 
 
@@ -148,3 +155,55 @@ def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:
     assert "1000000 wanted" in disk_problems(limits, [tmp_path])[0]
     assert "No such file" in disk_problems(limits, [tmp_path / "scratch"])[0]
     assert disk_problems(Preflight(free_disk_gigabytes=0), [tmp_path]) == []
+
+
+@pytest.fixture
+def gpu_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This machine, without a GPU, as a node of a job that asked for GPUs; the folder of the run's state."""
+    for name, value in {
+        "PMD_GPU": "h100", "PMD_RUNS": str(tmp_path), "PMD_STATE": str(tmp_path), "SLURMD_NODENAME": "n7",
+        "PMD_PREFLIGHT": '{"free_disk_gigabytes": 0}', "PMD_INTERFACES": "lo", "CUDA_VISIBLE_DEVICES": "",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def test_a_node_whose_gpus_answer_but_whose_cuda_does_not_start_is_named_and_left_out(
+    gpu_node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch itself says so, of a machine without a GPU."""
+    monkeypatch.setattr(preflight, "_nvidia_smi", lambda: HEALTHY)
+    node = Allocation("n7", 0, 1, 2, 1, gpu_node, "127.0.0.1", 20000)
+    with pytest.raises(LaunchError, match=r"node n7: CUDA does not start: \w*Error: .*(CUDA|NVIDIA)"):
+        check_nodes(recipe("tiny_moe_cpu"), gpu_node, node)
+    assert (gpu_node / "bad_nodes").read_text() == "n7\n"
+
+
+def test_a_rank_without_cuda_on_a_gpu_node_is_not_taken_for_one_on_a_cpu(gpu_node: Path) -> None:
+    config = recipe("tiny_moe_cpu").model_dump(mode="json")
+    spec = JobSpec(config=config, folder=str(gpu_node), outcomes=str(gpu_node / "outcome"))
+    spec.write(gpu_node / "job.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_pmd.node.worker", str(gpu_node / "job.json")],
+        env=os.environ | {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    outcome = RunOutcome.read(spec.outcome_file(1))
+    assert outcome is not None and outcome.status is Status.FAILED and outcome.error == "LaunchError"
+    assert outcome.reason.startswith("node n7: CUDA does not start, although PMD_GPU=h100: ")
+    assert (gpu_node / "bad_nodes").read_text() == "n7\n"
+
+
+def test_a_step_that_slurm_has_bound_to_few_of_its_cores_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As task/affinity does to a step of one task that is not told how many cores it has."""
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "96(x3),64")
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 96})
+    assert core_problems() == [
+        "2 of the job's 64 cores may be used: srun has bound its step; use --cpu-bind=none"
+    ]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(60)))
+    assert core_problems() == []
+    monkeypatch.undo()
+    assert core_problems() == [], "this machine's own cores, outside a job"

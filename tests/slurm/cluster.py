@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_pmd.outcome import RunOutcome
 
 PROJECT = Path(__file__).parents[2]
@@ -178,13 +180,34 @@ def slurm(*command: str, environment: dict[str, str] | None = None) -> str:
 
 def processes_on_nodes() -> list[str]:
     """Command lines of all that runs in the nodes' networks, but for their slurmd."""
-    found = []
-    for node in ("n1", "n2", "n3"):
-        for number in slurm("ip", "netns", "pids", f"pmdlab-{node}").split():
-            try:
-                line = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if line and not line.startswith("slurmd "):
-                found.append(f"{node}: {line}")
+    return [
+        f"{node}: {line}"
+        for node in ("n1", "n2", "n3")
+        for line in _command_lines(node).values()
+        if not line.startswith("slurmd ")
+    ]
+
+
+def started_by_slurm(words: str) -> list[psutil.Process]:
+    """The processes with these words in their command lines that a slurmstepd has started itself."""
+    numbers = [
+        number
+        for node in ("n1", "n2", "n3")
+        for number, line in _command_lines(node).items()
+        if words in line
+    ]
+    processes = [psutil.Process(number) for number in numbers]
+    return [process for process in processes if process.parent().name() == "slurmstepd"]
+
+
+def _command_lines(node: str) -> dict[int, str]:
+    """Of all that runs in a node's network, by process id."""
+    found = {}
+    for number in slurm("ip", "netns", "pids", f"pmdlab-{node}").split():
+        try:
+            line = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if line:
+            found[int(number)] = line
     return found

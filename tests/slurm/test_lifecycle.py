@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_pmd.outcome import RunOutcome, Status
-from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm
+from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm, started_by_slurm
 
 pytestmark = pytest.mark.serial
 
@@ -87,6 +88,24 @@ def test_told_to_save_a_run_is_requeued_and_resumes_to_the_same_metrics(
     assert "attempt 2 ended: complete" in cluster.command(
         "logs", "-f", str(cluster.run("told")), python=nemo_python
     )
+
+
+def test_told_to_save_through_slurms_own_children_alone_a_run_with_a_live_engine_does(
+    cluster: Cluster,
+) -> None:
+    """So does Slurm with proctrack/cgroup; the lab's proctrack/linuxproc would signal every process."""
+    cluster.launch("child", cluster.profile(), *LIVE)
+    cluster.wait(lambda: (0, "anchor") in cluster.phases("child"), "anchor of iteration 0", "child")
+    children = started_by_slurm("megatron_pmd.node.main")
+    assert len(children) == 2, "one a node"
+    for child in children:
+        child.send_signal(signal.SIGUSR1)
+    cluster.wait(lambda: "attempt 1 ended" in cluster.log("child"), "the first attempt's end", "child")
+    cluster.command("cancel", str(cluster.run("child")))
+    log = cluster.log("child")
+    assert "attempt 1 ended: saved: was told to save (SIGUSR1)" in log
+    assert "died and were started again" not in log
+    assert list(cluster.run("child").glob("checkpoints/iteration-*/run_state.json"))
 
 
 def test_cancelling_leaves_no_process_on_any_node(cluster: Cluster, live: str) -> None:
