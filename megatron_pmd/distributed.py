@@ -24,7 +24,9 @@ class Control:
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+        self._group = group
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         """The machine this rank runs on, as torchrun counts them."""

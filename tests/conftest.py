@@ -12,7 +12,7 @@ TOGETHER = ("actor", "end_to_end")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays whole, for its module's engine or cluster; a folder of TOGETHER does, for its session's."""
+    """A file stays whole, for its module's engine; a folder of TOGETHER, for what its session prepares."""
     for item in items:
         path = item.path.relative_to(TESTS)
         group = path.parts[0] if path.parts[0] in TOGETHER else path.as_posix()
