@@ -17,6 +17,7 @@ from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.recovery import Recovery
 from megatron_pmd.engine.router import Router
+from megatron_pmd.engine.sglang_server import expert_parallel
 from megatron_pmd.errors import EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
@@ -71,6 +72,7 @@ class LiveEngines:
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             verify=config.sync.verify == "full",
             on_device=not cpu,
+            expert_parallel=expert_parallel(config.rollout),
         )
 
     def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,16 @@ class Recorder:
         self.descriptions: list[dict[str, Any]] = []
         self.fails_at = -1
 
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        return node_serves
-
     def begin(self) -> None:
         self.calls.append("begin")
         self.tensors, self.descriptions = {}, []
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self.records:
             return
+        [description] = descriptions
         self.descriptions.append(description)
         if len(self.descriptions) == self.fails_at:
             raise EngineError("engine 7 refused the weights")

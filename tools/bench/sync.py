@@ -99,14 +99,11 @@ class _Nowhere:
 
     opens_buckets = True
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
-        return True
-
     def begin(self) -> None: ...
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: Any, description: dict[str, Any]) -> None: ...
+    def load(self, bucket: Any, descriptions: Any) -> None: ...
 
     def end(self, version: int) -> None: ...
 
@@ -287,10 +284,11 @@ def _in_buckets(control: Any, tensors: dict[str, torch.Tensor], megabytes: int) 
 
     from megatron_pmd.weight_sync.plan import lay_out
 
-    layouts = lay_out(
+    cut = lay_out(
         {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()},
         megabytes * 2**20,
     )
+    layouts = [layout for [layout] in cut]
     buckets = _buckets(megabytes, layouts[0].capacity)
     with ThreadPoolExecutor(1) as pool:
         loading = None
@@ -303,7 +301,7 @@ def _in_buckets(control: Any, tensors: dict[str, torch.Tensor], megabytes: int) 
             description = bucket.description()
             if loading is not None:
                 loading.result()
-            loading = pool.submit(control.load_bucket, description)
+            loading = pool.submit(control.load_bucket, [description])
         assert loading is not None
         loading.result()
         control.end_update(1)
