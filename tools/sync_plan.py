@@ -21,9 +21,16 @@ import typer
 from megatron_pmd.config import RunConfig
 from megatron_pmd.engine.sglang_server import expert_parallel
 from megatron_pmd.fp8 import is_quantized
-from megatron_pmd.planner.shapes import MODELS, shape_of
+from megatron_pmd.planner.shapes import MODELS
 from megatron_pmd.planner.sharding import layers_of_stages
-from megatron_pmd.weight_sync.plan import BucketPlan, Plan, Region, make_plan, message_bytes
+from megatron_pmd.weight_sync.plan import (
+    PIECE_BYTES,
+    BucketPlan,
+    Plan,
+    Region,
+    make_plan,
+    message_bytes,
+)
 from megatron_pmd.weight_sync.readers import readers_of
 from megatron_pmd.weight_sync.routes import WITHIN_NODE, Route
 from megatron_pmd.weight_sync.shards import blockwise, whole_blocks
@@ -56,7 +63,7 @@ class Links:
     round_seconds: float = 50e-6
     """Start and end of one exchange of messages, whatever their size."""
     tensor_seconds: float = 60e-6
-    """The host's part in one tensor, in the rank or in the engine: views, kernels' starts, SGLang's loader."""
+    """The host's part in one tensor, in rank or engine: views, starts of kernels, SGLang's loader."""
     bucket_seconds: float = 20e-3
     """One request to the engines, from the rank to all of their processes and back."""
 
@@ -103,7 +110,9 @@ def _gated(prefix: str, width: int, hidden: int) -> Iterator[Tensor]:
 
 
 def _experts(config: dict[str, Any]) -> int:
-    return config.get("n_routed_experts") or config["num_experts"]
+    # transformers 5 writes num_local_experts where the published files of Qwen say num_experts
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return int(next(config[name] for name in names if config.get(name)))
 
 
 def held_by_ranks(run: RunConfig, model: dict[str, Any]) -> list[list[Region]]:
@@ -150,14 +159,19 @@ def _parts(whole: Tensor, rank: int, ways: int, run: RunConfig) -> list[Region]:
     return list(blockwise(region))
 
 
-def plan_of(run: RunConfig, model: dict[str, Any]) -> Plan:
-    """The plan that a run of this recipe makes on GPUs, eight a node."""
+def model_of(run: RunConfig) -> dict[str, Any]:
+    """The fields of its model's config.json."""
+    known: dict[str, Any] = json.loads(MODELS.read_text())
+    return dict(known[Path(run.model.path).name]["config"])
+
+
+def plan_of(run: RunConfig, held: list[list[Region]]) -> Plan:
+    """The plan that a run of this recipe makes on GPUs, eight a node; held: by rank, what it holds."""
     ranks, size = run.layout.ranks, run.ranks_per_engine
     nodes = [rank // RANKS_PER_NODE for rank in range(ranks)]
     serves = [range(rank, rank + run.devices_per_engine) if rank % size == 0 else () for rank in range(ranks)]
     readers = readers_of(nodes, serves, on_device=True, expert_parallel=expert_parallel(run.rollout))
-    capacity = run.sync.bucket_megabytes * 2**20
-    return make_plan(held_by_ranks(run, model), readers, capacity=capacity)
+    return make_plan(held, readers, capacity=run.sync.bucket_megabytes * 2**20)
 
 
 @dataclass
@@ -175,9 +189,9 @@ class Traffic:
     reads: npt.NDArray[np.int64]
     """Bytes of its own parameters that it reads, in the form that they leave in."""
     staging: int
-    """Most bytes that a rank holds at one time beside its buckets."""
+    """Most bytes that a rank holds at one time beside its buckets, or more."""
     rounds: int
-    """In which anything crosses nodes."""
+    """In which anything crosses nodes, pieces of long messages counted one by one."""
     across_seconds: float
     """Each round as long as the card that has most to carry, one after the other."""
     within_seconds: float
@@ -191,15 +205,16 @@ def traffic(plan: Plan, ranks: int, links: Links) -> Traffic:
     found = Traffic(zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), 0, 0, 0.0, 0.0, 0)
     hops: dict[Route, npt.NDArray[np.int64]] = {}
     for bucket in plan.buckets:
-        _count(bucket, hops, found, ranks, links)
+        _count(plan, bucket, hops, found, links)
     kinds = range(len(plan.buckets[0].layouts))
     found.loads = max(sum(len(bucket.layouts[kind].entries) for bucket in plan.buckets) for kind in kinds)
     return found
 
 
 def _count(
-    bucket: BucketPlan, hops: dict[Route, npt.NDArray[np.int64]], found: Traffic, ranks: int, links: Links
+    plan: Plan, bucket: BucketPlan, hops: dict[Route, npt.NDArray[np.int64]], found: Traffic, links: Links
 ) -> None:
+    ranks = len(found.reads)
     rows, sizes, kept = [], [], np.zeros(ranks, np.int64)
     for way, regions in bucket.ways.items():
         size = message_bytes(regions)
@@ -208,28 +223,32 @@ def _count(
         rows.append(hops[way])
         sizes.append(np.full(len(hops[way]), size))
         found.reads[list(way.roots)] += size
-        kept[list(way.roots)] += size
+        for root in way.roots:
+            kind = plan.kinds.get(root)
+            if kind is None or regions[0].name not in bucket.layouts[kind].entries:
+                kept[root] += size  # what a rank's own bucket holds is sent on from there
     every, size_of = np.concatenate(rows), np.concatenate(sizes)
-    most = np.zeros(ranks, np.int64)
+    largest = max(region.nbytes for regions in bucket.ways.values() for region in regions)
     for number in np.unique(every[:, 0]):
         now = every[:, 0] == number
-        sources, targets = every[now, 1], every[now, 2]
-        out = np.bincount(sources, size_of[now], ranks).astype(np.int64)
-        came = np.bincount(targets, size_of[now], ranks).astype(np.int64)
-        pairs = np.unique(sources * ranks + targets)
-        found.messages += np.bincount(pairs // ranks, minlength=ranks)
-        most = np.maximum(most, out + came)
-        busiest = int(max(out.max(), came.max()))
+        pairs, place = np.unique(every[now, 1] * ranks + every[now, 2], return_inverse=True)
+        nbytes = np.bincount(place, size_of[now])
+        sources, targets, pieces = pairs // ranks, pairs % ranks, -(-nbytes // PIECE_BYTES)
+        out, came = (np.bincount(ends, nbytes, ranks).astype(np.int64) for ends in (sources, targets))
+        found.messages += np.bincount(sources, pieces, ranks).astype(np.int64)
+        at_a_time = np.minimum(nbytes, max(PIECE_BYTES, largest))
+        staged = np.bincount(sources, at_a_time, ranks) + np.bincount(targets, at_a_time, ranks)
+        found.staging = max(found.staging, int((kept + staged).max()))
+        busiest, waits = int(max(out.max(), came.max())), int(pieces.max()) * links.round_seconds
         if number < WITHIN_NODE:
             found.across_out += out
             found.across_in += came
-            found.rounds += 1
-            found.across_seconds += busiest / links.card_bytes_per_second + links.round_seconds
+            found.rounds += int(pieces.max())
+            found.across_seconds += busiest / links.card_bytes_per_second + waits
         else:
             found.within_out += out
             found.within_in += came
-            found.within_seconds += busiest / links.nvlink_bytes_per_second + links.round_seconds
-    found.staging = max(found.staging, int((kept + most).max()))
+            found.within_seconds += busiest / links.nvlink_bytes_per_second + waits
 
 
 @dataclass(frozen=True)
@@ -267,22 +286,29 @@ def _bytes_of_kinds(plan: Plan) -> list[int]:
 
 def main() -> None:
     """Print the table."""
-    links, known = Links(), json.loads(Path(MODELS).read_text())
+    links = Links()
     print(
-        "| recipe | model, GB | buckets | GB into a card, most | GB out of a card, most | GB over NVLink, most "
-        "| messages a rank, most | rounds across nodes | staging, MB | s, network | s, sync | goal, s |"
+        "| recipe | model, GB | buckets | into a card, GB | out of a card, GB | over NVLink, GB "
+        "| messages of a rank | rounds across nodes | staging, MB | network cards, s | sync, s | goal, s |"
     )
     print("|---|" + "--:|" * 11)
     for name, goal in GOALS.items():
         run = recipe(name)
-        plan = plan_of(run, known[shape_of(run.model.path).name]["config"])
+        plan = plan_of(run, held_by_ranks(run, model_of(run)))
         counted = traffic(plan, run.layout.ranks, links)
-        print(
-            f"| `{name}` | {plan.bytes / 1e9:,.0f} | {len(plan.buckets)} | {counted.across_in.max() / 1e9:.1f} "
-            f"| {counted.across_out.max() / 1e9:.1f} | {counted.within_out.max() / 1e9:.1f} "
-            f"| {counted.messages.max():,} | {counted.rounds} | {counted.staging / 1e6:,.0f} "
-            f"| {counted.across_seconds:.1f} | {seconds(plan, counted, links).total:.1f} | {goal:g} |"
-        )
+        columns = [
+            f"`{name}`",
+            f"{plan.bytes / 1e9:,.0f}",
+            f"{len(plan.buckets)}",
+            *(f"{of.max() / 1e9:.1f}" for of in (counted.across_in, counted.across_out, counted.within_out)),
+            f"{counted.messages.max():,}",
+            f"{counted.rounds}",
+            f"{counted.staging / 1e6:,.0f}",
+            f"{counted.across_seconds:.1f}",
+            f"{seconds(plan, counted, links).total:.1f}",
+            f"{goal:g}",
+        ]
+        print(f"| {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

@@ -144,9 +144,9 @@ class LiveEngines:
         self._control.on_driver(lambda: self.router.start(self.fleet.urls))
         self.fleet.watch()
 
-    def _restart(self, *, probe: bool) -> bool:
-        """Start lost engines again, and say so."""
-        reasons = self.recovery.restart_lost(probe=probe)
+    def _restart(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> bool:
+        """Start lost engines again, and say so; see Recovery.restart_lost."""
+        reasons = self.recovery.restart_lost(probe=probe, before_start=before_start)
         if reasons:
             self.router.stop()  # its picture of who is alive is out of date
         if reasons and self._control.is_driver:
@@ -166,8 +166,10 @@ class LiveEngines:
         if not self.fleet.urls:
             self.recovery.wait_ready()
         for attempt in itertools.count():
-            if self._restart(probe=attempt > 0):
-                self.handover.release()  # a new engine has its cache, too, beside the actors' parameters
+            # an engine sizes its cache, for good, by the memory that it finds free when it starts
+            if self._restart(probe=attempt > 0, before_start=actor.release_parameters):
+                self.handover.release()
+                actor.wake_parameters()
             try:
                 self.handover.resume_weights()
                 return self._send(actor, version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +30,10 @@ class Entry:
         return nbytes_of(self.dtype, self.shape)
 
 
+@lru_cache
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Size of a tensor, in bytes."""
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    return elements * getattr(torch, dtype).itemsize
+    return math.prod(shape) * int(getattr(torch, dtype).itemsize)
 
 
 def padded(nbytes: int) -> int:

@@ -92,7 +92,7 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
 
 
 Outcome = tuple[str | None, dict[str, bool]]
-"""What became of the bucket on one rank; and of tensors that came for the first time, whether it read them."""
+"""What became of the bucket on a rank; and of tensors that came for the first time, whether it read them."""
 
 
 def _of_all_ranks(outcome: Outcome) -> tuple[list[Outcome], bool]:

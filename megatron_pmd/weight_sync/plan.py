@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_pmd.errors import ModelError
@@ -19,6 +19,8 @@ from megatron_pmd.weight_sync.routes import Buckets, Route, route
 
 WANTED_BUCKETS = 8
 """A small model is cut into about so many, so that engines load one while the next is written."""
+PIECE_BYTES = 2**27
+"""A longer message goes in pieces, one after the other: so much of it is held at a time, or one region."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ def message_bytes(regions: Iterable[Region]) -> int:
     return sum(padded(region.nbytes) for region in regions)
 
 
+def _pieces(regions: list[Region]) -> Iterator[list[Region]]:
+    """The regions of a message in stretches of PIECE_BYTES at most, or of one region."""
+    piece: list[Region] = []
+    nbytes = 0
+    for region in regions:
+        if piece and nbytes + padded(region.nbytes) > PIECE_BYTES:
+            yield piece
+            piece, nbytes = [], 0
+        piece.append(region)
+        nbytes += padded(region.nbytes)
+    yield piece
+
+
 @dataclass
 class RankPart:
     """What one rank does for a bucket."""
@@ -62,8 +77,8 @@ class RankPart:
     """Of its own parameters, once each; of a matrix in FP8 the scales right after the values."""
     counted: set[Region] = field(default_factory=set)
     """Those of them whose words it adds up: each region's, on one rank of all."""
-    rounds: dict[int, Round] = field(default_factory=dict)
-    """In order."""
+    rounds: dict[tuple[int, int], Round] = field(default_factory=dict)
+    """In order, by the plan's round and the piece of its messages."""
 
 
 @dataclass
@@ -90,15 +105,23 @@ class BucketPlan:
     def of_rank(self, rank: int) -> RankPart:
         """Both ends of a message list its regions in the same order: that of `ways`."""
         part = RankPart()
-        rounds: dict[int, Round] = defaultdict(Round)
+        whole: dict[int, Round] = defaultdict(Round)
         for way, regions in self.ways.items():
             if rank in way.roots:
                 part.reads += regions
             if rank == way.roots[0]:
                 part.counted.update(regions)
             for hop in way.of_rank.get(rank, ()):
-                side = rounds[hop.round].outgoing if hop.source == rank else rounds[hop.round].incoming
+                side = whole[hop.round].outgoing if hop.source == rank else whole[hop.round].incoming
                 side[hop.target if hop.source == rank else hop.source] += regions
+        rounds: dict[tuple[int, int], Round] = defaultdict(Round)
+        for number, both in whole.items():
+            for other, regions in both.outgoing.items():
+                for turn, piece in enumerate(_pieces(regions)):
+                    rounds[number, turn].outgoing[other] = piece
+            for other, regions in both.incoming.items():
+                for turn, piece in enumerate(_pieces(regions)):
+                    rounds[number, turn].incoming[other] = piece
         part.rounds = dict(sorted(rounds.items()))
         return part
 
@@ -266,8 +289,9 @@ def lay_out(
 
 def expert_of(name: str) -> int | None:
     """Which of its layer's experts a tensor belongs to; None for any other."""
-    found = re.search(r"\.experts\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    _, _, behind = name.partition(".experts.")
+    number, _, _ = behind.partition(".")
+    return int(number) if number.isdigit() else None
 
 
 def fused(name: str) -> str:
@@ -277,7 +301,9 @@ def fused(name: str) -> str:
     that one call, to fuse it with the second: sent apart, both are lost without a word. A matrix in FP8 and
     its scales stay together too: one is computed with the other.
     """
-    return re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)\.", ".fused_qkv_a_proj.", name).removesuffix(SCALE_SUFFIX)
+    for part in (".q_a_proj.", ".kv_a_proj_with_mqa."):
+        name = name.replace(part, ".fused_qkv_a_proj.")
+    return name.removesuffix(SCALE_SUFFIX)
 
 
 def word_bytes(regions: Iterable[Region]) -> int:
@@ -312,6 +338,6 @@ def _check_covered(name: str, regions: list[Region]) -> None:
         )
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
+def _natural(name: str) -> str:
     """Sorts layer 10 after layer 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), name)

@@ -101,23 +101,63 @@ def export(
     result["calls"] = recorder.calls
     push.close()
     result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
+    result["regions"] = shards.regions
+    result["of the ranks' own engines"] = _to_engines_of_two(shards, control, bucket_bytes, key)
     result["on devices"] = _on_devices(shards, control, recorder.records, bucket_bytes, key)
     result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
     return result
 
 
-def _fp8(
-    path: Path, layout: dict[str, int], control: Control, records: bool, key: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, int]:
-    """The bridge's tensors, those pushed in FP8, and how many regions this rank quantises itself or not."""
+def _fp8(path: Path, layout: dict[str, int], control: Control, records: bool, key: str) -> dict[str, Any]:
+    """The bridge's tensors, those pushed in FP8, and what was quantised where."""
     actor = Actor(config_for(path, layout), control)
+    plain = shards_of(actor, control).regions
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=True)
     recorder = Recorder(records)
     push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19)
+    quantize, sizes = export_module.quantize, list[int]()
+
+    def counted(weight: torch.Tensor) -> Any:
+        sizes.append(weight.numel())
+        return quantize(weight)
+
+    export_module.quantize = counted
     push.push(shards, 1, serves=[control.rank] if records else [])
+    export_module.quantize = quantize
     push.close()
-    own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
-    return _bridge(actor), recorder.tensors, own, len(shards.irregular)
+    return {
+        "bridge": _bridge(actor), "pushed": recorder.tensors, "plain regions": plain,
+        "own": [region for region in shards.shards if region.dtype == "float8_e4m3fn"],
+        "irregular": len(shards.irregular), "quantised": sum(sizes),
+    }  # fmt: skip
+
+
+class OwnBuckets(Recorder):
+    """Keeps what is in this rank's own bucket; a leader, what each rank of its engine is told."""
+
+    def __init__(self) -> None:
+        super().__init__(records=True)
+        self.told: list[list[dict[str, Any]]] = []
+
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
+        assert bucket is not None
+        for name, entry in bucket.layout.entries.items():
+            self.tensors[name] = bucket.tensor(entry).clone()
+        self.told.append(list(descriptions))
+
+
+def _to_engines_of_two(shards: ShardExport, control: Control, bucket_bytes: int, key: str) -> dict[str, Any]:
+    """Two engines of two ranks, the experts over both, with a bucket on each rank's own device: the CPU."""
+    recorder = OwnBuckets()
+    push = WeightPush(
+        recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, on_device=True, expert_parallel=2
+    )
+    handle = DeviceBucket.handle
+    DeviceBucket.handle = lambda bucket: [bucket.key]  # type: ignore[method-assign]
+    push.push(shards, 7, serves=[control.rank, control.rank + 1] if control.rank % 2 == 0 else [])
+    DeviceBucket.handle = handle  # type: ignore[method-assign]
+    push.close()
+    return {"tensors": recorder.tensors, "told": recorder.told}
 
 
 def _on_devices(

@@ -105,7 +105,8 @@ def test_each_node_gets_a_tensor_once_and_the_last_of_five_in_the_third_round():
     plan = make_plan(held, shared([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), capacity=10_000)
     assert sorted(target for *_, target in moves(plan, 5)) == [1, 2, 3, 4]
     [bucket] = plan.buckets
-    assert list(bucket.of_rank(0).rounds) == [0, 1, 2] and list(bucket.of_rank(4).rounds) == [2]
+    assert list(bucket.of_rank(0).rounds) == [(0, 0), (1, 0), (2, 0)]
+    assert list(bucket.of_rank(4).rounds) == [(2, 0)]
     assert set(arrivals(plan, 5)) == {0, 1, 2, 3, 4}
 
 
