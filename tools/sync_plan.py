@@ -150,7 +150,7 @@ def _parts(whole: Tensor, rank: int, ways: int, run: RunConfig) -> list[Region]:
     name, shape, split = whole
     fp32 = name.endswith("e_score_correction_bias") or run.model.precision == "fp32"
     region = Region.whole(name, "float32" if fp32 else "bfloat16", shape)
-    if split is not None:
+    if split is not None and ways > 1:
         length = shape[split] // ways
         region = Region(name, region.dtype, shape, split, rank * length, length)
     if not (run.rollout.fp8 and is_quantized(name)):

@@ -36,7 +36,7 @@ class Exchange:
         """Of every rank's values the sums, modulo 2^64, as signed numbers; values: int64 [any number]."""
         if self._group is not None:
             dist.all_reduce(values, group=self._group)
-        return values.tolist()  # type: ignore[no-any-return]
+        return values.tolist()
 
     def swap(
         self, outgoing: Sequence[tuple[int, torch.Tensor]], incoming: Sequence[tuple[int, int]]
@@ -58,7 +58,7 @@ def packed(regions: Sequence[Region], parts: Sequence[torch.Tensor]) -> torch.Te
     message = torch.empty(message_bytes(regions), dtype=torch.uint8, device=current_device())
     at = 0
     for region, part in zip(regions, parts, strict=True):
-        message[at : at + region.nbytes].copy_(part.reshape(-1).view(torch.uint8))
+        message[at : at + region.nbytes].view(part.dtype).view(part.shape).copy_(part)
         at += padded(region.nbytes)
     return message
 

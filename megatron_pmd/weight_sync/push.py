@@ -160,7 +160,9 @@ class WeightPush:
         assert self._plan is not None
         turn, told = number % 2, []
         for rank in self._serves:
-            kind = self._plan.kinds[self._owners[rank] if self.transport.opens_buckets else 0]
+            owner = self._owners[rank] if self.transport.opens_buckets else 0
+            assert owner is not None
+            kind = self._plan.kinds[owner]
             layout = self._plan.buckets[number].layouts[kind]
             if not self.transport.opens_buckets:
                 told.append({"tensors": layout.as_json()})

@@ -92,7 +92,8 @@ def export(
     pushed = _pushed(push, recorder, shards, 2, result)
     result["grew"] = _status("VmHWM") - before
     result["second"] = (_bridge(actor), pushed)
-    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
+    first = control.node * control.world // nodes
+    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{first}-*")}
     recorder.fails_at = 2
     try:
         push.push(shards, 3, serves=[control.rank] if recorder.records else [])

@@ -189,6 +189,7 @@ def test_a_tensor_that_the_model_drops_without_a_word_is_an_error_by_name(bucket
 def test_an_output_layer_that_is_the_embedding_is_dropped_rightly(bucket, tmp_path):
     head = {"lm_head.weight": torch.randn(10)}
     assert deliver(Drops(tie_word_embeddings=True), fill(bucket, head), tmp_path)["failures"] == [None]
+    loader._read_before.clear()
     assert deliver(Drops(tie_word_embeddings=False), fill(bucket, head), tmp_path)["failures"] != [None]
 
 
@@ -326,8 +327,9 @@ class Linear(torch.nn.Module):
 
     def load_weights(self, weights):
         for name, tensor in weights:
+            wanted = tensor + 0
             if name != self.ignores:
-                getattr(self, name).data.copy_(tensor)
+                getattr(self, name).data.copy_(wanted)
 
 
 def verify(model: Linear, bucket: SharedBucket, folder: Path, spoil: bool = False) -> str | None:

@@ -93,7 +93,7 @@ def test_buckets_on_the_ranks_own_devices_hold_the_same_on_each(ranks):
 def test_a_device_bucket_is_opened_once_an_update_even_after_one_that_failed_and_then_given_back(ranks):
     for rank in ranks:
         seen = rank["on devices"]
-        assert len(seen["kept"]) == 2 and seen["left"] == 0
+        assert len(seen["kept"]) == (2 if rank["records"] else 0) and seen["left"] == 0
         if rank["records"]:
             assert len(seen["opened"]) == len(set(seen["opened"])) == 2
             assert seen["ends"] == [False] * (len(seen["ends"]) - 1) + [True]
