@@ -24,8 +24,6 @@ class Control:
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        """timeout_seconds: a rank waits for the others so long at most, in one call."""
-        self.timeout_seconds = timeout_seconds
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.node = int(os.environ.get("GROUP_RANK", "0"))

@@ -70,6 +70,7 @@ class LiveEngines:
             shared_memory_key(folder),
             self.clock,
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
+            timeout_seconds=config.sync.timeout_seconds,
             verify=config.sync.verify == "full",
             on_device=not cpu,
             expert_parallel=expert_parallel(config.rollout),

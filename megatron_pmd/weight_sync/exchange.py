@@ -23,12 +23,13 @@ from megatron_pmd.weight_sync.plan import Region, message_bytes
 class Exchange:
     """Collective: every rank makes it and calls add_up(), in the same order; swap() is called by pairs."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, timeout_seconds: float) -> None:
+        """timeout_seconds: a rank waits so long at most, in one call, for those that have to take part."""
         self._group: Any = None
         if control.world > 1:
             self._group = dist.new_group(
                 backend="nccl" if torch.cuda.is_available() else "gloo",
-                timeout=timedelta(seconds=control.timeout_seconds),
+                timeout=timedelta(seconds=timeout_seconds),
             )
         self.add_up(torch.zeros(1, dtype=torch.int64, device=current_device()))
 

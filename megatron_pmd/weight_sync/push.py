@@ -51,18 +51,21 @@ class WeightPush:
         clock: SubphaseClock,
         *,
         bucket_bytes: int,
+        timeout_seconds: float,
         verify: bool = False,
         on_device: bool = False,
         expert_parallel: int = 1,
     ) -> None:
         """clock: measures `begin` (engines withdraw their version), `write` (shards go into buckets), `load`
         (what is then left to wait for the engines), `verify` and `confirm`.
-        bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
-        on_device: the buckets are DeviceBucket, else SharedBucket. expert_parallel: see readers_of.
+        bucket_bytes: largest size of a bucket. timeout_seconds: in which an engine has taken one.
+        verify: load everything twice, and compare (loader.py). on_device: the buckets are DeviceBucket, else
+        SharedBucket. expert_parallel: see readers_of.
         """
         self.transport, self._control, self.run_key = transport, control, run_key
         self._clock, self._bucket_bytes, self._verify = clock, bucket_bytes, verify
         self._on_device, self._expert_parallel = on_device, expert_parallel
+        self._timeout_seconds = timeout_seconds
         self._exchange: Exchange | None = None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
@@ -114,7 +117,7 @@ class WeightPush:
         )  # fmt: skip
         self._plan, self._owners, self._serves, self._export = plan, readers.owners, tuple(serves), export
         self._parts = [bucket.of_rank(control.rank) for bucket in plan.buckets]
-        self._exchange = self._exchange or Exchange(control)
+        self._exchange = self._exchange or Exchange(control, 2 * self._timeout_seconds)
         self._close_buckets()
         owner = readers.owners[control.rank]
         turns = range(min(2, len(plan.buckets)) if owner is not None else 0)

@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, device: SharedDevice) -> None:
         self.device, self.dead = device, False
         self.own = self.process = self
-        self.beside: list[set[str]] = []
+        self.beside: list[set[Any]] = []
         """At each start, what the actor held."""
 
     def on_leaders(self, action):

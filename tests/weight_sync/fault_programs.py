@@ -185,7 +185,9 @@ def _deaths_beside_a_sync(trial: Trial) -> dict[str, Any]:
 
     trial.engines.release()
     trial.during_sync(lambda *_: scheduler().kill())
+    seen = len(trial.events)
     results["killed during sync"] = trial.iteration(expected_starts=5)
+    results["killed during sync"]["events"] = trial.events[seen:]
 
     trial.engines.release()
     trial.during_sync(lambda *_: scheduler().send_signal(signal.SIGSTOP))

@@ -79,7 +79,7 @@ def export(
     """Both exports of the loaded weights and of changed ones, what memory it took, and a refused bucket."""
     actor, control = start(path, layout, nodes, precision)
     recorder = Recorder(records=control.rank % (control.world // nodes) == 0)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60)
     shards = shards_of(actor, control)
     result: dict[str, Any] = {"node": control.node, "records": recorder.records}
     result["irregular"] = len(shards.irregular)
@@ -89,7 +89,11 @@ def export(
             parameter.mul_(1.5)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     before = _status("VmRSS")
+    gathers, all_gather = list[Any](), control.all_gather
+    control.all_gather = lambda value: (gathers.append(value), all_gather(value))[1]  # type: ignore[method-assign]
     pushed = _pushed(push, recorder, shards, 2, result)
+    control.all_gather = all_gather  # type: ignore[method-assign]
+    result["gathers"] = len(gathers)
     result["grew"] = _status("VmHWM") - before
     result["second"] = (_bridge(actor), pushed)
     first = control.node * control.world // nodes
@@ -115,7 +119,7 @@ def _fp8(path: Path, layout: dict[str, int], control: Control, records: bool, ke
     plain = shards_of(actor, control).regions
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=True)
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19, timeout_seconds=60)
     quantize, sizes = export_module.quantize, list[int]()
 
     def counted(weight: torch.Tensor) -> Any:
@@ -151,10 +155,17 @@ def _to_engines_of_two(shards: ShardExport, control: Control, bucket_bytes: int,
     """Two engines of two ranks, the experts over both, with a bucket on each rank's own device: the CPU."""
     recorder = OwnBuckets()
     push = WeightPush(
-        recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, on_device=True, expert_parallel=2
+        recorder,
+        control,
+        key,
+        SubphaseClock(),
+        bucket_bytes=bucket_bytes,
+        timeout_seconds=60,
+        on_device=True,
+        expert_parallel=2,
     )
     handle = DeviceBucket.handle
-    DeviceBucket.handle = lambda bucket: [bucket.key]  # type: ignore[method-assign]
+    DeviceBucket.handle = lambda bucket: [bucket.key]  # type: ignore[assignment, method-assign]
     push.push(shards, 7, serves=[control.rank, control.rank + 1] if control.rank % 2 == 0 else [])
     DeviceBucket.handle = handle  # type: ignore[method-assign]
     push.close()
@@ -169,7 +180,9 @@ def _on_devices(
     The handles are CUDA's: here the rank's own process looks its bucket up.
     """
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, on_device=True)
+    push = WeightPush(
+        recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60, on_device=True
+    )
     opened: list[int] = []
 
     def handle(bucket: DeviceBucket) -> list[Any]:
@@ -204,7 +217,7 @@ def _all_irregular(
     export_module._only_renames = only_renames
     assert not shards.shards
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60)
     push.push(shards, 4, serves=[control.rank] if records else [])
     push.close()
     return recorder.tensors

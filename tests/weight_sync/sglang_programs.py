@@ -24,6 +24,8 @@ from tests.weight_sync.test_bucket import Linear, deliver, verify
 class Fp8Attention(Linear):
     """Scales of the KV cache are parameters of an FP8 model, which no checkpoint need have."""
 
+    attn: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.attn, self.method = torch.nn.Module(), BaseKVCacheMethod(None)
@@ -36,12 +38,12 @@ class Qwen3Moe(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_experts=2)
-        self.model = torch.nn.Module()
+        self.model: Any = torch.nn.Module()
         self.model.norm = torch.nn.LayerNorm(4, bias=False)
 
     def load_weights(self, weights: Any) -> None:
         with torch.no_grad():
-            Qwen3MoeForCausalLM.load_weights(self, weights)  # type: ignore[arg-type]
+            Qwen3MoeForCausalLM.load_weights(self, weights)
 
 
 def cache_scales(bucket: SharedBucket, folder: Path, left: tuple[float, float]) -> list[Any]:

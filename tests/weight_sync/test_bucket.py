@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync import loader
@@ -243,6 +244,23 @@ def test_a_part_whose_rows_are_shorter_than_a_word_is_summed_all_the_same():
     )
     assert unsigned(bias.view(6, 2), 8) == int(words.sum())
     assert unsigned(torch.empty(0, 3), 4) == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are read from a device one by one, as if the CPU were one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_checking_a_bucket_waits_for_the_device_once_however_many_tensors_it_has(bucket):
+    description = fill(bucket, {f"t{number}": torch.randn(10) for number in range(50)})
+    with Waits() as waits:
+        read_bucket(description)
+    assert waits.count == 0, "all sums are read together"
 
 
 def test_ranks_of_a_node_fill_one_bucket_between_them(tmp_path):

@@ -169,6 +169,11 @@ def test_the_extra_memory_is_two_buckets_a_node_and_less_than_one_to_cross_nodes
             assert rank["grew"] < max(sizes), rank["grew"]
 
 
+def test_ranks_gather_each_others_objects_twice_an_update_however_many_buckets_it_has(ranks):
+    """To begin and to confirm. At 512 ranks a gathering takes longer than a bucket."""
+    assert all(rank["report"][2] > 2 and rank["gathers"] == 2 for rank in ranks)
+
+
 def test_count_bytes_and_names_go_with_the_last_bucket(ranks):
     receiver = next(rank for rank in ranks if rank["records"])
     tensors = receiver["second"][0]

@@ -134,6 +134,7 @@ def export_ranks(order: Path) -> None:
         f"bench-{order.parent.name}",
         SubphaseClock(),
         bucket_bytes=config.sync.bucket_megabytes * 2**20,
+        timeout_seconds=config.sync.timeout_seconds,
     )
 
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes)
