@@ -90,7 +90,12 @@ def export(
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     before = _status("VmRSS")
     gathers, all_gather = list[Any](), control.all_gather
-    control.all_gather = lambda value: (gathers.append(value), all_gather(value))[1]  # type: ignore[method-assign]
+
+    def counted(value: Any) -> list[Any]:
+        gathers.append(value)
+        return all_gather(value)
+
+    control.all_gather = counted  # type: ignore[method-assign]
     pushed = _pushed(push, recorder, shards, 2, result)
     control.all_gather = all_gather  # type: ignore[method-assign]
     result["gathers"] = len(gathers)

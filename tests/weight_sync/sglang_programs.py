@@ -13,12 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from tests.weight_sync.filling import fill
 from tests.weight_sync.test_bucket import Linear, deliver, verify
+
+EXPERTS = ((128, 8, 8), (128, 4, 2), (256, 32, 32), (128, 4, 1))
+"""Experts, ranks of an engine, and its expert parallelism."""
 
 
 class Fp8Attention(Linear):
@@ -56,6 +60,19 @@ def cache_scales(bucket: SharedBucket, folder: Path, left: tuple[float, float]) 
     return [failure, model.attn.k_scale_float, model.attn.v_scale_float]
 
 
+def served_experts(experts: int, ranks: int, expert_parallel: int) -> list[list[int]]:
+    """By rank of an engine, the experts of a layer that SGLang's loader takes there."""
+    served, each = [], experts // expert_parallel
+    for rank in range(ranks):
+        # parallel_state.py: a group of moe_ep is every (ranks / expert_parallel)-th rank
+        place = rank // (ranks // expert_parallel)
+        layer: Any = SimpleNamespace(_expert_storage_rank=place, _num_local_routed=each)
+        layer._has_fused_shared, layer._num_global_routed = False, experts
+        take = FusedMoE._map_global_expert_id_to_local_expert_id
+        served.append([number for number in range(experts) if take(layer, number) >= 0])
+    return served
+
+
 def main(folder: Path) -> dict[str, Any]:
     bucket = SharedBucket("sglang-models", 1 << 16, folder=folder)
     model, norm = Qwen3Moe(), {"model.norm.weight": torch.full((4,), 2.0)}
@@ -66,6 +83,7 @@ def main(folder: Path) -> dict[str, Any]:
     seen["loaded"] = model.model.norm.weight.tolist()
     misspelt = norm | {"model.nrom.weight": torch.ones(4)}
     seen["unknown"] = deliver(model, fill(bucket, misspelt), folder)["failures"]
+    seen["served"] = {f"{shape}": served_experts(*shape) for shape in EXPERTS}
     return seen
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_pmd.stubs import stub_path
+from megatron_pmd.weight_sync.readers import readers_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the stand-ins for CUDA are for machines without it"
@@ -37,6 +38,19 @@ def test_full_verification_of_an_fp8_model_asks_for_no_scales_of_the_cache(seen)
 def test_an_update_gives_the_cache_the_scales_that_a_release_lost(seen):
     """SGLang looks at what it finds when an update ends, and dies of an assertion at the first of these."""
     assert seen["scales"] == [[None, 1.0, 1.0]] * 3
+
+
+def test_the_plan_sends_an_expert_to_the_ranks_where_sglang_takes_it(seen):
+    for shape, served in seen["served"].items():
+        experts, ranks, expert_parallel = json.loads(shape.replace("(", "[").replace(")", "]"))
+        engine = tuple(range(ranks))
+        readers = readers_of(
+            [0] * ranks, [engine] + [()] * (ranks - 1), on_device=True, expert_parallel=expert_parallel
+        )
+        for rank in engine:
+            kind = readers.kinds.index(readers.shares[rank])
+            sent = [number for number in range(experts) if kind in readers.kinds_of(number, experts)]
+            assert sent == served[rank]
 
 
 def test_a_tensor_that_qwen3_moe_drops_without_a_word_is_an_error_by_name(seen):
