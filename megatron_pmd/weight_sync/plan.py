@@ -198,12 +198,15 @@ class _Turns:
         self._bytes = [0] * len(readers.nodes)
         self._buckets: dict[tuple[int, ...], Buckets] = {}
         self._routes: dict[tuple[tuple[int, ...], tuple[int, ...]], Route] = {}
+        self._name = ""
         self._group: tuple[str, dict[tuple[int, ...], tuple[int, ...]]] = ("", {})
 
     def way(self, region: Region, holders: list[int], kinds: tuple[int, ...]) -> Route:
         """Regions that are read together go one way: a matrix in FP8 is quantised with its scales."""
-        if self._group[0] != fused(region.name):
-            self._group = (fused(region.name), {})
+        if self._name != region.name:
+            self._name, group = region.name, fused(region.name)
+            if self._group[0] != group:
+                self._group = (group, {})
         chosen = self._group[1]
         if kinds not in self._buckets:
             self._buckets[kinds] = self._readers.buckets(kinds)
@@ -218,6 +221,8 @@ class _Turns:
         return way
 
     def _roots(self, holders: list[int], buckets: Buckets) -> tuple[int, ...]:
+        if len(holders) == 1:
+            return (holders[0],)
         by_node: dict[int, list[int]] = defaultdict(list)
         for rank in holders:
             by_node[self._readers.nodes[rank]].append(rank)
@@ -320,6 +325,8 @@ def word_bytes(regions: Iterable[Region]) -> int:
 
 def _check_covered(name: str, regions: list[Region]) -> None:
     first = regions[0]
+    if len(regions) == 1 and first.local_shape == first.shape:
+        return
     for region in regions:
         if (region.dtype, region.shape, region.dim) != (first.dtype, first.shape, first.dim):
             raise ModelError(
