@@ -106,7 +106,6 @@ class EngineSpec:
 def engine_options(spec: EngineSpec) -> dict[str, Any]:
     """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free."""
     check_options(spec.rollout.sglang, OUR_OPTIONS)
-    _check_cache(spec.rollout.sglang)
     options: dict[str, Any] = {
         "model_path": spec.model.path,
         "trust_remote_code": spec.model.trust_remote_code,
@@ -140,20 +139,6 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
     )
     return options | spec.rollout.sglang
-
-
-def _check_cache(options: dict[str, Any]) -> None:
-    """SGLang reads the scales of an FP8 cache once, when it starts: from a checkpoint, which it has not.
-
-    It takes those of its dummy weights instead, and records them in its CUDA graphs as numbers, where no
-    update reaches them (layers/quantization/kv_cache.py: k_scale_float).
-    """
-    kind = str(options.get("kv_cache_dtype", "auto"))
-    if kind.startswith("fp8"):
-        raise ConfigError(
-            f"rollout.sglang.kv_cache_dtype={kind!r} needs scales that SGLang reads from a checkpoint when "
-            "it starts; here it starts without weights, and would take random numbers for them. Leave it out"
-        )
 
 
 def expert_parallel(rollout: Rollout) -> int:

@@ -1,26 +1,14 @@
-"""What the options of an engine say, and which are refused; no engine is started."""
+"""What the options of an engine say of it; no engine is started."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_pmd.config import Rollout
-from megatron_pmd.engine.sglang_server import engine_options, expert_parallel
-from megatron_pmd.errors import ConfigError
+from megatron_pmd.engine.sglang_server import expert_parallel
 from recipes import recipe
-from tests.engine.live_engine import spec_for
-
-
-@pytest.mark.parametrize("kind", ["fp8_e4m3", "fp8_e5m2"])
-def test_a_cache_in_fp8_is_refused_because_no_update_carries_its_scales(kind: str, tmp_path: Path) -> None:
-    rollout = Rollout(max_total_tokens=64, sglang={"kv_cache_dtype": kind})
-    with pytest.raises(ConfigError, match=rf"rollout\.sglang\.kv_cache_dtype='{kind}' needs scales"):
-        engine_options(spec_for(tmp_path, tmp_path, rollout=rollout))
-    plain = Rollout(max_total_tokens=64, sglang={"kv_cache_dtype": "bf16"})
-    assert engine_options(spec_for(tmp_path, tmp_path, rollout=plain))["kv_cache_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize(
