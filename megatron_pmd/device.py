@@ -26,8 +26,8 @@ def current_device() -> torch.device:
 class SharedDevice:
     """A rank's account of its device, by what the actor and the engines were told to hold.
 
-    Not checked is what begins to exist: at a run's start on a CPU, and when an engine is started again in a
-    sync, an engine with its cache is beside the actor until it is released.
+    Not checked is what begins to exist: at a run's start on a CPU, an engine with its cache is beside the
+    actor until it is released.
     """
 
     def __init__(self) -> None:

@@ -15,6 +15,8 @@ import torch
 
 BLOCK = 128
 """Rows and columns that share a scale."""
+BAND = 16 * BLOCK
+"""Rows that are quantised at a time."""
 LARGEST = 448.0
 """The largest finite float8_e4m3fn."""
 SCALE_SUFFIX = "_scale_inv"
@@ -54,20 +56,26 @@ def quantize(weight: torch.Tensor) -> Blocks:
         )
     rows, columns = weight.shape
     values = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK), device=weight.device)
-    # a band of 128 rows at a time: the fp32 copies stay small beside the matrix
-    for band, first in enumerate(range(0, rows, BLOCK)):
-        source = weight[first : first + BLOCK].float()
-        padded = torch.nn.functional.pad(source, (0, -columns % BLOCK))
-        blocks = padded.view(len(source), -1, BLOCK)
-        largest = blocks.abs().amax(dim=(0, 2))
-        if not bool(largest.isfinite().all()):
-            raise ValueError(f"rows {first} to {first + len(source)} hold a value that is not finite")
-        scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-        scaled = (blocks / scale[None, :, None]).clamp_(-LARGEST, LARGEST).view(len(source), -1)
-        values[first : first + BLOCK] = scaled[:, :columns].to(torch.float8_e4m3fn)
-        scales[band] = scale
-    return values, scales
+    largest = torch.empty(-(-rows // BLOCK), -(-columns // BLOCK), device=weight.device)
+    # some rows at a time: the fp32 copies stay small beside the matrix
+    for first in range(0, rows, BAND):
+        source = weight[first : first + BAND].float()
+        padded = torch.nn.functional.pad(source, (0, -columns % BLOCK, 0, -len(source) % BLOCK))
+        blocks = padded.view(len(padded) // BLOCK, BLOCK, -1, BLOCK)
+        found = blocks.abs().amax(dim=(1, 3))
+        scaled = (blocks / _scales(found)[:, None, :, None]).clamp_(-LARGEST, LARGEST).view(padded.shape)
+        values[first : first + BAND] = scaled[: len(source), :columns].to(torch.float8_e4m3fn)
+        largest[first // BLOCK : first // BLOCK + len(found)] = found
+    # read once: on a device each look at a number waits for all that was asked of it
+    if not bool(largest.isfinite().all()):
+        band = int((~largest.isfinite()).any(dim=1).nonzero()[0]) * BLOCK
+        raise ValueError(f"rows {band} to {min(band + BLOCK, rows)} hold a value that is not finite")
+    return values, _scales(largest)
+
+
+def _scales(largest: torch.Tensor) -> torch.Tensor:
+    """Of blocks by their largest magnitudes."""
+    return torch.where(largest > 0, largest / LARGEST, 1.0)
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,10 @@ def config() -> RunConfig:
             "'icp' is no transport (did you mean ipc?); use broadcast, disk, ipc,",
         ),
         ("rollout.router_policy=robin", "use round_robin, cache_aware, manual"),
+        (
+            'rollout.sglang={"kv_cache_dtype": "fp8_e4m3"}',
+            "rollout.sglang.kv_cache_dtype='fp8_e4m3' needs scales",
+        ),
         ("reward.name=exacct", "'exacct' is no reward (did you mean exact?)"),
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),

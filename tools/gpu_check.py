@@ -45,7 +45,7 @@ READER = """
 import json, sys, time
 import torch
 from megatron_pmd.weight_sync import loader
-class Model:
+class Model(torch.nn.Module):
     def load_weights(self, weights):
         self.loaded = [tensor.clone() for _, tensor in weights]
 if torch.cuda.is_available():
@@ -130,12 +130,12 @@ def through_a_handle(folder: Path) -> dict[str, float]:
 
     from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 
-    bucket = DeviceBucket("gpu-check", IPC_BYTES, None)
+    bucket = DeviceBucket("gpu-check", IPC_BYTES)
     for i in range(8):
         entry = bucket.layout.add(f"tensor {i}", "bfloat16", (IPC_BYTES // 4096 // 8, 2048))
         bucket.tensor(entry).normal_()
     torch.cuda.synchronize()
-    description = bucket.description(places={"handles": [bucket.handle()]}) | {"ends": True}
+    description = bucket.description(handle=bucket.handle()) | {"ends": True}
     seconds = read_elsewhere(description)
     bucket.close()
     return {

@@ -143,6 +143,22 @@ class Rollout(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _cache_needs_no_scales(self) -> Self:
+        """SGLang reads the scales of an FP8 cache once, when it starts, from a checkpoint, which it has not.
+
+        It takes those of its dummy weights instead, and records them in its CUDA graphs as numbers, where no
+        update reaches them (layers/quantization/kv_cache.py: k_scale_float).
+        """
+        kind = str(self.sglang.get("kv_cache_dtype", "auto"))
+        if kind.startswith("fp8"):
+            raise ConfigError(
+                f"rollout.sglang.kv_cache_dtype={kind!r} needs scales that SGLang reads from a checkpoint "
+                "when it starts; here it starts without weights, and would take random numbers for them. "
+                "Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _servers_have_addresses(self) -> Self:
         for server in self.servers:
             parts = urlsplit(server)

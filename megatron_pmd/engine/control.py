@@ -92,26 +92,30 @@ class EngineControl:
             self._confirmed("/end_weight_update", {})
             self._confirmed("/begin_weight_update", {})
 
-    def load_bucket(self, description: dict[str, Any]) -> None:
-        """Have every rank of the engine load a bucket; returns when all of them are done reading it.
+    def load_bucket(self, descriptions: Sequence[dict[str, Any]]) -> None:
+        """Have every rank of the engine load its bucket; returns when all of them are done reading.
 
-        description: see Bucket.description.
+        descriptions: by rank of the engine, see Bucket.describe.
         EngineError with the loader's own words if a rank refused it or failed; the engine stays up.
         """
         # engines of one node may be told of the same bucket
-        reply = Path(f"{description['reply']}-{self.spec.port}.json")
+        reply = Path(f"{descriptions[0]['reply']}-{self.spec.port}.json")
         reply.unlink(missing_ok=True)
-        body = torch.frombuffer(
-            bytearray(json.dumps(description | {"reply": str(reply)}).encode()), dtype=torch.uint8
-        )
-        payload = base64.b64encode(pickled_by_value([("bucket", body)])).decode()
+        bodies = [
+            bytearray(json.dumps(description | {"reply": str(reply)}).encode())
+            for description in descriptions
+        ]
+        payloads = [
+            base64.b64encode(pickled_by_value([("bucket", torch.frombuffer(body, dtype=torch.uint8))])).decode()
+            for body in bodies
+        ]
         request = {
-            "serialized_named_tensors": [payload] * self.spec.rollout.tensor_parallel,
+            "serialized_named_tensors": payloads,
             "load_format": LOADER,
             "flush_cache": False,  # a flush that fails here is an assertion that kills the engine
         }
         self._confirmed("/update_weights_from_tensor", request)
-        self._check_reply(reply, description)
+        self._check_reply(reply, descriptions[0])
 
     def _check_reply(self, reply: Path, description: dict[str, Any]) -> None:
         try:

@@ -24,6 +24,10 @@ class Handover:
         """Engines that start come with their weights and their cache."""
         self._device.held |= {"weights", "kv_cache"}
 
+    def before_restart(self) -> None:
+        """RuntimeError if the actor still holds what an engine that starts would have to do without."""
+        self._device.take("weights", "kv_cache")
+
     def release(self) -> None:
         """Engines give their memory to the actors: the KV cache first, then the weights.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.distributed import Control
@@ -54,14 +54,17 @@ class Recovery:
                 failures[number] += f"\n{reason}"
         return failures
 
-    def restart_lost(self, *, probe: bool) -> list[str]:
+    def restart_lost(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> list[str]:
         """Start every dead or stuck engine again; returns what was wrong with each. They hold no weights yet.
 
         probe: ask each whether it responds; without it, a stuck engine shows at its next call's deadline.
+        before_start: called on every rank if there is one, so that the actors leave the device to it.
         Raises EngineError for one that does not come up in `rollout.restarts` attempts.
         """
         reasons = self._lost(probe=probe)
         if reasons:
+            before_start()
+            self._handover.before_restart()
             self._replace(reasons)
             self._fleet.note_urls()
         return list(reasons.values())

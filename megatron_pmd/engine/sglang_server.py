@@ -51,6 +51,13 @@ OUR_OPTIONS = {
 }
 
 
+MOVES_EXPERTS = {
+    "enable_eplb": False, "ep_num_redundant_experts": 0, "init_expert_location": "trivial", "moe_dp_size": 1,
+    "max_ep_size": None, "elastic_ep_backend": None,
+}  # fmt: skip
+"""SGLang options, and the value with which an engine's ranks hold equal shares of the experts, in order."""
+
+
 @dataclass(frozen=True)
 class NodeSpan:
     """Over which nodes an engine reaches, and which of them one of its server processes is on."""
@@ -133,6 +140,21 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
     )
     return options | spec.rollout.sglang
+
+
+def expert_parallel(rollout: Rollout) -> int:
+    """Into how many equal shares an engine's ranks divide each layer's experts, in the order of the ranks.
+
+    1: every rank computes with a part of each expert, or the engine itself decides who holds which.
+    """
+    options = rollout.sglang
+    if any(options.get(name, value) != value for name, value in MOVES_EXPERTS.items()):
+        return 1
+    # SGLang then sets ep_size itself (arg_groups/overrides.py, _a2a_ep_size)
+    if options.get("moe_a2a_backend", "none") not in ("none", None):
+        return rollout.tensor_parallel
+    size = options.get("ep_size", 1)
+    return size if rollout.tensor_parallel % size == 0 else 1
 
 
 def _fp8_config(spec: EngineSpec) -> dict[str, Any]:

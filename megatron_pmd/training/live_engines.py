@@ -17,6 +17,7 @@ from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.recovery import Recovery
 from megatron_pmd.engine.router import Router
+from megatron_pmd.engine.sglang_server import expert_parallel
 from megatron_pmd.errors import EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
@@ -69,8 +70,10 @@ class LiveEngines:
             shared_memory_key(folder),
             self.clock,
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
+            timeout_seconds=config.sync.timeout_seconds,
             verify=config.sync.verify == "full",
             on_device=not cpu,
+            expert_parallel=expert_parallel(config.rollout),
         )
 
     def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
@@ -142,9 +145,9 @@ class LiveEngines:
         self._control.on_driver(lambda: self.router.start(self.fleet.urls))
         self.fleet.watch()
 
-    def _restart(self, *, probe: bool) -> bool:
-        """Start lost engines again, and say so."""
-        reasons = self.recovery.restart_lost(probe=probe)
+    def _restart(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> bool:
+        """Start lost engines again, and say so; see Recovery.restart_lost."""
+        reasons = self.recovery.restart_lost(probe=probe, before_start=before_start)
         if reasons:
             self.router.stop()  # its picture of who is alive is out of date
         if reasons and self._control.is_driver:
@@ -164,8 +167,10 @@ class LiveEngines:
         if not self.fleet.urls:
             self.recovery.wait_ready()
         for attempt in itertools.count():
-            if self._restart(probe=attempt > 0):
-                self.handover.release()  # a new engine has its cache, too, beside the actors' parameters
+            # an engine sizes its cache, for good, by the memory that it finds free when it starts
+            if self._restart(probe=attempt > 0, before_start=actor.release_parameters):
+                self.handover.release()
+                actor.wake_parameters()
             try:
                 self.handover.resume_weights()
                 return self._send(actor, version)

@@ -72,34 +72,35 @@ class Bucket:
         """These tensors are written next. Only after every engine has answered for the last ones."""
         self.layout = layout
 
-    def complete(self) -> None:
-        """After this rank has written its part; all ranks of the node call it."""
-
     def tensor(self, entry: Entry) -> torch.Tensor:
         """The place of a tensor in the bucket."""
         region = self.data[entry.offset : entry.offset + entry.nbytes]
         return region.view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def description(
-        self, sums: Mapping[str, tuple[int, int]] | None = None, places: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """What an engine needs to read the bucket: JSON-serialisable, different at every call.
+    def description(self, **place: Any) -> dict[str, Any]:
+        """Of this bucket, with the sums of what it holds; place: see describe, None: the bucket's file."""
+        tensors = {name: self.tensor(entry) for name, entry in self.layout.entries.items()}
+        words = {name: whole_word(tensor) for name, tensor in tensors.items()}
+        sums = {name: (word, int(word_sum(tensors[name], word))) for name, word in words.items()}
+        return self.describe(self.layout, sums, **(place or {"path": str(self.path)}))
 
-        sums: by tensor, the size of its words in bytes and their sum; None: taken from the bucket. places:
-        `paths` of the buckets with the same contents, one on each of the engine's nodes, or `handles`, one
-        for each of its ranks (device_bucket.py); None: the file of this one alone.
+    def describe(
+        self, layout: BucketLayout, sums: Mapping[str, tuple[int, int]], **place: Any
+    ) -> dict[str, Any]:
+        """What one rank of an engine needs to read its bucket: JSON-serialisable, different at every call.
+
+        layout  of the bucket that this rank reads, which may be another of the same size
+        sums    by tensor, the size of its words in bytes and their sum
+        place   `path`, the bucket's file, or `handle` (device_bucket.py)
         """
         self._sequence += 1
-        if sums is None:
-            tensors = {name: self.tensor(entry) for name, entry in self.layout.entries.items()}
-            sums = {name: (word := whole_word(t), word_sum(t, word)) for name, t in tensors.items()}
         return {
             "bucket": f"{self.key}#{self._sequence}",
             "bytes": self.capacity,
             "reply": f"{self.path}.reply",
-            "tensors": self.layout.as_json(),
-            "sums": [sums[name] for name in self.layout.entries],
-            **(places or {"paths": [str(self.path)]}),
+            "tensors": layout.as_json(),
+            "sums": [sums[name] for name in layout.entries],
+            **place,
         }
 
     def close(self) -> None:

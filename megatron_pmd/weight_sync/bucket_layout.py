@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +30,10 @@ class Entry:
         return nbytes_of(self.dtype, self.shape)
 
 
+@lru_cache
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Size of a tensor, in bytes."""
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    return elements * getattr(torch, dtype).itemsize
+    return math.prod(shape) * int(getattr(torch, dtype).itemsize)
 
 
 def padded(nbytes: int) -> int:
@@ -86,20 +85,19 @@ class BucketLayout:
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-def word_sum(tensor: torch.Tensor, word: int) -> int:
-    """Sum of the tensor's memory, in its own order, as words of so many bytes, modulo 2^64.
+def word_sum(tensor: torch.Tensor, word: int) -> torch.Tensor:
+    """Sum of the tensor's memory, in its own order, as words of so many bytes, modulo 2^64: int64 [].
 
+    It stays on the tensor's device: reading one number of each tensor would wait for the device as often.
     Finds stale, missing and partly written data, at the speed of memory; not two words exchanged: positions
     are checked through names, shapes and offsets. The sums of a tensor's parts add up to its own, as long as
     no word lies across their edges.
     """
-    if tensor.numel() == 0:
-        return 0
     try:
         words = tensor.view(WORDS[word])
     except RuntimeError:  # a part whose rows are shorter than a word, or that does not start on one
         words = tensor.reshape(-1).clone().view(WORDS[word])
-    return int(words.sum(dtype=torch.int64)) % 2**64
+    return words.sum(dtype=torch.int64)
 
 
 def whole_word(tensor: torch.Tensor) -> int:

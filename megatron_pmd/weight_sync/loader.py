@@ -8,24 +8,27 @@ SGLang ignores what a custom loader returns, and an exception from it kills the 
 of all ranks, which may be of several nodes, go into a reply file beside the first one's bucket;
 EngineControl.load_bucket reads it, and takes a missing one for a failure.
 
+A model of SGLang's that has no place for a tensor passes over it, most of them with a warning, Qwen3-MoE's
+without. So the loader watches what is read of the bucket, the first time that a name comes.
+
 Runs in the engine: imports nothing of the trainer but how a bucket is laid out, opened and answered.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import json
-import logging
 import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.files import write_whole
 from megatron_pmd.weight_sync.bucket_layout import BucketLayout, word_sum
@@ -55,6 +58,8 @@ class Update:
 _update = Update()
 _mappings: dict[tuple[str, int, int], torch.Tensor] = {}
 """(path, inode, size) -> the bucket's bytes. Mapping one anew at each use costs as much as copying it."""
+_read_before: set[str] = set()
+"""Tensors that the model has been seen to read: what it does with a name does not change."""
 _opened: dict[str, torch.Tensor] = {}
 """CUDA IPC handle -> the bucket's bytes, until the sender takes the memory back at the end of the update."""
 
@@ -66,37 +71,61 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
     read.
     """
     description = json.loads(bytes(named_tensors[0][1].cpu().numpy()))
-    failure = None
+    failure, read = None, dict[str, bool]()
     try:
-        load_description(model, description)
+        read = load_description(model, description)
     except Exception as error:  # whatever it is, the server must live to report it
         failure = f"{type(error).__name__}: {error}"
-    failures = _of_all_ranks(failure)
-    if failures is not None:
+    outcomes, first = _of_all_ranks((failure, read))
+    failures = [failure for failure, _ in outcomes]
+    if lost := _lost([read for _, read in outcomes]):
+        few = f"{', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}"
+        failures[0] = failures[0] or (
+            f"BucketError: weight bucket {description['bucket']}: the model has no place for {len(lost)} "
+            f"of its tensors, and read nothing of them: {few}"
+        )
+    if not any(failures):
+        _read_before.update(read)
+    if first:
         reply = {"bucket": description["bucket"], "failures": failures}
         write_whole(Path(description["reply"]), json.dumps(reply))
 
 
-def _of_all_ranks(failure: str | None) -> list[str | None] | None:
-    """What became of the bucket on each tensor-parallel rank, on the first; None on the others."""
+Outcome = tuple[str | None, dict[str, bool]]
+"""What became of the bucket on a rank; and of tensors that came for the first time, whether it read them."""
+
+
+def _of_all_ranks(outcome: Outcome) -> tuple[list[Outcome], bool]:
+    """The outcomes of all tensor-parallel ranks; and whether this is the first of them."""
     if not dist.is_initialized():
-        return [failure]
+        return [outcome], True
     from sglang.srt.distributed import get_tp_group
 
     group = get_tp_group()
-    failures = group.all_gather_object(failure)
-    return failures if group.is_first_rank else None
+    return group.all_gather_object(outcome), group.is_first_rank
 
 
-def load_description(model: Any, description: dict[str, Any]) -> None:
-    """Check the described bucket and load it; BucketError if it is not as described."""
+def _lost(read: list[dict[str, bool]]) -> list[str]:
+    """Tensors that none of the ranks read that were given them: an expert is read by some ranks only."""
+    given = {name for of_rank in read for name in of_rank}
+    return sorted(name for name in given if not any(of_rank.get(name) for of_rank in read))
+
+
+def load_description(model: Any, description: dict[str, Any]) -> dict[str, bool]:
+    """Check the described bucket and load it; BucketError if it is not as described.
+
+    Returns, of those of its tensors that come for the first time, whether the model read them.
+    """
     weights = read_bucket(description)
     update = description.get("update", {})
     if update.get("verify") == "first":
         _update.digests = _digests(model)
-        for parameter in model.parameters():
+        for parameter in _sent(model).values():
             parameter.data.view(torch.uint8).fill_(POISON)
-    with _unknown_weights(description["bucket"]):
+    if update.get("name") != _update.name or not update:
+        _set_cache_scales(model)
+    new = [(name, tensor) for name, tensor in weights if name not in _read_before]
+    with _Reads(new) if new else contextlib.nullcontext() as reads:
         model.load_weights(weights)
     if torch.cuda.is_available():
         # The copies to the device may still be under way: refilling the bucket now would corrupt them.
@@ -106,6 +135,59 @@ def load_description(model: Any, description: dict[str, Any]) -> None:
         _compare(_digests(model), update["name"])
     if description.get("ends"):
         _opened.clear()
+    return {} if reads is None else {name: name in reads.seen or _is_tied(model, name) for name, _ in new}
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the tensors that an operation takes values of, and not only another view."""
+
+    def __init__(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        places = sorted((tensor.data_ptr(), tensor.nbytes, name) for name, tensor in weights)
+        self._starts, self._places = [start for start, _, _ in places], places
+        # nothing is there to be read of an empty tensor
+        self.seen = {name for _, nbytes, name in places if nbytes == 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for declared, value in zip(func._schema.arguments, args, strict=False):
+            if declared.alias_info is None:  # what is not passed on as a view, nor written to
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(tensor, torch.Tensor):
+                        self._note(tensor.data_ptr())
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, address: int) -> None:
+        number = bisect.bisect_right(self._starts, address) - 1
+        if number >= 0:
+            start, nbytes, name = self._places[number]
+            if address < start + nbytes:
+                self.seen.add(name)
+
+
+def _is_tied(model: Any, name: str) -> bool:
+    """Whether the model rightly passes over this tensor: its output layer is its embedding."""
+    config = getattr(model, "config", None)
+    return name == "lm_head.weight" and bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _sent(model: Any) -> dict[str, Any]:
+    """The parameters that an update has to fill; SGLang marks those that it does not check after one."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not getattr(parameter, "_skip_weight_check", False)
+    }
+
+
+def _set_cache_scales(model: Any) -> None:
+    """Give the KV cache's scales in FP8 models SGLang's default, 1: no update carries them.
+
+    They are parameters, so a release loses them; and when an update ends, SGLang dies of an assertion if what
+    it then finds makes one scale positive and the other not (layers/quantization/kv_cache.py).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith((".k_scale", ".v_scale")):
+            parameter.data.fill_(1.0)
 
 
 def _account(update: dict[str, Any], weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -135,12 +217,12 @@ def _account(update: dict[str, Any], weights: list[tuple[str, torch.Tensor]]) ->
 
 
 def _digests(model: Any) -> dict[str, str]:
-    """Of every parameter's bytes."""
+    """Of the bytes of every parameter that an update has to fill."""
     return {
         name: hashlib.blake2b(
             parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16
         ).hexdigest()
-        for name, parameter in model.named_parameters()
+        for name, parameter in _sent(model).items()
     }
 
 
@@ -159,9 +241,9 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """The bucket's tensors, as views of its memory; BucketError if it is not as described."""
     size = description["bytes"]
     layout = BucketLayout.from_json(size, description["tensors"])
-    if "paths" in description:
+    if "path" in description:
         return _read_file(description, layout)
-    handle = of_this_rank(description["handles"])
+    handle = description["handle"]
     if str(handle) not in _opened:
         _opened[str(handle)] = open_handle(handle, size)
     weights = _views(_opened[str(handle)], layout)
@@ -172,7 +254,7 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
 
 def _read_file(description: dict[str, Any], layout: BucketLayout) -> list[tuple[str, torch.Tensor]]:
     name, size = description["bucket"], description["bytes"]
-    path = of_this_rank(description["paths"])
+    path = description["path"]
     try:
         found = os.stat(path)
     except OSError as error:
@@ -220,35 +302,11 @@ def _views(data: torch.Tensor, layout: BucketLayout) -> list[tuple[str, torch.Te
 
 def _first_wrong(weights: list[tuple[str, torch.Tensor]], sums: list[tuple[int, int]]) -> str | None:
     """Name of a tensor whose words do not add up to the sum it was sent with."""
-    for (name, tensor), (word, expected) in zip(weights, sums, strict=True):
-        if word_sum(tensor, word) != expected:
+    if not weights:
+        return None
+    found = torch.stack([word_sum(t, word) for (_, t), (word, _) in zip(weights, sums, strict=True)])
+    # one wait for the device, not one for each tensor
+    for (name, _), (_, expected), is_now in zip(weights, sums, found.tolist(), strict=True):
+        if is_now != expected:
             return name
     return None
-
-
-@contextlib.contextmanager
-def _unknown_weights(bucket: str) -> Iterator[None]:
-    """BucketError for weights that the model has no parameter for: SGLang's models only warn, and go on."""
-    unknown: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "not found in params_dict" in record.getMessage():
-                unknown.append(record.getMessage())
-
-    collect, models = Collect(logging.WARNING), logging.getLogger("sglang.srt.models")
-    models.addHandler(collect)
-    try:
-        yield
-    finally:
-        models.removeHandler(collect)
-    if unknown:
-        few = "; ".join(unknown[:3])
-        raise BucketError(f"weight bucket {bucket}: {len(unknown)} weights are unknown to the model: {few}")
-
-
-def of_this_rank(places: list[Any]) -> Any:
-    """Of an engine's buckets, one on each of its nodes or on each of its ranks, in order, this rank's."""
-    if len(places) == 1:
-        return places[0]
-    return places[dist.get_rank() * len(places) // dist.get_world_size()]

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_pmd.device import current_device
-from megatron_pmd.errors import ModelError
+from megatron_pmd.errors import ModelError, PmdError
 from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep
 from megatron_pmd.weight_sync.bucket_layout import word_sum
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket
-from megatron_pmd.weight_sync.plan import BucketPlan, Move, Plan, Region, make_plan
+from megatron_pmd.weight_sync.exchange import Exchange, packed, unpacked
+from megatron_pmd.weight_sync.plan import BucketPlan, Plan, RankPart, Region, make_plan, message_bytes
+from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
     from megatron_pmd.distributed import Control
     from megatron_pmd.observe.subphases import SubphaseClock
     from megatron_pmd.weight_sync.shards import ShardExport
     from megatron_pmd.weight_sync.transport import Transport
-
-Sums = dict[str, int]
-"""By tensor, the sum of the words that one rank has written of it."""
 
 
 @dataclass
@@ -41,7 +37,7 @@ class PushReport:
 
 
 class WeightPush:
-    """Two buckets on every node that needs them, or on each of its devices; all ranks of the node write them.
+    """Two buckets on every node that needs them, or on each of its devices, filled as the plan says.
 
     At one point a bucket is full and its predecessor has been loaded; from there on engines load it, and the
     ranks write the next into the predecessor's memory.
@@ -55,19 +51,26 @@ class WeightPush:
         clock: SubphaseClock,
         *,
         bucket_bytes: int,
+        timeout_seconds: float,
         verify: bool = False,
         on_device: bool = False,
+        expert_parallel: int = 1,
     ) -> None:
         """clock: measures `begin` (engines withdraw their version), `write` (shards go into buckets), `load`
         (what is then left to wait for the engines), `verify` and `confirm`.
-        bucket_bytes: largest size of a bucket. verify: load everything twice, and compare (loader.py).
-        on_device: the buckets are DeviceBucket, else SharedBucket.
+        bucket_bytes: largest size of a bucket. timeout_seconds: in which an engine has taken one.
+        verify: load everything twice, and compare (loader.py). on_device: the buckets are DeviceBucket, else
+        SharedBucket. expert_parallel: see readers_of.
         """
         self.transport, self._control, self.run_key = transport, control, run_key
         self._clock, self._bucket_bytes, self._verify = clock, bucket_bytes, verify
-        self._on_device, self._node_group = on_device, None
+        self._on_device, self._expert_parallel = on_device, expert_parallel
+        self._timeout_seconds = timeout_seconds
+        self._exchange: Exchange | None = None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
+        self._parts: list[RankPart] = []
+        """By bucket, what this rank does for it."""
         self._buckets: list[Bucket] = []
         self._handles: list[list[list[Any]]] = []
         """By rank, how its device's buckets are opened; of those that share it with an engine's rank."""
@@ -106,24 +109,28 @@ class WeightPush:
     def _prepare(self, export: ShardExport, serves: Sequence[int]) -> None:
         """Make the plan and the buckets: sizes do not change while a run lasts."""
         control = self._control
-        shares = control.all_gather((control.node, serves, export.regions))
-        nodes = [node for node, _, _ in shares]
-        self._serving = {rank for _, serves, _ in shares for rank in serves}
-        serving = {nodes[rank] for rank in self._serving}
-        targets = [n for n in sorted(set(nodes)) if self.transport.needs_buckets(n in serving, n)]
-        self._plan = make_plan(
-            [regions for _, _, regions in shares], nodes, targets=targets, capacity=self._bucket_bytes,
+        shares = control.all_gather((control.node, tuple(serves), export.regions))
+        readers = self._readers([node for node, _, _ in shares], [ranks for _, ranks, _ in shares])
+        plan = make_plan(
+            [regions for _, _, regions in shares], readers, capacity=self._bucket_bytes,
             last=[region.name for region in export.irregular],
         )  # fmt: skip
-        self._nodes, self._serves, self._export = nodes, serves, export
+        self._plan, self._owners, self._serves, self._export = plan, readers.owners, tuple(serves), export
+        self._parts = [bucket.of_rank(control.rank) for bucket in plan.buckets]
+        self._exchange = self._exchange or Exchange(control, 2 * self._timeout_seconds)
         self._close_buckets()
-        keys = [self._bucket_key(control.node, turn) for turn in range(min(2, len(self._plan.buckets)))]
-        self._keys = keys if control.node in targets else []
-        if self._on_device:
-            of_nodes = [[rank for rank, n in enumerate(nodes) if n == node] for node in sorted(set(nodes))]
-            self._node_group = self._node_group or dist.new_subgroups_by_enumeration(of_nodes)[0]
-        else:
-            self._make_shared_buckets(first=nodes.index(control.node) == control.rank)
+        owner = readers.owners[control.rank]
+        turns = range(min(2, len(plan.buckets)) if owner is not None else 0)
+        self._keys = [self._bucket_key(turn, control.rank) for turn in turns]
+        if not self._on_device:
+            self._make_shared_buckets(first=owner == control.rank)
+
+    def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
+        if not self.transport.opens_buckets:
+            return only_the_driver(nodes, on_device=self._on_device)
+        return readers_of(
+            nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
+        )  # fmt: skip
 
     def _make_shared_buckets(self, *, first: bool) -> None:
         """first: whether this rank is its node's first, which owns the files."""
@@ -140,96 +147,119 @@ class WeightPush:
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
         assert self._plan is not None
-        opened = self.transport.opens_buckets and self._control.rank in self._serving
-        buckets = [DeviceBucket(key, self._plan.capacity, self._node_group) for key in self._keys]
+        buckets = [DeviceBucket(key, self._plan.capacity) for key in self._keys]
         self._buckets = list(buckets)
-        handles = [bucket.handle() for bucket in buckets] if opened else []
+        handles = [bucket.handle() for bucket in buckets] if self.transport.opens_buckets else []
         self._handles = self._control.all_gather(handles)
 
-    def _bucket_key(self, node: int, turn: int) -> str:
-        return f"{self.run_key}-{node}-{turn}"
+    def _bucket_key(self, turn: int, rank: int) -> str:
+        """Of the bucket that a rank can write into."""
+        return f"{self.run_key}-{self._owners[rank]}-{turn}"
 
-    def _places(self, turn: int) -> dict[str, Any]:
-        """Where the engine that this rank leads finds the buckets of a turn: all hold the same."""
-        if self._on_device:
-            return {"handles": [self._handles[rank][turn] for rank in self._serves if self._handles[rank]]}
-        nodes = dict.fromkeys(self._nodes[rank] for rank in self._serves)
-        return {"paths": [str(path_of(self._bucket_key(node, turn))) for node in nodes]}
+    def _descriptions(
+        self, number: int, sums: dict[str, tuple[int, int]], update: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """What each rank of the engine that this rank leads is told of its bucket."""
+        assert self._plan is not None
+        turn, told = number % 2, []
+        for rank in self._serves:
+            owner = self._owners[rank] if self.transport.opens_buckets else 0
+            assert owner is not None
+            kind = self._plan.kinds[owner]
+            layout = self._plan.buckets[number].layouts[kind]
+            if not self.transport.opens_buckets:
+                told.append({"tensors": layout.as_json()})
+                continue
+            place: dict[str, Any] = (
+                {"handle": self._handles[rank][turn]} if self._on_device
+                else {"path": str(path_of(self._bucket_key(turn, rank)))}
+            )  # fmt: skip
+            last = number == len(self._plan.buckets) - 1
+            told.append(
+                self._buckets[turn].describe(layout, sums, **place)
+                | {"update": _position(update, number, last, self._plan, kind)}
+                | {"ends": last and self._verify == ("verify" in update)}
+            )
+        return told
 
     def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
-
-        def loaded(sums: Sums) -> Sums:
-            """This rank's sums, once its engines have taken the bucket before."""
-            if loading is not None:
-                loading.result()
-            return sums
-
         irregular = export.irregular_tensors()
         # sub-phases of a verification do not count as the update's own
         write, load = ("verify", "verify") if "verify" in update else ("write", "load")
         for number, bucket_plan in enumerate(plan.buckets):
             bucket = self._buckets[number % 2] if self._buckets else None
-            first, last = number == 0, number == len(plan.buckets) - 1
-            with self._clock(write, bucket_plan.nbytes, memory=first):
-                sums = self._write(export, bucket_plan, bucket, irregular)
+            with self._clock(write, bucket_plan.nbytes, memory=number == 0):
+                sums = self._write(export, number, bucket, irregular)
             with self._clock(load, memory=False):
-                shares = self._control.on_all(partial(loaded, sums))
-            description: dict[str, Any] = {"tensors": bucket_plan.layout.as_json()}
-            if bucket is not None:
-                parts = [part for rank, part in enumerate(shares) if self._is_here(rank)]
-                checks = {
-                    name: (word, sum(part.get(name, 0) for part in parts) % 2**64)
-                    for name, word in bucket_plan.words.items()
-                }
-                description = bucket.description(checks, self._places(number % 2))
-                description["update"] = _position(update, number, last, plan)
-                description["ends"] = last and self._verify == ("verify" in update)
-            loading = self._loader.submit(self.transport.load, bucket, description)
+                totals = self._loaded(loading, sums)
+            words = dict(
+                zip(bucket_plan.words, zip(bucket_plan.words.values(), totals, strict=True), strict=True)
+            )
+            descriptions = self._descriptions(number, words, update)
+            loading = self._loader.submit(self.transport.load, bucket, descriptions)
         with self._clock(load, plan.bytes):
-            self._control.on_all(partial(loaded, {}))
+            self._loaded(loading, torch.zeros(0, dtype=torch.int64, device=current_device()))
 
-    def _is_here(self, rank: int) -> bool:
-        """Whether a rank shares this one's node."""
-        return self._nodes[rank] == self._control.node
+    def _loaded(self, loading: Future[None] | None, sums: torch.Tensor) -> list[int]:
+        """Every tensor's sum, once all engines have taken the bucket before; raises what one refused it with.
+
+        One small all-reduce: at 512 ranks, gathering everybody's Python objects would take longer than the
+        bucket.
+        """
+        assert self._exchange is not None
+        failure: PmdError | None = None
+        try:
+            if loading is not None:
+                loading.result()
+        except PmdError as error:
+            failure = error
+        *totals, failures = self._exchange.add_up(torch.cat([sums, sums.new_full((1,), failure is not None)]))
+
+        def raise_it() -> None:
+            if failure is not None:
+                raise failure
+
+        if failures:
+            self._control.on_all(raise_it)
+        return totals
 
     def _write(
         self,
         export: ShardExport,
-        plan: BucketPlan,
+        number: int,
         bucket: Bucket | None,
         irregular: Iterator[tuple[str, torch.Tensor]],
-    ) -> Sums:
-        """This rank's share of a bucket; returns the sums of what it wrote."""
-        whole = _take(irregular, {region.name for region in export.irregular} & plan.layout.entries.keys())
-
-        def held(region: Region) -> torch.Tensor:
-            return whole[region.name] if region.name in whole else export.shards[region].tensor()
-
-        sums: Sums = defaultdict(int)
-
-        def place(region: Region, source: torch.Tensor) -> None:
-            assert bucket is not None
-            target = bucket.tensor(plan.layout.entries[region.name])
-            if region.shape:
-                target = target.narrow(region.dim, region.start, region.length)
-            target.view(source.shape).copy_(source)
-            sums[region.name] += word_sum(source, plan.words[region.name])
-
+    ) -> torch.Tensor:
+        """This rank's part of a bucket; returns the sums of the words that it counts, int64 [tensors]."""
+        assert self._plan is not None and self._exchange is not None
+        plan, part = self._plan.buckets[number], self._parts[number]
+        names = {name for layout in plan.layouts for name in layout.entries}
+        whole = _take(irregular, {region.name for region in export.irregular} & names)
         if bucket is not None:
-            bucket.begin(plan.layout)
+            owner = self._owners[self._control.rank]
+            assert owner is not None
+            bucket.begin(plan.layouts[self._plan.kinds[owner]])
         with torch.no_grad():
-            arriving = _exchange(plan.moves, self._control.rank, held)
-            for region in plan.writes.get(self._control.rank, []):
-                place(region, held(region))
-            for region, tensor in arriving():
-                place(region, tensor)
-        if bucket is not None:
-            bucket.complete()
+            writing = _Writing(plan, part, bucket)
+            for region in part.reads:
+                held = whole[region.name] if region.name in whole else export.shards[region].tensor()
+                writing.read(region, held)
+            for round in part.rounds.values():
+                came = self._exchange.swap(
+                    [
+                        (rank, packed(regions, writing.values(regions)))
+                        for rank, regions in round.outgoing.items()
+                    ],
+                    [(rank, message_bytes(regions)) for rank, regions in round.incoming.items()],
+                )
+                for regions, message in zip(round.incoming.values(), came, strict=True):
+                    for region, values in zip(regions, unpacked(regions, message), strict=True):
+                        writing.place(region, values)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies must be there before an engine is told of them
-        return dict(sums)
+        return writing.sums
 
     def close(self) -> None:
         """Give the buckets' memory back."""
@@ -243,44 +273,40 @@ class WeightPush:
         self._buckets, self._handles = [], []
 
 
-def _exchange(
-    moves: list[Move], rank: int, held: Callable[[Region], torch.Tensor]
-) -> Callable[[], Iterator[tuple[Region, torch.Tensor]]]:
-    """Start what has to cross nodes, one message for each pair of ranks; the result yields what arrived."""
-    outgoing: dict[int, list[Region]] = defaultdict(list)
-    incoming: dict[int, list[Region]] = defaultdict(list)
-    for move in moves:
-        if move.source == rank:
-            outgoing[move.target].append(move.region)
-        if move.target == rank:
-            incoming[move.source].append(move.region)
-    operations, buffers = [], {}
-    for target, regions in outgoing.items():
-        data = torch.cat([held(r).reshape(-1).view(torch.uint8) for r in regions])
-        operations.append(dist.P2POp(dist.isend, data, target))
-    for source, regions in incoming.items():
-        buffers[source] = torch.empty(
-            sum(r.nbytes for r in regions), dtype=torch.uint8, device=current_device()
-        )
-        operations.append(dist.P2POp(dist.irecv, buffers[source], source))
-    pending = dist.batch_isend_irecv(operations) if operations else []
+class _Writing:
+    """One rank's work on one bucket. What lies in the rank's own bucket is sent on from there.
 
-    def arrived() -> Iterator[tuple[Region, torch.Tensor]]:
-        for work in pending:
-            work.wait()
-        for source, regions in incoming.items():
-            at = 0
-            for region in regions:
-                data = buffers[source][
-                    at : at + region.nbytes
-                ].clone()  # starts anywhere: the copy is aligned
-                at += region.nbytes
-                shape = list(region.shape)
-                if shape:
-                    shape[region.dim] = region.length
-                yield region, data.view(getattr(torch, region.dtype)).view(shape)
+    So beside the buckets there are a round's messages, and what the rank reads for other buckets alone.
+    """
 
-    return arrived
+    def __init__(self, plan: BucketPlan, part: RankPart, bucket: Bucket | None) -> None:
+        self._plan, self._counted, self._bucket = plan, part.counted, bucket
+        self._elsewhere: dict[Region, torch.Tensor] = {}
+        self._numbers = {name: number for number, name in enumerate(plan.words)}
+        self.sums = torch.zeros(len(plan.words), dtype=torch.int64, device=current_device())
+
+    def read(self, region: Region, values: torch.Tensor) -> None:
+        """Take a region of this rank's own weights; its values in the region's order."""
+        if region in self._counted:
+            self.sums[self._numbers[region.name]] += word_sum(values, self._plan.words[region.name])
+        if self._bucket is not None and region.name in self._bucket.layout.entries:
+            self.place(region, values)
+        else:
+            self._elsewhere[region] = values
+
+    def place(self, region: Region, values: torch.Tensor) -> None:
+        self._spot(region).view(values.shape).copy_(values)
+
+    def values(self, regions: Sequence[Region]) -> list[torch.Tensor]:
+        """Of regions that are there by now."""
+        return [
+            self._elsewhere[region] if region in self._elsewhere else self._spot(region) for region in regions
+        ]
+
+    def _spot(self, region: Region) -> torch.Tensor:
+        assert self._bucket is not None
+        target = self._bucket.tensor(self._bucket.layout.entries[region.name])
+        return target.narrow(region.dim, region.start, region.length) if region.shape else target
 
 
 def _take(stream: Iterator[tuple[str, torch.Tensor]], names: set[str]) -> dict[str, torch.Tensor]:
@@ -294,8 +320,8 @@ def _take(stream: Iterator[tuple[str, torch.Tensor]], names: set[str]) -> dict[s
     return taken
 
 
-def _position(update: dict[str, Any], number: int, last: bool, plan: Plan) -> dict[str, Any]:
+def _position(update: dict[str, Any], number: int, last: bool, plan: Plan, kind: int) -> dict[str, Any]:
     """What the loader is told of a bucket's place in its update."""
     if "verify" in update:
         return update | {"verify": "next" if number else "first", "verify_last": last}
-    return update | ({"manifest": plan.manifest} if last else {})
+    return update | ({"manifest": plan.manifest(kind)} if last else {})

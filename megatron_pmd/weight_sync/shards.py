@@ -67,7 +67,9 @@ class ShardExport:
             shards = [None] * len(tasks)
         irregular = {i for i, found in enumerate(shards) if found is None}
         if fp8:  # a block that ranks share has one scale, which none of them can tell
-            irregular |= {i for i, found in enumerate(shards) if not all(map(_whole_blocks, found or []))}
+            irregular |= {
+                i for i, found in enumerate(shards) if not all(whole_blocks(s.region) for s in found or [])
+            }
         # one rank may see of a parameter what another, without it, cannot
         irregular = set().union(*control.all_gather(irregular))
         self._irregular_tasks = [task for i, task in enumerate(tasks) if i in irregular]
@@ -168,9 +170,16 @@ def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:
     ]
 
 
-def _whole_blocks(shard: Shard) -> bool:
+def blockwise(region: Region) -> tuple[Region, Region]:
+    """The FP8 values and the scales that a region of a matrix becomes; its edges cut no block."""
+    blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
+    first, count = region.start // BLOCK, -(-region.length // BLOCK)
+    scales = Region(region.name + SCALE_SUFFIX, "float32", blocks, region.dim, first, count)
+    return replace(region, dtype="float8_e4m3fn"), scales
+
+
+def whole_blocks(region: Region) -> bool:
     """Whether no block of a matrix that becomes FP8 is cut by this region's edges."""
-    region = shard.region
     if not is_quantized(region.name):
         return True
     end = region.start + region.length
@@ -191,14 +200,8 @@ class _BlockwiseShard:
         """Of the values that were read last, until they are read too."""
 
     def shards(self) -> list[Shard]:
-        region = self._shard.region
-        blocks = tuple(-(-extent // BLOCK) for extent in region.shape)
-        first, count = region.start // BLOCK, -(-region.length // BLOCK)
-        of_scales = Region(region.name + SCALE_SUFFIX, "float32", blocks, region.dim, first, count)
-        return [
-            Shard(replace(region, dtype="float8_e4m3fn"), self._read_values),
-            Shard(of_scales, self._read_scales),
-        ]
+        values, scales = blockwise(self._shard.region)
+        return [Shard(values, self._read_values), Shard(scales, self._read_scales)]
 
     def _read_values(self) -> torch.Tensor:
         values, self._scales = self._quantize()

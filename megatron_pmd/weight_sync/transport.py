@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 
 class Transport(Protocol):
     opens_buckets: bool
-    """Whether the engines read the buckets themselves."""
-
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        """Whether this node's bucket has to be filled. node_serves: an engine, or a part of one, is there."""
+    """Whether the engines read the buckets themselves. Else only the driver has buckets, and passes on what
+    is in them."""
 
     def begin(self) -> None:
         """The engines hold no version from here on."""
@@ -43,10 +41,11 @@ class Transport(Protocol):
     def connect(self) -> None:
         """What has to be set up once every engine has begun; raises on all ranks what fails on one."""
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
-        """Move the bucket; returns when the last of this rank's engines is done with it. Not collective.
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
+        """Move the bucket; returns when the engine that this rank leads is done with it. Not collective.
 
-        bucket: None on a rank whose node has none.
+        bucket: None on a rank that writes into none. descriptions: see Bucket.describe; one for each of the
+        engine's ranks, or only the tensors where the engines do not open buckets.
         """
 
     def end(self, version: int) -> None:
@@ -90,18 +89,15 @@ class Colocated:
     def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
         return cls(fleet)
 
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        return node_serves
-
     def begin(self) -> None:
         if self._fleet.leads:
             self._fleet.calls.begin_update()
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if self._fleet.leads:
-            self._fleet.calls.load_bucket(description)
+            self._fleet.calls.load_bucket(descriptions)
 
     def end(self, version: int) -> None:
         if self._fleet.leads:
@@ -136,9 +132,6 @@ class Broadcast(Colocated):
             timeout_seconds=config.sync.timeout_seconds,
         )  # fmt: skip
 
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        return node == 0
-
     def connect(self) -> None:
         """Make the group, the first time, and again when an engine has been replaced."""
         if self._members == self._fleet.urls:
@@ -166,7 +159,7 @@ class Broadcast(Colocated):
         self._control.on_all(lambda: self._side_by_side(found, join))
         self._members = list(self._fleet.urls)
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         def send() -> None:
             assert bucket is not None, "the driver's node has a bucket"
             for entry in bucket.layout.entries.values():
@@ -181,7 +174,7 @@ class Broadcast(Colocated):
                         f"within {self._deadline.total_seconds():g} s: {error}"
                     ) from None
 
-        self._side_by_side(send, lambda: self._fleet.calls.load_broadcast(description, self._name))
+        self._side_by_side(send, lambda: self._fleet.calls.load_broadcast(descriptions[0], self._name))
 
     def _side_by_side(self, driver: Callable[[], None], leader: Callable[[], None]) -> None:
         """Both parts on a rank that is both, at the same time: each waits for the other."""
@@ -206,9 +199,6 @@ class Disk(Colocated):
     def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
         return cls(fleet, control, folder / "weights")
 
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        return node == 0
-
     def begin(self) -> None:
         if self._control.is_driver:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -216,7 +206,7 @@ class Disk(Colocated):
         if self._fleet.leads:
             self._fleet.calls.withdraw_version()
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self._control.is_driver:
             return
         from safetensors.torch import save_file

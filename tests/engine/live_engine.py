@@ -88,7 +88,7 @@ def update(control: EngineControl, bucket: SharedBucket, model, version: int) ->
     control.release(["weights"])
     control.resume(["weights"])
     control.begin_update()
-    control.load_bucket(fill(bucket, model.state_dict()))
+    control.load_bucket([fill(bucket, model.state_dict())])
     control.end_update(version)
     control.resume(["kv_cache"])
     control.flush_cache()

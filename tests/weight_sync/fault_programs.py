@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,9 @@ def _deaths_beside_a_sync(trial: Trial) -> dict[str, Any]:
 
     trial.engines.release()
     trial.during_sync(lambda *_: scheduler().kill())
+    seen = len(trial.events)
     results["killed during sync"] = trial.iteration(expected_starts=5)
+    results["killed during sync"]["events"] = trial.events[seen:]
 
     trial.engines.release()
     trial.during_sync(lambda *_: scheduler().send_signal(signal.SIGSTOP))
@@ -193,10 +195,11 @@ def _deaths_beside_a_sync(trial: Trial) -> dict[str, Any]:
     return results
 
 
-def _drop_a_tensor(bucket: Any, description: dict[str, Any]) -> None:
+def _drop_a_tensor(bucket: Any, descriptions: Sequence[dict[str, Any]]) -> None:
     """As if an exporter had forgotten it: neither the bucket nor its sums know of it."""
-    description["tensors"].pop()
-    description["sums"].pop()
+    for description in descriptions:
+        description["tensors"].pop()
+        description["sums"].pop()
 
 
 def _message(action: Callable[[], None]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_pmd.weight_sync.bucket import Bucket
 from megatron_pmd.weight_sync.transport import Transport
 
-Fault = Callable[[Bucket, dict[str, Any]], object]
+Fault = Callable[[Bucket, Sequence[dict[str, Any]]], object]
 
 
 class FaultyTransport:
@@ -18,11 +18,11 @@ class FaultyTransport:
         self._transport, self._fault, self._at_bucket = transport, fault, at_bucket
         self._buckets = 0
         self.opens_buckets = transport.opens_buckets
-        self.needs_buckets, self.connect = transport.needs_buckets, transport.connect
-        self.begin, self.end, self.close = transport.begin, transport.end, transport.close
+        self.connect, self.begin = transport.connect, transport.begin
+        self.end, self.close = transport.end, transport.close
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         self._buckets += 1
         if self._buckets == self._at_bucket and bucket is not None:
-            self._fault(bucket, description)
-        self._transport.load(bucket, description)
+            self._fault(bucket, descriptions)
+        self._transport.load(bucket, descriptions)

@@ -19,5 +19,4 @@ def fill(bucket: Bucket, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     bucket.begin(layout)
     for name, entry in layout.entries.items():
         bucket.tensor(entry).copy_(tensors[name])
-    bucket.complete()
     return bucket.description()

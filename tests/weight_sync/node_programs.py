@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def _with_damage(engines: LiveEngines, actor: Actor) -> str:
     """What a sync ends with, in which the second node's bucket changes after it was described."""
     transport = engines.weight_push.transport
 
-    def damage(bucket: Any, description: dict[str, Any]) -> None:
+    def damage(bucket: Any, descriptions: Sequence[dict[str, Any]]) -> None:
         if engines.fleet.leads:
-            with open(description["paths"][1], "r+b") as file:
+            with open(descriptions[1]["path"], "r+b") as file:
                 file.write(bytes(range(1, 65)))
 
     engines.weight_push.transport = FaultyTransport(transport, damage, at_bucket=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,16 @@ class Recorder:
         self.descriptions: list[dict[str, Any]] = []
         self.fails_at = -1
 
-    def needs_buckets(self, node_serves: bool, node: int) -> bool:
-        return node_serves
-
     def begin(self) -> None:
         self.calls.append("begin")
         self.tensors, self.descriptions = {}, []
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: Bucket | None, description: dict[str, Any]) -> None:
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self.records:
             return
+        [description] = descriptions
         self.descriptions.append(description)
         if len(self.descriptions) == self.fails_at:
             raise EngineError("engine 7 refused the weights")
@@ -80,7 +79,7 @@ def export(
     """Both exports of the loaded weights and of changed ones, what memory it took, and a refused bucket."""
     actor, control = start(path, layout, nodes, precision)
     recorder = Recorder(records=control.rank % (control.world // nodes) == 0)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60)
     shards = shards_of(actor, control)
     result: dict[str, Any] = {"node": control.node, "records": recorder.records}
     result["irregular"] = len(shards.irregular)
@@ -90,10 +89,20 @@ def export(
             parameter.mul_(1.5)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     before = _status("VmRSS")
+    gathers, all_gather = list[Any](), control.all_gather
+
+    def counted(value: Any) -> list[Any]:
+        gathers.append(value)
+        return all_gather(value)
+
+    control.all_gather = counted  # type: ignore[method-assign]
     pushed = _pushed(push, recorder, shards, 2, result)
+    control.all_gather = all_gather  # type: ignore[method-assign]
+    result["gathers"] = len(gathers)
     result["grew"] = _status("VmHWM") - before
     result["second"] = (_bridge(actor), pushed)
-    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{control.node}-*")}
+    first = control.node * control.world // nodes
+    result["files"] = {p.name: p.stat().st_size for p in Path("/dev/shm").glob(f"*{key}-{first}-*")}
     recorder.fails_at = 2
     try:
         push.push(shards, 3, serves=[control.rank] if recorder.records else [])
@@ -102,23 +111,70 @@ def export(
     result["calls"] = recorder.calls
     push.close()
     result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
+    result["regions"] = shards.regions
+    result["of the ranks' own engines"] = _to_engines_of_two(shards, control, bucket_bytes, key)
     result["on devices"] = _on_devices(shards, control, recorder.records, bucket_bytes, key)
     result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
     return result
 
 
-def _fp8(
-    path: Path, layout: dict[str, int], control: Control, records: bool, key: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, int]:
-    """The bridge's tensors, those pushed in FP8, and how many regions this rank quantises itself or not."""
+def _fp8(path: Path, layout: dict[str, int], control: Control, records: bool, key: str) -> dict[str, Any]:
+    """The bridge's tensors, those pushed in FP8, and what was quantised where."""
     actor = Actor(config_for(path, layout), control)
+    plain = shards_of(actor, control).regions
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=True)
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=2**19, timeout_seconds=60)
+    quantize, sizes = export_module.quantize, list[int]()
+
+    def counted(weight: torch.Tensor) -> Any:
+        sizes.append(weight.numel())
+        return quantize(weight)
+
+    export_module.quantize = counted
     push.push(shards, 1, serves=[control.rank] if records else [])
+    export_module.quantize = quantize
     push.close()
-    own = sum(region.dtype == "float8_e4m3fn" for region in shards.shards)
-    return _bridge(actor), recorder.tensors, own, len(shards.irregular)
+    return {
+        "bridge": _bridge(actor), "pushed": recorder.tensors, "plain regions": plain,
+        "own": [region for region in shards.shards if region.dtype == "float8_e4m3fn"],
+        "irregular": len(shards.irregular), "quantised": sum(sizes),
+    }  # fmt: skip
+
+
+class OwnBuckets(Recorder):
+    """Keeps what is in this rank's own bucket; a leader, what each rank of its engine is told."""
+
+    def __init__(self) -> None:
+        super().__init__(records=True)
+        self.told: list[list[dict[str, Any]]] = []
+
+    def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
+        assert bucket is not None
+        for name, entry in bucket.layout.entries.items():
+            self.tensors[name] = bucket.tensor(entry).clone()
+        self.told.append(list(descriptions))
+
+
+def _to_engines_of_two(shards: ShardExport, control: Control, bucket_bytes: int, key: str) -> dict[str, Any]:
+    """Two engines of two ranks, the experts over both, with a bucket on each rank's own device: the CPU."""
+    recorder = OwnBuckets()
+    push = WeightPush(
+        recorder,
+        control,
+        key,
+        SubphaseClock(),
+        bucket_bytes=bucket_bytes,
+        timeout_seconds=60,
+        on_device=True,
+        expert_parallel=2,
+    )
+    handle = DeviceBucket.handle
+    DeviceBucket.handle = lambda bucket: [bucket.key]  # type: ignore[assignment, method-assign]
+    push.push(shards, 7, serves=[control.rank, control.rank + 1] if control.rank % 2 == 0 else [])
+    DeviceBucket.handle = handle  # type: ignore[method-assign]
+    push.close()
+    return {"tensors": recorder.tensors, "told": recorder.told}
 
 
 def _on_devices(
@@ -129,7 +185,9 @@ def _on_devices(
     The handles are CUDA's: here the rank's own process looks its bucket up.
     """
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, on_device=True)
+    push = WeightPush(
+        recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60, on_device=True
+    )
     opened: list[int] = []
 
     def handle(bucket: DeviceBucket) -> list[Any]:
@@ -164,7 +222,7 @@ def _all_irregular(
     export_module._only_renames = only_renames
     assert not shards.shards
     recorder = Recorder(records)
-    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes)
+    push = WeightPush(recorder, control, key, SubphaseClock(), bucket_bytes=bucket_bytes, timeout_seconds=60)
     push.push(shards, 4, serves=[control.rank] if records else [])
     push.close()
     return recorder.tensors

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.weight_sync import loader
 from megatron_pmd.weight_sync.bucket import SharedBucket, sweep
 from megatron_pmd.weight_sync.bucket_layout import ALIGNMENT, BucketLayout, word_sum
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket
@@ -39,10 +41,18 @@ def bucket(tmp_path: Path):
     bucket.close()
 
 
-class Recorder:
+@pytest.fixture(autouse=True)
+def new_process():
+    """What the loader knows of its model it forgets with the engine's process."""
+    yield
+    loader._read_before.clear()
+
+
+class Recorder(torch.nn.Module):
     """A model that keeps what it is given, as SGLang's models receive it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.loaded: dict[str, torch.Tensor] = {}
 
     def load_weights(self, weights):
@@ -136,7 +146,7 @@ def test_another_size_or_a_missing_file_is_refused_by_name(bucket):
 
 
 def test_a_model_that_fails_is_reported_and_does_not_raise(bucket, tmp_path):
-    class Refuses:
+    class Refuses(torch.nn.Module):
         def load_weights(self, weights):
             raise ValueError("expected 4 experts")
 
@@ -144,18 +154,51 @@ def test_a_model_that_fails_is_reported_and_does_not_raise(bucket, tmp_path):
     assert reply["failures"] == ["ValueError: expected 4 experts"]
 
 
-def test_a_weight_the_model_does_not_know_is_an_error(bucket, tmp_path):
-    """SGLang's models only log a warning, and go on serving the old values."""
+class Drops(torch.nn.Module):
+    """As SGLang's Qwen3-MoE: fuses, cuts, and passes over what it has no place for, without a word."""
 
-    class Warns:
-        def load_weights(self, weights):
-            for name, _ in weights:
-                logging.getLogger("sglang.srt.models.any").warning(
-                    f"Parameter {name} not found in params_dict"
-                )
+    def __init__(self, **config) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        self.fused = torch.nn.Parameter(torch.zeros(4, 3), requires_grad=False)
 
-    error = deliver(Warns(), fill(bucket, {"model.nonsense": torch.randn(10)}), tmp_path)["failures"][0]
-    assert "model.nonsense not found" in error and "test#1" in error
+    def load_weights(self, weights):
+        cached = {}
+        for name, tensor in weights:
+            if name.startswith("half"):
+                cached[name] = tensor.view(2, 3)
+            elif tensor.shape[0] == 10 and tensor.t() is not None:
+                continue
+        if len(cached) == 2:
+            self.fused.data.copy_(torch.cat(list(cached.values()), dim=0))
+
+
+def test_a_tensor_that_the_model_drops_without_a_word_is_an_error_by_name(bucket, tmp_path):
+    halves = {name: torch.ones(6) for name in ("half.0", "half.1")}
+    model = Drops()
+    error = deliver(model, fill(bucket, halves | {"model.nonsense": torch.randn(10)}), tmp_path)["failures"][
+        0
+    ]
+    assert "no place for 1 of its tensors" in error and "model.nonsense" in error and "test#1" in error
+    # a second try says the same: the engine did not learn to know it
+    again = deliver(model, fill(bucket, {"model.nonsense": torch.randn(10)}), tmp_path)["failures"][0]
+    assert "model.nonsense" in again
+    assert deliver(model, fill(bucket, halves), tmp_path)["failures"] == [None]
+    assert torch.equal(model.fused.data, torch.ones(4, 3))
+
+
+def test_an_output_layer_that_is_the_embedding_is_dropped_rightly(bucket, tmp_path):
+    head = {"lm_head.weight": torch.randn(10)}
+    assert deliver(Drops(tie_word_embeddings=True), fill(bucket, head), tmp_path)["failures"] == [None]
+    loader._read_before.clear()
+    assert deliver(Drops(tie_word_embeddings=False), fill(bucket, head), tmp_path)["failures"] != [None]
+
+
+def test_an_expert_that_one_rank_reads_is_not_lost_because_another_passes_over_it():
+    assert (
+        loader._lost([{"experts.0": True, "experts.1": False}, {"experts.0": False, "experts.1": True}]) == []
+    )
+    assert loader._lost([{"experts.0": True, "w": False}, {"experts.0": True, "w": False}]) == ["w"]
 
 
 def test_a_reader_that_writes_does_not_change_the_bucket(bucket):
@@ -178,25 +221,46 @@ def test_the_file_is_private_and_goes_with_the_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def unsigned(tensor: torch.Tensor, word: int) -> int:
+    return int(word_sum(tensor, word)) % 2**64
+
+
 def test_the_sums_of_parts_add_up_to_the_whole_and_equal_numpys():
     torch.manual_seed(0)
     weight = torch.randn(6, 8).to(torch.bfloat16)
     expected = int(weight.view(torch.int16).numpy().view(np.uint64).sum(dtype=np.uint64))
-    assert word_sum(weight, 8) == expected
+    assert unsigned(weight, 8) == expected
     rows, columns = [weight[:2], weight[2:]], [weight[:, :4], weight[:, 4:]]
     for parts in (rows, columns):
-        assert sum(word_sum(part, 8) for part in parts) % 2**64 == expected
-    assert word_sum(weight[1:5].view(2, 2, 8)[:, 1:], 8) == word_sum(weight[[2, 4]], 8)
+        assert sum(unsigned(part, 8) for part in parts) % 2**64 == expected
+    assert unsigned(weight[1:5].view(2, 2, 8)[:, 1:], 8) == unsigned(weight[[2, 4]], 8)
 
 
 def test_a_part_whose_rows_are_shorter_than_a_word_is_summed_all_the_same():
     bias = torch.arange(12, dtype=torch.bfloat16)
     words = bias.view(torch.int16).numpy().view(np.uint64)
-    assert word_sum(bias[2:10].view(4, 2), 8) == int(
+    assert unsigned(bias[2:10].view(4, 2), 8) == int(
         bias[2:10].view(torch.int16).numpy().view(np.uint64).sum()
     )
-    assert word_sum(bias.view(6, 2), 8) == int(words.sum())
-    assert word_sum(torch.empty(0, 3), 4) == 0
+    assert unsigned(bias.view(6, 2), 8) == int(words.sum())
+    assert unsigned(torch.empty(0, 3), 4) == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that are read from a device one by one, as if the CPU were one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_checking_a_bucket_waits_for_the_device_once_however_many_tensors_it_has(bucket):
+    description = fill(bucket, {f"t{number}": torch.randn(10) for number in range(50)})
+    with Waits() as waits:
+        read_bucket(description)
+    assert waits.count == 0, "all sums are read together"
 
 
 def test_ranks_of_a_node_fill_one_bucket_between_them(tmp_path):
@@ -281,8 +345,9 @@ class Linear(torch.nn.Module):
 
     def load_weights(self, weights):
         for name, tensor in weights:
+            wanted = tensor + 0
             if name != self.ignores:
-                getattr(self, name).data.copy_(tensor)
+                getattr(self, name).data.copy_(wanted)
 
 
 def verify(model: Linear, bucket: SharedBucket, folder: Path, spoil: bool = False) -> str | None:

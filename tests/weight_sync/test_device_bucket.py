@@ -31,7 +31,7 @@ def test_torch_still_takes_a_handles_parts_in_the_order_that_they_are_sent_in():
 
 
 def test_a_handle_survives_json_and_is_opened_as_bytes_of_the_readers_own_device(monkeypatch):
-    bucket = DeviceBucket("key", 4096, None)
+    bucket = DeviceBucket("key", 4096)
     own = (torch.Tensor, (4096,), (1,), 0, torch.UntypedStorage, torch.uint8, 5)
     monkeypatch.setattr(reductions, "reduce_tensor", lambda data: (None, (*own, *SENT)))
     handle = json.loads(json.dumps(bucket.handle()))
@@ -44,11 +44,14 @@ class Model:
     def load_weights(self, weights):
         self.loaded = {name: tensor.clone() for name, tensor in weights}
 
+    def named_parameters(self):
+        return []
+
 
 @pytest.fixture
 def opened(monkeypatch):
     """A bucket, and the handles that it was opened by."""
-    bucket, count = DeviceBucket("key", 4096, None), list[object]()
+    bucket, count = DeviceBucket("key", 4096), list[object]()
 
     def open_handle(handle, nbytes):
         count.append(handle)
@@ -63,7 +66,7 @@ def described(bucket, value: float, **more):
     bucket.begin(BucketLayout(bucket.capacity))
     entry = bucket.layout.add("w", "float32", (10,))
     bucket.tensor(entry).fill_(value)
-    return bucket.description(places={"handles": [["ab", 1]]}) | more
+    return bucket.description(handle=["ab", 1]) | more
 
 
 def test_the_reader_keeps_a_bucket_open_until_the_update_ends(opened):
@@ -86,11 +89,11 @@ def test_a_changed_byte_on_the_device_is_refused_by_name(opened):
 
 
 def test_buckets_in_memory_and_on_a_device_are_described_alike(tmp_path):
-    shared, own = SharedBucket("key", 4096, folder=tmp_path), DeviceBucket("key", 4096, None)
+    shared, own = SharedBucket("key", 4096, folder=tmp_path), DeviceBucket("key", 4096)
     for bucket in (shared, own):
         bucket.data.zero_()
         bucket.layout.add("w", "float32", (10,))
-    one, other = shared.description(), own.description(places={"handles": []})
-    assert one.pop("paths") == [str(shared.path)] and other.pop("handles") == []
+    one, other = shared.description(), own.description(handle=[])
+    assert one.pop("path") == str(shared.path) and other.pop("handle") == []
     assert one | {"reply": ""} == other | {"reply": ""}
     shared.close()

@@ -75,6 +75,12 @@ def test_an_engine_started_in_a_rollout_gets_weights_that_have_come_back_to_the_
     ]  # fmt: skip
 
 
+def test_an_engine_started_in_a_sync_starts_without_the_actors_parameters_beside_it(outcome):
+    assert outcome["killed during sync"]["events"] == [
+        "push", "release_parameters", "start", "wake_parameters", "push"
+    ]  # fmt: skip
+
+
 def test_a_killed_router_is_noticed(outcome):
     assert outcome["router killed"]["noticed"]
 

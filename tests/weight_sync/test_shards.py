@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from megatron_pmd.fp8 import quantized
+from megatron_pmd.weight_sync.bucket_layout import word_sum
+from megatron_pmd.weight_sync.plan import expert_of
 from tests.actor.launch import launch
-from tests.actor.tiny_models import write_model
+from tests.actor.tiny_models import config_for, write_model
+from tools.sync_plan import held_by_ranks
 
 pytestmark = pytest.mark.serial
 
@@ -43,10 +47,13 @@ def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     folder, family = tmp_path_factory.mktemp("export"), case.pop("family")
     write_model(folder / family, family)
     write_model(folder / "wide", case.pop("fp8_family"), **WIDE, **case.pop("fp8_settings"))
-    return launch(
+    found = launch(
         "export", ranks=4, module="tests.weight_sync.push_programs", path=folder / family,
         fp8_path=folder / "wide", bucket_bytes=BUCKET_BYTES, key=f"test-{folder.name}", **case,
     )  # fmt: skip
+    for rank in found:
+        rank["folders"] = {"regions": folder / family, "plain regions": folder / "wide"}
+    return found
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -77,7 +84,7 @@ def test_tensors_that_only_the_bridge_can_make_arrive_too(ranks):
 
 
 def test_buckets_on_the_ranks_own_devices_hold_the_same_on_each(ranks):
-    """As on GPUs, but for the handles: every rank sums what all of its node have written."""
+    """As on GPUs, but for the handles: what other ranks hold comes in messages."""
     for rank in ranks:
         if rank["records"]:
             assert same(rank["on devices"]["tensors"], rank["second"][0])
@@ -86,23 +93,67 @@ def test_buckets_on_the_ranks_own_devices_hold_the_same_on_each(ranks):
 def test_a_device_bucket_is_opened_once_an_update_even_after_one_that_failed_and_then_given_back(ranks):
     for rank in ranks:
         seen = rank["on devices"]
-        assert len(seen["kept"]) == 2 and seen["left"] == 0
+        assert len(seen["kept"]) == (2 if rank["records"] else 0) and seen["left"] == 0
         if rank["records"]:
             assert len(seen["opened"]) == len(set(seen["opened"])) == 2
             assert seen["ends"] == [False] * (len(seen["ends"]) - 1) + [True]
 
 
+def test_each_rank_of_an_engine_gets_its_experts_and_all_else_and_is_told_the_sums(ranks):
+    """Two engines of two ranks, which divide the experts, on devices: messages between all four ranks."""
+    whole = next(rank["second"][0] for rank in ranks if rank["records"])
+    experts = 1 + max((n for n in map(expert_of, whole) if n is not None), default=-1)
+    for number, rank in enumerate(ranks):
+        seen = rank["of the ranks' own engines"]
+        expected = {
+            name: tensor
+            for name, tensor in whole.items()
+            if (expert := expert_of(name)) is None or 2 * expert // experts == number % 2
+        }
+        assert (len(expected) < len(whole)) == (experts > 0)
+        assert same(seen["tensors"], expected)
+        for bucket in ranks[number - number % 2]["of the ranks' own engines"]["told"]:
+            told = bucket[number % 2]
+            for (name, *_), (word, total) in zip(told["tensors"], told["sums"], strict=True):
+                assert int(word_sum(whole[name], word)) == total
+        manifest = ranks[number - number % 2]["of the ranks' own engines"]["told"][-1][number % 2]["update"]
+        assert {name for name, *_ in manifest["manifest"]} == expected.keys()
+
+
+def test_the_count_for_recipes_knows_what_a_rank_really_holds(ranks, request):
+    """tools/sync_plan.py, which needs no ranks, against Megatron's own layout of two mixtures of experts."""
+    case = CASES[request.node.callspec.params["ranks"]]
+    for family, key in ((case["family"], "regions"), (case["fp8_family"], "plain regions")):
+        if family not in ("qwen3moe", "deepseek"):
+            continue
+        folder = ranks[0]["folders"][key]
+        run = config_for(
+            folder, case["layout"], precision=case.get("precision", "fp32") if key == "regions" else "fp32"
+        )
+        counted = held_by_ranks(run, json.loads((folder / "config.json").read_text()))
+        for rank, regions in zip(ranks, counted, strict=True):
+            real = rank["regions"] if key == "regions" else rank["fp8"]["plain regions"]
+            assert set(real) == set(regions)
+
+
 def test_blockwise_fp8_is_that_of_the_whole_tensors_bit_for_bit(ranks):
     for rank in ranks:
-        bridge, pushed, own, irregular = rank["fp8"]
-        assert own > 0 and irregular > 0, "both ways have to be there"
+        seen = rank["fp8"]
+        assert seen["own"] and seen["irregular"] > 0, "both ways have to be there"
         if rank["records"]:
-            expected = dict(quantized(bridge.items()))
+            expected = dict(quantized(seen["bridge"].items()))
             assert any(name.endswith("_scale_inv") for name in expected)
             assert same(
-                {name: _bits(tensor) for name, tensor in pushed.items()},
+                {name: _bits(tensor) for name, tensor in seen["pushed"].items()},
                 {name: _bits(tensor) for name, tensor in expected.items()},
             )
+
+
+def test_what_a_node_holds_is_quantised_once_there_however_many_nodes_want_it(ranks):
+    held = {(rank["node"], region) for rank in ranks for region in rank["fp8"]["own"]}
+    assert sum(rank["fp8"]["quantised"] for rank in ranks) == sum(region.nbytes for _, region in held), (
+        "one byte a value"
+    )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,6 +167,11 @@ def test_the_extra_memory_is_two_buckets_a_node_and_less_than_one_to_cross_nodes
         assert len(sizes) == 2 and max(sizes) <= BUCKET_BYTES
         if not rank["records"]:  # a recording rank keeps a copy of everything
             assert rank["grew"] < max(sizes), rank["grew"]
+
+
+def test_ranks_gather_each_others_objects_twice_an_update_however_many_buckets_it_has(ranks):
+    """To begin and to confirm. At 512 ranks a gathering takes longer than a bucket."""
+    assert all(rank["report"][2] > 2 and rank["gathers"] == 2 for rank in ranks)
 
 
 def test_count_bytes_and_names_go_with_the_last_bucket(ranks):

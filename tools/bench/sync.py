@@ -99,14 +99,11 @@ class _Nowhere:
 
     opens_buckets = True
 
-    def needs_buckets(self, node_leads: bool, node: int) -> bool:
-        return True
-
     def begin(self) -> None: ...
 
     def connect(self) -> None: ...
 
-    def load(self, bucket: Any, description: dict[str, Any]) -> None: ...
+    def load(self, bucket: Any, descriptions: Any) -> None: ...
 
     def end(self, version: int) -> None: ...
 
@@ -137,6 +134,7 @@ def export_ranks(order: Path) -> None:
         f"bench-{order.parent.name}",
         SubphaseClock(),
         bucket_bytes=config.sync.bucket_megabytes * 2**20,
+        timeout_seconds=config.sync.timeout_seconds,
     )
 
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes)
@@ -287,10 +285,11 @@ def _in_buckets(control: Any, tensors: dict[str, torch.Tensor], megabytes: int) 
 
     from megatron_pmd.weight_sync.plan import lay_out
 
-    layouts = lay_out(
+    cut = lay_out(
         {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()},
         megabytes * 2**20,
     )
+    layouts = [layout for [layout] in cut]
     buckets = _buckets(megabytes, layouts[0].capacity)
     with ThreadPoolExecutor(1) as pool:
         loading = None
@@ -303,7 +302,7 @@ def _in_buckets(control: Any, tensors: dict[str, torch.Tensor], megabytes: int) 
             description = bucket.description()
             if loading is not None:
                 loading.result()
-            loading = pool.submit(control.load_bucket, description)
+            loading = pool.submit(control.load_bucket, [description])
         assert loading is not None
         loading.result()
         control.end_update(1)

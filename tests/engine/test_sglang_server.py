@@ -1,0 +1,36 @@
+"""What the options of an engine say of it; no engine is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_pmd.config import Rollout
+from megatron_pmd.engine.sglang_server import expert_parallel
+from recipes import recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({}, 1),
+        ({"ep_size": 4}, 4),
+        ({"moe_a2a_backend": "deepep"}, 8),
+        ({"moe_a2a_backend": "none", "ep_size": 2}, 2),
+        ({"ep_size": 8, "enable_eplb": True}, 1),
+        ({"ep_size": 8, "ep_num_redundant_experts": 8}, 1),
+        ({"ep_size": 8, "init_expert_location": "placement.json"}, 1),
+        ({"ep_size": 4, "moe_dp_size": 2}, 1),
+    ],
+)
+def test_experts_are_shared_out_only_where_their_places_follow_from_the_options(
+    options: dict[str, Any], shares: int
+) -> None:
+    """SGLang: an all-to-all backend sets ep_size to tp_size; a balancer moves experts while it serves."""
+    assert expert_parallel(Rollout(tensor_parallel=8, sglang=options)) == shares
+
+
+def test_the_largest_recipes_engines_divide_their_experts_over_all_ranks() -> None:
+    names = ("qwen3_30b_a3b_dapo_32xh100", "qwen3_235b_a22b_128xh100", "deepseek_v3_256xh100")
+    assert [expert_parallel(recipe(name).rollout) for name in names] == [1, 8, 32]
