@@ -13,7 +13,7 @@ from megatron_pmd.actor.actor import AnchorReport, Examples
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import over_iteration
-from megatron_pmd.batch import RolloutBatch, Sample, write_rollout
+from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.convert.live import write_policy
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.errors import StaleWeights
@@ -21,6 +21,7 @@ from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values, rollout_values
+from megatron_pmd.rollout_file import write_rollout
 from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
 from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
@@ -69,12 +70,13 @@ def _grade_and_describe(
 ) -> tuple[RolloutBatch, list[Sample]]:
     """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch.
 
-    The batch has no tokens yet; they are of the samples returned with it.
+    The file is written beside what follows, until conclude(). The batch has no tokens yet; they are of the
+    samples returned with it.
     """
     t = iteration.number
     subproblem = Subproblem(run.config, t)
     subproblem.compute_advantages(samples)
-    write_rollout(run.folder / "rollouts" / f"{t}.parquet", samples, t)
+    run.rollout_writer.begin(run.folder / "rollouts" / f"{t}.parquet", samples, t)
     if not subproblem.supervised:
         drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
         run.problems.train.record(success_rates(drawn, run.config.reward.correct))
@@ -207,8 +209,9 @@ def _examples_of(run: Trainer, batch: RolloutBatch, subproblem: Subproblem, step
 def conclude(run: Trainer, iteration: Iteration, batch: RolloutBatch) -> RunOutcome | None:
     """Log what an iteration came to, and compare it with those before; an outcome if an alarm ends the run.
 
-    Before the checkpoint: a run that is to end writes one.
+    Before the checkpoint: a run that is to end writes one. From here on its rollout's file is there.
     """
+    run.rollout_writer.wait()
     ending = None
     if run.control.is_driver:
         t, alarms = iteration.number, run.config.alarms
@@ -299,6 +302,7 @@ def _check_final_weights(run: Trainer, final: int) -> None:
 
 def end_early(run: Trainer, outcome: RunOutcome) -> RunOutcome:
     """Leave a checkpoint of the iterations that are complete, if the run is to go on; says where it is."""
+    run.rollout_writer.wait()
     if outcome.status is Status.STOPPED:
         return outcome
     run.checkpoints.publish(wait=True)

@@ -6,9 +6,10 @@ import math
 import random
 from typing import Any
 
-from megatron_pmd.batch import Sample, write_rollout
+from megatron_pmd.batch import Sample
 from megatron_pmd.config import RunConfig, build
 from megatron_pmd.observe.journal import Journal
+from megatron_pmd.rollout_file import write_rollout
 
 STEPS = 4
 HOSTILE = (
