@@ -137,9 +137,10 @@ def _samples(table: pa.Table, routing: np.dtype) -> Iterator[Sample]:
         tokens = {name: rows[number] for name, rows in arrays.items()}
         sample = Sample(**row, **tokens)
         if recorded[number].is_valid:
-            length = len(sample.prompt_tokens) + len(sample.response_tokens)
+            tokens_sent = len(sample.prompt_tokens) + len(sample.response_tokens) - 1
             numbers = np.frombuffer(recorded[number].as_buffer(), routing)
-            sample.routed_experts = numbers.reshape(length - 1, -1)
+            if tokens_sent and numbers.size % tokens_sent == 0:
+                sample.routed_experts = numbers.reshape(tokens_sent, -1)
         yield sample
 
 

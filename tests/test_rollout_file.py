@@ -45,11 +45,7 @@ def test_a_file_of_many_row_groups_is_read_by_others_as_lists_of_numbers(tmp_pat
         assert row["segments"] == [
             {"tokens": len(written.response_tokens), "weight_version": 7, "counted": True}
         ]
-        assert (row["prompt"], row["response"], row["reward_error"]) == (
-            "τ?",
-            f"{row['group'] * 2 + row['number']}!",
-            None,
-        )
+        assert (row["prompt"], row["response"], row["reward_error"]) == ("τ?", written.response, None)
     read, _ = read_rollout(tmp_path / "7.parquet")
     assert [s.engine_log_probs.tolist() for s in read] == [s.engine_log_probs.tolist() for s in samples]
     assert {s.response_tokens.dtype.name for s in read} == {"int32"}
@@ -91,15 +87,17 @@ def test_a_file_of_this_schema_from_another_writer_has_its_experts_in_uint16(tmp
     assert read.segments[0].tokens == 1
 
 
-def test_a_file_without_samples_or_with_a_broken_column_is_refused(tmp_path):
+def test_experts_of_a_part_of_the_tokens_count_as_none(tmp_path):
+    odd = sample(0)
+    odd.routed_experts = np.zeros((2, 4), np.uint8)
+    write_rollout(tmp_path / "1.parquet", [odd], 1)
+    assert read_rollout(tmp_path / "1.parquet")[0][0].routed_experts is None
+
+
+def test_a_file_without_samples_is_refused(tmp_path):
     write_rollout(tmp_path / "0.parquet", [], 0)
     with pytest.raises(DataError, match="holds no samples"):
         read_rollout(tmp_path / "0.parquet")
-    odd = sample(0)
-    odd.routed_experts = np.zeros((2, 3), np.uint8)
-    write_rollout(tmp_path / "1.parquet", [odd], 1)
-    with pytest.raises(DataError, match=r"1\.parquet: not a rollout file"):
-        read_rollout(tmp_path / "1.parquet")
 
 
 # beside training
