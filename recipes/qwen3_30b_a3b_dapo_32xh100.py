@@ -48,9 +48,6 @@ def _fp8(run: RunConfig) -> dict[str, Any]:
         "actor": run.actor.model_copy(update={"fp8": Fp8(recipe="blockwise")}),
         # 4 devices would cut an expert's 768 columns into parts that are not whole blocks
         "rollout": run.rollout.model_copy(update={"tensor_parallel": 2, "fp8": True}),
-        "sync": run.sync.model_copy(
-            update={"mean_log_prob_difference": 0.3, "max_log_prob_difference": 20.0}
-        ),
     }
 
 
