@@ -61,7 +61,12 @@ def _paper(name: str, *, tau: float) -> RunConfig:
         algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=tau),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(recompute="full", timeout_seconds=1800),
-        rollout=Rollout(tensor_parallel=4, max_running_requests=512, request_timeout_seconds=7200),
+        rollout=Rollout(
+            tensor_parallel=4,
+            max_running_requests=512,
+            request_timeout_seconds=7200,
+            sglang={"mem_fraction_static": 0.7},
+        ),
         sync=Sync(bucket_megabytes=1024),
         data=mathematics(),
         reward=plus_minus_one(),

@@ -50,7 +50,6 @@ class Plan:
         room = device.memory_bytes * self.assumptions.safety
         for phase, owners in self.phases.items():
             need = sum(owners.values())
-            # an engine fills what it is given; whether that is enough is asked below
             if need > room and phase != "rollout":
                 greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
                 parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
@@ -58,7 +57,23 @@ class Plan:
                     f"{phase} needs {gigabytes(need)} on the fullest {device.name}, "
                     f"which has {gigabytes(room)} to give ({parts})"
                 )
-        return found
+        return [*found, *self._sizing_problems(room)]
+
+    def _sizing_problems(self, room: float) -> list[str]:
+        """Of engines that give their KV cache what others need: it is sized before those begin to exist."""
+        device, owners = self.machines.device, self.phases["rollout"]
+        excess = sum(owners.values()) - room
+        if excess <= 0:
+            return []
+        share = memory.mem_fraction_static(self.shape, self.config, device.memory_bytes)
+        filled = owners["engine weights"] + owners["KV cache"]
+        smaller = math.floor(1000 * share * (filled - excess) / filled) / 1000
+        return [
+            f"rollout: of the {gigabytes(room)} that an {device.name} has to give, an engine's weights and "
+            f"cache take {gigabytes(filled)} with mem_fraction_static={share:g}, its graphs and activations "
+            f"and what the actor leaves there {gigabytes(sum(owners.values()) - filled)}: set "
+            f"mem_fraction_static={smaller:g} in rollout.sglang"
+        ]
 
     def _engine_problems(self) -> list[str]:
         config, longest = (

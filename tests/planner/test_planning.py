@@ -91,7 +91,7 @@ def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> Non
     settings = [
         "rollout.tensor_parallel=1",
         "rollout.ranks_per_engine=4",
-        'rollout.sglang={"mem_fraction_static": 0.76}',
+        'rollout.sglang={"mem_fraction_static": 0.73}',
     ]
     plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
     with pytest.raises(LayoutError, match="not for one sample of 10,240"):
@@ -103,7 +103,7 @@ def test_an_fp8_engine_whose_blocks_do_not_divide_is_refused(h100: Machines) -> 
     settings = ["rollout.tensor_parallel=4"]
     plan = make_plan(override(recipe("qwen3_30b_a3b_fp8_32xh100"), settings), h100)
     assert any("an expert's 768 / 4" in problem for problem in plan.problems)
-    whole = override(plan.config, ['rollout.sglang={"ep_size": 4}'])
+    whole = override(plan.config, ['rollout.sglang={"ep_size": 4, "mem_fraction_static": 0.7}'])
     assert make_plan(whole, h100).problems == []
 
 
