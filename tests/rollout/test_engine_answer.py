@@ -49,7 +49,7 @@ def test_an_answer_without_a_token_is_empty():
     assert (len(answer.tokens), len(answer.log_probs), answer.weight_version) == (0, 0, None)
 
 
-@pytest.mark.parametrize("wrong", [b"", b"[]", b'{"output_ids": [1.5], "meta_info": {}}', b'{"error": "no"}'])
+@pytest.mark.parametrize("wrong", [b"", b"[]", b'{"output_ids": [1], "meta_info": {}}', b'{"error": "no"}'])
 def test_what_is_no_answer_is_a_decode_error_which_the_client_repeats(wrong):
     with pytest.raises(msgspec.DecodeError):
         parse_answer(wrong)
