@@ -16,6 +16,7 @@ from megatron_pmd.algorithm.diagnostics import over_iteration
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.convert.live import write_policy
 from megatron_pmd.data.demonstrations import demonstrations
+from megatron_pmd.device import describe_left_overs, device_memory
 from megatron_pmd.errors import StaleWeights
 from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
@@ -102,6 +103,22 @@ def _examples(run: Trainer) -> list[Sample]:
         return []
     count = ptx.examples_per_step * run.config.batch.steps_per_rollout
     return demonstrations(source.take(count), run.tokenizer)
+
+
+def release(run: Trainer, iteration: Iteration) -> None:
+    """The engines leave the device to the actor; between the two, what neither can release is measured.
+
+    Only then is the device as empty as it gets. After the first iteration all process groups have talked, and
+    have their buffers.
+    """
+    run.rollouts.release()
+    if torch.cuda.is_available():
+        ranks = run.control.gather(device_memory())
+        if ranks:
+            iteration.values["device/left_over_gigabytes"] = max(m.total - m.free for m in ranks) / 1e9
+            if run.begun == 2:
+                run.log.say(describe_left_overs(ranks))
+    run.actor.wake()
 
 
 def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:

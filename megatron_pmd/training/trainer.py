@@ -42,6 +42,8 @@ class Trainer:
     state: RunState
     checkpoints: Checkpoints = field(init=False)
     rollout_writer: RolloutWriter = field(init=False, default_factory=RolloutWriter)
+    begun: int = field(init=False, default=0)
+    """Iterations that this start has begun."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder, self.control, self.actor, self.shutdown)
@@ -53,6 +55,7 @@ class Trainer:
 
     def begin_iteration(self) -> Iteration:
         """The next iteration to be trained."""
+        self.begun += 1
         self.log.begin_iteration(self.state.completed)
         self.remember(self.state.carried_over)
         return Iteration(self.state.completed, left_over=self.state.carried_over)
