@@ -63,8 +63,8 @@ class DeviceMemory:
 
     @property
     def others(self) -> int:
-        """What is not in this process's allocator: the engine, where nothing else runs on the device, and what
-        CUDA and NCCL hold for this process beside it."""
+        """What is not in this process's allocator: the engine's, and what CUDA and NCCL hold for this process
+        beside it; nothing else runs on the device."""
         return self.total - self.free - self.actor
 
 

@@ -146,6 +146,14 @@ class RunConfig(Frozen):
         bounds = {"mean_log_prob_difference": mean, "p99_log_prob_difference": p99}
         return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
 
+    def asks_for_deepep(self) -> list[str]:
+        """The settings that send tokens to experts through DeepEP, as `key=value`."""
+        settings = {
+            "actor.experts.dispatcher": self.actor.experts.dispatcher,
+            "rollout.sglang.moe_a2a_backend": self.rollout.sglang.get("moe_a2a_backend"),
+        }
+        return [f"{key}={value}" for key, value in settings.items() if value == "deepep"]
+
     def needs_cuda(self) -> list[str]:
         """The settings that nothing but CUDA can carry out, as `key=value`."""
         # megatron-core checkpoints these two through a function that asks Transformer Engine for its state
