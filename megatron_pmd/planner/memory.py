@@ -20,8 +20,8 @@ Owners = dict[str, float]
 ENGINE_COMMUNICATORS = 3
 """Process groups in which an engine's ranks talk through NCCL: all of them, tensor, experts or attention."""
 FP8_BLOCK = 128
-ROLLOUT_TOKEN_BYTES = 64
-"""A sampled token on the driver: ids, log-probabilities and text, in the plan of samples and packed."""
+ROLLOUT_TOKEN_BYTES = 32
+"""A token on the driver's node: 8 as a sample's arrays, some 4 of text, 13 packed for the ranks."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,17 @@ def _gathered_bytes(shape: Shape, config: RunConfig) -> float:
     return 2 * largest * BYTES[config.model.precision]
 
 
-def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions) -> Owners:
+def _recorded_routing_bytes(shape: Shape, config: RunConfig) -> int:
+    """Of one token: a number for each layer and expert chosen, in the sample and packed for its rank."""
+    if not config.actor.experts.replay_routing:
+        return 0
+    part = shape.feed_forward
+    return 2 * shape.layers * part.experts_per_token * (1 if part.experts <= 256 else 2)
+
+
+def host_bytes(
+    shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
+) -> Owners:
     """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts."""
     per_node = min(machines.devices_per_node, config.layout.ranks)
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.optimizer_bytes)
@@ -262,7 +272,7 @@ def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, a
     process = assume.cpu_process_bytes if machines.shares_host_memory else assume.process_host_bytes
     owners: Owners = {
         "processes": per_node * process,
-        "rollouts": rollout * ROLLOUT_TOKEN_BYTES,
+        "rollouts": rollout * (ROLLOUT_TOKEN_BYTES + _recorded_routing_bytes(shape, config)),
         "checkpoint being written": per_node * (heaviest.weight_bytes + heaviest.optimizer_bytes),
     }
     if machines.shares_host_memory:

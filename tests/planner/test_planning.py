@@ -114,6 +114,16 @@ def test_too_little_host_memory_is_refused_before_the_job_queues() -> None:
     assert [problem for problem in plan.problems if "host memory" in problem]
 
 
+def test_recorded_routing_is_counted_on_the_drivers_node(h100: Machines) -> None:
+    """A byte for each of 48 x 8 experts, in the sample and packed: docs/benchmarks.md, in proportion."""
+    config = recipe("qwen3_30b_a3b_dapo_32xh100")
+    plain, recorded = (
+        make_plan(override(config, [f"actor.experts.replay_routing={value}"]), h100).host["rollouts"]
+        for value in ("false", "true")
+    )
+    assert recorded - plain == 2 * 48 * 8 * 8192 * 10240
+
+
 def test_samples_longer_than_the_models_positions_are_refused(h100: Machines) -> None:
     config = override(recipe("moonlight_16b_a3b_16xh100"), ["batch.max_response_tokens=8192"])
     assert any("8,192 positions" in problem for problem in make_plan(config, h100).problems)

@@ -6,7 +6,8 @@ A synthetic rollout: 2,048 prompt tokens and the rest response, without recorded
 layers and 8 experts of 128. `responses`: from the bodies of HTTP responses, as SGLang writes them, to each
 rank's share, and then the rollout's file. `shares`: from samples to shares, through shared memory. `pickle`:
 the whole batch is broadcast to every rank. Each way runs at several parts of the samples. Left out: the
-sockets, the tokenizer, graders, and other nodes.
+sockets, the tokenizer, graders, and other nodes. Of five repetitions the one of least processor time counts;
+memory is that of the first, which finds no pages of an earlier one.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ PROMPT_TOKENS, GROUP_SIZE = 2048, 16
 LAYERS, TOP_K, EXPERTS = 48, 8, 128
 DISTINCT = 64
 """So many responses are made, and taken again and again: 8,192 others would fill the machine."""
+REPETITIONS = 5
 WAYS: dict[str, dict[str, tuple[float, ...]]] = {
-    "responses": {"no": (0.125, 0.25, 1.0), "48 × 8": (0.03125, 0.0625, 0.125)},
+    "responses": {"no": (0.03125, 0.125, 1.0), "48 × 8": (0.015625, 0.03125, 0.125)},
     "shares": {"no": (0.125, 0.25, 1.0), "48 × 8": (0.0625, 0.125, 0.25)},
     "pickle": {"no": (0.0625, 0.125), "48 × 8": (0.0078125,)},
 }
@@ -180,7 +182,11 @@ def on_rank(order: Path) -> None:
         if control.is_driver:
             rollout = Responses.make(count, task["tokens"], task["routing"] != "no")
             rollout = rollout if task["way"] == "responses" else rollout.samples()
-        rows.append({"samples": count, **measure(way, rollout, control)})
+        # other programs only ever make a run slower
+        measured = [measure(way, rollout, control) for _ in range(REPETITIONS)]
+        best = min(measured, key=lambda row: row.get("processor_s", 0.0))
+        grown = {key: measured[0].get(key) for key in ("driver_GB", "rank_GB", "all_GB")}
+        rows.append({"samples": count, **best, **grown})
         if control.is_driver and task["way"] == "responses":
             rows[-1] |= write_file(rollout, order.with_suffix(".parquet"))
         control.barrier()
