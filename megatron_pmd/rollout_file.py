@@ -156,8 +156,7 @@ def _samples(table: pa.Table, routing: np.dtype) -> Iterator[Sample]:
     recorded = table["routed_experts"]
     for number, row in enumerate(table.drop_columns([*TOKENS, "routed_experts"]).to_pylist()):
         row["segments"] = [Segment(**segment) for segment in row["segments"]]
-        tokens = {name: rows[number] for name, rows in arrays.items()}
-        sample = Sample(**row, **tokens)
+        sample = Sample(**row | {name: rows[number] for name, rows in arrays.items()})
         if recorded[number].is_valid:
             tokens_sent = len(sample.prompt_tokens) + len(sample.response_tokens) - 1
             numbers = np.frombuffer(recorded[number].as_buffer(), routing)

@@ -67,7 +67,8 @@ def test_what_no_one_can_release_is_told_of_the_fullest_device_and_by_what_it_is
 @pytest.mark.parametrize("begun", [1, 2, 3])
 def test_left_overs_are_measured_between_the_engines_and_the_actor_and_told_once(monkeypatch, begun):
     """On a played device: 85 GB, of which others hold 5 when the engine has gone and no actor is there."""
-    held, told = {"engine": 60 * GB, "rest": 5 * GB}, []
+    held = {"engine": 60 * GB, "rest": 5 * GB}
+    told: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (85 * GB - sum(held.values()), 85 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)

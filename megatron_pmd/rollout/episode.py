@@ -175,8 +175,8 @@ class Episode:
             return
         text = content if isinstance(content, str) else await content()
         tokens = self._tokenizer.encode(message_text(self._tokenizer, role, text), add_special_tokens=False)
-        last = self._trajectory.turns[-1].tokens if self._trajectory.turns else ()
-        if tokens and len(last) and tokens[0] == last[-1]:  # the model has ended its turn itself
+        last = self._trajectory.turns[-1].tokens[-1:].tolist() if self._trajectory.turns else []
+        if tokens and tokens[:1] == last:  # the model has ended its turn itself
             tokens = tokens[1:]
         self._insert_tokens(tokens)
 

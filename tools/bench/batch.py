@@ -174,7 +174,10 @@ def on_rank(order: Path) -> None:
     task = json.loads(order.read_text())
     dist.init_process_group("gloo")
     control = Control(600)
-    way = {"responses": by_responses, "shares": by_shares, "pickle": by_pickle}[task["way"]]
+    ways: dict[str, Callable[..., RolloutBatch]] = {
+        "responses": by_responses, "shares": by_shares, "pickle": by_pickle,
+    }  # fmt: skip
+    way = ways[task["way"]]
     rows = []
     for fraction in task["fractions"]:
         count = int(task["samples"] * fraction)
