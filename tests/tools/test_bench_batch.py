@@ -1,4 +1,4 @@
-"""What a rollout costs the driver on its way from responses to shares; the figures are in docs/benchmarks.md."""
+"""What a rollout costs on its way from responses to shares; the figures are in docs/benchmarks.md."""
 
 from __future__ import annotations
 
