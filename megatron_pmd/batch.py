@@ -1,20 +1,15 @@
-"""What a rollout is: samples, their file, and the packed arrays that travel to the actor ranks."""
+"""What a rollout is: samples, and the packed arrays that travel to the actor ranks."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_pmd.errors import DataError, StaleWeights
-from megatron_pmd.files import whole_file
 
 NOT_SAMPLED = -1
 """In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
@@ -32,9 +27,9 @@ class Segment:
     """Whether they count in the loss: not those that were inserted, nor what a setting excludes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
-    """One response to one prompt."""
+    """One response to one prompt. Its tokens are arrays: a rollout has tens of millions of them."""
 
     group: int
     """Which prompt of this rollout, from 0; samples of one prompt share it."""
@@ -47,10 +42,12 @@ class Sample:
     response: str
     """The decoded response, without special tokens; this is what is graded."""
     answer: str
-    prompt_tokens: list[int]
-    response_tokens: list[int]
-    engine_log_probs: list[float]
-    """log π_b of each response token at the sampling temperature; 0 for inserted ones."""
+    prompt_tokens: np.ndarray
+    """int32 [prompt]; the samples of a group may share one array."""
+    response_tokens: np.ndarray
+    """int32 [response]"""
+    engine_log_probs: np.ndarray
+    """fp32 [response]: log π_b of each response token at the sampling temperature; 0 for inserted ones."""
     finish_reason: str
     """`stop`, `length` or `repetition`."""
     weight_version: int
@@ -64,64 +61,21 @@ class Sample:
     """Why the reward is 0 although the grader gave no verdict."""
     segments: list[Segment] = field(default_factory=list)
     """The response in order; if none are given, one: sampled under weight_version, all of it counted."""
-    routed_experts: bytes | None = None
-    """Which experts each token but the last went to: uint16 [prompt + response − 1, layers, top-k]."""
+    routed_experts: np.ndarray | None = None
+    """Which experts each token but the last went to: [prompt + response − 1, layers · top-k], of the smallest
+    unsigned type."""
 
     def __post_init__(self) -> None:
+        self.prompt_tokens = np.asarray(self.prompt_tokens, np.int32)
+        self.response_tokens = np.asarray(self.response_tokens, np.int32)
+        self.engine_log_probs = np.asarray(self.engine_log_probs, np.float32)
         if not self.segments:
             self.segments = [Segment(len(self.response_tokens), self.weight_version)]
 
-
-SCHEMA = pa.schema(
-    [
-        ("group", pa.int32()),
-        ("number", pa.int32()),
-        ("problem", pa.int64()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("answer", pa.string()),
-        ("prompt_tokens", pa.list_(pa.int32())),
-        ("response_tokens", pa.list_(pa.int32())),
-        ("engine_log_probs", pa.list_(pa.float32())),
-        ("finish_reason", pa.string()),
-        ("weight_version", pa.int64()),
-        ("seed", pa.int64()),
-        ("reward", pa.float64()),
-        ("shaped_reward", pa.float64()),
-        ("advantage", pa.float64()),
-        ("reward_error", pa.string()),
-        (
-            "segments",
-            pa.list_(
-                pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64()), ("counted", pa.bool_())])
-            ),
-        ),
-        ("routed_experts", pa.binary()),
-    ]
-)
-
-
-def write_rollout(path: Path, samples: list[Sample], iteration: int) -> None:
-    """Write a rollout as Parquet, one row a sample, under its final name only when complete."""
-    schema = SCHEMA.with_metadata({"iteration": json.dumps(iteration)})
-    table = pa.Table.from_pylist([dataclasses.asdict(s) for s in samples], schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        pq.write_table(table, partial)
-
-
-def read_rollout(path: Path) -> tuple[list[Sample], int]:
-    """Read a rollout written by write_rollout; returns its samples and its iteration."""
-    try:
-        table = pq.read_table(path)
-        iteration = json.loads(table.schema.metadata[b"iteration"])
-        rows = table.to_pylist()
-        samples = [Sample(**row | {"segments": [Segment(**s) for s in row["segments"]]}) for row in rows]
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a rollout file of this program: {error}") from None
-    if not samples:
-        raise DataError(f"{path}: the rollout holds no samples")
-    return samples, iteration
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [prompt + response]"""
+        return np.concatenate([self.prompt_tokens, self.response_tokens])
 
 
 @dataclass(frozen=True)
@@ -300,9 +254,8 @@ class RolloutBatch:
                 response += segment.tokens
             assert response == end, "a sample's segments cover its response"
             if columns.routed_experts is not None:
-                recorded = _recorded_experts(sample).reshape(end - start - 1, -1)
-                columns.routed_experts[start : end - 1] = recorded
-                columns.routed_experts[end - 1] = recorded[-1]
+                columns.routed_experts[start : end - 1] = sample.routed_experts
+                columns.routed_experts[end - 1] = columns.routed_experts[end - 2]
 
     def check_routing(self, width: int) -> None:
         """DataError unless each token has `width` recorded experts: layers · top-k."""
@@ -352,19 +305,18 @@ def _token_columns(
     return TokenColumns(offsets, **arrays)
 
 
-def _recorded_experts(sample: Sample) -> np.ndarray:
-    return np.frombuffer(sample.routed_experts or b"", np.uint16)
-
-
 def _padding_experts(samples: Sequence[Sample], lengths: list[int]) -> np.ndarray | None:
     """The first token's experts, in the smallest type that holds all tokens'; None if any sample has none."""
     widths, largest = set(), 0
     for sample, length in zip(samples, lengths, strict=True):
-        recorded = _recorded_experts(sample)
-        if not len(recorded) or len(recorded) % (length - 1):
+        recorded = sample.routed_experts
+        if recorded is None or not recorded.size or len(recorded) != length - 1:
             return None
-        widths.add(len(recorded) // (length - 1))
-        largest = max(largest, int(recorded.max()))
-    if len(widths) != 1:
+        widths.add(recorded.shape[1])
+        # a pass over all numbers, of which there are billions, only where the type does not answer
+        if recorded.dtype != np.uint8 and largest <= np.iinfo(np.uint8).max:
+            largest = max(largest, int(recorded.max()))
+    first = samples[0].routed_experts if samples else None
+    if first is None or len(widths) != 1:
         return None
-    return _recorded_experts(samples[0])[: widths.pop()].astype(np.min_scalar_type(largest))
+    return first[0].astype(np.min_scalar_type(largest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,3 +48,42 @@ class SharedDevice:
     def leave(self, *parts: Part) -> None:
         """To be called when these have left the device."""
         self.held -= set(parts)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of one device."""
+
+    free: int
+    actor: int
+    """In blocks of this process's torch allocator."""
+    total: int
+    tensors: int = 0
+    """Of those blocks: in use."""
+
+    @property
+    def others(self) -> int:
+        """What is not in this process's allocator: the engine's, and what CUDA and NCCL hold for this process
+        beside it; nothing else runs on the device."""
+        return self.total - self.free - self.actor
+
+
+def device_memory() -> DeviceMemory:
+    """Of this rank's CUDA device. Written, not run: a CPU frees nothing on release."""
+    free, total = torch.cuda.mem_get_info()
+    return DeviceMemory(free, torch.cuda.memory_reserved(), total, torch.cuda.memory_allocated())
+
+
+def describe_left_overs(ranks: Sequence[DeviceMemory]) -> str:
+    """What stays on the fullest device while neither actor nor engine has anything there that it can release.
+
+    ranks: each rank's, measured at that moment.
+    """
+    fullest = min(range(len(ranks)), key=lambda rank: ranks[rank].free)
+    memory = ranks[fullest]
+    return (
+        f"released by all, the fullest device (rank {fullest}) still holds "
+        f"{(memory.total - memory.free) / 1e9:.1f} GB: {memory.others / 1e9:.1f} GB of CUDA contexts, NCCL's "
+        f"buffers and CUDA graphs, {(memory.actor - memory.tensors) / 1e9:.1f} GB of freed blocks and "
+        f"{memory.tensors / 1e9:.1f} GB of tensors in the rank's allocator; compare with `megatron-pmd plan`"
+    )

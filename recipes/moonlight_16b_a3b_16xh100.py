@@ -48,6 +48,7 @@ def moonlight_16b_a3b_16xh100() -> RunConfig:
             max_running_requests=256,
             start_timeout_seconds=1800,
             request_timeout_seconds=7200,
+            sglang={"mem_fraction_static": 0.7},
         ),
         sync=Sync(bucket_megabytes=1024, timeout_seconds=900),
         data=mathematics(),

@@ -40,7 +40,12 @@ def qwen2_5_7b_dapo_8xh100() -> RunConfig:
         algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
         optimizer=Optimizer(learning_rate=1e-6, warmup_steps=10, weight_decay=0.01),
         actor=Actor(recompute="full", timeout_seconds=1800),
-        rollout=Rollout(tensor_parallel=2, max_running_requests=256, request_timeout_seconds=3600),
+        rollout=Rollout(
+            tensor_parallel=2,
+            max_running_requests=256,
+            request_timeout_seconds=3600,
+            sglang={"mem_fraction_static": 0.7},
+        ),
         sync=Sync(bucket_megabytes=1024),
         data=mathematics(),
         reward=plus_minus_one(),

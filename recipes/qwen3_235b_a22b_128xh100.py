@@ -41,7 +41,7 @@ def qwen3_235b_a22b_128xh100() -> RunConfig:
             start_timeout_seconds=1800,
             request_timeout_seconds=7200,
             fp8=True,
-            sglang={"ep_size": 8},
+            sglang={"ep_size": 8, "mem_fraction_static": 0.7},
         ),
         sync=Sync(bucket_megabytes=2048, timeout_seconds=900),
         data=mathematics(),

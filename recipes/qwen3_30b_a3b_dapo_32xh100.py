@@ -48,9 +48,6 @@ def _fp8(run: RunConfig) -> dict[str, Any]:
         "actor": run.actor.model_copy(update={"fp8": Fp8(recipe="blockwise")}),
         # 4 devices would cut an expert's 768 columns into parts that are not whole blocks
         "rollout": run.rollout.model_copy(update={"tensor_parallel": 2, "fp8": True}),
-        "sync": run.sync.model_copy(
-            update={"mean_log_prob_difference": 0.3, "max_log_prob_difference": 20.0}
-        ),
     }
 
 
@@ -64,7 +61,12 @@ def _paper(name: str, *, tau: float) -> RunConfig:
         algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=tau),
         optimizer=Optimizer(learning_rate=1e-6),
         actor=Actor(recompute="full", timeout_seconds=1800),
-        rollout=Rollout(tensor_parallel=4, max_running_requests=512, request_timeout_seconds=7200),
+        rollout=Rollout(
+            tensor_parallel=4,
+            max_running_requests=512,
+            request_timeout_seconds=7200,
+            sglang={"mem_fraction_static": 0.7},
+        ),
         sync=Sync(bucket_megabytes=1024),
         data=mathematics(),
         reward=plus_minus_one(),

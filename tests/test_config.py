@@ -255,13 +255,21 @@ def test_full_verification_without_shared_memory_is_refused(config: RunConfig) -
         build(values)
 
 
-@pytest.mark.parametrize("precision, bounds", [("fp32", (1e-5, 1e-3)), ("bf16", (0.1, 5.0))])
+@pytest.mark.parametrize("precision, bounds", [("fp32", (1e-5, 1e-4)), ("bf16", (0.1, 2.0))])
 def test_a_runs_configuration_says_which_bounds_are_in_force(
     precision: str, bounds: tuple[float, float]
 ) -> None:
     """config.json is what the resolved tree is written as; a bound of the user's own stays."""
     config = configuration("tiny_moe_cpu", [f"model.precision={precision}"])
     sync = config.model_dump(mode="json")["sync"]
-    assert (sync["mean_log_prob_difference"], sync["max_log_prob_difference"]) == bounds
-    own = configuration("tiny_moe_cpu", ["sync.max_log_prob_difference=0.5"])
+    assert (sync["mean_log_prob_difference"], sync["p99_log_prob_difference"]) == bounds
+    own = configuration("tiny_moe_cpu", ["sync.p99_log_prob_difference=0.5"])
     assert own.log_prob_bounds == (1e-5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b_a3b_fp8_32xh100", "deepseek_v3_256xh100"])
+def test_engines_in_fp8_have_wider_bounds_whatever_the_actor_computes_in(name: str) -> None:
+    config = recipe(name)
+    assert config.rollout.fp8
+    assert config.resolved().sync.mean_log_prob_difference == 0.3
+    assert config.resolved().sync.p99_log_prob_difference == 5.0

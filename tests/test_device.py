@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from megatron_pmd.device import Part, SharedDevice
+from megatron_pmd.device import DeviceMemory, Part, SharedDevice, describe_left_overs
+from megatron_pmd.training import phases
+from megatron_pmd.training.state import Iteration
 
 PARTS: tuple[Part, ...] = ("parameters", "optimizer", "weights", "kv_cache")
 TOGETHER = [
@@ -41,3 +46,53 @@ def test_the_phases_of_an_iteration_follow_one_another():
         device.leave(*leaving)
         device.take(*coming)
     assert device.held == {"weights", "kv_cache"}
+
+
+# what stays when all have left
+
+
+GB = 10**9
+
+
+def test_what_no_one_can_release_is_told_of_the_fullest_device_and_by_what_it_is():
+    ranks = [
+        DeviceMemory(free=78 * GB, actor=GB, total=85 * GB),
+        DeviceMemory(free=77 * GB, actor=2 * GB, total=85 * GB, tensors=GB // 2),
+    ]
+    told = describe_left_overs(ranks)
+    assert "(rank 1) still holds 8.0 GB: 6.0 GB of CUDA contexts" in told
+    assert "1.5 GB of freed blocks and 0.5 GB of tensors" in told
+
+
+@pytest.mark.parametrize("begun", [1, 2, 3])
+def test_left_overs_are_measured_between_the_engines_and_the_actor_and_told_once(monkeypatch, begun):
+    """On a played device: 85 GB, of which others hold 5 when the engine has gone and no actor is there."""
+    held = {"engine": 60 * GB, "rest": 5 * GB}
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (85 * GB - sum(held.values()), 85 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    run: Any = SimpleNamespace(
+        rollouts=SimpleNamespace(release=lambda: held.pop("engine")),
+        actor=SimpleNamespace(wake=lambda: held.update(actor=50 * GB)),
+        control=SimpleNamespace(gather=lambda value: [value]),
+        log=SimpleNamespace(say=told.append),
+        begun=begun,
+    )
+    iteration = Iteration(4, left_over=[])
+    phases.release(run, iteration)
+    assert iteration.values == {"device/left_over_gigabytes": 5.0}
+    assert held.keys() == {"rest", "actor"}
+    assert len(told) == (begun == 2)
+
+
+def test_on_a_cpu_nothing_is_measured():
+    order: list[str] = []
+    run: Any = SimpleNamespace(
+        rollouts=SimpleNamespace(release=lambda: order.append("engines")),
+        actor=SimpleNamespace(wake=lambda: order.append("actor")),
+    )
+    iteration = Iteration(0, left_over=[])
+    phases.release(run, iteration)
+    assert (order, iteration.values) == (["engines", "actor"], {})

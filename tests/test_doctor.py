@@ -1,3 +1,4 @@
+import importlib.util
 import io
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from rich.console import Console
 
 from megatron_pmd import doctor
 from megatron_pmd.doctor import Check
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
+from megatron_pmd.errors import MissingPackage
+from recipes import recipe
 
 ROOT = Path(doctor.__file__).parent.parent
 
@@ -151,3 +155,26 @@ def test_nothing_heavy_is_imported_so_that_a_login_node_can_run_it():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not heavy & set(done.stdout.split())
+
+
+def test_deepep_is_looked_for_and_the_recipes_that_ask_for_it_are_named(versions, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deep_ep" else find(name))
+    check = found("DeepEP", "GPU")
+    assert check.status == "unused" and check.wanted == "for deepseek_v3_256xh100, kimi_k2_1t_512xh100"
+    assert doctor.deepep_check(["kimi_k2_1t_512xh100"], needed=True).status == "warn"
+    versions["sgl-deep-ep"] = "0.1.2.post1"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json"))
+    there = doctor.deepep_check(["kimi_k2_1t_512xh100"], needed=True)
+    assert (there.status, there.found) == ("ok", "0.1.2.post1")
+
+
+def test_an_engine_that_needs_deepep_is_refused_before_it_starts_where_it_is_not(tmp_path, monkeypatch):
+    config = recipe("deepseek_v3_256xh100")
+    rollout = config.rollout.model_copy(update={"fp8": False})  # what it needs of the model's folder
+    spec = EngineSpec(0, config.model, rollout, 1, tmp_path / "engine-0.log", 0, cpu=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deep_ep" else find(name))
+    with pytest.raises(MissingPackage, match=r"moe_a2a_backend=deepep.*install sgl-deep-ep"):
+        EngineProcess(spec)
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,6 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_pmd.algorithm.losses import Constants, LossInput, terms
-from megatron_pmd.batch import read_rollout
 from megatron_pmd.config import OBJECTIVES, REWARDS, ROUTER_POLICIES, TRANSPORTS, Reward, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
@@ -26,6 +25,7 @@ from megatron_pmd.engine.server import ServerProcess
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.episode import rollout_function
+from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.weight_sync.transport import Disk, transport_of
 from recipes import RECIPES, configuration, recipe
 from tests.engine.only_rank import OnlyRank
@@ -126,7 +126,7 @@ def test_a_rollout_function(folder: Path, name: str) -> None:
         sampler = sampler_for(url, function=rollout_function(name), max_turns=2)
         replace(sampler, tokenizer=Chat()).run(groups)
     [sample] = groups.samples(Chat())
-    assert sample.response_tokens == [100, 101, 102, 103, 7, 50, 110, 111, 112, 113]
+    assert sample.response_tokens.tolist() == [100, 101, 102, 103, 7, 50, 110, 111, 112, 113]
     assert [(segment.tokens, segment.counted) for segment in sample.segments] == [
         (4, True), (2, False), (4, True)
     ]  # fmt: skip

@@ -71,7 +71,7 @@ def make_model(folder: Path, cuda: bool) -> None:
     result = []
     drawn = samples(configuration(folder, cuda), shape["vocab_size"])
     for sample in drawn:
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens], device=model.device)
+        tokens = torch.from_numpy(sample.tokens)[None].long().to(model.device)
         logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
         chosen = tokens[0, len(sample.prompt_tokens) :, None]
         log_probs = logits.log_softmax(-1).gather(1, chosen)[:, 0]
@@ -92,9 +92,9 @@ def samples(config: RunConfig, vocabulary: int) -> list[Any]:
     return [
         Sample(
             group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
-            prompt_tokens=rng.integers(0, vocabulary, rng.integers(2, longest)).tolist(),
-            response_tokens=(response := rng.integers(0, vocabulary, rng.integers(2, longest)).tolist()),
-            engine_log_probs=[0.0] * len(response), finish_reason="stop", weight_version=0, seed=0,
+            prompt_tokens=rng.integers(0, vocabulary, rng.integers(2, longest)),
+            response_tokens=(response := rng.integers(0, vocabulary, rng.integers(2, longest))),
+            engine_log_probs=np.zeros(len(response)), finish_reason="stop", weight_version=0, seed=0,
             advantage=float(rng.normal()),
         )
         for i in range(16)
@@ -130,7 +130,7 @@ class Trial:
         vocabulary = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
         drawn = samples(config, vocabulary)
         for sample, log_probs in zip(drawn, reference, strict=True):
-            sample.engine_log_probs = log_probs
+            sample.engine_log_probs = np.array(log_probs, np.float32)
         self.batch = RolloutBatch.pack(drawn, 1.0)
         self.microbatches = self.actor.microbatches(self.batch, np.arange(16))
 

@@ -23,6 +23,11 @@ def mismatch_growth(now: Values, earlier: Sequence[Values], threshold: float) ->
     return _grown("mismatch/mean_abs", now, earlier, threshold)
 
 
+def mismatch_max(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
+    """|log π_t − log π_b| of one of the rollout's tokens over `threshold` nats: the two disagree about it."""
+    return _above("sync/max_abs_difference", now, threshold)
+
+
 def kl_jump(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
     """KL(π_t ‖ π_θ) at the iteration's last step over `threshold` times its median so far: an update too
     large."""
@@ -67,6 +72,7 @@ def _grown(key: str, now: Values, earlier: Sequence[Values], threshold: float) -
 
 ALARMS: dict[str, Callable[[Values, Sequence[Values], float], str | None]] = {
     "mismatch_growth": mismatch_growth,
+    "mismatch_max": mismatch_max,
     "progress": progress,
     "kl_jump": kl_jump,
     "zero_advantage_groups": zero_advantage_groups,

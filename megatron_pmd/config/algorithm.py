@@ -211,6 +211,8 @@ class Alarms(Frozen):
 
     mismatch_growth: Alarm = Alarm(threshold=3.0)
     """Mean |log π_t − log π_b|, in units of its median so far."""
+    mismatch_max: Alarm = Alarm(threshold=10.0)
+    """Largest |log π_actor − log π_engine| of the rollout's tokens, nats."""
     progress: Alarm = Alarm(threshold=1.5)
     """PMD progress at the iteration's last step: over 1 the regression overshoots."""
     kl_jump: Alarm = Alarm(threshold=10.0)

@@ -190,9 +190,11 @@ class Sync(Frozen):
     timeout_seconds: PositiveFloat = 300.0
     """Deadline for each bucket, and for the engine's confirmation of the new version."""
     mean_log_prob_difference: PositiveFloat | None = None
-    """Bound on mean |log π_actor − log π_engine| of the sampled tokens; None: 1e-5 (fp32), 1e-1 (bf16)."""
-    max_log_prob_difference: PositiveFloat | None = None
-    """Bound on the largest difference; None: 1e-3 (fp32), 5.0 (bf16)."""
+    """Bound on mean |log π_actor − log π_engine| of the sampled tokens; None: 1e-5 (fp32), 0.1 (bf16), 0.3
+    (FP8)."""
+    p99_log_prob_difference: PositiveFloat | None = None
+    """Bound on its 99th percentile; None: 1e-4 (fp32), 2.0 (bf16), 5.0 (FP8). The largest has an alarm,
+    alarms.mismatch_max."""
 
     @model_validator(mode="after")
     def _verifiable(self) -> Self:

@@ -17,8 +17,9 @@ StopAfter = Literal["rollout"]
 """Phases after which a run can be asked to stop."""
 
 
-LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-3), "bf16": (1e-1, 5.0)}
-"""Mean and largest |log π_actor − log π_engine| that kernels of a precision explain (docs/benchmarks.md)."""
+LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.1, 2.0), "fp8": (0.3, 5.0)}
+"""Mean and 99th percentile of |log π_actor − log π_engine| that kernels of a precision explain, in nats. FP8:
+that of the engines, of the actor, or of both. Where the numbers are from: docs/weight_sync.md."""
 
 
 class Batch(Frozen):
@@ -134,15 +135,24 @@ class RunConfig(Frozen):
 
     @property
     def log_prob_bounds(self) -> tuple[float, float]:
-        """Bounds in force on the mean and the largest |log π_actor − log π_engine|."""
-        mean, largest = LOG_PROB_BOUNDS[self.model.precision]
-        return self.sync.mean_log_prob_difference or mean, self.sync.max_log_prob_difference or largest
+        """Bounds in force on the mean and the 99th percentile of |log π_actor − log π_engine|."""
+        fp8 = self.rollout.fp8 or self.actor.fp8 is not None
+        mean, p99 = LOG_PROB_BOUNDS["fp8" if fp8 else self.model.precision]
+        return self.sync.mean_log_prob_difference or mean, self.sync.p99_log_prob_difference or p99
 
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out: a run's config.json says what is in force."""
-        mean, largest = self.log_prob_bounds
-        bounds = {"mean_log_prob_difference": mean, "max_log_prob_difference": largest}
+        mean, p99 = self.log_prob_bounds
+        bounds = {"mean_log_prob_difference": mean, "p99_log_prob_difference": p99}
         return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
+
+    def asks_for_deepep(self) -> list[str]:
+        """The settings that send tokens to experts through DeepEP, as `key=value`."""
+        settings = {
+            "actor.experts.dispatcher": self.actor.experts.dispatcher,
+            "rollout.sglang.moe_a2a_backend": self.rollout.sglang.get("moe_a2a_backend"),
+        }
+        return [f"{key}={value}" for key, value in settings.items() if value == "deepep"]
 
     def needs_cuda(self) -> list[str]:
         """The settings that nothing but CUDA can carry out, as `key=value`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from megatron_pmd.batch import NOT_SAMPLED, Sample, Segment
 from megatron_pmd.data.problems import Problem
 
@@ -12,7 +14,8 @@ def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:
     """One sample a problem, its response the answer and the end-of-sequence token."""
     samples = []
     for group, problem in enumerate(problems):
-        response = [*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id]
+        answer = tokenizer.encode(problem.answer, add_special_tokens=False)
+        response = np.array([*answer, tokenizer.eos_token_id], np.int32)
         samples.append(
             Sample(
                 group=group,
@@ -21,9 +24,9 @@ def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:
                 prompt=tokenizer.decode(problem.tokens),
                 response=problem.answer,
                 answer=problem.answer,
-                prompt_tokens=list(problem.tokens),
+                prompt_tokens=np.array(problem.tokens, np.int32),
                 response_tokens=response,
-                engine_log_probs=[0.0] * len(response),
+                engine_log_probs=np.zeros(len(response), np.float32),
                 finish_reason="stop",
                 weight_version=NOT_SAMPLED,
                 seed=0,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import torch
-
+from megatron_pmd.device import DeviceMemory, device_memory
 from megatron_pmd.engine.control import EngineControl, Tag
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
@@ -15,27 +13,6 @@ from megatron_pmd.observe.subphases import SubphaseClock
 POLL_SECONDS = 0.05
 SLACK = 0.05
 """Share of a promise that may be missing: allocators round, and keep a little."""
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of one device."""
-
-    free: int
-    actor: int
-    """Held by this process."""
-    total: int
-
-    @property
-    def others(self) -> int:
-        """Held by all other processes: the engine's, where nothing else runs on the device."""
-        return self.total - self.free - self.actor
-
-
-def device_memory() -> DeviceMemory:
-    """Of this rank's CUDA device. Written, not run: a CPU frees nothing on release."""
-    free, total = torch.cuda.mem_get_info()
-    return DeviceMemory(free=free, actor=torch.cuda.memory_reserved(), total=total)
 
 
 def wait_freed(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.device import device_memory
 from megatron_pmd.engine.control import EngineControl, Tag
-from megatron_pmd.engine.device_memory import EngineMemory, device_memory
+from megatron_pmd.engine.device_memory import EngineMemory
 from megatron_pmd.engine.external import Engine, ExternalEngine
 from megatron_pmd.engine.health import Watch
 from megatron_pmd.engine.placement import EnginePart

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
-from megatron_pmd.errors import ConfigError
+from megatron_pmd.errors import ConfigError, MissingPackage
 from megatron_pmd.fp8 import names_in, quantization_config
 
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
@@ -218,8 +220,17 @@ class EngineProcess(ServerProcess):
     """
 
     def __init__(self, spec: EngineSpec) -> None:
-        """Starts the engine and returns at once; ConfigError for a wrong option, before any start."""
+        """Starts the engine and returns at once.
+
+        Before any start: ConfigError for a wrong option, MissingPackage for DeepEP.
+        """
         options = engine_options(spec)
+        if options.get("moe_a2a_backend") == "deepep" and importlib.util.find_spec("deep_ep") is None:
+            raise MissingPackage(
+                f"rollout.sglang.moe_a2a_backend=deepep: DeepEP (module deep_ep) is not installed on "
+                f"{socket.gethostname()}, and the engine would die in its first forward pass; install "
+                "sgl-deep-ep at the version that the installed sglang requires, or leave the option out"
+            )
         assert spec.log is not None, "an engine of ours has a log"
         self.spec = spec
         environment = engine_environment(spec)

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from megatron_pmd.batch import Sample, write_rollout
+from megatron_pmd.batch import Sample
 from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Rollout, RunConfig, Source, load
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import load_problems
@@ -33,6 +33,7 @@ from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.rollout_file import write_rollout
 
 DEFAULT_RESPONSE_TOKENS = 1024
 CPU_CACHE_TOKENS = 16384

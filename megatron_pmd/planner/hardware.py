@@ -60,10 +60,12 @@ class Assumptions:
     """Mean response as a share of batch.max_response_tokens."""
     sync_bytes_per_second: float = 10e9
     """At which all of the weights pass from actors to engines, gathering included."""
-    actor_left_over_bytes: float = 5e9
-    """CUDA context, NCCL buffers and fragments that stay while engines generate."""
-    engine_left_over_bytes: float = 3e9
-    """CUDA context, graphs and NCCL buffers that stay while actors train."""
+    cuda_context_bytes: float = 0.6e9
+    """Of one process: the context and the kernels of its libraries; a rank and its engine have one each."""
+    communicator_bytes: float = 0.3e9
+    """NCCL's buffers of one process group, 4 MiB and more a channel and neighbour; none is released."""
+    fragment_bytes: float = 1.5e9
+    """Of an actor rank: what is free inside blocks that torch's allocator cannot return."""
     expert_imbalance: float = 1.5
     """Tokens of the busiest expert-parallel rank over their mean."""
     process_host_bytes: float = 8e9

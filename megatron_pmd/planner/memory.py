@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_static
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.shapes import Shape
 from megatron_pmd.planner.sharding import BYTES, Stage, optimizer_bytes_each
@@ -16,11 +17,11 @@ from megatron_pmd.planner.sharding import BYTES, Stage, optimizer_bytes_each
 Owners = dict[str, float]
 """Bytes by owner."""
 
-CACHE_SHARE = 0.85
-"""Of a device, for an engine's weights and KV cache, unless rollout.sglang has mem_fraction_static."""
+ENGINE_COMMUNICATORS = 3
+"""Process groups in which an engine's ranks talk through NCCL: all of them, tensor, experts or attention."""
 FP8_BLOCK = 128
-ROLLOUT_TOKEN_BYTES = 64
-"""A sampled token on the driver: ids, log-probabilities and text, in the plan of samples and packed."""
+ROLLOUT_TOKEN_BYTES = 32
+"""A token on the driver's node: 8 as a sample's arrays, some 4 of text, 13 packed for the ranks."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,10 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
     if machines.shares_host_memory:
         tokens = rollout.max_total_tokens or 0
     else:
-        share = rollout.sglang.get("mem_fraction_static", CACHE_SHARE)
-        room = machines.device.memory_bytes - assume.actor_left_over_bytes
+        # An engine starts before its actor: of that there is no more than a CUDA context on the device.
+        device = machines.device.memory_bytes
+        room = device - assume.cuda_context_bytes - _engine_processes_bytes(config, assume)
+        share = mem_fraction_static(shape, config, device)
         free = max(0.0, share * room - engine_weight_bytes(shape, config))
         tokens = int(free / token) * groups
         if rollout.max_total_tokens is not None:
@@ -173,12 +176,44 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
     )
 
 
+def actor_communicators(config: RunConfig) -> int:
+    """Process groups of more than one rank in which an actor rank talks through NCCL."""
+    layout = config.layout
+    together = layout.tensor * layout.pipeline
+    experts = layout.expert * layout.experts_tensor
+    sizes = [
+        layout.tensor, layout.pipeline, layout.context, layout.data * layout.context, layout.expert,
+        layout.experts_tensor, layout.ranks // (layout.pipeline * experts), together,
+        layout.ranks,  # all, for the schedule
+        min(layout.ranks, 2),  # a node's, for the weight sync
+    ]  # fmt: skip
+    return sum(size > 1 for size in sizes)
+
+
+def actor_left_over_bytes(config: RunConfig, assume: Assumptions) -> float:
+    """What an actor rank keeps on its device while engines generate: context, NCCL's buffers, fragments."""
+    communicators = actor_communicators(config) * assume.communicator_bytes
+    return assume.cuda_context_bytes + communicators + assume.fragment_bytes
+
+
+def _engine_processes_bytes(config: RunConfig, assume: Assumptions) -> float:
+    """An engine's context and NCCL buffers on one device."""
+    groups = ENGINE_COMMUNICATORS if config.rollout.tensor_parallel > 1 else 0
+    return assume.cuda_context_bytes + groups * assume.communicator_bytes
+
+
 def device_phases(
     shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
 ) -> dict[str, Owners]:
     """By phase, what the fullest device holds, by owner."""
-    left = 0.0 if machines.shares_host_memory else 1.0
-    actor_left, engine_left = left * assume.actor_left_over_bytes, left * assume.engine_left_over_bytes
+    actor_left = engine_left = reserve = left_overs = 0.0
+    if not machines.shares_host_memory:
+        beside = engine_reserve(shape, config, machines.device.memory_bytes)
+        actor_left = actor_left_over_bytes(config, assume)
+        engine_left = _engine_processes_bytes(config, assume)
+        reserve = beside.total
+        # CUDA graphs with their buffers stay while the actor trains
+        left_overs = actor_left + engine_left + beside.graphs
     engine = engine_weight_bytes(shape, config)
     kv = cache(shape, config, machines, assume).bytes_per_device
     bucket = config.sync.bucket_megabytes * 2**20
@@ -189,20 +224,25 @@ def device_phases(
             "gradients": stage.gradient_bytes,
             "optimizer": stage.optimizer_bytes * (1 - config.optimizer.offload),
             "activations": activation_bytes(shape, config, stage, assume),
-            "left-overs": actor_left + engine_left,
+            "left-overs": left_overs,
         }
 
     fullest = max((update(stage) for stage in all_stages), key=lambda owners: sum(owners.values()))
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes)
     return {
-        "rollout": {"engine weights": engine, "KV cache": kv, "left-overs": actor_left + engine_left},
+        "rollout": {
+            "engine weights": engine,
+            "KV cache": kv,
+            "engine graphs, activations": reserve,
+            "left-overs": actor_left + engine_left,
+        },
         "update": fullest,
         "sync": {
             "actor weights": heaviest.weight_bytes,
             "gradients": heaviest.gradient_bytes,
             "engine weights": engine,
             "buckets": 2 * bucket + _gathered_bytes(shape, config),
-            "left-overs": actor_left + engine_left,
+            "left-overs": left_overs,
         },
     }
 
@@ -213,7 +253,17 @@ def _gathered_bytes(shape: Shape, config: RunConfig) -> float:
     return 2 * largest * BYTES[config.model.precision]
 
 
-def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions) -> Owners:
+def _recorded_routing_bytes(shape: Shape, config: RunConfig) -> int:
+    """Of one token: a number for each layer and expert chosen, in the sample and packed for its rank."""
+    if not config.actor.experts.replay_routing:
+        return 0
+    part = shape.feed_forward
+    return 2 * shape.layers * part.experts_per_token * (1 if part.experts <= 256 else 2)
+
+
+def host_bytes(
+    shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
+) -> Owners:
     """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts."""
     per_node = min(machines.devices_per_node, config.layout.ranks)
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.optimizer_bytes)
@@ -222,7 +272,7 @@ def host_bytes(config: RunConfig, all_stages: list[Stage], machines: Machines, a
     process = assume.cpu_process_bytes if machines.shares_host_memory else assume.process_host_bytes
     owners: Owners = {
         "processes": per_node * process,
-        "rollouts": rollout * ROLLOUT_TOKEN_BYTES,
+        "rollouts": rollout * (ROLLOUT_TOKEN_BYTES + _recorded_routing_bytes(shape, config)),
         "checkpoint being written": per_node * (heaviest.weight_bytes + heaviest.optimizer_bytes),
     }
     if machines.shares_host_memory:

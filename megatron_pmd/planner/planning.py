@@ -41,6 +41,11 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """Why this cannot run; empty when it fits."""
+        return [*self.layout_problems, *self._sizing_problems()]
+
+    @property
+    def layout_problems(self) -> list[str]:
+        """Those that another layout could mend."""
         return [*self._device_problems(), *self._engine_problems(), *self._node_problems()]
 
     def _device_problems(self) -> list[str]:
@@ -50,7 +55,6 @@ class Plan:
         room = device.memory_bytes * self.assumptions.safety
         for phase, owners in self.phases.items():
             need = sum(owners.values())
-            # an engine fills what it is given; whether that is enough is asked below
             if need > room and phase != "rollout":
                 greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
                 parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
@@ -59,6 +63,23 @@ class Plan:
                     f"which has {gigabytes(room)} to give ({parts})"
                 )
         return found
+
+    def _sizing_problems(self) -> list[str]:
+        """Of engines that give their KV cache what others need: it is sized before those begin to exist."""
+        device, owners = self.machines.device, self.phases["rollout"]
+        room = device.memory_bytes * self.assumptions.safety
+        excess = sum(owners.values()) - room
+        if self.machines.shares_host_memory or excess <= 0:
+            return []
+        share = memory.mem_fraction_static(self.shape, self.config, device.memory_bytes)
+        filled = owners["engine weights"] + owners["KV cache"]
+        smaller = math.floor(1000 * share * (filled - excess) / filled) / 1000
+        return [
+            f"rollout: of the {gigabytes(room)} that an {device.name} has to give, an engine's weights and "
+            f"cache take {gigabytes(filled)} with mem_fraction_static={share:g}, its graphs and activations "
+            f"and what the actor leaves there {gigabytes(sum(owners.values()) - filled)}: set "
+            f"mem_fraction_static={smaller:g} in rollout.sglang"
+        ]
 
     def _engine_problems(self) -> list[str]:
         config, longest = (
@@ -122,7 +143,7 @@ def make_plan(config: RunConfig, machines: Machines, assumptions: Assumptions | 
         shape=shape,
         stages=all_stages,
         phases=memory.device_phases(shape, config, all_stages, machines, assume),
-        host=memory.host_bytes(config, all_stages, machines, assume),
+        host=memory.host_bytes(shape, config, all_stages, machines, assume),
         cache=kv,
         checkpoint_bytes=memory.checkpoint_bytes(shape, config),
         cost=cost(shape, config, all_stages, machines, kv, assume),
@@ -133,8 +154,10 @@ def check(plan: Plan) -> None:
     """Raise LayoutError when the plan does not fit, with the nearest one that does."""
     if not plan.problems:
         return
-    near = nearest(plan)
-    if near is None:
+    near = nearest(plan) if plan.layout_problems else None
+    if not plan.layout_problems:
+        hint = "the layout fits"
+    elif near is None:
         hint = f"no layout of up to {MOST_GROWTH} times as many ranks fits"
     else:
         hint = f"the nearest that fits: {' '.join(difference(plan.config, near.config))} ({near.nodes} nodes)"
@@ -166,7 +189,7 @@ def nearest(plan: Plan) -> Plan | None:
                 candidate = make_plan(build(values), plan.machines, plan.assumptions)
             except ConfigError:
                 continue
-            if not candidate.problems:
+            if not candidate.layout_problems:
                 return candidate
         growth *= 2
     return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -45,6 +46,7 @@ SCHEMA = pa.schema(
         ("reward_error", pa.string()),
         ("stopped", pa.string()),
         ("routed_experts", pa.binary()),
+        ("routed_experts_shape", pa.list_(pa.int32())),
     ]
 )
 
@@ -79,26 +81,28 @@ def read_carried_over(folder: Path, problem: Callable[[int], Problem]) -> list[G
 def _row(group: Group, member: Trajectory) -> dict[str, Any]:
     turns = [
         {
-            "tokens": turn.tokens.tolist(),
-            "log_probs": turn.log_probs.tolist(),
+            "tokens": turn.tokens,
+            "log_probs": turn.log_probs,
             "segments": [{"tokens": n, "weight_version": version} for n, version in turn.segments],
             "finish": turn.finish,
         }
         for turn in member.turns
     ]
+    recorded = member.routed_experts
     return {
         "begun": group.begun, "place": group.place, "problem": group.problem.index, "number": member.number,
         "seed": member.seed, "turns": turns, "response": member.response, "reward": member.reward,
         "reward_error": member.reward_error, "stopped": member.stopped,
-        "routed_experts": member.routed_experts,
+        "routed_experts": None if recorded is None else recorded.tobytes(),
+        "routed_experts_shape": None if recorded is None else recorded.shape,
     }  # fmt: skip
 
 
 def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
     turns = [
         Turn(
-            array("i", turn["tokens"]),
-            array("f", turn["log_probs"]),
+            np.array(turn["tokens"], np.int32),
+            np.array(turn["log_probs"], np.float32),
             [(s["tokens"], s["weight_version"]) for s in turn["segments"]],
             turn["finish"],
         )
@@ -106,5 +110,12 @@ def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
     ]
     return Trajectory(
         problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
-        row["stopped"], row["routed_experts"],
+        row["stopped"], _recorded(row["routed_experts"], row["routed_experts_shape"]),
     )  # fmt: skip
+
+
+def _recorded(data: bytes | None, shape: list[int] | None) -> np.ndarray | None:
+    """Recorded experts, of the unsigned type that so many numbers in so many bytes have."""
+    if data is None or shape is None:
+        return None
+    return np.frombuffer(data, f"u{len(data) // max(1, math.prod(shape))}").reshape(shape)

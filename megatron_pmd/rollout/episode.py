@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import RolloutError, StaleWeights
 from megatron_pmd.plugins import load
+from megatron_pmd.rollout.engine_answer import EngineAnswer, recorded_experts
 from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
@@ -34,8 +32,8 @@ class Sampling:
     max_new_tokens: int | None
     """Of one response in this rollout."""
     repetition: Repetition | None
-    record_routing: bool
-    """Ask which experts each token went to."""
+    routing_width: int
+    """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Episode:
         self._cursor = 0
         self._new_tokens = 0
         self._answers = 0
+        self._first_text = ""
 
     @property
     def problem(self) -> Problem:
@@ -97,7 +96,10 @@ class Episode:
         while turn.finish is None:
             await self._extend(turn)
         tokens = turn.tokens.tolist()
-        return Answer(tokens, self._tokenizer.decode(tokens, skip_special_tokens=True), turn.finish)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        if self._cursor == 1:
+            self._first_text = text
+        return Answer(tokens, text, turn.finish)
 
     async def _extend(self, turn: Turn) -> None:
         """One request, and what it says about whether the turn is finished."""
@@ -120,7 +122,7 @@ class Episode:
                 "sampling_seed": trajectory.seed,
             },
             "return_logprob": True,
-            "return_routed_experts": sampling.record_routing,
+            "return_routed_experts": sampling.routing_width > 0,
         }
         answer = await self._client.generate(request, self._routing_key)
         reason = self._take(turn, answer)
@@ -130,28 +132,28 @@ class Episode:
             turn.finish = "stop"
         elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
             turn.finish = "repetition"
-        elif trajectory.length >= self._max_tokens or not answer["output_ids"]:
+        elif trajectory.length >= self._max_tokens or not len(answer.tokens):
             turn.finish = "length"
 
-    def _take(self, turn: Turn, answer: dict[str, Any]) -> str:
+    def _take(self, turn: Turn, answer: EngineAnswer) -> str:
         """Add an engine's tokens to the turn; returns its finish reason."""
-        information = answer["meta_info"]
-        # not a number while an engine holds a mixture of two versions
-        version = information["weight_version"]
-        if version != str(self._sampling.weight_version):
+        sampling, trajectory = self._sampling, self._trajectory
+        if answer.weight_version != str(sampling.weight_version):
             raise StaleWeights(
-                f"a sample came from weight version {version}, expected {self._sampling.weight_version}"
+                f"a sample came from weight version {answer.weight_version}, "
+                f"expected {sampling.weight_version}"
             )
-        tokens = answer["output_ids"]
-        log_probs = [entry[0] for entry in information.get("output_token_logprobs") or ()]
-        turn.extend(tokens, log_probs, self._sampling.weight_version)
-        if routed := information.get("routed_experts"):
-            # SGLang's base64 of int32 [tokens so far − 1, layers, top-k]: of all tokens, under these weights
-            experts = np.frombuffer(base64.b64decode(routed), np.int32).astype(np.uint16)
-            self._trajectory.routed_experts = experts.tobytes()
-        self._new_tokens += len(tokens)
-        self._accounts.sampled_tokens += len(tokens)
-        return information["finish_reason"]["type"]
+        turn.extend(answer.tokens, answer.log_probs, sampling.weight_version)
+        finish = str(answer.finish_reason["type"])
+        # of all tokens so far, under these weights; after an abort the next answer has them again
+        if answer.routed_experts and sampling.routing_width and finish != "abort":
+            tokens = len(trajectory.problem.tokens) + trajectory.length
+            trajectory.routed_experts = recorded_experts(
+                answer.routed_experts, tokens, sampling.routing_width
+            )
+        self._new_tokens += len(answer.tokens)
+        self._accounts.sampled_tokens += len(answer.tokens)
+        return finish
 
     async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
         """Put text behind the response so far; its tokens are in the model's context and not in the loss.
@@ -173,8 +175,8 @@ class Episode:
             return
         text = content if isinstance(content, str) else await content()
         tokens = self._tokenizer.encode(message_text(self._tokenizer, role, text), add_special_tokens=False)
-        last = self._trajectory.turns[-1].tokens if self._trajectory.turns else ()
-        if tokens and last and tokens[0] == last[-1]:  # the model has ended its turn itself
+        last = self._trajectory.turns[-1].tokens[-1:].tolist() if self._trajectory.turns else []
+        if tokens and tokens[:1] == last:  # the model has ended its turn itself
             tokens = tokens[1:]
         self._insert_tokens(tokens)
 
@@ -192,6 +194,14 @@ class Episode:
             self._accounts.inserted_tokens -= len(turns.pop().tokens)
         if cut and turns:
             turns[-1].finish = "length"
+
+    @property
+    def response_text(self) -> str:
+        """All of the response, decoded without special tokens; once it is closed."""
+        trajectory = self._trajectory
+        if len(trajectory.turns) == 1 and self._answers:  # then it is decoded already
+            return self._first_text
+        return self._tokenizer.decode(trajectory.response_tokens.tolist(), skip_special_tokens=True)
 
     def _next(self, *, inserted: bool) -> Turn:
         """The turn the function has come to: one of before, or a new one."""

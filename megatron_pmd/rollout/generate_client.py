@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
+import msgspec
 import orjson
 
 from megatron_pmd.errors import EngineError
+from megatron_pmd.rollout.engine_answer import EngineAnswer, parse_answer
 
 RETRY_PAUSE_SECONDS = 1.0
 """Before the first repetition of a request; doubled for each further one."""
@@ -72,7 +74,7 @@ class GenerateClient:
     ) -> None:
         await self._session.close()
 
-    async def generate(self, request: dict[str, Any], routing_key: str) -> dict[str, Any]:
+    async def generate(self, request: dict[str, Any], routing_key: str) -> EngineAnswer:
         """The answer to one request. Its finish reason is `stop`, `length` or, after stop(), `abort`.
 
         Raises ResponseStopped after stop() if nothing was answered, EnginesLost when no engine is left,
@@ -90,29 +92,29 @@ class GenerateClient:
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
         raise EngineError(f"a request failed {self._endpoint.retries + 1} times; last failure: {failure}")
 
-    async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[dict[str, Any] | None, str]:
+    async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         """(answer, "") or (None, what went wrong)."""
         if self._slots is not None:
             async with self._slots:
                 return await self._post(request, routing_key)
         return await self._post(request, routing_key)
 
-    async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[dict[str, Any] | None, str]:
+    async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         if self.stopping:
             raise ResponseStopped(self.stopping)
         url, body = self._endpoint.router_url + "/generate", orjson.dumps(request)
         try:
             async with self._session.post(url, data=body, headers={ROUTING_KEY: routing_key}) as reply:
                 if reply.status == 200:
-                    answer = orjson.loads(await reply.read())
-                    reason = answer["meta_info"]["finish_reason"]
+                    answer = parse_answer(await reply.read())
+                    reason = answer.finish_reason
                     if reason["type"] in ("stop", "length") or (self.stopping and reason["type"] == "abort"):
                         return answer, ""
                     return None, f"finish reason {reason}"
                 if reply.status == 400:
                     raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
                 return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
-        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
             return None, f"{type(error).__name__}: {error}"
 
     async def _any_alive(self) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from megatron_pmd.batch import Sample
 from megatron_pmd.config import GroupFilter, PartialRollouts
 from megatron_pmd.data.problems import Problem
@@ -264,15 +266,23 @@ class RolloutGroups:
     def _samples(self, groups: list[Group], tokenizer: Any) -> list[Sample]:
         version, partial = self.settings.weight_version, self.rules.partial
         oldest = version if partial is not None and not partial.count_earlier_segments else 0
-        return [
-            _sample(group, index, tokenizer.decode(group.problem.tokens), member, version, oldest)
-            for index, group in enumerate(groups)
-            for member in group.members
-        ]
+        samples = []
+        for index, group in enumerate(groups):
+            # one text and one array for all of a group
+            prompt = tokenizer.decode(group.problem.tokens)
+            tokens = np.array(group.problem.tokens, np.int32)
+            samples += [_sample(group, index, prompt, tokens, m, version, oldest) for m in group.members]
+        return samples
 
 
 def _sample(
-    group: Group, index: int, prompt: str, member: Trajectory, weight_version: int, counted_from: int
+    group: Group,
+    index: int,
+    prompt: str,
+    prompt_tokens: np.ndarray,
+    member: Trajectory,
+    weight_version: int,
+    counted_from: int,
 ) -> Sample:
     last = member.last_version
     return Sample(
@@ -282,9 +292,9 @@ def _sample(
         prompt=prompt,
         response=member.response,
         answer=group.problem.answer,
-        prompt_tokens=list(group.problem.tokens),
-        response_tokens=[token for turn in member.turns for token in turn.tokens],
-        engine_log_probs=[value for turn in member.turns for value in turn.log_probs],
+        prompt_tokens=prompt_tokens,
+        response_tokens=member.response_tokens,
+        engine_log_probs=member.log_probs,
         finish_reason=member.finish_reason,
         weight_version=weight_version if last is None else last,
         seed=member.seed,

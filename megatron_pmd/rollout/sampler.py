@@ -39,8 +39,8 @@ class Sampler:
     stop_tokens: list[int]
     max_response_tokens: int
     grader: Grader
-    record_routing: bool = False
-    """Ask which experts each token went to."""
+    routing_width: int = 0
+    """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
     max_turns: int = 1
     repetition: Repetition | None = None
     function: RolloutFunction = single_turn
@@ -88,7 +88,7 @@ class _Draw:
             max_turns=sampler.max_turns,
             max_new_tokens=max_new_tokens,
             repetition=sampler.repetition,
-            record_routing=sampler.record_routing,
+            routing_width=sampler.routing_width,
         )
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -188,10 +188,9 @@ class _Draw:
                 f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
                 "return the text to be graded"
             )
-        tokens = [token for turn in member.turns for token in turn.tokens]
-        response = sampler.tokenizer.decode(tokens, skip_special_tokens=True)
         verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem))
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
+        response = episode.response_text
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from megatron_pmd.batch import NOT_SAMPLED, Segment
 from megatron_pmd.config import Repetition
@@ -15,13 +16,14 @@ INSERTED = "inserted"
 """Finish reason of a turn that no engine made."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
     """Response tokens of one origin: an engine's answer, perhaps in several pieces, or an insertion."""
 
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    log_probs: array[float] = field(default_factory=lambda: array("f"))
-    """log π_b of each token, fp32 as the loss wants it; 0 for inserted ones."""
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """int32 [tokens]"""
+    log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """fp32 [tokens]: log π_b of each token, 0 for inserted ones"""
     segments: list[tuple[int, int]] = field(default_factory=list)
     """(tokens, weight version), in order; neighbours differ in version."""
     finish: str | None = None
@@ -29,17 +31,21 @@ class Turn:
 
     @classmethod
     def insertion(cls, tokens: Sequence[int]) -> Turn:
-        zeros = array("f", bytes(4 * len(tokens)))
-        return cls(array("i", tokens), zeros, [(len(tokens), NOT_SAMPLED)], INSERTED)
+        zeros = np.zeros(len(tokens), np.float32)
+        return cls(np.array(tokens, np.int32), zeros, [(len(tokens), NOT_SAMPLED)], INSERTED)
 
-    def extend(self, tokens: Sequence[int], log_probs: Sequence[float], weight_version: int) -> None:
-        """Take over what an engine has sampled further. EngineError if the two are not equally long."""
+    def extend(self, tokens: np.ndarray, log_probs: np.ndarray, weight_version: int) -> None:
+        """Take over what an engine has sampled further: int32 and fp32 [tokens].
+
+        EngineError if the two are not equally long.
+        """
         if len(tokens) != len(log_probs):
             raise EngineError(f"an engine gave {len(log_probs)} log-probabilities for {len(tokens)} tokens")
-        self.tokens.extend(tokens)
-        self.log_probs.extend(log_probs)
-        if not tokens:
+        if not len(tokens):
             return
+        # most turns are one piece, which is not copied
+        self.tokens = np.concatenate([self.tokens, tokens]) if len(self.tokens) else tokens
+        self.log_probs = np.concatenate([self.log_probs, log_probs]) if len(self.log_probs) else log_probs
         if self.segments and self.segments[-1][1] == weight_version:
             self.segments[-1] = (self.segments[-1][0] + len(tokens), weight_version)
         else:
@@ -62,7 +68,7 @@ class Trajectory:
     reward_error: str | None = None
     stopped: str | None = None
     """Why it was not finished when last worked on."""
-    routed_experts: bytes | None = None
+    routed_experts: np.ndarray | None = None
     """As in Sample, of the engine's last answer: of all tokens it was asked with and gave, but the last."""
 
     @property
@@ -86,7 +92,17 @@ class Trajectory:
     @property
     def tokens(self) -> list[int]:
         """Prompt and response, exactly as the engines were given and gave them."""
-        return [*self.problem.tokens, *(token for turn in self.turns for token in turn.tokens)]
+        return [*self.problem.tokens, *self.response_tokens.tolist()]
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """int32 [response]"""
+        return _joined([turn.tokens for turn in self.turns], np.int32)
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        """fp32 [response]: of the response's tokens, as in Turn"""
+        return _joined([turn.log_probs for turn in self.turns], np.float32)
 
     @property
     def first_version(self) -> int | None:
@@ -108,11 +124,16 @@ class Trajectory:
         ]
 
 
-def repeats(tokens: Sequence[int], rule: Repetition) -> bool:
+def _joined(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    """One behind the other; of a single array, itself."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def repeats(tokens: Sequence[int] | np.ndarray, rule: Repetition) -> bool:
     """Whether the last window_tokens are one sequence at least min_repeats times over."""
     window = rule.window_tokens
     if len(tokens) < window:
         return False
-    tail = tokens[len(tokens) - window :]
+    tail = np.asarray(tokens[len(tokens) - window :])
     # a sequence has period p exactly if it equals itself shifted by p
-    return any(tail[p:] == tail[:-p] for p in range(1, window // rule.min_repeats + 1))
+    return any(np.array_equal(tail[p:], tail[:-p]) for p in range(1, window // rule.min_repeats + 1))

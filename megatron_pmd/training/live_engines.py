@@ -83,7 +83,7 @@ class LiveEngines:
         """See RolloutSource. Raises EngineError when engines die again and again."""
         for _ in range(self._config.rollout.retries + 1):
             failure = self._control.from_driver(
-                self._try(rollout, title) if self._control.is_driver else None
+                self._try(rollout, title, actor.routing_width) if self._control.is_driver else None
             )
             if failure is None:
                 return rollout.samples(self._tokenizer) if rollout else []
@@ -95,7 +95,7 @@ class LiveEngines:
             self.revive(actor, version, forgotten=forgotten)
         raise failure
 
-    def _try(self, rollout: RolloutGroups | None, title: str) -> PmdError | None:
+    def _try(self, rollout: RolloutGroups | None, title: str, routing_width: int) -> PmdError | None:
         assert rollout is not None, "the driver knows what to draw"
         sampling = self._config.rollout
         endpoint = Endpoint(
@@ -113,7 +113,7 @@ class LiveEngines:
             stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
             max_response_tokens=self._config.batch.max_response_tokens,
             grader=self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
-            record_routing=self._config.actor.experts.replay_routing,
+            routing_width=routing_width if self._config.actor.experts.replay_routing else 0,
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
             function=self._function,

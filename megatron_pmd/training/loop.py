@@ -32,8 +32,7 @@ def iterate(run: Trainer, iteration: Iteration, stop_after: StopAfter | None) ->
     if stop_after == "rollout":
         raise RunEnds(RunOutcome(Status.STOPPED, f"after the rollout of iteration {t}, as asked"))
     with run.phase("release"):
-        run.rollouts.release()
-        run.actor.wake()
+        phases.release(run, iteration)
     with run.phase("anchor"):
         steps = phases.schedule(run, batch)
         anchor = phases.anchor(run, iteration, batch, steps)  # log π_t, fixed for the whole iteration

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.batch import Sample, read_rollout
+from megatron_pmd.batch import Sample
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
@@ -15,6 +15,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import DataError
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
+from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport
 

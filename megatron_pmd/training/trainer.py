@@ -17,6 +17,7 @@ from megatron_pmd.observe.journal import Phase
 from megatron_pmd.observe.subphases import together
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.rollout.groups import Group
+from megatron_pmd.rollout_file import RolloutWriter
 from megatron_pmd.training.checkpoints import Checkpoints
 from megatron_pmd.training.rollouts import RolloutSource
 from megatron_pmd.training.run_log import RunLog
@@ -40,6 +41,9 @@ class Trainer:
     shutdown: Shutdown
     state: RunState
     checkpoints: Checkpoints = field(init=False)
+    rollout_writer: RolloutWriter = field(init=False, default_factory=RolloutWriter)
+    begun: int = field(init=False, default=0)
+    """Iterations that this start has begun."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder, self.control, self.actor, self.shutdown)
@@ -51,6 +55,7 @@ class Trainer:
 
     def begin_iteration(self) -> Iteration:
         """The next iteration to be trained."""
+        self.begun += 1
         self.log.begin_iteration(self.state.completed)
         self.remember(self.state.carried_over)
         return Iteration(self.state.completed, left_over=self.state.carried_over)

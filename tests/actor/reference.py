@@ -54,7 +54,7 @@ def compute(model_folder: Path) -> Reference:
         with torch.no_grad():
             distribution = _log_softmax(model, sample)
         entropy_sum -= float((distribution.exp() * distribution)[_counted(sample)].sum())
-        sample.engine_log_probs = _given(distribution, sample).tolist()
+        sample.engine_log_probs = _given(distribution, sample).numpy()
     noise = torch.Generator().manual_seed(1)
     # an anchor that differs from the policy: the squared term of the loss counts from the first step on
     anchors = [
@@ -72,13 +72,13 @@ def compute(model_folder: Path) -> Reference:
 
 def _log_softmax(model: Any, sample: Sample) -> torch.Tensor:
     """[response tokens, vocabulary] log π at the sampling temperature."""
-    tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    tokens = torch.from_numpy(sample.tokens)[None].long()
     logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
 def _given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
-    return distribution.gather(1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
+    return distribution.gather(1, torch.from_numpy(sample.response_tokens).long()[:, None])[:, 0]
 
 
 def _counted(sample: Sample) -> torch.Tensor:

@@ -40,7 +40,7 @@ def tokens_per_expert(folder: Path, samples: list[Any]) -> dict[str, torch.Tenso
             module.route_tokens_to_experts = route
     with torch.no_grad():
         for sample in samples:
-            model(torch.tensor([sample.prompt_tokens + sample.response_tokens]))
+            model(torch.from_numpy(sample.tokens)[None].long())
     return counts
 
 

@@ -34,7 +34,10 @@ def test_log_probs_equal_transformers_on_the_ranks_that_hold_logits(case):
         else:
             assert report.tokens == 0
     engine = torch.cat(
-        [torch.tensor([torch.nan] * len(s.prompt_tokens) + s.engine_log_probs) for s in expected.samples]
+        [
+            torch.tensor([torch.nan] * len(s.prompt_tokens) + s.engine_log_probs.tolist())
+            for s in expected.samples
+        ]
     )
     torch.testing.assert_close(whole, engine, rtol=0, atol=1e-5, equal_nan=True)
     entropy = sum(rank["anchors"][0].entropy_sum for rank in ranks if rank["holds_logits"])

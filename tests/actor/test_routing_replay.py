@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pmd.batch import RolloutBatch, read_rollout, write_rollout
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.errors import DataError
+from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.actor.launch import launch
 from tests.actor.tiny_models import STEPS, TAU, TEMPERATURE, rollout, with_routing
 
@@ -134,21 +135,23 @@ def test_the_experts_drawn_are_not_those_that_the_model_would_choose(forced, ref
 def test_recorded_experts_survive_the_rollout_file(tmp_path):
     samples = with_routing(rollout())
     for sample in samples:
-        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+        sample.engine_log_probs = np.zeros(len(sample.response_tokens), np.float32)
     write_rollout(tmp_path / "0.parquet", samples, 0)
     read, _ = read_rollout(tmp_path / "0.parquet")
-    assert [sample.routed_experts for sample in read] == [sample.routed_experts for sample in samples]
+    for before, after in zip(samples, read, strict=True):
+        assert before.routed_experts is not None and after.routed_experts is not None
+        assert before.routed_experts.tolist() == after.routed_experts.tolist()
     packed = RolloutBatch.pack(read, TEMPERATURE)
     packed.check_routing(8)
-    first = np.frombuffer(samples[0].routed_experts or b"", np.uint16).reshape(-1, 8)
-    assert packed.tokens.routed_experts is not None
+    first = read[0].routed_experts
+    assert packed.tokens.routed_experts is not None and first is not None
     assert np.array_equal(packed.tokens.routed_experts[: len(first)], first)
 
 
 def test_a_rollout_without_recorded_experts_is_refused_where_they_are_to_be_replayed():
     samples = with_routing(rollout())
     for sample in samples:
-        sample.engine_log_probs = [0.0] * len(sample.response_tokens)
+        sample.engine_log_probs = np.zeros(len(sample.response_tokens), np.float32)
     with pytest.raises(DataError, match="has 8 recorded experts a token, this model chooses 16"):
         RolloutBatch.pack(samples, TEMPERATURE).check_routing(16)
     samples[3].routed_experts = None

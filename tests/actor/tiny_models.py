@@ -98,13 +98,13 @@ def rollout() -> list[Sample]:
     """
     rng = np.random.default_rng(0)
 
-    def tokens(low: int, high: int) -> list[int]:
-        return rng.integers(0, VOCABULARY - 12, rng.integers(low, high)).tolist()
+    def tokens(low: int, high: int) -> np.ndarray:
+        return rng.integers(0, VOCABULARY - 12, rng.integers(low, high))
 
     samples = [
         Sample(
             group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
-            prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=[],
+            prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=np.empty(0),
             finish_reason="stop", weight_version=2, seed=0, reward=0.0, advantage=float(rng.normal()),
         )
         for i in range(16)
@@ -124,7 +124,7 @@ def with_routing(samples: list[Sample]) -> list[Sample]:
     for sample in samples:
         tokens = len(sample.prompt_tokens) + len(sample.response_tokens) - 1
         chosen = rng.random((tokens, 4, 4)).argsort(-1)[..., :2].astype(np.uint16)
-        sample.routed_experts = chosen.tobytes()
+        sample.routed_experts = chosen.reshape(tokens, 8)
     return samples
 
 

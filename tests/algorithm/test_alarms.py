@@ -6,6 +6,7 @@ from megatron_pmd.algorithm.alarms import ALARMS, raised
 
 HEALTHY = {
     "mismatch/mean_abs": 0.02,
+    "sync/max_abs_difference": 1.0,
     "pmd/progress": 0.4,
     "pmd/kl_anchor_k3": 0.05,
     "pmd/zero_advantage_groups": 0.3,
@@ -13,6 +14,7 @@ HEALTHY = {
 }
 THRESHOLDS = {
     "mismatch_growth": 3.0,
+    "mismatch_max": 10.0,
     "progress": 1.5,
     "kl_jump": 10.0,
     "zero_advantage_groups": 0.9,
@@ -20,6 +22,7 @@ THRESHOLDS = {
 }
 SICK = {
     "mismatch_growth": {"mismatch/mean_abs": 0.061},
+    "mismatch_max": {"sync/max_abs_difference": 10.1},
     "progress": {"pmd/progress": 1.51},
     "kl_jump": {"pmd/kl_anchor_k3": 0.51},
     "zero_advantage_groups": {"pmd/zero_advantage_groups": 0.91},
@@ -43,6 +46,7 @@ def test_each_alarm_is_raised_by_its_own_quantity_alone_and_names_it(name):
 def test_a_value_at_the_threshold_is_still_quiet(name):
     at = {
         "mismatch_growth": {"mismatch/mean_abs": 0.06},
+        "mismatch_max": {"sync/max_abs_difference": 10.0},
         "progress": {"pmd/progress": 1.5},
         "kl_jump": {"pmd/kl_anchor_k3": 0.5},
         "zero_advantage_groups": {"pmd/zero_advantage_groups": 0.9},

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_pmd.batch import read_rollout, write_rollout
+from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine
 from tests.end_to_end.rewards import share_of_letters
 

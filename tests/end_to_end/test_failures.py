@@ -10,7 +10,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_pmd.batch import read_rollout
+from megatron_pmd.rollout_file import read_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.serial
@@ -85,7 +85,7 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     assert len(samples) == 32
     for sample in samples:
         begun = tokens[sample.problem, sample.number]
-        assert sample.response_tokens[: len(begun)] == begun
+        assert sample.response_tokens[: len(begun)].tolist() == begun
 
 
 def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_pmd.batch import read_rollout
+from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.shared_memory import shared_memory_key
 from recipes.tiny_moe_cpu import TEMPERATURE
 from tests.convert.command_line import convert, tensors
@@ -64,13 +64,13 @@ def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weigh
     model = AutoModelForCausalLM.from_pretrained(live / "hf" / "iteration-3", dtype=torch.float32)
     samples, _ = read_rollout(live / "evaluations" / "3.parquet")
     for sample in samples:
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        tokens = torch.from_numpy(sample.tokens)[None].long()
         with torch.no_grad():
             # an engine's log-probabilities are those of the policy at its sampling temperature
             log_probs = (model(tokens).logits / TEMPERATURE).log_softmax(-1)
         first = len(sample.prompt_tokens)
         expected = log_probs[0, first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
 
 
 def test_the_recorded_experts_are_those_that_transformers_chooses_with_the_exported_weights(
@@ -83,11 +83,11 @@ def test_the_recorded_experts_are_those_that_transformers_chooses_with_the_expor
     samples, _ = read_rollout(live / "evaluations" / "3.parquet")
     for sample in samples:
         assert sample.routed_experts is not None
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])[:, :-1]
+        tokens = torch.from_numpy(sample.tokens)[None].long()[:, :-1]
         chosen.clear()
         with torch.no_grad():
             model(tokens)
-        recorded = np.frombuffer(sample.routed_experts, np.uint16).reshape(tokens.size(1), len(chosen), -1)
+        recorded = sample.routed_experts.reshape(tokens.size(1), len(chosen), -1)
         expected = torch.stack(chosen, 1).sort(-1).values
         assert torch.equal(torch.from_numpy(recorded.astype(np.int64)).sort(-1).values, expected)
 

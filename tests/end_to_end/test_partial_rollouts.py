@@ -5,8 +5,9 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_pmd.batch import NOT_SAMPLED, read_rollout
+from megatron_pmd.batch import NOT_SAMPLED
 from megatron_pmd.rollout.carried_over_file import FILE
+from megatron_pmd.rollout_file import read_rollout
 from tests.end_to_end.command_line import CommandLine
 
 pytestmark = pytest.mark.serial
@@ -60,7 +61,7 @@ def test_stopped_responses_are_continued_under_newer_weights_also_after_a_resume
 
     # what the checkpoint kept is what the resumed run went on with
     after, _ = read_rollout(folder / "rollouts" / "2.parquet")
-    continued = {s.seed: s.response_tokens for s in after}
+    continued = {s.seed: s.response_tokens.tolist() for s in after}
     begun = {row["seed"]: [t for turn in row["turns"] for t in turn["tokens"]] for row in kept}
     common = set(begun) & set(continued)
     # of the five groups kept, those that were among the first eight to be complete

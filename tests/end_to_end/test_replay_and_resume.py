@@ -9,10 +9,11 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_pmd.batch import read_rollout, write_rollout
+from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.serial
@@ -122,6 +123,8 @@ def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
     live: Path, command_line: CommandLine, tmp_path: Path
 ) -> None:
     samples, _ = read_rollout(live / "rollouts" / "0.parquet")
+    # what is read of a file cannot be written to
+    samples[3].engine_log_probs = samples[3].engine_log_probs.copy()
     samples[3].engine_log_probs[0] += 0.01
     write_rollout(tmp_path / "0.parquet", samples, 0)
     output = command_line.run("stale", "--replay", str(tmp_path / "0.parquet"), "iterations=1", expect=1)
@@ -140,7 +143,7 @@ def test_in_bf16_engines_and_actor_agree_within_its_bounds_and_a_third_of_a_nat_
     assert 1e-5 < line["sync/mean_abs_difference"] < 0.05, "rounded to 8 bits, and no more than that"
     samples, _ = read_rollout(command_line.path("bf16") / "rollouts" / "0.parquet")
     for sample in samples:
-        sample.engine_log_probs = [value - 0.3 for value in sample.engine_log_probs]
+        sample.engine_log_probs = sample.engine_log_probs - np.float32(0.3)
     write_rollout(tmp_path / "0.parquet", samples, 0)
     output = command_line.run("bf16_stale", *words, "--replay", str(tmp_path / "0.parquet"), expect=1)
     assert "StaleWeights" in output and "weight version 0" in output

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from megatron_pmd.engine.device_memory import DeviceMemory, wait_freed
+from megatron_pmd.device import DeviceMemory
+from megatron_pmd.engine.device_memory import wait_freed
 from megatron_pmd.errors import EngineError
 
 GB = 10**9

@@ -20,7 +20,6 @@ import psutil
 import pytest
 import torch
 
-from megatron_pmd.batch import read_rollout
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
@@ -29,6 +28,7 @@ from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.sampler import Sampler
+from megatron_pmd.rollout_file import read_rollout
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
 
 ROOT = Path(__file__).parents[2]
@@ -244,9 +244,9 @@ def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_pat
     reference = AutoModelForCausalLM.from_pretrained(model).eval()
     for s in samples:
         with torch.no_grad():
-            logits = reference(torch.tensor([s.prompt_tokens + s.response_tokens])).logits[0]
+            logits = reference(torch.from_numpy(s.tokens)[None].long()).logits[0]
         expected = logits.log_softmax(-1)[len(s.prompt_tokens) - 1 : -1]
-        expected = expected.gather(1, torch.tensor(s.response_tokens)[:, None]).squeeze(1)
+        expected = expected.gather(1, torch.from_numpy(s.response_tokens).long()[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(s.engine_log_probs), expected, atol=1e-4, rtol=0)
     assert processes_in(tmp_path) == []
 

@@ -6,9 +6,12 @@ import math
 import random
 from typing import Any
 
-from megatron_pmd.batch import Sample, write_rollout
+import numpy as np
+
+from megatron_pmd.batch import Sample
 from megatron_pmd.config import RunConfig, build
 from megatron_pmd.observe.journal import Journal
+from megatron_pmd.rollout_file import write_rollout
 
 STEPS = 4
 HOSTILE = (
@@ -63,9 +66,9 @@ def make_samples(t: int, groups: int = 16, per_group: int = 4, extra: str = "") 
                     prompt=f"<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n",
                     response=text,
                     answer=str(a + b),
-                    prompt_tokens=[1, 2, 3],
-                    response_tokens=list(range(40 + number)),
-                    engine_log_probs=[-0.1] * (40 + number),
+                    prompt_tokens=np.arange(1, 4),
+                    response_tokens=np.arange(40 + number),
+                    engine_log_probs=np.full(40 + number, -0.1),
                     finish_reason="stop" if number else "length",
                     weight_version=t,
                     seed=number,

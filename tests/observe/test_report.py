@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron_pmd.batch import write_rollout
 from megatron_pmd.errors import DataError
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.report import write_report
 from megatron_pmd.observe.samples import evenly
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.rollout_file import write_rollout
 from tests.observe.synthetic_run import (
     HOSTILE,
     log_evaluation,

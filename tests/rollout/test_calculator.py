@@ -104,5 +104,5 @@ def test_the_model_is_shown_what_its_code_prints_and_its_last_turn_is_graded():
         rollout = rollout_for(1, samples_per_prompt=1)
         sampler = sampler_for(url, score, function=calculator.rollout, max_turns=4)
         replace(sampler, tokenizer=Talking()).run(rollout)
-    assert rollout.samples(Talking())[0].response_tokens == [3, 41, 4]
+    assert rollout.samples(Talking())[0].response_tokens.tolist() == [3, 41, 4]
     assert graded == ["41"]

@@ -67,7 +67,7 @@ def test_the_engine_is_asked_with_its_own_tokens_and_inserted_ones_do_not_count(
         rollout = rollout_for(1, samples_per_prompt=1)
         sampler_for(url, score, function=three_turns, max_turns=3).run(rollout)
     sample = rollout.samples(Numbers())[0]
-    assert sample.response_tokens == WHOLE
+    assert sample.response_tokens.tolist() == WHOLE
     assert [request["input_ids"] for request in engine.requests] == [
         [1, 2],
         [1, 2, *WHOLE[:6]],
@@ -101,7 +101,7 @@ def test_no_turn_follows_the_last_that_is_allowed_or_has_room():
             rollout = rollout_for(1, samples_per_prompt=1)
             sampler_for(url, function=greedy, **limits).run(rollout)
         sample = rollout.samples(Numbers())[0]
-        assert sample.response_tokens == expected
+        assert sample.response_tokens.tolist() == expected
         assert sample.finish_reason == ("stop" if limits["max_turns"] == 2 else "length")
 
 
@@ -138,7 +138,7 @@ def test_a_stopped_response_goes_on_without_asking_again_or_running_a_tool_again
     assert engine.decoded_tokens == 12 + 3 * 4
     assert not carried
     sample = rollout.samples(Numbers())[0]
-    assert sample.response_tokens == WHOLE
+    assert sample.response_tokens.tolist() == WHOLE
     origins = [(g.tokens, g.weight_version) for g in sample.segments]
     assert origins == [(4, 0), (2, -1), (1, 0), (3, 1), (2, -1), (2, 1), (2, 2)]
 
@@ -208,7 +208,7 @@ def test_a_turn_that_ended_itself_is_not_ended_twice():
         with serving(engine) as url:
             rollout = rollout_for(1, samples_per_prompt=1)
             replace(sampler_for(url, function=chat, max_turns=2), tokenizer=ChatTokenizer()).run(rollout)
-        response = rollout.samples(ChatTokenizer())[0].response_tokens
+        response = rollout.samples(ChatTokenizer())[0].response_tokens.tolist()
         assert response[:3] == [104, last, first]
         assert response.count(900) == 2  # the turn's own end, and the message's
 
@@ -265,7 +265,7 @@ def test_recorded_experts_are_the_last_answers_about_the_whole_response():
     engine.generate = generate  # type: ignore[method-assign]
     with serving(engine) as url:
         rollout = rollout_for(1, samples_per_prompt=1)
-        sampler_for(url, function=three_turns, max_turns=3, record_routing=True).run(rollout)
+        sampler_for(url, function=three_turns, max_turns=3, routing_width=6).run(rollout)
     batch = RolloutBatch.pack(rollout.samples(Numbers()), temperature=1.0)
     assert batch.tokens.ids.tolist() == [1, 2, 4, 7, 50, 5, 6, 8, 50, 7]
     batch.check_routing(6)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_pmd.config import GroupFilter, PartialRollouts, Repetition
@@ -80,9 +80,9 @@ def test_every_response_is_the_engines_own_and_a_group_has_one_routing_key():
     assert [(s.group, s.number) for s in samples] == list(itertools.product(range(50), range(4)))
     assert len({s.seed for s in samples}) == 200
     for s in samples:
-        assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
-        assert s.engine_log_probs == pytest.approx([-token / 1000 for token in s.response_tokens])
-        assert s.response == Numbers().decode(s.response_tokens)
+        assert s.response_tokens.tolist() == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
+        assert s.engine_log_probs.tolist() == pytest.approx([-token / 1000 for token in s.response_tokens])
+        assert s.response == Numbers().decode(s.response_tokens.tolist())
     assert sorted(Counter(engine.routing_keys).values()) == [4] * 50
 
 
@@ -201,7 +201,7 @@ def test_stop_reasons_and_lengths_are_counted():
     ],
 )
 def test_a_response_repeats_itself_if_its_end_is_one_sequence_many_times_over(tokens, found):
-    assert repeats(array("i", tokens), Repetition(window_tokens=12, min_repeats=4)) == found
+    assert repeats(np.array(tokens), Repetition(window_tokens=12, min_repeats=4)) == found
 
 
 def test_a_repeating_response_is_ended_early_with_a_reason_of_its_own(monkeypatch):
@@ -222,7 +222,7 @@ def test_repetition_that_never_comes_leaves_the_response_as_it_is():
         rollout = rollout_for(3)
         sampler_for(url, repetition=Repetition(window_tokens=4, min_repeats=2)).run(rollout)
     for s in rollout.samples(Numbers()):
-        assert s.response_tokens == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
+        assert s.response_tokens.tolist() == [engine.token(s.seed, i) for i in range(engine.length(s.seed))]
 
 
 # What is refused
@@ -237,7 +237,7 @@ def test_settings_that_do_nothing_are_refused():
 
 def test_log_probs_that_do_not_fit_the_tokens_are_refused():
     with pytest.raises(EngineError, match="2 log-probabilities for 3 tokens"):
-        Turn().extend([1, 2, 3], [-1.0, -2.0], 0)
+        Turn().extend(np.array([1, 2, 3]), np.array([-1.0, -2.0]), 0)
 
 
 def test_a_function_that_cannot_be_imported_or_called_is_refused():

@@ -48,7 +48,7 @@ def samples() -> list[Sample]:
     rng = np.random.default_rng(7)
     drawn = with_routing(rollout())
     for sample in drawn:
-        sample.engine_log_probs = (-rng.random(len(sample.response_tokens))).tolist()
+        sample.engine_log_probs = -rng.random(len(sample.response_tokens), np.float32)
     return drawn
 
 

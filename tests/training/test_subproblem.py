@@ -104,8 +104,9 @@ def test_schedules_change_tau_and_temperature_and_nothing_else():
 def rollout(rewards: list[float], lengths: list[int], cut: list[bool]) -> list[Sample]:
     return [
         Sample(
-            group=i // 2, number=i % 2, problem=i // 2, prompt="", response="", answer="", prompt_tokens=[1],
-            response_tokens=[2] * n, engine_log_probs=[0.0] * n, finish_reason="length" if c else "stop",
+            group=i // 2, number=i % 2, problem=i // 2, prompt="", response="", answer="",
+            prompt_tokens=np.ones(1), response_tokens=np.full(n, 2), engine_log_probs=np.zeros(n),
+            finish_reason="length" if c else "stop",
             weight_version=0, seed=0, reward=r,
         )
         for i, (r, n, c) in enumerate(zip(rewards, lengths, cut, strict=True))

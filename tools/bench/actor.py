@@ -120,8 +120,8 @@ def steps_of(policy: Any) -> Any:
     samples = [
         Sample(
             group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
-            prompt_tokens=rng.integers(0, 49_000, 32).tolist(),
-            response_tokens=rng.integers(0, 49_000, 32).tolist(), engine_log_probs=[0.0] * 32,
+            prompt_tokens=rng.integers(0, 49_000, 32),
+            response_tokens=rng.integers(0, 49_000, 32), engine_log_probs=np.zeros(32),
             finish_reason="stop", weight_version=0, seed=0, advantage=float(rng.normal()),
         )
         for i in range(16)

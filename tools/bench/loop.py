@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import typer
 
-from megatron_pmd.batch import RolloutBatch, write_rollout
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import prompt_source, tokenize
 from megatron_pmd.data.sources import load_problems
@@ -45,6 +45,7 @@ from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.rollout_file import write_rollout
 from recipes import configuration
 from tools.bench import update as bench_update_sides
 

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from megatron_pmd.algorithm.losses import Constants, Loss, LossInput, loss_of
-from megatron_pmd.batch import RolloutBatch, read_rollout
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
+from megatron_pmd.rollout_file import read_rollout
 
 Rates = tuple[float, float, float]
 """Tokens per second, and per processor second; peak resident bytes."""
