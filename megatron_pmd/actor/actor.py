@@ -125,7 +125,10 @@ class Actor:
         self.routing_width: int = provider.num_layers * provider.moe_router_topk
         """Experts that one token goes to, over all layers."""
         self._saver = checkpoint.Saver(
-            control, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+            control,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            by_hosts=config.layout.hosts_gather_states,
         )
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
