@@ -25,6 +25,13 @@ def current_device() -> torch.device:
     return torch.device("cpu")
 
 
+def on_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The host's values on the device; the host goes on before they are there."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()  # of other memory the driver waits for what the device still has to do
+    return values.to(device, non_blocking=True)
+
+
 class SharedDevice:
     """A rank's account of its device, by what the actor and the engines were told to hold.
 

@@ -10,6 +10,7 @@ that the tool works, nothing about a GPU. Engines are not checked: `megatron-pmd
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,15 @@ CHECKS += ["step in bf16"]
 CHECKS += [f"step in fp8, {recipe}" for recipe in RECIPES]
 CHECKS += [f"step in fp8, {more}" for more in FP8_VARIANTS]
 CHECKS += ["step with bf16 moments", "step with the optimizer on the host", "offload and return"]
+CHECKS += ["offload and return in fp8, tensorwise"]
+RESUMES = {
+    "bf16": [],
+    "bf16 moments": ["optimizer.moments=bf16"],
+    "the optimizer on the host": ["optimizer.offload=1"],
+    "half of the optimizer on the host": ["optimizer.offload=0.5"],
+    "fp8, blockwise parameters gathered": FP8_VARIANTS["blockwise parameters gathered"],
+}
+CHECKS += [f"checkpoint and resume with {what}" for what in RESUMES]
 CHECKS += ["weights through a CUDA IPC handle"]
 SKIPPED = "skipped"
 IPC_BYTES = 2**30
@@ -87,11 +97,36 @@ def packed_against_alone(folder: Path) -> dict[str, float]:
     return {"mean difference": float(difference.nanmean()), "largest": float(difference.nan_to_num().max())}
 
 
-def offload_and_return(folder: Path) -> dict[str, float]:
+def checkpoint_and_resume(folder: Path, *settings: str) -> dict[str, float]:
+    """The step after a checkpoint, once without and once with loading it: the differences have to be 0."""
+    trial = Trial(folder, *settings)
+    trial.step(1e-5)
+    begin = time.monotonic()
+    saved = trial.actor.save(folder / "checkpoints", 1, {})
+    stalled, written = time.monotonic() - begin, time.monotonic()
+    trial.actor.publish_checkpoint(wait=True)
+    written = time.monotonic() - written
+    expected = trial.step(1e-5)
+    begin = time.monotonic()
+    trial.actor.load(saved)
+    loaded, found = time.monotonic() - begin, trial.step(1e-5)
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    shutil.rmtree(saved)
+    return {
+        "loss difference": abs(found.loss_sum - expected.loss_sum),
+        "gradient norm difference": abs(found.gradient_norm - expected.gradient_norm),
+        "GB": size / 1e9,
+        "GB/s while training stands still": size / 1e9 / stalled,
+        "seconds to write": written,
+        "seconds to load": loaded,
+    }
+
+
+def offload_and_return(folder: Path, *settings: str) -> dict[str, float]:
     """Everything off the device and back; what stays behind is the allocator's own account."""
     import torch
 
-    trial = Trial(folder)
+    trial = Trial(folder, *settings)
     trial.steps(1)
     torch.cuda.synchronize()
     resident, begin = torch.cuda.memory_allocated(), time.monotonic()
@@ -158,8 +193,13 @@ def check(name: str, folder: Path) -> dict[str, float]:
     settings |= {f"step in fp8, {name}": variant for name, variant in FP8_VARIANTS.items()}
     if name in settings:
         return Trial(folder, *settings[name]).steps(5)
+    if (what := name.removeprefix("checkpoint and resume with ")) != name:
+        return checkpoint_and_resume(folder, *RESUMES[what])
     of_cuda: dict[str, Callable[[Path], dict[str, float]]] = {
         "offload and return": offload_and_return,
+        "offload and return in fp8, tensorwise": lambda folder: offload_and_return(
+            folder, "actor.fp8.recipe=tensorwise"
+        ),
         "weights through a CUDA IPC handle": through_a_handle,
     }
     if name in of_cuda:

@@ -133,21 +133,28 @@ class Trial:
             sample.engine_log_probs = np.array(log_probs, np.float32)
         self.batch = RolloutBatch.pack(drawn, 1.0)
         self.microbatches = self.actor.microbatches(self.batch, np.arange(16))
+        self._anchor: Any = None
 
     def log_probs(self, microbatches: list[list[int]]) -> Any:
         return self.actor.log_probs(self.batch, microbatches)
 
-    def steps(self, count: int) -> dict[str, float]:
-        """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
+    def step(self, learning_rate: float) -> Any:
+        """One PMD step; the anchor is the policy before the first."""
         from megatron_pmd.algorithm.losses import Constants, loss_of
         from megatron_pmd.objectives.pmd import Pmd
 
-        anchor = self.log_probs(self.microbatches).log_probs
+        if self._anchor is None:
+            self._anchor = self.log_probs(self.microbatches).log_probs
         loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
+        return self.actor.update(self.batch, self.microbatches, self._anchor, loss, learning_rate)
+
+    def steps(self, count: int) -> dict[str, float]:
+        """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
+        self._anchor = self.log_probs(self.microbatches).log_probs
         seconds, reports = [], []
         for _ in range(count):
             begin = time.monotonic()
-            reports.append(self.actor.update(self.batch, self.microbatches, anchor, loss, 0.0))
+            reports.append(self.step(0.0))
             seconds.append(time.monotonic() - begin)
         first = reports[0]
         return {

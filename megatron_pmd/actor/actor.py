@@ -18,12 +18,13 @@ from megatron_pmd.actor.forward import run_schedule
 from megatron_pmd.actor.log_probs import microbatch_log_probs
 from megatron_pmd.actor.packing import PackedMicrobatch, Row
 from megatron_pmd.actor.parallel import context_parallel_position, data_parallel_position, holds_logits
+from megatron_pmd.actor.router_losses import RouterLosses
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
-from megatron_pmd.device import SharedDevice
+from megatron_pmd.device import SharedDevice, on_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ModelError, NonFiniteLoss
 
@@ -86,13 +87,40 @@ class StepReport:
 
 @dataclass
 class _StepSums:
-    """What one optimizer step adds up over its micro-batches."""
+    """What one optimizer step adds up over its micro-batches.
+
+    It stays on the device until the step is done: each number asked for earlier is a wait of the host, and
+    then of the device for the host's next kernels.
+    """
 
     reports: list[tuple[PackedMicrobatch, LossTerms]] = field(default_factory=list)
-    entropy: float = 0.0
+    entropies: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
-    example_loss: float = 0.0
-    example_tokens: int = 0
+    examples: list[LossTerms] = field(default_factory=list)
+
+    def report(self, learning_rate: float, gradient_norm: float) -> StepReport:
+        reports = self.reports
+        names = reports[0][1].per_sequence if reports else {}
+        return StepReport(
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            loss_sum=sum(_numbers([terms.sum for _, terms in reports])),
+            loss_count=int(sum(_numbers([terms.count for _, terms in reports]))),
+            samples=np.array([s for microbatch, _ in reports for s in microbatch.samples], np.int64),
+            per_sequence={
+                name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy()
+                for name in names
+            },
+            entropy_sum=sum(_numbers(self.entropies), 0.0),
+            tokens=self.tokens,
+            example_loss_sum=sum(_numbers([terms.sum for terms in self.examples]), 0.0),
+            example_tokens=int(sum(_numbers([terms.count for terms in self.examples]))),
+        )
+
+
+def _numbers(values: list[torch.Tensor]) -> list[float]:
+    """Scalars from the device, at one wait for all."""
+    return torch.stack([value.detach().double() for value in values]).tolist() if values else []
 
 
 class Actor:
@@ -122,10 +150,14 @@ class Actor:
         self.shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
         self._expert_load = ExpertLoad(self.chunks)
+        self._router_losses = RouterLosses(provider, self._row)
         self.routing_width: int = provider.num_layers * provider.moe_router_topk
         """Experts that one token goes to, over all layers."""
         self._saver = checkpoint.Saver(
-            control, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+            control,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            by_hosts=config.layout.hosts_gather_states,
         )
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
@@ -158,15 +190,16 @@ class Actor:
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
         current = torch.from_numpy(batch.tokens.versions == batch.weight_version)
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
-            log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
-            source = microbatch.source.cpu()
-            result[source] = log_probs.cpu()
-            entropy_sum.add_(entropy.cpu()[current[source]].sum())
+            parts.append((microbatch.source, *self._token_log_probs(batch, microbatch, logits)))
 
         with self._expert_load.counting() as expert_tokens:
             self._run(batch, microbatches, keep, forward_only=True)
+        for source, log_probs, entropy in parts:
+            result[source] = log_probs.cpu()
+            entropy_sum.add_(entropy.cpu()[current[source]].sum())
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
         compared = computed & current
         difference = (result - torch.from_numpy(batch.tokens.engine_log_probs))[compared].abs().double()
@@ -202,24 +235,23 @@ class Actor:
             microbatch: PackedMicrobatch, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, None]:
             log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
-            source = microbatch.source.cpu()
+            source = microbatch.source
             x = LossInput(
                 log_probs=log_probs,
-                anchor_log_probs=anchor[source].to(logits.device),
-                engine_log_probs=engine[source].to(logits.device),
-                mask=counted[source].to(logits.device),
+                anchor_log_probs=on_device(anchor[source], logits.device),
+                engine_log_probs=on_device(engine[source], logits.device),
+                mask=on_device(counted[source], logits.device),
                 sequence=microbatch.sequence,
-                advantages=advantages[microbatch.samples].to(logits.device),
+                advantages=on_device(advantages[microbatch.samples], logits.device),
             )
             if microbatch.supervised:
                 assert examples is not None
                 terms = next_token(x)
-                sums.example_loss += float(terms.sum)
-                sums.example_tokens += int(terms.count)
+                sums.examples.append(terms)
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None
             terms = objective(x)
             sums.reports.append((microbatch, terms))
-            sums.entropy += float(entropy.sum())
+            sums.entropies.append(entropy.sum())
             sums.tokens += len(entropy)
             # the ranks that share out the sequences compute one loss: one of them counts it
             count = terms.count if self._row.rank == 0 else torch.zeros_like(terms.count)
@@ -229,6 +261,7 @@ class Actor:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         supervised = examples.microbatches if examples else []
+        self._router_losses.weigh(batch, microbatches, supervised, objective)
         self._run(batch, microbatches, loss, forward_only=False, examples=supervised)
         return self._apply(sums, learning_rate)
 
@@ -240,25 +273,7 @@ class Actor:
             raise NonFiniteLoss(
                 f"the gradient norm is {gradient_norm}: the weights of this process are spoilt"
             )
-        if not holds_logits():
-            sums = _StepSums()
-        reports = sums.reports
-        names = reports[0][1].per_sequence if reports else {}
-        return StepReport(
-            learning_rate=learning_rate,
-            gradient_norm=gradient_norm,
-            loss_sum=sum(float(terms.sum) for _, terms in reports),
-            loss_count=sum(int(terms.count) for _, terms in reports),
-            samples=np.array([s for microbatch, _ in reports for s in microbatch.samples], np.int64),
-            per_sequence={
-                name: torch.cat([terms.per_sequence[name] for _, terms in reports]).double().cpu().numpy()
-                for name in names
-            },
-            entropy_sum=sums.entropy,
-            tokens=sums.tokens,
-            example_loss_sum=sums.example_loss,
-            example_tokens=sums.example_tokens,
-        )
+        return (sums if holds_logits() else _StepSums()).report(learning_rate, gradient_norm)
 
     def _run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,35 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.model import expert_biases
+from megatron_pmd.actor.optimizer_state import (
+    OPTIMIZER_FORMAT,
+    groups_of,
+    own_memory,
+    quantize_anew,
+    regrouped,
+)
+from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.files import write_whole
 from megatron_pmd.processes import die_with_parent
 
-# `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "run_state.json"
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
@@ -77,8 +91,10 @@ class Saver:
     checkpoints then stay as they were.
     """
 
-    def __init__(self, control: Control, *, keep: int, asynchronous: bool) -> None:
+    def __init__(self, control: Control, *, keep: int, asynchronous: bool, by_hosts: bool) -> None:
+        """by_hosts: the hosts gather the optimizer's states (Layout.hosts_gather_states), not the devices."""
         self._control, self._keep, self._asynchronous = control, keep, asynchronous
+        self._by_hosts = by_hosts
         self._queue = AsyncCallsQueue()
         self._pending: tuple[Path, dict[str, Any]] | None = None
 
@@ -111,13 +127,14 @@ class Saver:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         try:
-            request = dist_checkpointing.save(
-                _sharded_state(chunks, optimizer, is_loading=False),
-                str(partial),
-                strategy,
-                async_sharded_save=True,
-                async_strategy="mcore",
-            )
+            with _all_threads():
+                request = dist_checkpointing.save(
+                    _sharded_state(chunks, optimizer, is_loading=False, by_hosts=self._by_hosts),
+                    str(partial),
+                    strategy,
+                    async_sharded_save=True,
+                    async_strategy="mcore",
+                )
         except FAILURES as error:
             raise _not_written(partial, error) from error
         self._control.on_driver(lambda: _written(partial, write_more))
@@ -161,6 +178,22 @@ class Saver:
             shutil.rmtree(old)
 
 
+@contextlib.contextmanager
+def _all_threads() -> Iterator[None]:
+    """Within it torch copies with all cores of this rank.
+
+    Training stands still while the optimizer's state is gathered and copied: for 30 billion parameters on 32
+    ranks 230 GB are written to a rank's memory (planner/memory.py), which takes one core a minute.
+    """
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(before, cores))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _write_in_background(parent: int, write: Callable[..., None], *arguments: Any) -> None:
     """Run megatron-core's writer, a forked process, so that it yields to training and ends with its rank.
 
@@ -169,6 +202,7 @@ def _write_in_background(parent: int, write: Callable[..., None], *arguments: An
     die_with_parent(parent=parent)
     os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
     os.nice(10)
+    torch.set_num_threads(1)  # OpenMP's threads are not in a forked process: it would wait for them for ever
     write(*arguments)
 
 
@@ -191,10 +225,15 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     """Restore weights, optimizer and random states from a checkpoint of any layout of the same model."""
     state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
+        # the replicas need the same tensors: each reads its share of them, and sends it to the others
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(checkpoint)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
         same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
         if not same_layout:  # a rank's own state has no meaning where another rank holds its part
             del state["rank"]
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+        loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
     except FAILURES as error:
         raise CheckpointError(
             f"{checkpoint}: cannot be read: {_reason(error)}; "
@@ -202,7 +241,10 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
         ) from error
     for name, chunk in _named(chunks).items():
         chunk.load_state_dict(loaded["model"][name], strict=True)
-    optimizer.load_state_dict(_regrouped(loaded["optimizer"], optimizer))
+    optimizer.load_state_dict(regrouped(loaded["optimizer"], optimizer))
+    own_memory(optimizer)
+    if any(is_float8tensor(p) for chunk in chunks for p in chunk.parameters()):
+        quantize_anew(chunks, optimizer)
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
         if _digest(chunks) != loaded["rank"]["digest"]:
@@ -213,37 +255,6 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
             )
 
 
-def _regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
-    """The optimizer's state as this layout's optimizers want it.
-
-    Expert parallelism gives the experts an optimizer of their own. The moments find their way by parameter,
-    but the groups' settings (Adam's numbers and its step count) come back under the number of the optimizer
-    that saved them.
-    """
-    parts = optimizer.chained_optimizers
-    states = [saved[key] for key in sorted(key for key in saved if isinstance(key, int))]
-    settings = [state["optimizer"] for state in (saved, *states) if "optimizer" in state]
-    if len(settings) == len(parts):
-        return saved
-    # the settings of dense and expert parameters differ in nothing but weight decay
-    groups = {group["wd_mult"]: group for part in settings for group in part["param_groups"]}
-
-    def fitted(state: dict[Any, Any], part: Any) -> dict[str, Any]:
-        own = [
-            {**groups[group["wd_mult"]], "is_expert_parallel": group["is_expert_parallel"]}
-            for group in part.optimizer.param_groups
-        ]
-        return {
-            "param_state": state["param_state"],
-            "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
-            "optimizer": {"param_groups": own},
-        }
-
-    if len(parts) == 1:
-        return fitted(saved, parts[0])
-    return {i: fitted(saved[i], part) for i, part in enumerate(parts)}
-
-
 def _reason(error: BaseException) -> str:
     """The failure in one line; for torch's collection of all ranks' tracebacks, the first rank's."""
     if isinstance(error, CheckpointException):
@@ -252,13 +263,20 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _sharded_state(chunks: list[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    chunks: list[Any], optimizer: Any, *, is_loading: bool, by_hosts: bool = False
+) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     tensors = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
     rank, world = dist.get_rank(), dist.get_world_size()
+    form = OPTIMIZER_FORMAT | {"distrib_optim_fully_reshardable_mem_efficient": by_hosts}
+    states = optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=form)
+    for group in groups_of(states):
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]  # HybridDeviceOptimizer notes its classes there, which loading refuses
     return {
         "model": tensors,
-        "optimizer": optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=OPTIMIZER_FORMAT),
+        "optimizer": states,
         "rank": ShardedObject(
             "rank", {"random": _random_state(), "digest": _digest(chunks)}, (world,), (rank,)
         ),
@@ -280,13 +298,18 @@ def _named(chunks: list[Any]) -> dict[str, Any]:
 
 
 def _digest(chunks: list[Any]) -> int:
-    """Sum of all bits of parameters and expert biases: a wrong byte anywhere changes it."""
-    integers = {4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return sum(
-        int(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64))
-        for chunk in chunks
-        for p in (*chunk.parameters(), *expert_biases(chunk).values())
-    )
+    """Sum of all bits of parameters and expert biases: a wrong byte anywhere changes it.
+
+    Of an FP8 parameter those of the numbers it stands for: its bytes cannot be viewed, and the copy by column
+    is there or not.
+    """
+    integers = {4: torch.int32, 2: torch.int16}
+    total = torch.zeros((), dtype=torch.int64, device=current_device())
+    for chunk in chunks:
+        for p in (*chunk.parameters(), *expert_biases(chunk).values()):
+            plain = p.detach().dequantize() if is_float8tensor(p) else p.detach()
+            total += plain.view(integers[plain.element_size()]).sum(dtype=torch.int64)
+    return int(total)
 
 
 def _random_state() -> dict[str, Any]:

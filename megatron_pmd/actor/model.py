@@ -116,6 +116,10 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
+    # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
+    # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
+    if "apply_rope_fusion" not in fields:
+        provider.apply_rope_fusion = not provider.multi_latent_attention or provider.rope_type == "yarn"
     if not torch.cuda.is_available():
         from megatron_pmd.actor.cpu.modules import block_spec
 
@@ -152,6 +156,9 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
         for name, bias in expert_biases(chunk).items():
             bias.data = biases[name]  # rounded to bf16 by Float16Module; they decide between experts in fp32
         wrapped.append(DistributedDataParallel(provider, ddp, module))
+    # gradients that are reduced during the backward pass wait for that of the last micro-batch
+    waits = [chunk.no_sync for chunk in wrapped]
+    provider.no_sync_func = waits if virtual > 1 else waits[0]
     return wrapped
 
 

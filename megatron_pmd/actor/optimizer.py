@@ -39,9 +39,10 @@ def reset_state(optimizer: MegatronOptimizer) -> None:
     """Moments and step counts back to zero, as if no step had been taken."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for state in part.optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+            # the precision-aware and the host's Adam keep the fp32 parameters there, too
+            for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+                if torch.is_tensor(state[name]):
+                    state[name].zero_()
         # Transformer Engine's and apex's fused Adam count steps per group, torch's per parameter
         for group in part.optimizer.param_groups:
             if "step" in group:

@@ -12,6 +12,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.device import on_device
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Row:
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Tokens that samples of these lengths take in a row."""
         return -(-lengths // self.sequence_multiple) * self.sequence_multiple
+
+    def whole(self, lengths: np.ndarray) -> int:
+        """Tokens of the whole row that holds samples of these lengths, its padding included."""
+        multiple = math.lcm(self.multiple * self.size, self.sequence_multiple)
+        return -(-max(int(self.padded(lengths).sum()), 1) // multiple) * multiple
 
     def held(self, bounds: np.ndarray) -> np.ndarray:
         """Where the tokens of this rank stand in the whole row, in the order it holds them.
@@ -60,7 +66,9 @@ class PackedMicrobatch:
     here                [response tokens here]  which of the response tokens those are
     targets             [response tokens]  the response tokens
     sequence            [response tokens]  index of the token's sample in `samples`
-    source              [response tokens]  index of the token in the batch's arrays of the tokens here
+    source              [response tokens]  index of the token in the batch's arrays of the tokens here; on the
+                        host, as those are
+    longest             tokens of the longest sequence
     experts             [row on this rank, layers · top-k]  as recorded, None where nothing was; at padding
                         those of the rollout's first token
     supervised          whether the samples are supervised examples, not responses of the policy
@@ -75,18 +83,18 @@ class PackedMicrobatch:
     targets: torch.Tensor
     sequence: torch.Tensor
     source: torch.Tensor
+    longest: int
     experts: torch.Tensor | None
     supervised: bool
 
     @property
     def attention(self) -> PackedSeqParams:
-        longest = int(self.bounds.diff().max())
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=self.bounds,
             cu_seqlens_kv=self.bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
         )
 
 
@@ -101,12 +109,11 @@ def pack_microbatch(
         raise IndexError(f"this rank's share of the batch has not all of the samples {samples}")
     lengths = batch.samples.lengths[samples]
     starts = np.concatenate([[0], np.cumsum(row.padded(lengths))]).astype(np.int64)
-    total, multiple = int(starts[-1]), math.lcm(row.multiple * row.size, row.sequence_multiple)
-    padding = -total % multiple if total else multiple
-    bounds = np.append(starts, total + padding) if padding else starts
-    tokens, positions = np.zeros(total + padding, np.int64), np.zeros(total + padding, np.int64)
+    whole = row.whole(lengths)
+    bounds = np.append(starts, whole) if whole > starts[-1] else starts
+    tokens, positions = np.zeros(whole, np.int64), np.zeros(whole, np.int64)
     # where in the batch's arrays a token of the row comes from, -1 at padding
-    origin = np.full(total + padding, -1)
+    origin = np.full(whole, -1)
     # where in the row, and where in the batch's arrays, each sample's response stands
     empty = np.zeros(0, np.int64)
     answers, sources = [empty], [empty]
@@ -117,15 +124,15 @@ def pack_microbatch(
         origin[start : start + length] = np.arange(offset, offset + length)
         answers.append(np.arange(start + prompt, start + length))
         sources.append(np.arange(offset + prompt, offset + length))
-    held = row.held(bounds) if row.size > 1 else np.arange(total + padding)
-    place = np.full(total + padding, -1)
+    held = row.held(bounds) if row.size > 1 else np.arange(whole)
+    place = np.full(whole, -1)
     place[held] = np.arange(len(held))
     # the logits that predict a token stand one position before it
     rows = place[np.concatenate(answers) - 1]
     here = np.flatnonzero(rows >= 0)
 
     def tensor(array: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.as_tensor(array, dtype=dtype, device=device)
+        return on_device(torch.as_tensor(array, dtype=dtype), device)
 
     return PackedMicrobatch(
         samples=samples,
@@ -136,7 +143,8 @@ def pack_microbatch(
         here=tensor(here),
         targets=tensor(tokens[np.concatenate(answers)]),
         sequence=tensor(np.repeat(np.arange(len(samples)), [len(a) for a in answers[1:]])),
-        source=tensor(np.concatenate(sources)),
+        source=torch.from_numpy(np.concatenate(sources)),
+        longest=int(np.diff(bounds).max()),
         experts=None if (experts := _experts(batch, origin[held])) is None else tensor(experts),
         supervised=supervised,
     )

@@ -68,18 +68,20 @@ class OptimizerStates:
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             if getattr(part, "is_stub_optimizer", False):
                 continue
-            found = [
-                ((id(p), ""), p.data, functools.partial(setattr, p, "data"))
-                for group in part.optimizer.param_groups
-                for p in group["params"]
-            ]
-            found += [
-                ((id(p), name), value, functools.partial(state.__setitem__, name))
-                for p, state in part.optimizer.state.items()
-                for name, value in state.items()
-                if torch.is_tensor(value) and value.dim()
-            ]
-            yield from (entry for entry in found if entry[1].untyped_storage().data_ptr() not in models)
+            # the optimizer of which a share is on the host consists of others, which hold the fp32 parameters
+            for inner in getattr(part.optimizer, "sub_optimizers", [part.optimizer]):
+                found = [
+                    ((id(p), ""), p.data, functools.partial(setattr, p, "data"))
+                    for group in inner.param_groups
+                    for p in group["params"]
+                ]
+                found += [
+                    ((id(p), name), value, functools.partial(state.__setitem__, name))
+                    for p, state in inner.state.items()
+                    for name, value in state.items()
+                    if torch.is_tensor(value) and value.dim() and value is not p
+                ]
+                yield from (entry for entry in found if entry[1].untyped_storage().data_ptr() not in models)
 
 
 def release_optimizer(states: OptimizerStates) -> None:
@@ -92,9 +94,27 @@ def release_optimizer(states: OptimizerStates) -> None:
 def release_parameters(chunks: list[Any]) -> None:
     """After the export: parameters and gradient buffers leave, and the device belongs to the engines."""
     if torch.cuda.is_available():
+        drop_quantized_copies(chunks)
         for buffer in _buffers(chunks):
             buffer.offload_to_cpu(move_params=True, move_grads=True)
         return_freed_memory()
+
+
+def drop_quantized_copies(chunks: list[Any]) -> None:
+    """Let go of what Transformer Engine made of the weights in FP8; the next forward pass makes it anew.
+
+    Of bf16 parameters its modules keep an FP8 copy by row and one by column, 2 bytes a parameter, outside
+    megatron-core's buffers. Of FP8 parameters the copy by column lies there, too; an MXFP8 one cannot be made
+    from that by row, and stays.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            copies = getattr(module, "_fp8_workspaces", None)
+            if copies:
+                copies.clear()
+        for parameter in chunk.parameters():
+            if hasattr(parameter, "_create_columnwise") or hasattr(parameter, "_create_transpose"):
+                parameter.update_usage(rowwise_usage=True, columnwise_usage=False)
 
 
 def wake_parameters(chunks: list[Any]) -> None:

@@ -91,7 +91,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
         moe_router_dtype="fp32",
-        # an auxiliary loss depends on how samples are packed; turn it on through actor.megatron
+        # an auxiliary loss depends on how samples are packed; it is turned on through actor.megatron
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         mtp_num_layers=None,  # layers that predict further tokens are no part of the policy
@@ -102,7 +102,11 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
     if layout.virtual_pipeline > 1:
         # batched sends and receives of two stages cross each other over gloo: gradients are wrong, silently
         fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # Megatron-Bridge turns the fused accumulation on wherever Transformer Engine is; the output layer is
+        # megatron-core's own, needs apex's kernel for it, and ends every rank that has it without
+        fields["gradient_accumulation_fusion"] = _has_fused_accumulation()
+    else:
         fields.update(CPU_FIELDS)
     if config.actor.experts.replay_routing:
         # Transformer Engine's fused top-k and the sinkhorn router know nothing of RouterReplay
@@ -116,7 +120,38 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
     for name in config.actor.megatron:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")
+    _check_router_losses(config.actor.megatron)
     return fields | config.actor.megatron
+
+
+def _has_fused_accumulation() -> bool:
+    """Whether apex's fused_weight_gradient_mlp_cuda imports: what megatron-core itself asks."""
+    # not at the top: it imports Transformer Engine, which reads what set_environment sets
+    from megatron.core.tensor_parallel import layers
+
+    return layers._grad_accum_fusion_available
+
+
+def _check_router_losses(chosen: dict[str, Any]) -> None:
+    """Raise ConfigError for a loss of the routers that would not be what its name says."""
+    kind = chosen.get("moe_router_load_balancing_type", "none")
+    if chosen.get("moe_aux_loss_coeff") and kind == "none":
+        raise ConfigError(
+            "actor.megatron.moe_aux_loss_coeff does nothing alone; set "
+            "actor.megatron.moe_router_load_balancing_type=aux_loss, too"
+        )
+    kinds = [kind] if isinstance(kind, str) else kind
+    reasons = {
+        "seq_aux_loss": "takes a packed row of samples for one sequence",
+        "global_aux_loss": "grows weaker with the number of data-parallel replicas",
+    }
+    for wrong in reasons.keys() & set(kinds):
+        raise ConfigError(
+            f"actor.megatron.moe_router_load_balancing_type={wrong} {reasons[wrong]}; use aux_loss, which "
+            "balances each packed row, or actor.experts.bias_update_rate"
+        )
+    if kind != kinds[0] or len(kinds) > 1:
+        raise ConfigError(f"actor.megatron.moe_router_load_balancing_type={kind}: give one kind, as text")
 
 
 def _recompute_fields(actor: Actor) -> dict[str, Any]:
@@ -181,6 +216,9 @@ def data_parallel_fields(config: RunConfig) -> dict[str, Any]:
     return dict(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
+        # Parameters are gathered at once all the same: a checkpoint or a sync reads them after the last step,
+        # and would read what other ranks have not sent yet.
+        overlap_grad_reduce=torch.cuda.is_available(),
         fp8_param_gather=gather,
         reuse_grad_buf_for_mxfp8_param_ag=gather and fp8.recipe == "mxfp8" if fp8 else False,
     )
@@ -208,11 +246,18 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
         )
     if settings.moments == "bf16":
         fields.update(
-            use_precision_aware_optimizer=True, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16
+            use_precision_aware_optimizer=True,
+            exp_avg_dtype=torch.bfloat16,
+            exp_avg_sq_dtype=torch.bfloat16,
+            # a checkpoint holds whole fp32 parameters: the 16 bits that bf16 lacks are not read back from it
+            store_param_remainders=False,
         )
     if settings.offload:
         fields.update(
             optimizer_cpu_offload=True,
+            # else the fp32 parameters stay on the device, beside those of the host, and no checkpoint can be
+            # loaded: HybridDeviceOptimizer looks for an fp32 copy of each of its own parameters
+            use_precision_aware_optimizer=True,
             optimizer_offload_fraction=settings.offload,
             overlap_cpu_optimizer_d2h_h2d=True,
         )

@@ -133,8 +133,16 @@ class LossTerms:
     """
 
 
-Loss = Callable[[LossInput], LossTerms]
-"""An objective with everything given."""
+@dataclass(frozen=True)
+class Loss:
+    """An objective with everything but the micro-batch given."""
+
+    counts: Literal["sequences", "tokens"]
+    """What `LossTerms.count` is a number of."""
+    terms: Callable[[LossInput], LossTerms]
+
+    def __call__(self, x: LossInput) -> LossTerms:
+        return self.terms(x)
 
 
 class Objective(Protocol):
@@ -165,12 +173,15 @@ def terms(
 
 def loss_of(objective: Objective, constants: Constants, mismatch: Weight | None = None) -> Loss:
     """`terms` with everything but the micro-batch given."""
-    return functools.partial(terms, objective, constants=constants, mismatch=mismatch)
+    return Loss(objective.counts, functools.partial(terms, objective, constants=constants, mismatch=mismatch))
 
 
-def next_token(x: LossInput) -> LossTerms:
-    """Negative log-likelihood −log π_θ of the counted tokens, token mean: supervised training."""
+def _next_token(x: LossInput) -> LossTerms:
     return token_terms(x, -x.counted_log_probs, none_by_token(x.mismatch))
+
+
+next_token = Loss("tokens", _next_token)
+"""Negative log-likelihood −log π_θ of the counted tokens, token mean: supervised training."""
 
 
 def sequence_terms(x: LossInput, loss: Tensor, weight: Tensor) -> LossTerms:

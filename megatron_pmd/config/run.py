@@ -230,6 +230,12 @@ class RunConfig(Frozen):
                 f"actor.fp8.parameter_gather with optimizer.offload={self.optimizer.offload:g}: the Adam on "
                 "the host writes bf16 parameters, not FP8 ones; turn one of them off"
             )
+        if self.optimizer.offload and precision != "bf16":
+            raise ConfigError(
+                f"optimizer.offload={self.optimizer.offload:g} with model.precision={precision}: "
+                "megatron-core's optimizer on the host can be resumed for models trained in bf16 alone; "
+                "choose one of the two"
+            )
         if self.optimizer.moments == "bf16" and precision != "bf16":
             raise ConfigError(
                 f"optimizer.moments=bf16 with model.precision={precision}: megatron-core's precision-aware "

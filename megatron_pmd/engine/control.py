@@ -101,14 +101,9 @@ class EngineControl:
         # engines of one node may be told of the same bucket
         reply = Path(f"{descriptions[0]['reply']}-{self.spec.port}.json")
         reply.unlink(missing_ok=True)
-        bodies = [
-            bytearray(json.dumps(description | {"reply": str(reply)}).encode())
-            for description in descriptions
-        ]
-        payloads = [
-            base64.b64encode(pickled_by_value([("bucket", torch.frombuffer(body, dtype=torch.uint8))])).decode()
-            for body in bodies
-        ]
+        said = [json.dumps(description | {"reply": str(reply)}).encode() for description in descriptions]
+        bodies = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in said]
+        payloads = [base64.b64encode(pickled_by_value([("bucket", body)])).decode() for body in bodies]
         request = {
             "serialized_named_tensors": payloads,
             "load_format": LOADER,

@@ -192,7 +192,7 @@ def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> li
         print(f"{allocation.host}: memory and disk not compared with a plan: {error}", flush=True)
         return []
     found = []
-    need = sum(plan.host.values())
+    need = plan.host_bytes
     if need > free:
         found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
     # one is written before the oldest goes

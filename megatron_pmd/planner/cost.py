@@ -12,8 +12,12 @@ from megatron_pmd.planner.memory import (
     engine_weight_bytes,
     microbatches_per_step,
 )
+from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
 from megatron_pmd.planner.sharding import BYTES, Stage
+
+CHECKPOINT = ("save", "write")
+"""While training stands still, and to the disk: beside the phases that follow, if checkpoint.asynchronous."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Cost:
     @property
     def iteration_seconds(self) -> float:
         """Without the checkpoint, which is not due every time."""
-        return sum(value for phase, value in self.seconds.items() if phase != "save")
+        return sum(value for phase, value in self.seconds.items() if phase not in CHECKPOINT)
 
 
 def forward_flops_per_token(shape: Shape, context: float) -> float:
@@ -70,7 +74,10 @@ def cost(
         "anchor": forward * bubble / peak / assume.forward_efficiency,
         "update": update * bubble / peak / assume.train_efficiency,
         "sync": weight_bytes / assume.sync_bytes_per_second + moved / device.host_bytes_per_second,
-        "save": checkpoint_bytes(shape, config) / nodes / machines.storage_bytes_per_second,
+        "save": max(
+            save_of(shape, config, stage, machines, assume).stall_seconds(assume) for stage in all_stages
+        ),
+        "write": checkpoint_bytes(shape, config) / nodes / machines.storage_bytes_per_second,
     }
     return Cost(tokens, batch.samples_per_rollout * response, forward, update, seconds)
 

@@ -72,5 +72,9 @@ class Assumptions:
     """Host memory of one actor rank and its share of an engine, without what is offloaded."""
     cpu_process_bytes: float = 2.2e9
     """The same without CUDA's libraries."""
+    core_copy_bytes_per_second: float = 1e9
+    """Written by one core into memory that is new to its process: most of it is the kernel's work."""
+    cores_per_rank: int = 12
+    """Of a node with accelerators; without them a rank has one."""
     safety: float = 0.95
     """Of a memory, the share a plan may fill."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from megatron_pmd.config import RunConfig
 from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_static
 from megatron_pmd.planner.hardware import Assumptions, Machines
+from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
-from megatron_pmd.planner.sharding import BYTES, Stage, optimizer_bytes_each
+from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage
 
 Owners = dict[str, float]
 """Bytes by owner."""
@@ -228,6 +229,11 @@ def device_phases(
         }
 
     fullest = max((update(stage) for stage in all_stages), key=lambda owners: sum(owners.values()))
+
+    def save(stage: Stage) -> Owners:
+        rest = {owner: size for owner, size in update(stage).items() if owner != "activations"}
+        return rest | {"gathered states": save_of(shape, config, stage, machines, assume).device_bytes}
+
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes)
     return {
         "rollout": {
@@ -237,6 +243,7 @@ def device_phases(
             "left-overs": actor_left + engine_left,
         },
         "update": fullest,
+        "save": max((save(stage) for stage in all_stages), key=lambda owners: sum(owners.values())),
         "sync": {
             "actor weights": heaviest.weight_bytes,
             "gradients": heaviest.gradient_bytes,
@@ -261,10 +268,11 @@ def _recorded_routing_bytes(shape: Shape, config: RunConfig) -> int:
     return 2 * shape.layers * part.experts_per_token * (1 if part.experts <= 256 else 2)
 
 
-def host_bytes(
+def host_phases(
     shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
-) -> Owners:
-    """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts."""
+) -> dict[str, Owners]:
+    """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts; and the
+    states of a checkpoint, while they are gathered, and while they are written beside the other phases."""
     per_node = min(machines.devices_per_node, config.layout.ranks)
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.optimizer_bytes)
     batch = config.batch
@@ -273,18 +281,21 @@ def host_bytes(
     owners: Owners = {
         "processes": per_node * process,
         "rollouts": rollout * (ROLLOUT_TOKEN_BYTES + _recorded_routing_bytes(shape, config)),
-        "checkpoint being written": per_node * (heaviest.weight_bytes + heaviest.optimizer_bytes),
     }
     if machines.shares_host_memory:
         owners["weight buckets"] = 2 * config.sync.bucket_megabytes * 2**20
     else:
         owners["offloaded weights"] = per_node * heaviest.weight_bytes
         owners["offloaded optimizer"] = per_node * heaviest.optimizer_bytes
-    return owners
+    saves = [save_of(shape, config, stage, machines, assume) for stage in all_stages]
+    save = max(saves, key=lambda save: save.gathered_bytes + save.copies_bytes)
+    return {
+        "save": owners
+        | {"gathered states": save.gathered_bytes, "copies of gathered states": save.copies_bytes},
+        "other phases": owners | {"checkpoint being written": max(save.written_bytes for save in saves)},
+    }
 
 
 def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
     """One sharded checkpoint: weights, and the optimizer's moments with its fp32 main parameters."""
-    precision = config.model.precision
-    main = 0 if precision == "bf16" else 4  # with fp32 the main copy is written beside the same weights
-    return shape.total * (BYTES[precision] + optimizer_bytes_each(config) + main)
+    return shape.total * (BYTES[config.model.precision] + STATE_BYTES)

@@ -28,8 +28,8 @@ class Plan:
     stages: list[Stage]
     phases: dict[str, memory.Owners]
     """Bytes on the fullest device, by phase and owner."""
-    host: memory.Owners
-    """Bytes on the fullest node."""
+    host: dict[str, memory.Owners]
+    """Bytes on the fullest node, by phase and owner."""
     cache: memory.Cache
     checkpoint_bytes: int
     cost: Cost
@@ -37,6 +37,11 @@ class Plan:
     @property
     def nodes(self) -> int:
         return -(-self.config.layout.ranks // self.machines.devices_per_node)
+
+    @property
+    def host_bytes(self) -> float:
+        """On the fullest node in its fullest phase."""
+        return max(sum(owners.values()) for owners in self.host.values())
 
     @property
     def problems(self) -> list[str]:
@@ -104,13 +109,16 @@ class Plan:
 
     def _node_problems(self) -> list[str]:
         config, machines, found = self.config, self.machines, []
-        need, room = sum(self.host.values()), machines.host_memory_bytes * self.assumptions.safety
-        if need > room:
-            greatest = sorted(self.host.items(), key=lambda item: -item[1])[:3]
-            parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
-            found.append(
-                f"a node's host memory: {gigabytes(need)} needed, {gigabytes(room)} to give ({parts})"
-            )
+        room = machines.host_memory_bytes * self.assumptions.safety
+        for phase, owners in self.host.items():
+            need = sum(owners.values())
+            if need > room:
+                greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
+                parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
+                found.append(
+                    f"{phase}: {gigabytes(need)} of a node's host memory needed, {gigabytes(room)} to give "
+                    f"({parts})"
+                )
         ranks = config.layout.ranks
         if ranks > machines.devices_per_node and ranks % machines.devices_per_node:
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
@@ -143,7 +151,7 @@ def make_plan(config: RunConfig, machines: Machines, assumptions: Assumptions | 
         shape=shape,
         stages=all_stages,
         phases=memory.device_phases(shape, config, all_stages, machines, assume),
-        host=memory.host_bytes(shape, config, all_stages, machines, assume),
+        host=memory.host_phases(shape, config, all_stages, machines, assume),
         cache=kv,
         checkpoint_bytes=memory.checkpoint_bytes(shape, config),
         cost=cost(shape, config, all_stages, machines, kv, assume),

@@ -10,6 +10,8 @@ from megatron_pmd.planner.shapes import Shape
 
 BYTES = {"fp32": 4, "bf16": 2}
 
+STATE_BYTES = 12
+"""Of one parameter in a checkpoint: fp32 main parameter and both moments, whatever they are in memory."""
 GRADIENT_BYTES = 4
 """Gradients are summed in fp32 (grad_reduce_in_fp32)."""
 
@@ -48,6 +50,11 @@ class Stage:
         return self.dense + self.experts
 
     @property
+    def share(self) -> float:
+        """Parameters of which this rank holds the optimizer state, and writes the weights."""
+        return self.dense / self.dense_shards + self.experts / self.expert_shards
+
+    @property
     def weight_bytes(self) -> int:
         return self.parameters * self.bytes_each
 
@@ -58,8 +65,7 @@ class Stage:
     @property
     def optimizer_bytes(self) -> float:
         """Mean over the ranks that share it; one rank's part differs by less than its padding."""
-        share = self.dense / self.dense_shards + self.experts / self.expert_shards
-        return share * self.optimizer_bytes_each
+        return self.share * self.optimizer_bytes_each
 
 
 def layers_of_stages(layers: int, config: RunConfig) -> list[range]:

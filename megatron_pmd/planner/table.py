@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.planner.memory import microbatches_per_step
+from megatron_pmd.planner.memory import Owners, microbatches_per_step
 from megatron_pmd.planner.planning import Plan, gigabytes
 
 
@@ -73,11 +73,15 @@ def _devices(plan: Plan) -> Table:
     title = f"memory of the fullest {device.name}" + (
         "" if plan.machines.shares_host_memory else f" ({gigabytes(device.memory_bytes)})"
     )
-    table = _table(title, "owner", *plan.phases)
-    owners = list(dict.fromkeys(owner for phase in plan.phases.values() for owner in phase))
-    for owner in owners:
-        table.add_row(owner, *(_cell(phase.get(owner)) for phase in plan.phases.values()))
-    table.add_row("[bold]together", *(_cell(sum(phase.values())) for phase in plan.phases.values()))
+    return _by_phase(title, plan.phases)
+
+
+def _by_phase(title: str, phases: dict[str, Owners]) -> Table:
+    """Owners in rows, phases in columns."""
+    table = _table(title, "owner", *phases)
+    for owner in dict.fromkeys(owner for phase in phases.values() for owner in phase):
+        table.add_row(owner, *(_cell(phase.get(owner)) for phase in phases.values()))
+    table.add_row("[bold]together", *(_cell(sum(phase.values())) for phase in phases.values()))
     return table
 
 
@@ -88,11 +92,8 @@ def _cell(size: float | None) -> str:
 
 
 def _hosts(plan: Plan) -> Table:
-    table = _table(f"host memory of a node ({gigabytes(plan.machines.host_memory_bytes)})", "owner", "")
-    for owner, size in plan.host.items():
-        table.add_row(owner, _cell(size))
-    table.add_row("[bold]together", _cell(sum(plan.host.values())))
-    return table
+    title = f"host memory of a node ({gigabytes(plan.machines.host_memory_bytes)})"
+    return _by_phase(title, plan.host)
 
 
 def _engines(plan: Plan) -> Table:
@@ -107,9 +108,14 @@ def _engines(plan: Plan) -> Table:
 def _time(plan: Plan) -> Table:
     cost = plan.cost
     table = _table("one iteration, estimated", "phase", "seconds")
+    beside = "beside other phases" if plan.config.checkpoint.asynchronous else "training waits"
+    names = {
+        "save": "save: training stands still, when due",
+        "write": f"a checkpoint to the disk: {beside}",
+    }
     for phase, seconds in cost.seconds.items():
-        table.add_row(phase if phase != "save" else "save (when due)", f"{seconds:,.1f}")
-    table.add_row("[bold]together, without save", f"{cost.iteration_seconds:,.1f}")
+        table.add_row(names.get(phase, phase), f"{seconds:,.1f}")
+    table.add_row("[bold]together, without a checkpoint", f"{cost.iteration_seconds:,.1f}")
     table.add_row(
         "operations of anchor and update", f"{(cost.forward_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
     )

@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_pmd.actor import model
-from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor import model, settings
+from megatron_pmd.actor.actor import Actor, Examples
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
 from megatron_pmd.algorithm.losses import Constants, loss_of
@@ -301,3 +301,50 @@ def build_errors(cases: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, tup
             model.provider_for(bridge, config)
 
     return {name: message_of(functools.partial(attempt, *case)) for name, case in cases.items()}
+
+
+def overlapped(path: Path, layouts: list[dict[str, int]]) -> list[list[Any]]:
+    """By layout: buckets, three steps and their weights, once with gradients that are reduced during the
+    backward pass, in many buckets, as on GPUs, and once without."""
+    fields, results = settings.data_parallel_fields, []
+    for layout in layouts:
+        both = []
+        for overlap in (True, False):
+            own = dict(overlap_grad_reduce=overlap, bucket_size=10_000)
+            settings.data_parallel_fields = lambda config, own=own: fields(config) | own  # type: ignore[misc]
+            trial = Trial(config_for(path, layout))
+            buckets = sum(len(buffer.buckets) for chunk in trial.actor.chunks for buffer in chunk.buffers)
+            both.append((buckets, [trial.step(samples) for samples in STEPS], trial.weights()))
+        results.append(both)
+    settings.data_parallel_fields = fields
+    return results
+
+
+def numbers_asked_for(path: Path) -> dict[str, list[int]]:
+    """How often each micro-batch's loss, and its log-probabilities, ask a tensor for its number."""
+    trial = Trial(config_for(path))
+    run, asked = trial.actor._run, {"update": [], "log_probs": []}  # type: ignore[var-annotated]
+
+    class Asked(TorchDispatchMode):
+        times = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.times += function.overloadpacket is torch.ops.aten._local_scalar_dense
+            return function(*args, **kwargs or {})
+
+    def watched(batch: Any, microbatches: Any, on_logits: Any, *, forward_only: bool, **options: Any) -> None:
+        def counted(*arguments: Any) -> Any:
+            with Asked() as mode:
+                result = on_logits(*arguments)
+            asked["log_probs" if forward_only else "update"].append(mode.times)
+            return result
+
+        run(batch, microbatches, counted, forward_only=forward_only, **options)
+
+    trial.actor._run = watched  # type: ignore[method-assign]
+    microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
+    trial.actor.log_probs(trial.batch, microbatches)
+    # half of them as supervised examples beside the responses
+    beside = Examples(microbatches[2:], 1.0)
+    trial.actor.update(trial.batch, microbatches[:2], trial.anchor, OBJECTIVE, 0.0, beside)
+    return asked

@@ -6,11 +6,13 @@ import functools
 import json
 import shutil
 import time
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from megatron_pmd.actor import checkpoint
 from tests.actor.conftest import LAYOUTS
 from tests.actor.launch import launch
 from tests.actor.reference import compute
@@ -36,6 +38,29 @@ def test_resuming_in_bf16_gives_the_next_step_bit_for_bit(models, tmp_path):
     assert next(iter(weights.values())).dtype == torch.bfloat16
     assert step == resumed_step
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_the_digest_of_a_quantised_parameter_is_of_the_numbers_that_it_stands_for(monkeypatch):
+    """As Transformer Engine's blockwise tensor it has bytes that cannot be viewed as integers."""
+
+    class Blockwise(torch.nn.Parameter):
+        numbers: torch.Tensor
+
+        def view(self, *_: Any) -> Any:
+            raise NotImplementedError("a tensor in blocks has no view of another type")
+
+        def dequantize(self, *_: Any, **__: Any) -> Any:
+            return self.numbers
+
+    monkeypatch.setattr(checkpoint, "is_float8tensor", lambda tensor: hasattr(tensor, "numbers"))
+    monkeypatch.setattr(Blockwise, "detach", lambda self: self)
+    plain, quantized = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16), torch.nn.Module()
+    quantized.weight = weight = Blockwise(torch.zeros(16, dtype=torch.uint8), requires_grad=False)
+    weight.numbers = plain.weight.detach().clone()
+    before = checkpoint._digest([quantized])
+    assert before == checkpoint._digest([plain])
+    weight.numbers[0, 0] += 1
+    assert checkpoint._digest([quantized]) != before
 
 
 @pytest.fixture(scope="module")

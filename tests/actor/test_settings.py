@@ -73,6 +73,25 @@ def test_a_router_that_cannot_be_told_what_to_choose_is_refused_where_routing_is
         )
 
 
+@pytest.mark.parametrize("apex", [True, False])
+def test_gradients_accumulate_in_a_fused_kernel_where_the_output_layer_has_one_alone(monkeypatch, apex):
+    """megatron-core's ColumnParallelLinear raises RuntimeError where it is asked for and does not import."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron.core.tensor_parallel.layers._grad_accum_fusion_available", apex)
+    fields = settings.transformer_fields(configured("model.precision=bf16"))
+    assert fields["gradient_accumulation_fusion"] is apex
+
+
+def test_moments_in_bf16_keep_whole_fp32_parameters_which_a_checkpoint_can_restore() -> None:
+    fields = settings.optimizer_fields(configured("model.precision=bf16", "optimizer.moments=bf16"))
+    assert fields["use_precision_aware_optimizer"] and not fields["store_param_remainders"]
+
+
+def test_an_optimizer_on_the_host_that_could_not_be_resumed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.offload=0\.5 with model\.precision=fp32"):
+        configured("optimizer.offload=0.5")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA answers")
 @pytest.mark.parametrize(
     "setting",

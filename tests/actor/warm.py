@@ -42,7 +42,9 @@ ENVIRONMENT = {
 MODULES = (
     "tests.actor.actor_programs",
     "tests.actor.checkpoint_programs",
+    "tests.actor.router_loss_programs",
     "tests.convert.conversion_programs",
+    "tests.planner.measured_save",
     "tests.training.share_programs",
     "tests.weight_sync.fault_programs",
     "tests.weight_sync.node_programs",

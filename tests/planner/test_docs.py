@@ -22,7 +22,7 @@ def row(name: str) -> str:
         f"{plan.shape.active / 1e9:.2f}B",
         str(plan.config.layout.ranks),
         f"{phases} GB",
-        f"{sum(plan.host.values()) / 1e9:.0f}",
+        f"{plan.host_bytes / 1e9:.0f}",
         f"{plan.cache.tokens:,}",
         f"{plan.checkpoint_bytes / 1e9:,.0f} GB",
         f"{plan.cost.iteration_seconds:.0f} s",

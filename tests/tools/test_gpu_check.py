@@ -38,6 +38,13 @@ def test_the_gradient_of_a_step_is_transformers_but_for_bf16(folder):
     assert 0 < max(result["figures"].values()) < 0.05
 
 
+def test_the_step_after_a_checkpoint_is_the_same_after_loading_it(folder):
+    result = gpu_check.run_check("checkpoint and resume with bf16", folder)
+    assert result["status"] == "ran"
+    assert result["figures"]["loss difference"] == result["figures"]["gradient norm difference"] == 0
+    assert result["figures"]["GB"] > 1e-4
+
+
 def test_another_process_loads_a_bucket_and_refuses_a_changed_one(tmp_path):
     bucket = SharedBucket("gpu-check-test", 4096, folder=tmp_path)
     description = fill(bucket, {"w": torch.ones(10)})

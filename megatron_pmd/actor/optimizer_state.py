@@ -1,0 +1,77 @@
+"""The optimizer's state between a checkpoint and megatron-core's optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def own_memory(optimizer: Any) -> None:
+    """Give tensors of the optimizer that are parts of larger ones memory of their own.
+
+    The optimizer of which a share is on the host keeps what it is given: its shard of a moment, a view of the
+    moment of the whole parameter, as read from the checkpoint.
+    """
+    for part in optimizer.chained_optimizers:
+        for state in () if part.is_stub_optimizer else part.optimizer.state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.untyped_storage().nbytes() > value.nbytes:
+                    state[name] = value.clone()
+
+
+@torch.no_grad()
+def quantize_anew(chunks: list[Any], optimizer: Any) -> None:
+    """Make FP8 parameters of the fp32 ones, as an optimizer step does.
+
+    A checkpoint holds them in bf16: what is quantised from that has other scales than what was saved.
+    """
+    for part in optimizer.chained_optimizers:
+        if part.config.reuse_grad_buf_for_mxfp8_param_ag:
+            part._copy_main_params_to_param_buffer()
+        else:
+            part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+def regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
+    """The optimizer's state as this layout's optimizers want it.
+
+    Expert parallelism gives the experts an optimizer of their own. The moments find their way by parameter,
+    but the groups' settings (Adam's numbers and its step count) come back under the number of the optimizer
+    that saved them.
+    """
+    parts = optimizer.chained_optimizers
+    if len(_parts(saved)) == len(parts):
+        return saved
+    # the settings of dense and expert parameters differ in nothing but weight decay
+    groups = {group["wd_mult"]: group for group in groups_of(saved)}
+
+    def fitted(state: dict[Any, Any], part: Any) -> dict[str, Any]:
+        own = [
+            {**groups[group["wd_mult"]], "is_expert_parallel": group["is_expert_parallel"]}
+            for group in part.optimizer.param_groups
+        ]
+        return {
+            "param_state": state["param_state"],
+            "param_state_sharding_type": OPTIMIZER_FORMAT["distrib_optim_sharding_type"],
+            "optimizer": {"param_groups": own},
+        }
+
+    if len(parts) == 1:
+        return fitted(saved, parts[0])
+    return {i: fitted(saved[i], part) for i, part in enumerate(parts)}
+
+
+def _parts(states: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The settings of each of the optimizers, from their state as megatron-core writes it."""
+    several = [states[key] for key in sorted(key for key in states if isinstance(key, int))]
+    return [state["optimizer"] for state in (states, *several) if "optimizer" in state]
+
+
+def groups_of(states: dict[Any, Any]) -> list[dict[str, Any]]:
+    return [group for part in _parts(states) for group in part["param_groups"]]

@@ -1,0 +1,78 @@
+"""A save: what it takes of the devices and the hosts while training stands still, and for how long.
+
+megatron-core gathers the optimizer's states before it writes them (get_parameter_state_dp_zero of its
+DistributedOptimizer). A rank then has those of all parameters in its part of the model, not of its share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.planner.hardware import Assumptions, Machines
+from megatron_pmd.planner.shapes import Shape
+from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage
+
+BUCKET_PARAMETERS = 40_000_000
+"""At which megatron-core's DistributedDataParallel closes a bucket, or a million a data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """The fullest rank, and the fullest node of such ranks; bytes."""
+
+    device_bytes: float
+    """For what is gathered at one time: a bucket whole, and the rank's share of it."""
+    gathered_bytes: float
+    """On the node's ranks: the states of all parameters of each, in fp32."""
+    copies_bytes: float
+    """Beside them: either a bucket twice, as it comes and in one piece, with the rank's share; or what is
+    written, which is copied out of the gathered states before those are given up."""
+    written_bytes: float
+    """What of it stays until it is on the disk."""
+    copied_bytes: float
+    """Written to memory by one rank while training stands still."""
+
+    cores: int
+    """That do it."""
+
+    def stall_seconds(self, assume: Assumptions) -> float:
+        return self.copied_bytes / self.cores / assume.core_copy_bytes_per_second
+
+
+def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, assume: Assumptions) -> Save:
+    """The save of one pipeline stage.
+
+    By devices every rank of a stage has the gathered states; by hosts the first data-parallel rank alone, for
+    dense parameters and for experts.
+    """
+    layout, by_hosts = config.layout, config.layout.hosts_gather_states
+    whole = by_hosts or machines.shares_host_memory
+    ranks = min(machines.devices_per_node, layout.ranks)
+    per_stage = min(ranks, layout.ranks_per_stage)
+    holders = {
+        "dense": min(per_stage, layout.tensor) if by_hosts else ranks,
+        "experts": min(per_stage, layout.expert * layout.experts_tensor) if by_hosts else ranks,
+    }
+    weights = stage.share * BYTES[config.model.precision]
+    device = gathered = copies = 0.0
+    written, copied = ranks * weights, weights
+    for kind, parameters, shards in (
+        ("dense", stage.dense, stage.dense_shards), ("experts", stage.experts, stage.expert_shards),
+    ):  # fmt: skip
+        bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
+        share, states = bucket / shards, STATE_BYTES * parameters
+        device = max(device, 4 * (bucket + share))
+        gathered += holders[kind] * states
+        copies = max(copies, holders[kind] * 8 * bucket + ranks * STATE_BYTES * share)
+        written += (holders[kind] if by_hosts else ranks / shards) * states
+        # zeroed, received, put in one piece, put in place; the share zeroed, filled, and copied to be written
+        copied += 4 * states + (3 * states / shards)
+    at_a_device = 0.0 if by_hosts or machines.shares_host_memory else device
+    cores = 1 if machines.shares_host_memory else assume.cores_per_rank
+    return Save(at_a_device, gathered, max(copies, written), written, copied, cores)
+
+
+def _bucket(shape: Shape, config: RunConfig, shards: int) -> float:
+    """Parameters of the largest bucket: the parameter that fills one may be the largest."""
+    return max(BUCKET_PARAMETERS, 1_000_000 * shards) + shape.embedding / config.layout.tensor
