@@ -173,7 +173,12 @@ def _agreement(run: Trainer, batch: RolloutBatch, report: AnchorReport) -> dict[
     causes = "the engines do not serve the actor's weights, or the two compute another model"
     if report.expert_tokens and not run.config.actor.experts.replay_routing:
         causes += ", or their routers chose otherwise: see actor.experts.replay_routing"
-    refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
+    try:
+        refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
+    except StaleWeights:
+        # the file is what a person will look at, and ranks that end take the driver with them
+        run.control.on_driver(run.rollout_writer.wait)
+        raise
     return values
 
 

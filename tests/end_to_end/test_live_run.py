@@ -70,7 +70,7 @@ def test_the_engines_log_probs_are_those_of_transformers_with_the_exported_weigh
             log_probs = (model(tokens).logits / TEMPERATURE).log_softmax(-1)
         first = len(sample.prompt_tokens)
         expected = log_probs[0, first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0]
-        torch.testing.assert_close(torch.from_numpy(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(sample.engine_log_probs), expected, atol=1e-4, rtol=0)
 
 
 def test_the_recorded_experts_are_those_that_transformers_chooses_with_the_exported_weights(

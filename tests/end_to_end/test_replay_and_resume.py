@@ -131,6 +131,8 @@ def test_log_probs_that_are_not_the_actors_stop_the_run_and_name_the_version(
     assert "StaleWeights" in output and "weight version 0" in output
     assert command_line.summary("stale")["status"] == "failed"
     assert command_line.steps("stale") == []
+    kept, _ = read_rollout(command_line.path("stale") / "rollouts" / "0.parquet")
+    assert len(kept) == len(samples), "what was compared can be looked at"
 
 
 def test_in_bf16_engines_and_actor_agree_within_its_bounds_and_a_third_of_a_nat_is_found(
