@@ -166,7 +166,9 @@ class Broadcast(Colocated):
                 tensor = bucket.tensor(entry).to(current_device())
                 try:
                     # An engine that refused the request never joins in: without a deadline, this would hang.
-                    dist.broadcast(tensor, 0, group=self._group, async_op=True).wait(self._deadline)
+                    work = dist.broadcast(tensor, 0, group=self._group, async_op=True)
+                    assert work is not None, "this rank is in the group"
+                    work.wait(self._deadline)
                 except RuntimeError as error:
                     self._members = []  # the group is of no use any more
                     raise EngineError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megatron_pmd.actor import settings
 from megatron_pmd.config import override
@@ -74,10 +73,6 @@ def expected_gradient(path: Path, rows: list[tuple[list[int], int]]) -> dict[str
     return _as_in_files(found)
 
 
-@pytest.mark.skipif(
-    not hasattr(ModelParallelConfig(), "moe_grad_scale_func"),
-    reason="this megatron-core cannot weigh the routers' losses by themselves",
-)
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_the_routers_losses_are_means_over_tokens_whatever_the_objective_counts(ranks, models):
     found = launch(

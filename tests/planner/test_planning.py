@@ -118,7 +118,7 @@ def test_recorded_routing_is_counted_on_the_drivers_node(h100: Machines) -> None
     """A byte for each of 48 x 8 experts, in the sample and packed: docs/benchmarks.md, in proportion."""
     config = recipe("qwen3_30b_a3b_dapo_32xh100")
     plain, recorded = (
-        make_plan(override(config, [f"actor.experts.replay_routing={value}"]), h100).host["rollouts"]
+        make_plan(override(config, [f"actor.experts.replay_routing={value}"]), h100).host["save"]["rollouts"]
         for value in ("false", "true")
     )
     assert recorded - plain == 2 * 48 * 8 * 8192 * 10240

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_pmd.stubs import stub_path
 from megatron_pmd.weight_sync.readers import readers_of
 
 pytestmark = pytest.mark.skipif(
@@ -22,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def seen() -> Any:
-    path = os.pathsep.join([str(stub_path()), str(Path(__file__).parents[2])])
+    project = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, [project / "megatron_pmd" / "engine" / "cpu", project]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.weight_sync.sglang_programs"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1"},
