@@ -170,7 +170,7 @@ def test_a_router_policy_is_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert override(recipe("tiny_moe_cpu"), [f"rollout.router_policy={last}"]).rollout.router_policy == last
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_run_with_everything_of_ones_own(folder: Path) -> None:
     """Through the command as it is installed: the current folder is not on Python's path by itself (-P).
 

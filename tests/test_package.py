@@ -17,7 +17,7 @@ from megatron_pmd import __version__
 from recipes import RECIPES
 from tests.observe.conftest import make_run
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 FIXTURES = (make_run,)
 PROJECT = Path(__file__).parents[1]

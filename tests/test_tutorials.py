@@ -54,7 +54,7 @@ def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_your_own_task_is_learned_reported_and_evaluated(tmp_path: Path):
     page = "docs/tutorials/your_own_task.md"
     printed = follow(page, tmp_path)
@@ -67,7 +67,7 @@ def test_your_own_task_is_learned_reported_and_evaluated(tmp_path: Path):
     assert "mean@4" in printed and "pass@4" in printed
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_from_grpo_to_pmd_trains_twice_on_one_rollout_and_prints_both(tmp_path: Path):
     printed = follow("docs/tutorials/from_grpo_to_pmd.md", tmp_path)
     pmd, grpo = (metrics(tmp_path / "runs" / name, "step") for name in ("pmd", "grpo"))

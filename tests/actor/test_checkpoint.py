@@ -152,7 +152,7 @@ def assert_takes_the_third_step(ranks, third, note: str) -> None:
     assert max(difference.values()) < WEIGHT_TOLERANCE, (note, difference)
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, reference):
     """The third step needs the weights and the moments that other processes wrote: both must have arrived."""
     one: dict[str, int] = {}
@@ -164,7 +164,7 @@ def test_every_layouts_checkpoint_resumes_in_one_process(trained, models, refere
         assert_takes_the_third_step([(step, weights)], reference(LAYOUTS[name][0]).steps[2], name)
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_resumes_under_expert_parallelism(one_process, models, reference):
     """Experts then have an optimizer of their own, with moments and a step count that one optimizer saved."""
     cases = [(models / "qwen3moe", one_process["qwen3moe"]["checkpoint"], dict(expert=2, data=2))]
@@ -190,7 +190,7 @@ OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 """Ranks to load with: layout that saved -> layout that loads."""
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
 def test_a_checkpoint_resumes_under_another_layout_of_as_many_fewer_or_more_ranks(
     trained, models, reference, ranks
@@ -205,7 +205,7 @@ def test_a_checkpoint_resumes_under_another_layout_of_as_many_fewer_or_more_rank
         assert_takes_the_third_step([rank[i] for rank in results], third, name)
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_tied_embeddings_lost_over_a_pipeline_are_refused_not_resumed_wrongly(tmp_path):
     """megatron-core 0.19.2 restores wrong rows of a tied vocabulary of 509 saved from two pipeline stages.
 

@@ -12,7 +12,7 @@ import torch
 from megatron_pmd.actor.expert_load import imbalance
 from tests.actor.launch import launch
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

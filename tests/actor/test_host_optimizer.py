@@ -15,7 +15,7 @@ from megatron_pmd.actor.optimizer import reset_state
 from tests.actor.warm import REPOSITORY
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_run_with_the_optimizer_on_the_host_resumes_with_the_next_step_bit_for_bit(models, tmp_path):
     """Without CUDA a process plays both memories: see host_optimizer_trial.py."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.actor.host_optimizer_trial"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.actor.conftest import LAYOUTS
 from tests.actor.launch import launch
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

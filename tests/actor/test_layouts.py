@@ -11,7 +11,7 @@ import torch
 from tests.actor.conftest import LAYOUTS
 from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=LAYOUTS, scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from tests.actor.launch import launch
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 LAYOUTS = {"data=4": dict(data=4), "tensor=2, pipeline=2": dict(tensor=2, pipeline=2)}
 NAMES = [

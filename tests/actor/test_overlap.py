@@ -10,7 +10,7 @@ from tests.actor.tiny_models import WEIGHT_TOLERANCE
 LAYOUTS = [dict(data=2, expert=2), dict(pipeline=2)]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_gradients_reduced_bucket_by_bucket_during_the_backward_pass_give_the_same_steps(models):
     """Shards of the optimizer are others then, so that sums over ranks round differently, in the last bit."""
     ranks = launch("overlapped", ranks=2, path=models / "qwen3moe", layouts=LAYOUTS)

@@ -111,7 +111,7 @@ def replayed(models) -> dict[str, list[Any]]:
     return results
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SINGLE, *TWO_RANKS])
 def test_log_probs_and_gradient_are_those_of_transformers_with_the_same_experts(replayed, forced, name):
     family = (SINGLE | TWO_RANKS)[name][0]

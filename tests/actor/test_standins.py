@@ -17,7 +17,7 @@ from megatron_pmd.actor.cpu.standins import STAND_INS
 from tests.actor.launch import DEADLINE_SECONDS, REPOSITORY
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without CUDA"),
 ]
 

@@ -19,7 +19,7 @@ from tests.actor.test_bad_models import edit_weights
 from tests.actor.tiny_models import config_for
 from tests.convert.command_line import convert
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -36,25 +36,25 @@ def outcome(variants, converted, tmp_path_factory) -> dict[str, Any]:
     return found | {"folder": folder}
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_verifying_finds_one_changed_byte_and_names_what_it_is_in(outcome):
     assert outcome["unchanged"] == ("", "")
     kind, message = outcome["damaged"]
     assert kind == "CheckpointError" and "is not what" in message and "/damaged makes it" in message
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_verifying_finds_a_model_that_computes_otherwise(outcome):
     kind, message = outcome["other logits"]
     assert kind == "CheckpointError" and "the logits of" in message and "more than 0.0001" in message
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_what_no_parameter_is_made_of_is_listed_with_its_reason(outcome):
     assert outcome["left out"] == {"lm_head.weight": "the same as model.embed_tokens.weight"}
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_checkpoint_in_fp32_is_written_in_bf16_and_the_router_bias_keeps_its_precision(variants, outcome):
     before, after = tensors(variants / "deepseek"), tensors(outcome["folder"] / "out/bf16")
     assert before.keys() == after.keys()

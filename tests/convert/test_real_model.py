@@ -14,7 +14,7 @@ from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from recipes.smollm2_135m_cpu import make_model
 from tests.convert.command_line import convert, tensors
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 QUESTIONS = ["What is 3 + 4?", "Name the capital of France.", "Why is the sky blue?"]
 NEW_TOKENS = 24

@@ -15,7 +15,7 @@ from tests.actor.launch import launch
 from tests.actor.test_bad_models import EXPERT, edit_config, edit_weights, truncate
 from tests.convert.conftest import PROGRAMS
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 # name: (model, what is done to its folder, the error, what the message must contain)
 FOLDERS: dict[str, tuple[str, Callable[[Path], object], str, list[str]]] = {

@@ -11,7 +11,7 @@ from tests.actor.launch import launch
 from tests.convert.command_line import tensors
 from tests.convert.conftest import PROGRAMS
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 def files(folder):

@@ -13,7 +13,7 @@ from tests.actor.launch import launch
 from tests.convert.command_line import tensors
 from tests.convert.conftest import PROGRAMS, VARIANTS, VERIFIED
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,7 +13,7 @@ from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine
 from tests.end_to_end.rewards import share_of_letters
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 SUPERVISED = [
     "algorithm.objective=sft", "actor.experts.replay_routing=false", "warm_start=null",

@@ -13,7 +13,7 @@ import pytest
 from megatron_pmd.rollout_file import read_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 # untrained, the model rambles to the limit: a rollout of many seconds, to be interrupted
 LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_tokens=256"]

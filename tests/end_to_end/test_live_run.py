@@ -18,7 +18,7 @@ from recipes.tiny_moe_cpu import TEMPERATURE
 from tests.convert.command_line import convert, tensors
 from tests.end_to_end.command_line import CommandLine
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 def test_phases_follow_one_another_as_the_loop_says(live: Path, command_line: CommandLine) -> None:

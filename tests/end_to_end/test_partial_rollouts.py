@@ -10,7 +10,7 @@ from megatron_pmd.rollout.carried_over_file import FILE
 from megatron_pmd.rollout_file import read_rollout
 from tests.end_to_end.command_line import CommandLine
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 PARTIAL = [
     "batch.max_response_tokens=40",

@@ -16,7 +16,7 @@ import pytest
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ from tests.engine.live_engine import (
 )
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 

@@ -208,7 +208,7 @@ def problems(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @needs_cpu
 def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_path, model, problems):
     """The engine's log-probabilities are those that transformers computes from the same files."""
@@ -251,7 +251,7 @@ def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_pat
     assert processes_in(tmp_path) == []
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @needs_cpu
 def test_ctrl_c_while_the_engine_starts_leaves_no_process(tmp_path, model, problems):
     running = subprocess.Popen(

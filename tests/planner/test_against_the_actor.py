@@ -16,7 +16,7 @@ from megatron_pmd.planner.planning import make_plan
 from recipes import recipe
 from recipes.tiny_moe_cpu import make_model
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).parents[2]
 
 

@@ -75,7 +75,7 @@ def test_the_stall_is_the_bytes_copied_over_the_rate_that_is_assumed() -> None:
     assert plan.cost.seconds["write"] == pytest.approx(plan.checkpoint_bytes / 4 / 2e9)
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_real_save_copies_as_many_bytes_as_planned(ranks: int, tmp_path: Path) -> None:
     """Within what megatron-core pads buffers by, and small change: the digest's sums, the random states."""

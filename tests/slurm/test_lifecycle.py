@@ -11,7 +11,7 @@ import pytest
 from megatron_pmd.outcome import RunOutcome, Status
 from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm, started_by_slurm
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> None:

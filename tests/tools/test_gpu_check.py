@@ -13,7 +13,7 @@ from tests.weight_sync.filling import fill
 from tools import gpu_check
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU run the tool itself"),
 ]
 

@@ -78,7 +78,7 @@ def outcomes(tmp_path_factory, memory) -> dict[str, list[dict[str, Any]]]:
 NAMES = [name for cases in CASES.values() for name in cases]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_has_the_tokens_that_it_trains_on_and_no_others(outcomes, name):
     whole = RolloutBatch.pack(samples(), 0.8)
@@ -91,7 +91,7 @@ def test_a_rank_has_the_tokens_that_it_trains_on_and_no_others(outcomes, name):
             assert np.array_equal(rank["arrays"][array], expected), array
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ranks_of_all_replicas_have_the_whole_rollout_once(outcomes, name):
     replicas = {tuple(rank["here"].tolist()) for rank in outcomes[name]}
@@ -100,7 +100,7 @@ def test_the_ranks_of_all_replicas_have_the_whole_rollout_once(outcomes, name):
     assert sorted(number for replica in replicas for number in replica) == list(range(16))
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_maps_its_own_section_alone_and_no_folder_lists_the_file(outcomes, name):
     for rank in outcomes[name]:
@@ -109,7 +109,7 @@ def test_a_rank_maps_its_own_section_alone_and_no_folder_lists_the_file(outcomes
         assert rank["listed"] == []
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probs_and_step_are_those_of_a_rank_with_the_whole_batch_bit_for_bit(outcomes, name):
     for rank in outcomes[name]:
@@ -151,7 +151,7 @@ def in_room(
     return done.returncode, output, [*([f"{total - free} blocks"] if total != free else []), *files]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["driver killed", "rank killed", "exception", ""])
 def test_shared_memory_is_empty_however_the_ranks_end(room, how):
     code, output, left = in_room(room, "8m", "interrupted", ranks=2, samples=samples(), memory=room, how=how)
@@ -163,7 +163,7 @@ def test_shared_memory_is_empty_however_the_ranks_end(room, how):
         assert torch.load(room.parent / "0.pt") > 0
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_batch_for_which_shared_memory_is_too_small_is_in_a_temporary_file_and_the_driver_says_so(room):
     temporary = room.parent / "temporary"
     temporary.mkdir()
@@ -176,7 +176,7 @@ def test_a_batch_for_which_shared_memory_is_too_small_is_in_a_temporary_file_and
     assert whole and not error and not list(temporary.iterdir())
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_batch_for_which_there_is_room_nowhere_is_refused_with_what_to_do(room):
     code, output, left = in_room(
         room, "4k", "without_room", ranks=1, samples=samples(), memory=room, temporary=room

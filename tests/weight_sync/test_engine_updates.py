@@ -35,7 +35,7 @@ from tests.engine.only_rank import OnlyRank
 from tests.weight_sync.filling import fill
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 

@@ -13,7 +13,7 @@ from tests.actor.tiny_models import write_model
 from tests.engine.live_engine import largest_difference
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 

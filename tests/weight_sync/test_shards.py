@@ -16,7 +16,7 @@ from tests.actor.launch import launch
 from tests.actor.tiny_models import config_for, write_model
 from tools.sync_plan import held_by_ranks
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 BUCKET_BYTES = 200_000
 WIDE = dict(hidden_size=256, intermediate_size=512, moe_intermediate_size=256)

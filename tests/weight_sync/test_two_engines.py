@@ -12,7 +12,7 @@ from tests.actor.launch import launch
 from tests.actor.tiny_models import write_model
 
 pytestmark = [
-    pytest.mark.serial,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"),
 ]
 
