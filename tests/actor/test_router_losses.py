@@ -54,7 +54,7 @@ def expected_gradient(path: Path, rows: list[tuple[list[int], int]]) -> dict[str
     samples, chosen = rollout(), model.config.num_experts_per_tok
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for numbers, padding in rows:
-        sequences = [samples[i].prompt_tokens + samples[i].response_tokens for i in numbers]
+        sequences = [samples[i].tokens.tolist() for i in numbers]
         parts = [router_logits(model, sequence, list(range(len(sequence)))) for sequence in sequences]
         if padding:
             parts.append(router_logits(model, [0] * padding, [0] * padding))
