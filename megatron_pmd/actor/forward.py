@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor.batching import Microbatches
 from megatron_pmd.actor.packing import PackedMicrobatch, Row, pack_microbatch
@@ -18,37 +17,30 @@ from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.device import current_device
 
 
-@contextlib.contextmanager
-def logits_at(model: Any, rows: torch.Tensor) -> Iterator[None]:
-    """Within it the output layer, where the model has one, computes the logits of these rows alone.
+def logits_of_rows(
+    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None,
+    context: torch.Tensor, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """An `output_processor` of GPTModel.forward: the logits of these rows alone, [1, rows, vocabulary slice].
 
-    Of the row a rank holds; a prompt's logits, which no loss reads, are neither computed nor kept. Under
-    sequence parallelism the ranks gather their rows before the layer instead of in it, as GPTModel itself
-    does to take the last token's logits.
+    hidden_states  [tokens here, 1, hidden]
+    context        numbers of the rows; a prompt's logits, which no loss reads, are neither computed nor kept
+
+    Under sequence parallelism the ranks gather their rows before the layer instead of in it, as GPTModel
+    itself does to take the last token's logits.
     """
-    gpt = unwrap_model(model)
-    if not gpt.post_process:
-        yield
-        return
-    layer = gpt.output_layer
-    scattered = layer.sequence_parallel
-
-    def select(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0]
-        if scattered:
-            # the layer sums the gradient of the whole rows over the ranks; each then keeps its part
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=gpt.pg_collection.tp
-            )
-        return (hidden.index_select(0, rows), *inputs[1:])
-
-    hook = layer.register_forward_pre_hook(select)
-    layer.sequence_parallel = False
+    scattered = output_layer.sequence_parallel
+    if scattered:
+        # the layer sums the gradient of the whole rows over the ranks; each then keeps its part
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
+        )
+    output_layer.sequence_parallel = False
     try:
-        yield
+        logits, _ = output_layer(hidden_states.index_select(0, context), weight=output_weight)
     finally:
-        layer.sequence_parallel = scattered
-        hook.remove()
+        output_layer.sequence_parallel = scattered
+    return logits.transpose(0, 1)
 
 
 def run_schedule(
@@ -85,11 +77,10 @@ def run_schedule(
         if replay:
             layers = get_model_config(model).num_layers
             replay.begin(model, microbatch.experts.view(len(microbatch.experts), layers, -1))
-        with logits_at(model, microbatch.rows):
-            output = model(
-                microbatch.tokens, microbatch.positions, None,
-                packed_seq_params=microbatch.attention, **as_computed,
-            )  # fmt: skip
+        output = model(
+            microbatch.tokens, microbatch.positions, None, packed_seq_params=microbatch.attention,
+            output_processor=logits_of_rows, output_processor_context=microbatch.rows, **as_computed,
+        )  # fmt: skip
         if replay:
             replay.end(model)
 
