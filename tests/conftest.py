@@ -11,6 +11,7 @@ TOGETHER = ("actor", "end_to_end")
 """Folders whose files share what a session prepares: layouts trained, runs with engines."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file stays whole, for its module's engine; a folder of TOGETHER, for what its session prepares."""
     for item in items:
