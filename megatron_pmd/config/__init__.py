@@ -1,6 +1,6 @@
 """The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch."""
 
-from megatron_pmd.config.actor import Actor, Experts, Fp8, Layout, Model, Optimizer, Precision
+from megatron_pmd.config.actor import Actor, Experts, Fp8, Model, Optimizer, Precision
 from megatron_pmd.config.algorithm import (
     OBJECTIVES,
     Alarm,
@@ -26,6 +26,7 @@ from megatron_pmd.config.data import (
     Source,
 )
 from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.reading import build, explain, known_keys, load, override
 from megatron_pmd.config.rollout import (
     ROUTER_POLICIES,

@@ -6,10 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_pmd.config.actor import Actor, Layout, Model, Optimizer
+from megatron_pmd.config.actor import Actor, Model, Optimizer
 from megatron_pmd.config.algorithm import Alarms, Algorithm
 from megatron_pmd.config.data import Data, Evaluation, Reward
 from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
 from megatron_pmd.errors import ConfigError, LayoutError
 
