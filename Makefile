@@ -67,7 +67,7 @@ demo-moe: setup
 
 # Workers take whole files (tests/conftest.py) in their order. 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=10 $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
 
 # All three run, whatever the first says.
 lint: setup

@@ -29,15 +29,14 @@ def tokens_per_expert(folder: Path, samples: list[Any]) -> dict[str, torch.Tenso
     counts: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if name.endswith("mlp") and hasattr(module, "gate"):
-            key, original = f"{name}.gate.e_score_correction_bias", module.route_tokens_to_experts
-            counts[key] = torch.zeros(module.n_routed_experts)
+            key = f"{name}.gate.e_score_correction_bias"
+            counts[key] = torch.zeros(module.gate.num_experts)
 
-            def route(logits: torch.Tensor, key: str = key, original: Any = original) -> Any:
-                chosen, weights = original(logits)
+            def count(gate: Any, inputs: Any, outputs: Any, key: str = key) -> None:
+                _, _, chosen = outputs
                 counts[key] += torch.bincount(chosen.flatten(), minlength=len(counts[key]))
-                return chosen, weights
 
-            module.route_tokens_to_experts = route
+            module.gate.register_forward_hook(count)
     with torch.no_grad():
         for sample in samples:
             model(torch.from_numpy(sample.tokens)[None].long())

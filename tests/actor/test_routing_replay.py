@@ -52,19 +52,15 @@ def forced(models, reference) -> dict[str, Forced]:
 def force(mlp: Any, chosen: Callable[[], torch.Tensor]) -> None:
     """Have a layer's router take these experts, [tokens, top-k], with weights of its own."""
 
-    def qwen(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = torch.nn.functional.linear(hidden.reshape(-1, mlp.gate.hidden_dim), mlp.gate.weight)
-        weights = logits.softmax(-1).gather(1, chosen())
-        return logits, weights / weights.sum(-1, keepdim=True), chosen()
+        scores = logits.sigmoid() if deepseek else logits.softmax(-1)
+        weights = scores.gather(1, chosen())
+        scale = mlp.gate.routed_scaling_factor if deepseek else 1.0
+        return logits, weights / weights.sum(-1, keepdim=True) * scale, chosen()
 
-    def deepseek(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weights = logits.sigmoid().gather(1, chosen())
-        return chosen(), weights / weights.sum(-1, keepdim=True) * mlp.routed_scaling_factor
-
-    if hasattr(mlp, "route_tokens_to_experts"):
-        mlp.route_tokens_to_experts = deepseek
-    else:
-        mlp.gate.forward = qwen
+    deepseek = hasattr(mlp.gate, "e_score_correction_bias")
+    mlp.gate.forward = forward
 
 
 def transformers_with_forced_routers(folder: Path, expected: Any) -> Forced:
