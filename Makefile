@@ -65,7 +65,7 @@ demo: setup
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
 
-# Workers take whole files (tests/conftest.py) in their order. 
+# Workers take whole files (tests/conftest.py) in their order.
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
 

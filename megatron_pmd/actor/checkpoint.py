@@ -183,7 +183,7 @@ def _all_threads() -> Iterator[None]:
     """Within it torch copies with all cores of this rank.
 
     Training stands still while the optimizer's state is gathered and copied: for 30 billion parameters on 32
-    ranks 230 GB are written to a rank's memory (planner/memory.py), which takes one core a minute.
+    ranks 230 GB are written to a rank's memory (planner/saving.py), which takes one core a minute.
     """
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

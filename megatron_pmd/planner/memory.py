@@ -186,7 +186,7 @@ def actor_communicators(config: RunConfig) -> int:
         layout.tensor, layout.pipeline, layout.context, layout.data * layout.context, layout.expert,
         layout.experts_tensor, layout.ranks // (layout.pipeline * experts), together,
         layout.ranks,  # all, for the schedule
-        min(layout.ranks, 2),  # a node's, for the weight sync
+        min(layout.ranks, 2),  # one of all ranks, for the weight sync
     ]  # fmt: skip
     return sum(size > 1 for size in sizes)
 

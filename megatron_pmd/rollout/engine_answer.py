@@ -55,7 +55,7 @@ class EngineAnswer:
 
 
 def parse_answer(body: bytes) -> EngineAnswer:
-    """The answer in a response's body. Raises msgspec.DecodeError, a ValueError, if there is none in it."""
+    """The answer in a response's body. Raises ValueError if there is none in it."""
     response = _DECODER.decode(body)
     information = response.meta_info
     entries = information.output_token_logprobs or ()

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
-import msgspec
 import orjson
 
 from megatron_pmd.errors import EngineError
@@ -114,7 +113,7 @@ class GenerateClient:
                 if reply.status == 400:
                     raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
                 return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
 
     async def _any_alive(self) -> bool:

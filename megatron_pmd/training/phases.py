@@ -71,8 +71,8 @@ def _grade_and_describe(
 ) -> tuple[RolloutBatch, list[Sample]]:
     """On the driver: rewards become advantages, and the samples a file, numbers to log, and a batch.
 
-    The file is written beside what follows, until conclude(). The batch has no tokens yet; they are of the
-    samples returned with it.
+    The file is written beside what follows, until the end of anchor(). The batch has no tokens yet; they are
+    of the samples returned with it.
     """
     t = iteration.number
     subproblem = Subproblem(run.config, t)
@@ -160,6 +160,8 @@ def anchor(
     engine = run.config.algorithm.anchor == "engine"
     compared = steps[:1] if engine else steps
     report = run.actor.log_probs(batch, [microbatch for step in compared for microbatch in step])
+    # what a person looks at when a check or a loss fails; and ranks that end take the driver with them
+    run.control.on_driver(run.rollout_writer.wait)
     iteration.values |= _agreement(run, batch, report)
     if engine:
         return dataclasses.replace(report, log_probs=torch.from_numpy(batch.tokens.engine_log_probs))
@@ -173,12 +175,7 @@ def _agreement(run: Trainer, batch: RolloutBatch, report: AnchorReport) -> dict[
     causes = "the engines do not serve the actor's weights, or the two compute another model"
     if report.expert_tokens and not run.config.actor.experts.replay_routing:
         causes += ", or their routers chose otherwise: see actor.experts.replay_routing"
-    try:
-        refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
-    except StaleWeights:
-        # the file is what a person will look at, and ranks that end take the driver with them
-        run.control.on_driver(run.rollout_writer.wait)
-        raise
+    refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
     return values
 
 

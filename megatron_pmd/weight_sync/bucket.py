@@ -25,7 +25,7 @@ from megatron_pmd.weight_sync.bucket_layout import (
 
 NEW_SECONDS = 60.0
 MADV_POPULATE_WRITE = 23
-"""Linux 5.14; Python 3.11 has no name for it."""
+"""Linux 5.14; Python's mmap has no name for it."""
 
 
 def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:

@@ -78,9 +78,10 @@ def load_bucket(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> No
         failure = f"{type(error).__name__}: {error}"
     outcomes, first = _of_all_ranks((failure, read))
     failures = [failure for failure, _ in outcomes]
-    if lost := _lost([read for _, read in outcomes]):
+    # a rank that failed has not said what it would have read
+    if not any(failures) and (lost := _lost([read for _, read in outcomes])):
         few = f"{', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}"
-        failures[0] = failures[0] or (
+        failures[0] = (
             f"BucketError: weight bucket {description['bucket']}: the model has no place for {len(lost)} "
             f"of its tensors, and read nothing of them: {few}"
         )

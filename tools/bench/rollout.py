@@ -3,8 +3,8 @@
     python -m tools.bench.rollout                      # all, about 6 minutes
     python -m tools.bench.rollout --only partial
 
-The engine is a stub (tools/stub_engine.py) in a process of its own; the driver is the loop's. Nothing else
-may run on the machine meanwhile: the line of JSON at the end records the load it started under.
+The engine is a stub (tools/bench/stub_engine.py) in a process of its own; the driver is the loop's. Nothing
+else may run on the machine meanwhile: the line of JSON at the end records the load it started under.
 """
 
 from __future__ import annotations
