@@ -62,6 +62,8 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    # it gives itself a level and a handler, and prints a traceback for every optional import that fails
+    logging.getLogger("megatron.bridge.utils.import_utils").disabled = True
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
