@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -158,14 +160,15 @@ def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def gpu_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def gpu_node(tmp_path: Path) -> Iterator[Path]:
     """This machine, without a GPU, as a node of a job that asked for GPUs; the folder of the run's state."""
-    for name, value in {
+    variables = {
         "PMD_GPU": "h100", "PMD_RUNS": str(tmp_path), "PMD_STATE": str(tmp_path), "SLURMD_NODENAME": "n7",
         "PMD_PREFLIGHT": '{"free_disk_gigabytes": 0}', "PMD_INTERFACES": "lo", "CUDA_VISIBLE_DEVICES": "",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    return tmp_path
+    }  # fmt: skip
+    # takes back what the pre-flight sets, too: jobs that later tests start would talk over `lo`
+    with mock.patch.dict(os.environ, variables):
+        yield tmp_path
 
 
 def test_a_node_whose_gpus_answer_but_whose_cuda_does_not_start_is_named_and_left_out(
