@@ -202,6 +202,9 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     if spec.cpu:
         path.insert(0, str(Path(__file__).parent / "cpu"))
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        # SGLang takes an NCCL that loads for a sign of GPUs, and torch's CUDA build brings one
+        # (distributed/device_communicators/pynccl.py): tensor-parallel engines would die at their start
+        environment["SGLANG_NCCL_SO_PATH"] = "no NCCL on a CPU"
         environment["OMP_NUM_THREADS"] = str(spec.rollout.threads_per_engine)
         if spec.rollout.tensor_parallel > 1:
             # SGLang else refuses more ranks than the machine has NUMA nodes; here they share its cores
