@@ -12,18 +12,23 @@ from typing import Any
 from megatron_pmd.errors import ConfigError, EngineError
 
 
+def sglang_source() -> Path:
+    """`srt` of the installed SGLang, found and not imported. Raises EngineError if there is none."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise EngineError(
+            "sglang is not installed in this environment; install the versions in constraints/stack.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / "srt"
+
+
 @functools.cache
 def server_options() -> dict[str, str]:
     """Field name of SGLang's ServerArgs -> its command-line flag without the dashes, where it has one.
 
     Raises EngineError if SGLang is not installed, or is a version that keeps its options elsewhere.
     """
-    spec = importlib.util.find_spec("sglang")  # a top-level package: found, not imported
-    if spec is None or not spec.submodule_search_locations:
-        raise EngineError(
-            "sglang is not installed in this environment; install the versions in constraints/stack.txt"
-        )
-    root = Path(spec.submodule_search_locations[0]) / "srt"
+    root = sglang_source()
     options: dict[str, str] = {}
     for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
         options |= _declared(ast.parse(source.read_text()))

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import megatron.core  # noqa: F401  # puts its own function in the place of torch.storage._load_from_bytes
 import torch
 
 from megatron_pmd.engine.control import pickled_by_value
+from megatron_pmd.engine.installed_options import sglang_source
 
 
 def allowed_globals() -> set[tuple[str, str]]:
     """(module, name) that the installed SGLang's unpickler lets through, read from its source."""
-    spec = importlib.util.find_spec("sglang")
-    assert spec is not None and spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / "srt" / "utils" / "common.py").read_text())
+    tree = ast.parse((sglang_source() / "utils" / "common.py").read_text())
     unpickler = next(
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SafeUnpickler"
     )

@@ -6,14 +6,12 @@ One engine serves the whole module (its start takes 15-45 s); two tests start an
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -231,9 +229,7 @@ def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
 
 def test_the_engine_forks_its_processes_and_sglang_would_not(engine):
     """engine/cpu/sglang_cpu_plugin.py. A spawned process would have `multiprocessing` in its command."""
-    sglang = importlib.util.find_spec("sglang")
-    assert sglang is not None and sglang.origin is not None
-    source = Path(sglang.origin).parent / "srt" / "entrypoints" / "engine.py"
+    source = installed_options.sglang_source() / "entrypoints" / "engine.py"
     assert 'mp.set_start_method("spawn", force=True)' in source.read_text(), "the stand-in is needed no more"
     family = psutil.Process(engine.pid).children(recursive=True)
     words = [" ".join(process.cmdline()) for process in family]

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_pmd.engine.installed_options import sglang_source
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.node.caches import FOLDERS, keep_compiled_kernels
 
@@ -25,10 +26,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def environment_of_sglang() -> ModuleType:
     """Its table of environment variables, without the rest of it, which takes seconds to import."""
-    package = importlib.util.find_spec("sglang")
-    assert package is not None and package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0]) / "srt" / "environ.py"
-    spec = importlib.util.spec_from_file_location("environ_of_sglang", file)
+    spec = importlib.util.spec_from_file_location("environ_of_sglang", sglang_source() / "environ.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,18 +5,17 @@ import __future__
 
 import ast
 import copy
-import importlib.util
 import itertools
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_pmd.config import override
+from megatron_pmd.engine.installed_options import sglang_source
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.planner import memory
 from megatron_pmd.planner.engine_reserve import MIB, engine_reserve, mem_fraction_static
@@ -28,13 +27,12 @@ ON_GPUS = [name for name in RECIPES if not name.endswith("_cpu")]
 H100_MACHINES = load_cluster("h100").machines
 
 
-SGLANG = importlib.util.find_spec("sglang")
+SGLANG = sglang_source()  # before by_sglang puts another `sglang` in its place
 
 
 def functions_of(file: str) -> dict[str, Any]:
     """SGLang's functions in this file of srt/, as installed. An import takes 10 s and, on a CPU, stubs."""
-    assert SGLANG is not None and SGLANG.origin is not None
-    tree = ast.parse((Path(SGLANG.origin).parent / "srt" / file).read_text())
+    tree = ast.parse((SGLANG / file).read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     found: dict[str, Any] = {}
     exec(compile(tree, file, "exec", __future__.annotations.compiler_flag), found)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_pmd import engine
+from megatron_pmd.engine.installed_options import sglang_source
 from megatron_pmd.errors import EngineError
 from megatron_pmd.rollout.engine_answer import parse_answer, recorded_experts
 
@@ -96,12 +97,10 @@ def test_the_engine_sends_the_smallest_type_that_holds_the_numbers(experts, dtyp
 
 def test_sglang_has_the_functions_that_the_plugin_hooks():
     """Read from its source: to import it takes longer than all tests here."""
-    sglang = importlib.util.find_spec("sglang")
-    assert sglang is not None and sglang.origin is not None
     module = plugin()
     for target in (module.REQUEST, module.RECORD):
-        *path, class_name, function = target.split(".")[1:]
-        found = Path(sglang.origin).parent.joinpath(*path).with_suffix(".py")
+        *path, class_name, function = target.split(".")[2:]  # less sglang.srt
+        found = sglang_source().joinpath(*path).with_suffix(".py")
         files = [found, found.with_name("base.py")]  # where the recorder has it from
         nodes = [node for file in files if file.exists() for node in ast.parse(file.read_text()).body]
         classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
