@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,14 +17,13 @@ import psutil
 from megatron_pmd import errors
 from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import DataError, Interrupted
+from megatron_pmd.node import worker
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
 from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.processes import SAVE
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
-RANK_MODULE = "megatron_pmd.node.worker"
-"""Program of each rank."""
 LISTENING_SECONDS = 0.2
 
 
@@ -62,11 +60,13 @@ def run_ranks(
 ) -> RunOutcome:
     """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
+    On a CPU they are forked from this process, which imports for them; on a GPU each imports for itself.
     The first rank of the node writes to this terminal, the others to folder/logs. The outcome is the run's
     own, or that of the rank that failed first, in its words; it is also in the run's summary.json.
     """
     # the agent's own account of a failure is longer than the failure, which is shown below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -85,9 +85,12 @@ def run_ranks(
     path = logs / f"job-{nodes.rank}.json"
     spec.write(path)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
+    start_method = "spawn" if torch.cuda.is_available() else "fork"
     try:
+        if start_method == "fork":
+            worker.import_what_ranks_need()
         with _passing_on_the_signal_to_save():
-            elastic_launch(_launch_config(config, nodes, logs), sys.executable)("-m", RANK_MODULE, str(path))
+            elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(str(path))
     except ChildFailedError as failed:
         return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
     except (KeyboardInterrupt, SignalException):
@@ -138,7 +141,7 @@ def _passing_on_the_signal_to_save() -> Iterator[None]:
         thread.join()
 
 
-def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
+def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -149,6 +152,7 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
         rdzv_backend="c10d",
         rdzv_endpoint=nodes.rendezvous,
         run_id=f"{config.name}-{nodes.attempt}",
+        start_method=start_method,
         max_restarts=0,
         monitor_interval=0.2,
         local_addr=nodes.address,

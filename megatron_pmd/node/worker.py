@@ -1,16 +1,19 @@
-"""One actor rank, `python -m megatron_pmd.node.worker SPEC.json` under torchrun: builds a run, trains it."""
+"""One actor rank, as node/ranks.py starts it through torch's elastic agent: builds a run, trains it."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import signal
-import sys
+import traceback
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from setproctitle import setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
@@ -27,6 +30,10 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
     from megatron_pmd.training.trainer import Trainer
+
+
+PROCESS_TITLE = "megatron-pmd rank"
+"""What `ps` calls a rank's process, before its number."""
 
 
 @dataclass(frozen=True)
@@ -223,23 +230,36 @@ def _problems(config: RunConfig, tokenizer: Any, log: RunLog, saved: dict[str, A
     return problems
 
 
-def _noting_failures(spec: JobSpec) -> None:
-    """main(), which leaves a file that says how a failing rank ended."""
+def run_rank(spec_file: str) -> None:
+    """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        # Not the agent's handlers, which a forked process has too: a rank ends at once, also while blocked
+        # in a collective; engines notice (engine/supervisor.py), ranks.py tidies up.
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(parent=os.getppid())
+    setproctitle(f"{PROCESS_TITLE} {os.environ['RANK']}")
+    allow_many_files()
+    spec = JobSpec.read(Path(spec_file))
     try:
         main(spec)
     except BaseException as failure:
         RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
+        if not isinstance(
+            failure, PmdError
+        ):  # else the launcher shows its message; a traceback would hide it
+            traceback.print_exc()
         raise
 
 
-if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
+def import_what_ranks_need() -> None:
+    """Import, in the process that ranks are forked from, what takes each of them 8 s of a core.
 
-    # at once, also while blocked in a collective; engines notice (engine/supervisor.py), ranks.py tidies up
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    die_with_parent(parent=os.getppid())
-    allow_many_files()
-    try:
-        record(_noting_failures)(JobSpec.read(Path(sys.argv[1])))
-    except PmdError:
-        sys.exit(1)  # the launcher shows its message; a traceback would hide it
+    On a CPU only: Transformer Engine reads the environment, and may start CUDA, while it is imported.
+    """
+    quiet()
+    from megatron_pmd.actor.cpu import bridge_import, standins
+
+    standins.install()
+    bridge_import.import_bridge()
+    for name in ("actor.actor", "training.trainer", "training.live_engines"):
+        importlib.import_module(f"megatron_pmd.{name}")
