@@ -16,13 +16,13 @@ import httpx
 
 from megatron_pmd.errors import EngineError
 from megatron_pmd.files import write_whole
+from megatron_pmd.network import LOOPBACK, address_towards
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 10.0
 """So long a server's start is waited for without a word."""
 REPEAT_SECONDS = 300.0
 LOG_TAIL_LINES = 15
-LOOPBACK = "127.0.0.1"
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
 # What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
@@ -49,25 +49,16 @@ def node_address() -> str:
         return LOOPBACK
     master = os.environ["MASTER_ADDR"]
     try:
-        family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # a datagram socket sends nothing here: the kernel only picks a route
-            address = probe.getsockname()[0]
+        return address_towards(master)
     except OSError as error:
         raise EngineError(f"no route to the job's first node {master} (MASTER_ADDR): {error}") from None
-    return address
 
 
 def meeting_address() -> str:
     """The address at which other nodes of the job reach this one; raises EngineError where there is none."""
     address = node_address()
-    if address != LOOPBACK:
-        return address
-    name = os.environ.get("MASTER_ADDR", LOOPBACK)
-    try:
-        return socket.gethostbyname(name)
-    except OSError as error:
-        raise EngineError(f"the job's first node {name} (MASTER_ADDR) has no address: {error}") from None
+    # on the first node, the agents' store listens where other nodes reach it
+    return os.environ.get("MASTER_ADDR", LOOPBACK) if address == LOOPBACK else address
 
 
 def answers(url: str, timeout_seconds: float) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_pmd import errors
+from megatron_pmd import errors, network
 from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import DataError, Interrupted
 from megatron_pmd.node.worker import JobSpec
@@ -37,18 +37,18 @@ class Nodes:
     rank: int
     ranks_per_node: int
     rendezvous: str
-    """host:port on the job's first node, where torch's agents meet."""
+    """address:port on the job's first node, where torch's agents meet, and the ranks."""
     attempt: int | None = None
     """Which start of the run this is; each has logs of its own. None: not counted."""
-    address: str | None = None
-    """This node's, on the interface that the ranks talk over; None: its host name's."""
 
 
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
 ) -> RunOutcome:
     """Train on this machine alone; see run_ranks."""
-    nodes = Nodes(1, 0, config.layout.ranks, "localhost:0")
+    interface = network.loopback()
+    os.environ.update(network.variables(interface))
+    nodes = Nodes(1, 0, config.layout.ranks, f"{interface.address}:0")
     return run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
 
 
@@ -142,16 +142,18 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
+    from megatron_pmd.node.rendezvous import BACKEND
+
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         nproc_per_node=nodes.ranks_per_node,
-        rdzv_backend="c10d",
+        rdzv_backend=BACKEND,
         rdzv_endpoint=nodes.rendezvous,
+        rdzv_configs={"rank": nodes.rank},
         run_id=f"{config.name}-{nodes.attempt}",
         max_restarts=0,
         monitor_interval=0.2,
-        local_addr=nodes.address,
         logs_specs=DefaultLogsSpecs(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
