@@ -77,7 +77,7 @@ class NumberedNodes(RendezvousHandler):
 
     def _open(self) -> TCPStore:
         try:
-            return open_store(self._host, self._port, STORE_TIMEOUT, shared=True)
+            return open_store(self._host, self._port, STORE_TIMEOUT)
         except OSError as error:
             raise LaunchError(
                 f"the ranks' store cannot listen on {self._where}: {error.strerror or error}; started again, "
