@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.lock import locked
 from megatron_pmd.node.preflight import refuse_gpu_node
 from megatron_pmd.outcome import RunOutcome
 from megatron_pmd.plugins import load
@@ -29,6 +30,10 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
     from megatron_pmd.training.trainer import Trainer
+
+
+PREPARING_SECONDS = 600.0
+"""For another run that makes the model's folder."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,14 @@ def prepare_model(config: RunConfig) -> None:
         raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
     make = load(config.model.prepare, what="model.prepare")
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
-    partial.rename(path)
+    with locked(
+        path.with_name(f".{path.name}.lock"), f"{path} is being made",
+        way_out="wait for it, or end it", patience_seconds=PREPARING_SECONDS,
+    ):  # fmt: skip
+        if not path.exists():  # another run of the same model may have made it meanwhile
+            shutil.rmtree(partial, ignore_errors=True)
+            make(partial)
+            partial.rename(path)
 
 
 @dataclass(frozen=True)
