@@ -60,9 +60,7 @@ def test_no_answer_of_slurm_is_not_taken_for_no_job(play: Play, run: Path, silen
     play("sbatch", "echo 6")
     job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
     for command in (lambda: cancel(run), lambda: submit(job, through="sbatch")):
-        with pytest.raises(
-            LaunchError, match="whether there is a job 5 is not known: squeue .*(error|fatal): "
-        ):
+        with pytest.raises(LaunchError, match=r"whether there is a job 5 is not known: squeue .*: \w+"):
             command()
     assert (run / "launch" / "jobs").read_text() == "5\n"
 
