@@ -92,12 +92,12 @@ def write_arguments(path: Path, arguments: Any) -> None:
     write_whole(path, json.dumps(arguments, indent=1), mode=0o600)
 
 
-def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a log; "" if there is none yet."""
+def tail(log: Path, lines: int = LOG_TAIL_LINES, *, after: int = 0) -> str:
+    """The last lines of a log; "" if there is none yet. after: so many bytes are of an earlier start."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 300 * lines))
+        file.seek(max(after, log.stat().st_size - 300 * lines))
         return "\n".join(file.read().decode(errors="replace").rstrip().splitlines()[-lines:])
 
 
@@ -118,6 +118,7 @@ class ServerProcess:
         self._ready_url = url + ready_path
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            self._log_before = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), *command],
                 env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -186,4 +187,4 @@ class ServerProcess:
         return f"{self.name} ({self.url})"
 
     def _log(self) -> str:
-        return f"log: {self.log}, which ends:\n{tail(self.log)}"
+        return f"log: {self.log}, which ends:\n{tail(self.log, after=self._log_before)}"
