@@ -101,7 +101,8 @@ def status(run: RunFolder) -> None:
 
     if not (run / "launch").is_dir():
         raise LaunchError(f"{run}: nothing was launched here; give the folder of one run, e.g. runs/NAME")
-    typer.echo(describe(run))
+    for line in describe(run):
+        typer.echo(line)
 
 
 def logs(

@@ -28,7 +28,17 @@ def load_problems(source: Source, data: Data) -> list[Problem]:
     return _read_file(source, data)
 
 
+def check_source(source: Source, data: Data) -> None:
+    """Raise what load_problems would, as far as the first problem of a file tells; a task is not made yet."""
+    if isinstance(source, FileSource):
+        next(_problems_of(source, data))
+
+
 def _read_file(source: FileSource, data: Data) -> list[Problem]:
+    return list(_problems_of(source, data))
+
+
+def _problems_of(source: FileSource, data: Data) -> Iterator[Problem]:
     path = Path(source.path)
     readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
     if path.suffix.lower() not in readers:
@@ -36,10 +46,11 @@ def _read_file(source: FileSource, data: Data) -> list[Problem]:
     if not path.is_file():
         raise DataError(f"{path}: no such file (relative paths start at {Path.cwd()})")
     rows = readers[path.suffix.lower()](path, source)
-    problems = [_from_row(index, where, row, source, data) for index, (where, row) in enumerate(rows)]
-    if not problems:
+    index = -1
+    for index, (where, row) in enumerate(rows):
+        yield _from_row(index, where, row, source, data)
+    if index < 0:
         raise DataError(f"{path}: the file holds no problems")
-    return problems
 
 
 def _json_lines(path: Path, source: FileSource) -> Iterator[tuple[str, dict[str, Any]]]:

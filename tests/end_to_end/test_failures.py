@@ -44,9 +44,9 @@ def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_t
 
 
 def test_an_engine_that_never_comes_up_ends_the_run_with_its_last_words(command_line: CommandLine) -> None:
-    output = command_line.run("no_engine", 'rollout.sglang={"quantization": "nonsense"}', expect=1)
-    assert command_line.summary("no_engine")["error"] == "EngineError"
-    assert "failed: EngineError: engine 0" in output
+    output = command_line.run("no_engine", 'rollout.sglang={"quantization": "nonsense"}', expect=2)
+    assert command_line.summary("no_engine")["error"] == "EngineRefused", "it would at every start"
+    assert "refused: EngineRefused: engine 0" in output
     assert "nonsense" in output and "engine-0.log" in output
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_pmd import files
 from megatron_pmd.config import override
+from megatron_pmd.node import ranks
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
+from megatron_pmd.node.worker import JobSpec
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import recipe
 
 
@@ -21,3 +28,51 @@ def test_ranks_that_step_their_optimizer_on_the_host_share_the_cores_of_the_node
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 12
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 1
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    return JobSpec(config={}, folder=str(tmp_path), outcomes=str(tmp_path / "outcome"))
+
+
+def ended(*exit_codes: int) -> ChildFailedError:
+    """As torch's agent tells of ranks 0, 1 …"""
+    return ChildFailedError(
+        "x", {rank: ProcessFailure(rank, 100 + rank, code, "") for rank, code in enumerate(exit_codes)}
+    )
+
+
+def test_of_several_failed_ranks_the_first_to_say_why_is_named(spec: JobSpec, tmp_path: Path) -> None:
+    for rank, reason in ((1, "no such tensor"), (0, "gloo: connection closed by peer")):
+        RunOutcome(Status.FAILED, reason, "RuntimeError").write(spec.outcome_file(rank))
+        os.utime(spec.outcome_file(rank), (time.time() + 10 * (1 - rank),) * 2)
+    outcome = ranks._of_first_failure(ended(1, 1), spec, tmp_path / "logs")
+    assert outcome.reason == f"rank 1 failed: no such tensor; logs: {tmp_path / 'logs'}"
+
+
+def test_a_killed_rank_is_named_before_those_that_lost_it(spec: JobSpec, tmp_path: Path) -> None:
+    RunOutcome(Status.FAILED, "gloo: connection closed by peer", "RuntimeError").write(spec.outcome_file(0))
+    outcome = ranks._of_first_failure(ended(1, -9), spec, tmp_path / "logs")
+    assert outcome.reason.startswith("rank 1 failed: it ended with SIGKILL; logs:")
+
+
+def test_a_failure_on_a_full_disk_says_so_whatever_else_it_says(spec: JobSpec, tmp_path: Path) -> None:
+    """/proc is a file system without room."""
+    assert files.full_disk(Path("/proc")) and not files.full_disk(tmp_path)
+    spec = JobSpec(config={}, folder="/proc", outcomes=spec.outcomes)
+    outcome = ranks._of_first_failure(ended(1), spec, tmp_path / "logs")
+    assert outcome.reason.startswith(
+        "rank 0 failed: it ended with exit code 1; the disk of /proc is full: make room, the same command"
+    )
+
+
+def test_a_summary_that_has_no_room_does_not_hide_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: object) -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    monkeypatch.setattr(ranks, "write_summary", write)
+    outcome = RunOutcome(Status.FAILED, "rank 0 failed")
+    assert ranks._ended(tmp_path, Nodes(1, 0, 1, ""), outcome) is outcome
