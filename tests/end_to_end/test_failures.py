@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout
-from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
+from tests.end_to_end.command_line import CommandLine, Started, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +19,7 @@ LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_t
 LONG_ROLLOUT += ["rollout.max_total_tokens=16384", "iterations=1", "batch.max_tokens_per_microbatch=2048"]
 
 
-def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: subprocess.Popen[str]) -> None:
+def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: Started) -> None:
     """Wait until the engine samples several responses at a time: at its start it is asked for one."""
     wait_until(lambda: (0, "start") in command_line.phases(name), "the first sync", process)
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
