@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.rollout_file import read_rollout
-from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
+from tests.end_to_end.command_line import PROJECT, CommandLine, descendants, still_there, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +27,36 @@ def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: su
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
 
 
+def listening(process: subprocess.Popen[str]) -> set[tuple[str, str]]:
+    """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
+    words = {
+        "sglang::scheduler": "scheduler", "sglang_router": "router", "sglang.launch_server": "engine",
+        "megatron_pmd.node.worker": "rank", "megatron_pmd.cli.main": "agent",
+    }  # fmt: skip
+    found = set()
+    for each in [psutil.Process(process.pid), *descendants(process)]:
+        command = " ".join(each.cmdline())
+        kind = next((kind for word, kind in words.items() if word in command), command)
+        for socket in each.net_connections("tcp"):
+            if socket.status == psutil.CONN_LISTEN:
+                found.add((kind, socket.laddr.ip))
+    return found
+
+
+def documented() -> set[tuple[str, str]]:
+    """The same, of the table in docs/security.md: the columns `process` and `one node`."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", (PROJECT / "docs/security.md").read_text(), re.MULTILINE
+    )
+    return set(rows)
+
+
 def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_twice(
     command_line: CommandLine,
 ) -> None:
     process = command_line.start("engine_dies", *LONG_ROLLOUT)
     in_the_middle_of_a_rollout(command_line, "engine_dies", process)
+    assert listening(process) == documented()
     schedulers = [p for p in descendants(process) if "sglang::scheduler" in " ".join(p.cmdline())]
     assert len(schedulers) == 1
     schedulers[0].kill()
