@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.convert.command_line import LEFT
+
 PROJECT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
@@ -44,7 +46,7 @@ class CommandLine:
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
         module = [sys.executable, "-m", "megatron_pmd.cli.main"]
         command = [*module, "train", RECIPE, f"name={name}", *SMALL, *words]
-        environment = os.environ | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
+        environment = os.environ | LEFT | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
