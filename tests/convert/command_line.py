@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 LEFT = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
-"""Of another program, in the shell in which a command is given: the ranks that they speak of are not there."""
+"""Of another program, in the shell in which a command is given: the ranks that they speak of are gone."""
 
 
 def convert(*words: object) -> subprocess.CompletedProcess[str]:

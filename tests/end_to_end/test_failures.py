@@ -123,9 +123,13 @@ def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -
     process.communicate(timeout=60)
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> None:
+def test_a_run_started_twice_goes_on_and_a_killed_rank_ends_it_and_is_named(
+    command_line: CommandLine,
+) -> None:
     process = command_line.start("rank_killed", *LONG_ROLLOUT)
     wait_until(lambda: (0, "start") in command_line.phases("rank_killed"), "the first sync", process)
+    again = command_line.run("rank_killed", *LONG_ROLLOUT, expect=1)
+    assert f"is being trained already, by process {process.pid} on" in " ".join(again.split())
     started = descendants(process)
     ranks = [p for p in started if p.environ().get("RANK") == "1"]
     ranks = [p for p in ranks if "megatron_pmd.node.worker" in " ".join(p.cmdline())]
