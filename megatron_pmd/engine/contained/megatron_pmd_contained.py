@@ -16,14 +16,15 @@ def listen_on_one_address() -> None:
 
     Whoever reaches it can point the engine's ranks at himself, and they unpickle what they receive.
     """
+    import importlib
+
     import torch.distributed
-    import torch.distributed.rendezvous
 
     from megatron_pmd.store import OneAddressStore
 
-    # the name that rendezvous.py looks up, and the one that SGLang imports
-    torch.distributed.rendezvous.TCPStore = OneAddressStore
-    torch.distributed.TCPStore = OneAddressStore
+    # import_module: torch.distributed.rendezvous is also a function, which hides the module
+    importlib.import_module("torch.distributed.rendezvous").TCPStore = OneAddressStore
+    torch.distributed.TCPStore = OneAddressStore  # the name that SGLang imports
 
 
 def keep_files_together() -> None:
