@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.convert.command_line import LEFT
+
 PROJECT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
@@ -71,10 +73,12 @@ class CommandLine:
     """`megatron-pmd train RECIPE …` in its own session, with its runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._starts = folder, 0
 
     def start(self, name: str, *words: str) -> Started:
-        return Started([RECIPE, f"name={name}", *SMALL, *words], self.folder, self.folder / f"{name}.out")
+        self._starts += 1
+        output = self.folder / f"{name}-{self._starts}.out"
+        return Started([RECIPE, f"name={name}", *SMALL, *words], self.folder, output)
 
     def run(self, name: str, *words: str, expect: int = 0) -> str:
         """Train to the end; returns what was printed."""
@@ -130,7 +134,7 @@ def _train(words: list[str], folder: Path, output: Path) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    os.environ.update(PYTHONPATH=str(PROJECT), COLUMNS="100")
+    os.environ.update(LEFT, PYTHONPATH=str(PROJECT), COLUMNS="100")
     sys.argv = ["megatron-pmd", "train", *words]
     main()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 import pyarrow.parquet as pq
@@ -10,7 +11,14 @@ import pytest
 
 from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout
-from tests.end_to_end.command_line import CommandLine, Started, descendants, still_there, wait_until
+from tests.end_to_end.command_line import (
+    PROJECT,
+    CommandLine,
+    Started,
+    descendants,
+    still_there,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -25,11 +33,36 @@ def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: St
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
 
 
+def listening(process: subprocess.Popen[str]) -> set[tuple[str, str]]:
+    """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
+    words = {
+        "sglang::scheduler": "scheduler", "sglang_router": "router", "sglang.launch_server": "engine",
+        "megatron_pmd.node.worker": "rank", "megatron_pmd.cli.main": "agent",
+    }  # fmt: skip
+    found = set()
+    for each in [psutil.Process(process.pid), *descendants(process)]:
+        command = " ".join(each.cmdline())
+        kind = next((kind for word, kind in words.items() if word in command), command)
+        for socket in each.net_connections("tcp"):
+            if socket.status == psutil.CONN_LISTEN:
+                found.add((kind, socket.laddr.ip))
+    return found
+
+
+def documented() -> set[tuple[str, str]]:
+    """The same, of the table in docs/security.md: the columns `process` and `one node`."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", (PROJECT / "docs/security.md").read_text(), re.MULTILINE
+    )
+    return set(rows)
+
+
 def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_twice(
     command_line: CommandLine,
 ) -> None:
     process = command_line.start("engine_dies", *LONG_ROLLOUT)
     in_the_middle_of_a_rollout(command_line, "engine_dies", process)
+    assert listening(process) == documented()
     schedulers = [p for p in descendants(process) if "sglang::scheduler" in " ".join(p.cmdline())]
     assert len(schedulers) == 1
     schedulers[0].kill()
@@ -97,9 +130,13 @@ def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -
     process.communicate(timeout=60)
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(command_line: CommandLine) -> None:
+def test_a_run_started_twice_goes_on_and_a_killed_rank_ends_it_and_is_named(
+    command_line: CommandLine,
+) -> None:
     process = command_line.start("rank_killed", *LONG_ROLLOUT)
     wait_until(lambda: (0, "start") in command_line.phases("rank_killed"), "the first sync", process)
+    again = command_line.run("rank_killed", *LONG_ROLLOUT, expect=1)
+    assert f"is being trained already, by process {process.pid} on" in " ".join(again.split())
     started = descendants(process)
     next(p for p in started if f"{PROCESS_TITLE} 1" in " ".join(p.cmdline())).kill()
     output, _ = process.communicate(timeout=60)
