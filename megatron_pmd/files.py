@@ -58,10 +58,10 @@ def write_whole(path: Path, content: str | bytes, mode: int | None = None) -> No
 
 
 def read_object(path: Path) -> JsonObject | None:
-    """A JSON object file; None if there is no such file."""
+    """A JSON object file; None if there is no such file. DataError if it is there and is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # perhaps with a byte order mark
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON: {error}") from None

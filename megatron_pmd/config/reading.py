@@ -9,6 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
+from megatron_pmd.config.data import Data
+from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import did_you_mean
@@ -64,6 +66,12 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     A choice, as of the objective, comes before the settings of what is chosen, in whatever order they stand.
     """
     values = config.model_dump(mode="json")
+    _assign(values, assignments)
+    return build(values)
+
+
+def _assign(values: dict[str, Any], assignments: list[str]) -> None:
+    """Write `dotted.key=value` settings into a tree of plain values; see override."""
     settings = [_setting(assignment) for assignment in assignments]
     for key, value in sorted(settings, key=lambda setting: setting[0] not in CHOICES):
         *parents, leaf = key.split(".")
@@ -71,7 +79,22 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         if node.get(leaf) != value and key in CHOICES:
             node.clear()  # the settings of what was chosen before mean nothing to another
         node[leaf] = value
-    return build(values)
+
+
+class _DataAlone(Frozen):
+    """The part of a run's configuration that reads problems."""
+
+    data: Data
+
+
+def data_of_file(file: str, settings: list[str]) -> Data:
+    """How a problem file is read, by `data.key=value` settings as a run has them; the file is data.train."""
+    values: dict[str, Any] = {"data": {"train": {"kind": "file", "path": file}}}
+    _assign(values, settings)
+    try:
+        return _DataAlone.model_validate(values).data
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, _DataAlone))) from None
 
 
 CHOICES = {

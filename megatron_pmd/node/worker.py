@@ -163,18 +163,15 @@ def _assemble(
     start: _Start, log: RunLog, resume_from: Path | None, saved: dict[str, Any], cleanup: ExitStack
 ) -> Trainer:
     """The parts of a run on this rank, as new or as a checkpoint has them; cleanup ends what they start."""
-    from transformers import AutoTokenizer
-
     from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.device import SharedDevice
     from megatron_pmd.rollout.carried_over_file import read_carried_over
     from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
 
     config, control = start.config, start.control
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model.path, trust_remote_code=config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(config.model)
     problems = control.on_driver(lambda: _problems(config, tokenizer, log, saved))
     state = RunState(completed=saved["iteration"], resumed=resume_from is not None)
     if resume_from and problems:

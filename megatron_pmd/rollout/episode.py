@@ -174,7 +174,8 @@ class Episode:
             self._next(inserted=True)
             return
         text = content if isinstance(content, str) else await content()
-        tokens = self._tokenizer.encode(message_text(self._tokenizer, role, text), add_special_tokens=False)
+        message = message_text(self._tokenizer, role, text, **self.problem.template_arguments)
+        tokens = self._tokenizer.encode(message, add_special_tokens=False)
         last = self._trajectory.turns[-1].tokens[-1:].tolist() if self._trajectory.turns else []
         if tokens and tokens[:1] == last:  # the model has ended its turn itself
             tokens = tokens[1:]
@@ -231,7 +232,7 @@ def rollout_function(name: str | None) -> RolloutFunction:
     return single_turn if name is None else load(name, what="rollout.function")
 
 
-def message_text(tokenizer: Any, role: str, content: str) -> str:
+def message_text(tokenizer: Any, role: str, content: str, /, **template_arguments: Any) -> str:
     """What the chat template writes after an assistant's words when a message follows and it is asked again.
 
     Raises RolloutError if the template does not keep what went before as it was.
@@ -243,7 +244,9 @@ def message_text(tokenizer: Any, role: str, content: str) -> str:
         {"role": role, "content": content},
     ]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False, **template_arguments
+        )
     except Exception as error:  # jinja's, or whatever the template's own code leads to
         raise RolloutError(f"the chat template refuses a message of role {role!r}: {error}") from error
     _, found, after = rendered.partition(words)
