@@ -14,6 +14,7 @@ from megatron_pmd.cli import cluster
 from megatron_pmd.cli.convert import app as convert
 from megatron_pmd.cli.data import data as show_data
 from megatron_pmd.cli.extras import needs
+from megatron_pmd.cli.numbers import finite
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
 from megatron_pmd.outcome import RunOutcome
@@ -54,7 +55,7 @@ def evaluate(
     max_response_tokens: Annotated[
         int | None, typer.Option(min=1, help="default: the run's, or 1024 for a model folder")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="0: greedy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
     settings: Annotated[
         Optional[list[str]],  # noqa: UP045

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry
 
@@ -48,7 +48,7 @@ class ReasoningGymSource(Frozen):
     task: str
     """A reasoning-gym dataset, by name."""
     size: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     parameters: dict[str, Any] = {}
     """The task's own settings, e.g. min_digits."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.actor import Actor, Model, Optimizer
 from megatron_pmd.config.algorithm import Alarms, Algorithm
 from megatron_pmd.config.data import Data, Evaluation, Reward
-from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
 from megatron_pmd.errors import ConfigError, LayoutError
@@ -85,7 +85,7 @@ class WarmStart(Frozen):
 class RunConfig(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under runs/."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     iterations: PositiveInt
     model: Model
     layout: Layout = Layout()

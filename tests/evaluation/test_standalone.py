@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from megatron_pmd.cli.main import app
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
@@ -109,6 +111,18 @@ def test_a_model_needs_problems_and_a_reward(tmp_path):
         task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
     with pytest.raises(ConfigError, match=r"the default of --max-response-tokens, 1024, leaves no room"):
         task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "model", "--temperature", "nan"],
+        ["convert", "hf-to-megatron", "model", "--out", "x", "--shard-gigabytes", "inf"],
+    ],
+)
+def test_a_number_of_the_command_line_is_finite(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "is not a finite number" in " ".join(result.output.split())
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
