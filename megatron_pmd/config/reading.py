@@ -74,7 +74,7 @@ OF_PYDANTIC = ("file", "reasoning_gym", "[key]", "str", "tuple[str, ...]", "tupl
 
 
 def _unknown(key: str, tag: str, model: type[BaseModel]) -> str:
-    """Why a key is not a setting here. tag: which of several groups it was found in, where there are several."""
+    """Why a key is not a setting here. tag: which of several kinds of group it was found in."""
     *parents, leaf = key.split(".")
     owners = [
         group.model_fields["kind"].default
