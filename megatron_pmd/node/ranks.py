@@ -27,6 +27,8 @@ from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 RANK_MODULE = "megatron_pmd.node.worker"
 """Program of each rank."""
 LISTENING_SECONDS = 0.2
+ASKED_TO_END = ("SIGTERM", "SIGINT")
+"""Signals by which a user or Slurm ends a run: nothing has failed."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,12 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
+    class LogsOfThisNode(DefaultLogsSpecs):
+        """In a folder whose name says so; torch's own makes one more, of a random name, at each start."""
+
+        def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+            return str(logs / f"ranks-of-node-{nodes.rank}")
+
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -152,7 +160,7 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
         max_restarts=0,
         monitor_interval=0.2,
         local_addr=nodes.address,
-        logs_specs=DefaultLogsSpecs(
+        logs_specs=LogsOfThisNode(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
     )
@@ -162,7 +170,10 @@ def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
     """What the rank that failed first has noted, or how the system ended it."""
     rank, failure = failed.get_first_failure()
     noted = RunOutcome.read(spec.outcome_file(failure.local_rank))
-    if noted is None:
+    if noted is None and failure.signal_name() in ASKED_TO_END:
+        # Slurm's signal may reach a rank before the agent, which would have said the same
+        noted = RunOutcome.of(Interrupted(f"rank {rank} was ended by {failure.signal_name()}"))
+    elif noted is None:
         noted = RunOutcome(Status.FAILED, f"it ended with {failure.signal_name() or failure.exitcode}")
     # A PmdError of one rank is raised on all (Control.on_driver), and any can be the first to end.
     who = "" if hasattr(errors, noted.error or "") else f"rank {rank} failed: "

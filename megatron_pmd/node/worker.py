@@ -177,7 +177,7 @@ def _assemble(
     if resume_from and problems:
         state.carried_over = read_carried_over(resume_from, problems.train.problem)
     device = SharedDevice()
-    rollouts = _rollouts(start, log, tokenizer, device, cleanup)
+    rollouts = _rollouts(start, state.completed, log, tokenizer, device, cleanup)
     if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
         rollouts.make_room()
     actor = Actor(config, control, device)
@@ -189,7 +189,7 @@ def _assemble(
 
 
 def _rollouts(
-    start: _Start, log: RunLog, tokenizer: Any, device: SharedDevice, cleanup: ExitStack
+    start: _Start, completed: int, log: RunLog, tokenizer: Any, device: SharedDevice, cleanup: ExitStack
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
     from megatron_pmd.rewards.remote import grading
@@ -198,7 +198,7 @@ def _rollouts(
 
     config, control = start.config, start.control
     if start.spec.replay:
-        return ReplayedRollouts(Path(start.spec.replay), control)
+        return ReplayedRollouts(Path(start.spec.replay), range(completed, config.iterations), control)
     if config.algorithm.objective.supervised:
         return Demonstrations(control, tokenizer)
     rewards: Any = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))

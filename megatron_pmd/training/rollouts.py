@@ -12,10 +12,9 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import DataError
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
-from megatron_pmd.rollout_file import read_rollout
+from megatron_pmd.rollout_file import check_rollouts, read_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport
 
@@ -89,25 +88,23 @@ class WithoutEngines:
 class ReplayedRollouts(WithoutEngines):
     """Rollouts of an earlier run, from its file or its folder of files."""
 
-    def __init__(self, path: Path, control: Control) -> None:
-        """path: one rollout file, or a folder with one for every iteration that will be trained."""
+    def __init__(self, path: Path, iterations: range, control: Control) -> None:
+        """path: one rollout file, or a folder with one for every iteration.
+
+        iterations: those that will be trained. DataError, on all ranks, if one of them has no rollout there.
+        """
         super().__init__()
-        if not path.exists():
-            raise DataError(f"{path}: no such rollout file or folder")
+        control.on_driver(lambda: check_rollouts(path, iterations))
         self._path, self._control = path, control
 
     def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
-        """The recorded samples of the rollout's iteration. DataError if they are of another iteration."""
+        """The recorded samples of the rollout's iteration."""
         return self._control.on_driver(lambda: self._read(rollout)) or []
 
     def _read(self, rollout: RolloutGroups | None) -> list[Sample]:
         assert rollout is not None, "the driver knows what to draw"
         wanted = rollout.settings.iteration
-        path = self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path
-        samples, iteration = read_rollout(path)
-        if iteration != wanted:
-            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {wanted}")
-        return samples
+        return read_rollout(self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path)[0]
 
 
 class Demonstrations(WithoutEngines):

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
-from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.errors import ConfigError, DataError, ModelError
 
 ROWS = [{"question": "very " * n + "hard?", "gold": {"value": n}, "level": n} for n in (1, 2, 9)]
 KEYS = ["data.train.prompt_key=question", "data.train.answer_key=gold.value"]
@@ -70,5 +70,15 @@ def test_a_recipe_shows_each_of_its_sources(file, model):
 def test_a_setting_of_something_else_and_a_folder_that_is_no_model_are_refused(file, tmp_path):
     with pytest.raises(ConfigError, match=r"optimizer is not a setting"):
         shown(file, "optimizer.learning_rate=1")
-    with pytest.raises(ModelError, match=r"no config\.json there; give the folder of a Hugging Face model"):
+    for content, error, message in (
+        (None, ModelError, r"no config\.json there; give the folder of a Hugging Face model"),
+        (b'{"model_type": "\xff"}', DataError, r"config\.json: not JSON: 'utf-8'"),
+        (b"{}", ModelError, r"no tokenizer there; copy tokenizer\.json"),
+    ):
+        if content:
+            (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(error, match=message):
+            shown(file, *KEYS, "--model", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         shown(file, *KEYS, "--model", tmp_path)

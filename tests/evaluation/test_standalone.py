@@ -116,14 +116,13 @@ def test_a_model_needs_problems_and_a_reward(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["evaluate", "model", "--temperature", "nan"],
+        ["evaluate", "model", "--temperature", "inf"],
         ["convert", "hf-to-megatron", "model", "--out", "x", "--shard-gigabytes", "inf"],
     ],
 )
 def test_a_number_of_the_command_line_is_finite(words):
     result = CliRunner().invoke(app, words)
-    words_of_output = result.output.replace("│", " ").split()  # typer draws a box
-    assert result.exit_code == 2 and "is not a finite number" in " ".join(words_of_output)
+    assert result.exit_code == 2 and f"Invalid value for '{words[-2]}'" in result.output
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
