@@ -158,8 +158,8 @@ def check_rollouts(path: Path, iterations: range) -> None:
         file = path / f"{wanted}.parquet" if path.is_dir() else path
         if not file.is_file():
             raise DataError(
-                f"{file}: no such file; iterations {iterations[0]} to {iterations[-1]} are to be trained, each "
-                f"on its own rollout: set iterations={wanted}, or give a folder that has them all"
+                f"{file}: no such file; iterations {iterations[0]} to {iterations[-1]} are to be trained, "
+                f"each on its own rollout: set iterations={wanted}, or give a folder that has them all"
             )
         with _opened(file) as (_, found):
             if found != wanted and wanted == iterations[0]:
@@ -167,7 +167,7 @@ def check_rollouts(path: Path, iterations: range) -> None:
             if found != wanted:
                 raise DataError(
                     f"{file}: this is the rollout of iteration {found} alone, and iterations {iterations[0]} "
-                    f"to {iterations[-1]} are to be trained: give the folder of all, or set iterations={wanted}"
+                    f"to {iterations[-1]} are to be trained: give the folder of all, or iterations={wanted}"
                 )
 
 

@@ -137,7 +137,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_wait_once(tmp_path):
             range(3),
             r"2\.parquet: no such file; .*set iterations=2, or give a folder that has them all",
         ),
-        ("0.parquet", range(3), r"of iteration 0 alone, .* give the folder of all, or set iterations=1"),
+        ("0.parquet", range(3), r"of iteration 0 alone, .* give the folder of all, or iterations=1"),
         ("1.parquet", range(1), "this is the rollout of iteration 1, not of 0"),
         ("other.parquet", range(1), "not a rollout file of this program"),
     ],

@@ -215,8 +215,8 @@ def test_a_turn_that_ended_itself_is_not_ended_twice():
 
 def test_an_inserted_message_is_written_with_the_problems_template_arguments():
     class Thinking(ChatTokenizer):
-        def apply_chat_template(self, messages: Any, *, enable_thinking: bool, **arguments: Any) -> str:
-            return super().apply_chat_template(messages, **arguments) + " hello" * (not enable_thinking)
+        def apply_chat_template(self, messages: Any, *, enable_thinking: bool = True, **others: Any) -> str:
+            return super().apply_chat_template(messages, **others) + " hello" * (not enable_thinking)
 
     async def chat(episode: Episode) -> str:
         await episode.generate()
