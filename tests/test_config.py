@@ -63,6 +63,7 @@ def config() -> RunConfig:
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
+        ("rollout.max_total_tokens=20", "cannot hold one sample: "),
         ("layout.expert=3", "cannot hold expert=3"),
         ("layout.virtual_pipeline=2", "with pipeline=1 there is one stage"),
         ("actor.recompute=selective", "recomputes the modules named"),

@@ -219,6 +219,13 @@ class RunConfig(Frozen):
                 + f"; raise it to {-(-longest // context)}"
             )
 
+        cache, needed = self.rollout.max_total_tokens, batch.max_prompt_tokens + batch.max_response_tokens
+        if cache is not None and cache < needed:
+            raise ConfigError(
+                f"rollout.max_total_tokens={cache} cannot hold one sample: {batch.max_prompt_tokens} prompt "
+                f"+ {batch.max_response_tokens} response tokens; raise it to {needed} or many times that"
+            )
+
     def _check_precision(self) -> None:
         fp8, precision = self.actor.fp8, self.model.precision
         if fp8 and precision != "bf16":

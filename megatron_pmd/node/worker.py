@@ -192,6 +192,7 @@ def _rollouts(
     start: _Start, completed: int, log: RunLog, tokenizer: Any, device: SharedDevice, cleanup: ExitStack
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
+    from megatron_pmd.engine.lengths import check_lengths
     from megatron_pmd.rewards.remote import grading
     from megatron_pmd.training.live_engines import LiveEngines
     from megatron_pmd.training.rollouts import Demonstrations, ReplayedRollouts
@@ -201,6 +202,7 @@ def _rollouts(
         return ReplayedRollouts(Path(start.spec.replay), range(completed, config.iterations), control)
     if config.algorithm.objective.supervised:
         return Demonstrations(control, tokenizer)
+    control.on_driver(lambda: check_lengths(config))
     rewards: Any = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
     engines = LiveEngines(
         config, control, start.folder, tokenizer, rewards, log.console,

@@ -11,7 +11,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import RolloutError, StaleWeights
 from megatron_pmd.plugins import load
 from megatron_pmd.rollout.engine_answer import EngineAnswer, recorded_experts
-from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
 
@@ -124,7 +124,14 @@ class Episode:
             "return_logprob": True,
             "return_routed_experts": sampling.routing_width > 0,
         }
-        answer = await self._client.generate(request, self._routing_key)
+        try:
+            answer = await self._client.generate(request, self._routing_key)
+        except RequestRefused as refusal:
+            if not trajectory.sampled_tokens:
+                raise
+            self._accounts.note_refusal(str(refusal))
+            turn.finish = "length"  # there is a response, which the engine cannot make longer
+            return
         reason = self._take(turn, answer)
         if reason == "abort":
             raise ResponseStopped(self._client.stopping)
@@ -132,7 +139,8 @@ class Episode:
             turn.finish = "stop"
         elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
             turn.finish = "repetition"
-        elif trajectory.length >= self._max_tokens or not len(answer.tokens):
+        # At the end of its context or cache an engine gives fewer than asked for, and then refuses to go on.
+        elif trajectory.length >= self._max_tokens or len(answer.tokens) < min(limits):
             turn.finish = "length"
 
     def _take(self, turn: Turn, answer: EngineAnswer) -> str:

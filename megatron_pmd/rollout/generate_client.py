@@ -28,6 +28,10 @@ class EnginesLost(EngineError):
     """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
 
 
+class RequestRefused(EngineError):
+    """An engine will not answer this request, however often it is asked; others it answers."""
+
+
 class ResponseStopped(BaseException):
     """The rollout ends before this response does; no Exception, so that no rollout function eats it."""
 
@@ -76,8 +80,9 @@ class GenerateClient:
     async def generate(self, request: dict[str, Any], routing_key: str) -> EngineAnswer:
         """The answer to one request. Its finish reason is `stop`, `length` or, after stop(), `abort`.
 
-        Raises ResponseStopped after stop() if nothing was answered, EnginesLost when no engine is left,
-        EngineError when the request fails `retries` times on engines that are alive.
+        Raises ResponseStopped after stop() if nothing was answered, RequestRefused where asking again would
+        not help, EnginesLost when no engine is left, EngineError when the request fails `retries` times on
+        engines that are alive.
         """
         failure = ""
         for attempt in range(self._endpoint.retries + 1):
@@ -111,7 +116,7 @@ class GenerateClient:
                         return answer, ""
                     return None, f"finish reason {reason}"
                 if reply.status == 400:
-                    raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
+                    raise RequestRefused(f"the engine refuses a request: {(await reply.text())[:500]}")
                 return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
-from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
 
@@ -120,17 +120,19 @@ class _Draw:
                 self._tasks.create_task(self._respond(group, member))
 
     async def _respond(self, group: Group, member: Trajectory) -> None:
-        member.stopped = None
+        member.stopped, member.refused = None, False
         try:
             await self._finish(group, member)
         except ResponseStopped as stopped:
             member.stopped = str(stopped)
+        except RequestRefused as refusal:
+            self._rollout.refuse(member, str(refusal))
         if member.finished:
             self._on_sample()
-            if group.complete and (replacement := self._rollout.completed(group)):
-                self._open(replacement)
+        if group.settled and (replacement := self._rollout.settled(group)):
+            self._open(replacement)
         self._working -= 1
-        if group.complete or not self._working:
+        if group.settled or not self._working:
             self._note_progress()
 
     def _note_progress(self) -> None:

@@ -124,6 +124,12 @@ class LiveEngines:
                 sampler.run(rollout, advance)
         except PmdError as error:
             return error
+        accounts = rollout.accounts
+        if accounts.refusals:
+            self._console.say(
+                f"the engines refused {accounts.refusals} requests; {accounts.dropped['refused']} responses "
+                f"were dropped for it, in whole groups. The first reason: {accounts.first_refusal}"
+            )
         return None
 
     def revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
