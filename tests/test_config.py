@@ -308,3 +308,9 @@ def test_a_config_json_that_is_none_is_named(tmp_path: Path, content: bytes, mes
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         configuration(str(tmp_path / "config.json"), [])
+
+
+def test_a_nucleus_is_warned_of_by_name_and_no_recipe_has_one() -> None:
+    (warning,) = override(recipe("tiny_moe_cpu"), ["rollout.top_p=0.9"]).warnings()
+    assert "rollout.top_p=0.9" in warning and "another policy than the anchor" in warning
+    assert [name for name in RECIPES if recipe(name).warnings()] == []

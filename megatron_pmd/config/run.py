@@ -147,6 +147,17 @@ class RunConfig(Frozen):
         bounds = {"mean_log_prob_difference": mean, "p99_log_prob_difference": p99}
         return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
 
+    def warnings(self) -> list[str]:
+        """What works and is most likely not meant, by the settings' names; said when a run starts."""
+        found = []
+        if self.rollout.top_p < 1 and not self.algorithm.objective.supervised:
+            found.append(
+                f"rollout.top_p={self.rollout.top_p:g}: tokens outside the nucleus are never drawn, while "
+                "log π_t and the engines' log-probabilities are of all tokens. The samples are of another "
+                "policy than the anchor, and nothing corrects for it: set rollout.top_p=1"
+            )
+        return found
+
     def asks_for_deepep(self) -> list[str]:
         """The settings that send tokens to experts through DeepEP, as `key=value`."""
         settings = {

@@ -154,6 +154,8 @@ def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog
         for line in read_records(folder / "ledger.jsonl"):
             start.shutdown.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
+        for warning in config.warnings():
+            console.say(f"warning: {warning}")
         if resume_from:
             console.say(f"resuming after {completed} iterations, from {resume_from}")
     return RunLog(console, journal)

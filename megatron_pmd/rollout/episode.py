@@ -70,6 +70,8 @@ class Episode:
         self._new_tokens = 0
         self._answers = 0
         self._first_text = ""
+        self.failure: Exception | None = None
+        """What went wrong in generate(): no fault of the function, whatever it makes of it."""
 
     @property
     def problem(self) -> Problem:
@@ -94,7 +96,11 @@ class Episode:
         turn = self._next(inserted=False)
         self._answers += 1
         while turn.finish is None:
-            await self._extend(turn)
+            try:
+                await self._extend(turn)
+            except Exception as error:
+                self.failure = error
+                raise
         tokens = turn.tokens.tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if self._cursor == 1:

@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from megatron_pmd.errors import EngineError
+from megatron_pmd.processes import connections_possible
 from megatron_pmd.rollout.engine_answer import EngineAnswer, parse_answer
 
 RETRY_PAUSE_SECONDS = 1.0
@@ -48,7 +49,7 @@ class Endpoint:
     retries: int
     any_engine_alive: Callable[[], bool]
     max_in_flight: int | None = None
-    """Requests sent at one time; their deadline runs only then. None: all at once."""
+    """Requests sent at one time; their deadline runs only then. None: as many as files can be open."""
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
 
@@ -58,7 +59,8 @@ class GenerateClient:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._slots = asyncio.Semaphore(endpoint.max_in_flight) if endpoint.max_in_flight else None
+        possible = connections_possible()
+        self._slots = asyncio.Semaphore(min(endpoint.max_in_flight or possible, possible))
         self._asking = asyncio.Lock()
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
@@ -98,10 +100,8 @@ class GenerateClient:
 
     async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         """(answer, "") or (None, what went wrong)."""
-        if self._slots is not None:
-            async with self._slots:
-                return await self._post(request, routing_key)
-        return await self._post(request, routing_key)
+        async with self._slots:
+            return await self._post(request, routing_key)
 
     async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         if self.stopping:

@@ -174,15 +174,7 @@ class _Draw:
         episode = Episode(
             member, self._sampling, self._client, sampler.tokenizer, rollout.accounts, group.key
         )
-        try:
-            graded = await sampler.function(episode)
-        except PmdError:
-            raise
-        except Exception as error:
-            raise RolloutError(
-                f"the rollout function failed on problem {group.problem.index}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        graded = await self._called(episode)
         episode.close()
         if not member.turns or not isinstance(graded, str):
             raise RolloutError(
@@ -194,6 +186,25 @@ class _Draw:
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         response = episode.response_text
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+
+    async def _called(self, episode: Episode) -> Any:
+        """What the rollout function returns. A request of it that failed is raised, whatever it did then."""
+        failure: Exception | None
+        try:
+            graded, failure = await self._sampler.function(episode), None
+        except Exception as error:
+            graded, failure = None, error
+        if episode.failure is not None:
+            failure, what = episode.failure, "a request for it failed"
+        else:
+            what = "the rollout function failed"
+        if failure is None:
+            return graded
+        if isinstance(failure, PmdError):
+            raise failure
+        raise RolloutError(
+            f"{what}, on problem {episode.problem.index}: {type(failure).__name__}: {failure}"
+        ) from failure
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:

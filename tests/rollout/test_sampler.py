@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -184,6 +186,54 @@ def test_a_response_that_the_engine_cuts_below_the_request_ends_there():
             sampler_for(url, **settings).run(rollout)
             (sample,) = rollout.samples(Numbers())
             assert (sample.finish_reason, len(sample.response_tokens), sample.reward) == ("length", 8, 1.0)
+
+
+# What is ours, and what is the rollout function's
+
+
+def test_no_more_requests_are_in_flight_than_files_may_be_open():
+    """The engine is in this process too: a request takes two files, as it does in the router."""
+    engine = StubEngine(median_tokens=20, sigma=0.0, tokens_per_second=100)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(engine) as url:
+        there = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (there + 150, limits[1]))
+        try:
+            rollout = rollout_for(50)
+            sampler_for(url, retries=0).run(rollout)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert rollout.finished == 200
+
+
+async def swallowing(episode: Episode) -> str:
+    try:
+        return (await episode.generate()).text
+    except Exception:
+        return "all is well"
+
+
+async def translating(episode: Episode) -> str:
+    try:
+        return (await episode.generate()).text
+    except Exception as error:
+        raise ValueError("something in my function") from error
+
+
+@pytest.mark.parametrize("function", [swallowing, translating])
+def test_a_request_that_fails_is_not_the_functions_failure_whatever_it_makes_of_it(function):
+    with (
+        serving(StubEngine(failures=1000)) as url,
+        pytest.raises(EngineError, match="a request failed 1 times"),
+    ):
+        sampler_for(url, retries=0, function=function).run(rollout_for(1))
+
+    def no_file_left() -> bool:
+        raise OSError(24, "Too many open files")
+
+    lost = Endpoint("http://127.0.0.1:1", [], {}, 20.0, retries=0, any_engine_alive=no_file_left)
+    with pytest.raises(RolloutError, match="a request for it failed, on problem 0: OSError"):
+        replace(sampler_for("", function=function), endpoint=lost).run(rollout_for(1))
 
 
 # Over-sampling with a filter
