@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -30,8 +29,6 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 """Endings of files that hold weights: all others in a model folder go with its configuration."""
-SKIPPED = (".index.json", "conversion.json")
-"""Further files that tell of one folder's weights alone."""
 OPEN_FILES = 8
 """A parameter's tensors lie in a few neighbouring files."""
 
@@ -175,23 +172,3 @@ def write_index(folder: Path, files: dict[str, str], total_bytes: int) -> None:
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}, indent=2
     )
     (folder / INDEX).write_text(text + "\n")
-
-
-def copy_side_files(
-    source: Path, target: Path, *, dtype: torch.dtype, quantization: dict[str, Any] | None = None
-) -> None:
-    """Configuration, generation settings, tokenizer, chat template, code: everything but weights.
-
-    dtype, quantization: what config.json of the copy then says of the weights.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(SKIPPED):
-            shutil.copyfile(file, target / file.name)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    config[key] = str(dtype).removeprefix("torch.")
-    config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    path.write_text(json.dumps(config, indent=2) + "\n")

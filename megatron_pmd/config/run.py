@@ -86,6 +86,7 @@ class RunConfig(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under runs/."""
     seed: Seed = 0
+    """Of the order of prompts and of every draw. Which engines draw by it: docs/rollout.md, "Seeds"."""
     iterations: PositiveInt
     model: Model
     layout: Layout = Layout()
