@@ -1,4 +1,4 @@
-"""What goes with exported weights says the same to transformers 5 and SGLang, and in transformers 4's words."""
+"""What goes with exported weights says the same to transformers 5 and SGLang, and in 4's words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang.srt.utils.hf_transformers import get_config
 from megatron_pmd.convert.side_files import copy_side_files
 from tests.actor.tiny_models import COMMON, FAMILIES
 
-FORMER = {
+FORMER: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 5e5, "rope_scaling": None},
     "llama3": {"rope_theta": 1e4, "rope_scaling": {"factor": 32.0, "rope_type": "llama3"}},
     "qwen3moe": {"rope_theta": 1e6, "rope_scaling": None, "num_experts": 4},

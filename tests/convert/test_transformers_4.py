@@ -1,4 +1,4 @@
-"""Exported folders read by a real transformers 4.57, which `make transformers-4` installs beside the stack."""
+"""Exported folders read by a real transformers 4.57, which `make transformers-4` puts beside the stack."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A program for transformers 4: log-probabilities of model folders, tokens, and the folders as it writes them.
+"""A program for transformers 4: log-probabilities and tokens of model folders, and the folders as it writes them.
 
     PYTHONPATH=FOLDER_OF_TRANSFORMERS_4 python transformers_4.py EXPORTS OUT
 
-EXPORTS has a folder for each model. OUT/results.json has, by its name, the log-probability of each of TOKENS but
-the first, and the tokens of TEXT.
+EXPORTS has a folder for each model. OUT/results.json has, by its name, the log-probability of each of TOKENS
+but the first, and the tokens of TEXT.
 """
 
 from __future__ import annotations

@@ -264,8 +264,9 @@ def test_a_seed_draws_the_same_tokens_alone_and_among_others(control, engine, bu
         generate(engine.spec.url, prompts=[prompt], sampling_seed=7)[0]["output_ids"] for prompt in PROMPTS
     ]
     assert together == alone
-    for further in ({"sampling_seed": 8}, {}, {}):
-        assert together != [answer["output_ids"] for answer in generate(engine.spec.url, **further)]
+    others = [generate(engine.spec.url, sampling_seed=8), *(generate(engine.spec.url) for _ in range(2))]
+    for answers in others:
+        assert together != [answer["output_ids"] for answer in answers]
 
 
 def test_a_stop_token_ends_the_response_and_is_its_last_token(control, engine, bucket, models):
