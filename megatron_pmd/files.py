@@ -64,7 +64,7 @@ def read_object(path: Path) -> JsonObject | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+        raise DataError(f"{path}: not JSON: {error}; is the file whole, and in UTF-8?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
     return value

@@ -35,7 +35,9 @@ def data(
 
     reading = Model(path=str(model)) if model else None
     sources: dict[str, Source]
-    if is_problem_file(file_or_recipe):
+    # any other file that is there is no recipe either: the reader says which kinds there are
+    other = Path(file_or_recipe).suffix not in (".py", ".json") and Path(file_or_recipe).is_file()
+    if is_problem_file(file_or_recipe) or other:
         described = data_of_file(file_or_recipe, settings or [])
         sources = {"": described.train}
     else:

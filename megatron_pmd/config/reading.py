@@ -133,7 +133,8 @@ def data_of_file(file: str, settings: list[str]) -> Data:
     try:
         return _DataAlone.model_validate(values).data
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, _DataAlone))) from None
+        lines = "\n".join(explain(error, _DataAlone))
+        raise ConfigError(f"{lines}\nA problem file has the settings data.* alone") from None
 
 
 CHOICES = {
@@ -172,9 +173,12 @@ def load(path: Path) -> RunConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
+        raise ConfigError(f"{path}: not JSON: {error}; is the file whole, and in UTF-8?") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a JSON object; give the config.json of a run")
-    return build(values)
+    try:
+        return build(values)
+    except ConfigError as error:
+        raise type(error)(f"{path}: {error}") from None

@@ -58,6 +58,8 @@ def _rows_of(path: Path) -> Iterator[Row]:
             f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}; use .jsonl or .json (JSON lines, "
             "also as .jsonl.gz or .jsonl.zst) or .parquet"
         )
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; name the files in it, as a JSON list")
     if not path.is_file():
         raise DataError(f"{path}: no such file (relative paths start at {Path.cwd()})")
     return _parquet_rows(path) if kind in PARQUET else _json_lines(path, compression)
@@ -109,10 +111,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-def value_at(row: dict[str, Any], key: str, where: str) -> Any:
+def value_at(row: dict[str, Any], key: str, where: str, setting: str) -> Any:
     """What the row has under a key: a column's name, or a path as `reward_model.ground_truth` or `choices.0`.
 
-    DataError, with the keys that there are, if it has nothing there.
+    setting: which names the key. DataError, with the keys that there are, if the row has nothing there.
     """
     if key in row:
         return row[key]
@@ -126,9 +128,7 @@ def value_at(row: dict[str, Any], key: str, where: str) -> Any:
             value = value[int(part)]
         else:
             has = ", ".join(_keys(row)) or "nothing"
-            raise DataError(
-                f"{where}: no key {key!r}, only {has}; set the source's prompt_key and answer_key"
-            )
+            raise DataError(f"{where}: no key {key!r}, only {has}; set {setting} to the right one")
     return value
 
 
@@ -146,4 +146,5 @@ def _keys(row: dict[str, Any]) -> list[str]:
 def kind_of(value: Any) -> str:
     """The value's type in JSON's words."""
     names = {type(None): "null", bool: "boolean", str: "string", list: "list", dict: "object"}
+    names |= {int: "number", float: "number"}
     return names.get(type(value), type(value).__name__)

@@ -31,17 +31,17 @@ def _read_file(source: FileSource, data: Data) -> list[Problem]:
     rows = read_rows(source.path)
     problems = [_from_row(index, where, row, source, data) for index, (where, row) in enumerate(rows)]
     if not problems:
-        raise DataError(f"{source.path or 'data'}: the file holds no problems")
+        raise DataError(f"{source.path or 'data'}: the file holds no problems; one a line or row is expected")
     return problems
 
 
 def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, data: Data) -> Problem:
-    answer = value_at(row, source.answer_key, where)
-    prompt = value_at(row, source.prompt_key, where)
+    answer = value_at(row, source.answer_key, where, "answer_key")
+    prompt = value_at(row, source.prompt_key, where, "prompt_key")
     holder = re.match(rf"{re.escape(source.prompt_key)}\.(-?\d+)", source.answer_key)
     if holder and isinstance(prompt, list):
         prompt = prompt[: int(holder[1])]  # a conversation of which one message has the answer
-    budget = _number(row, source.token_budget_key, where)
+    budget = _number(row, "token_budget_key", source.token_budget_key, where)
     if budget is not None and (budget < 1 or budget != int(budget)):
         raise DataError(
             f"{where}: {source.token_budget_key!r} is {budget:g}; a whole number of tokens is expected"
@@ -51,7 +51,7 @@ def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, d
         messages=_chat(prompt, f"{where}: {source.prompt_key!r}", data),
         answer=_answer(answer, f"{where}: {source.answer_key!r}"),
         metadata={k: v for k, v in row.items() if k not in (source.prompt_key, source.answer_key)},
-        difficulty=_number(row, source.difficulty_key, where),
+        difficulty=_number(row, "difficulty_key", source.difficulty_key, where),
         token_budget=None if budget is None else int(budget),
         template_arguments=data.template_arguments,
     )
@@ -60,7 +60,12 @@ def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, d
 def _answer(value: Any, where: str) -> str:
     """The answer as text: a whole number without the `.0` that it gets in a column with missing values."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where} is a {kind_of(value)}; a string or a number is expected")
+        if isinstance(value, list | dict) and value:
+            first = next(iter(value)) if isinstance(value, dict) else 0
+            inside = f"a key with a dot leads into it, as answer.{first}"
+        else:
+            inside = "give the row an answer, or remove it"
+        raise DataError(f"{where} is a {kind_of(value)}; a string or a number is expected: {inside}")
     if isinstance(value, float):
         if not math.isfinite(value):
             what = "NaN, which pandas writes for a missing value" if math.isnan(value) else "infinite"
@@ -70,11 +75,11 @@ def _answer(value: Any, where: str) -> str:
     return str(value)
 
 
-def _number(row: dict[str, Any], key: str | None, where: str) -> float | None:
-    """The row's number under `key`; None where no key is asked for, or the row has null there."""
+def _number(row: dict[str, Any], setting: str, key: str | None, where: str) -> float | None:
+    """The row's number under the key that the setting names; None where it names none, or for null."""
     if key is None:
         return None
-    value = value_at(row, key, where)
+    value = value_at(row, key, where, setting)
     if value is None or value != value:  # pandas writes NaN for a missing number
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -89,10 +94,12 @@ def _chat(prompt: Any, where: str, data: Data) -> tuple[dict[str, Any], ...]:
     if not isinstance(prompt, list):
         raise DataError(f"{where} is a {kind_of(prompt)}; a string or a list of chat messages is expected")
     if not prompt:
-        raise DataError(f"{where} is an empty list of messages")
+        raise DataError(f"{where} is an empty list of messages; remove the row")
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(prompt, start=1)]
     if messages[-1]["role"] != "user":
-        raise DataError(f"{where} ends with a {messages[-1]['role']} message; the last must be the user's")
+        raise DataError(
+            f"{where} ends with the {messages[-1]['role']}'s message; the last must be the user's"
+        )
     messages[-1]["content"] += data.prompt_suffix
     if data.system_prompt is not None:
         if any(message["role"] == "system" for message in messages):
@@ -118,10 +125,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}")
     if content is None and known.get("tool_calls"):
         content = ""
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text") or "") for part in content)  # OpenAI's parts of a text
     if not isinstance(content, str):
-        raise DataError(f"{where} has a {kind_of(content)} as content; a string is expected")
+        raise DataError(f"{where} has a {kind_of(content)} as content; a text is expected, and nothing else")
     if not content.strip() and not known.get("tool_calls"):
-        raise DataError(f"{where} is empty")
+        raise DataError(f"{where} is empty; remove the row")
     return known | {"content": content}
 
 

@@ -46,5 +46,6 @@ def load_tokenizer(model: Model) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever a tokenizer's class or its files' contents lead to
         raise ModelError(
-            f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
+            f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}; copy its files from "
+            "the model that it was made from again"
         ) from error

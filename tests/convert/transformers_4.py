@@ -1,4 +1,4 @@
-"""A program for transformers 4: log-probabilities and tokens of model folders, and the folders as it writes them.
+"""A program for transformers 4: log-probabilities and tokens of model folders, and the folders rewritten.
 
     PYTHONPATH=FOLDER_OF_TRANSFORMERS_4 python transformers_4.py EXPORTS OUT
 

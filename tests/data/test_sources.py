@@ -185,7 +185,7 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
         ("[1]", r":2: a list where an object"),
         ({"answer": "2"}, r":2: no key 'prompt', only answer"),
         ({"prompt": "x"}, r":2: no key 'answer', only prompt"),
-        ({"prompt": 7, "answer": "2"}, r":2: 'prompt' is a int"),
+        ({"prompt": 7, "answer": "2"}, r":2: 'prompt' is a number"),
         ({"prompt": None, "answer": "2"}, r":2: 'prompt' is a null"),
         ({"prompt": "x", "answer": None}, r":2: 'answer' is a null"),
         ({"prompt": "x", "answer": True}, r":2: 'answer' is a boolean"),
@@ -202,7 +202,7 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
         ({"prompt": [{"role": "user", "content": [1]}], "answer": "2"}, r"has a list as content"),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"},
-            r"ends with a assistant message",
+            r"ends with the assistant's message",
         ),
     ],
 )
