@@ -33,8 +33,6 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(model: Model) -> Any:
     """The Hugging Face tokenizer of the model's folder. ModelError if the folder has none, or a bad one."""
-    from transformers import AutoTokenizer
-
     folder = Path(model.path)
     check_model_folder(folder)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
@@ -42,6 +40,8 @@ def load_tokenizer(model: Model) -> Any:
             f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json of the model that "
             "it was made from into it"
         )
+    from transformers import AutoTokenizer  # it takes seconds
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever a tokenizer's class or its files' contents lead to
