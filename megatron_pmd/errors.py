@@ -38,6 +38,12 @@ class EngineError(PmdError):
     """A rollout engine did not start, died, or missed a deadline; carries its log's last lines."""
 
 
+class EngineRefused(EngineError):
+    """A rollout engine ends itself at its start because of the settings that it was given."""
+
+    refuses = True
+
+
 class RolloutError(PmdError):
     """A rollout function failed, or responses were lost or counted twice between two iterations."""
 

@@ -12,6 +12,8 @@ from typing import Any
 from megatron_pmd.errors import DataError
 
 JsonObject = dict[str, Any]
+FULL_BYTES = 2**20
+"""A disk with less room left is why something could not be written."""
 
 
 def read_records(path: Path) -> list[JsonObject]:
@@ -55,6 +57,14 @@ def write_whole(path: Path, content: str | bytes, mode: int | None = None) -> No
     """Write a file of this text (as UTF-8) or these bytes; see whole_file."""
     with whole_file(path, mode) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def full_disk(folder: Path) -> str:
+    """What to add to the message of a failure where the folder's disk has no room left; else nothing."""
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize > FULL_BYTES:
+        return ""
+    return f"; the disk of {folder} is full: make room, the same command then goes on"
 
 
 def read_object(path: Path) -> JsonObject | None:

@@ -75,6 +75,8 @@ def quiet() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
+    # megatron/training/training.py, which the bridge imports, else has all libraries tell what they do
+    logging.basicConfig(level=logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # it gives itself a level and a handler, and prints a traceback for every optional import that fails
     logging.getLogger("megatron.bridge.utils.import_utils").disabled = True

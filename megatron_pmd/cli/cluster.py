@@ -100,7 +100,8 @@ def status(run: RunFolder) -> None:
     from megatron_pmd.launch.progress import describe
 
     _refuse_strange_folder(run)
-    typer.echo(describe(run))
+    for line in describe(run):
+        typer.echo(line)
 
 
 def _refuse_strange_folder(run: Path) -> None:

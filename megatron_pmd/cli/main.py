@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_pmd.cli.extras import needs
 from megatron_pmd.cli.numbers import finite
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
-from megatron_pmd.outcome import RunOutcome
+from megatron_pmd.outcome import RunOutcome, Status
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -97,13 +98,20 @@ for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.log
 
 
 def main(command: Callable[[], object] = app) -> None:
-    """Entry point; a PmdError is one message and its outcome's exit code, not a traceback."""
+    """Entry point; a PmdError, or a full disk, is one message and its outcome's exit code, no traceback."""
     try:
         command()
     except PmdError as error:
         outcome = RunOutcome.of(error)
-        typer.secho(str(outcome), fg=typer.colors.RED, err=True)
-        sys.exit(outcome.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "a file"
+        outcome = RunOutcome(Status.FAILED, f"{place}: {error.strerror}: make room and try again")
+    else:
+        return
+    typer.secho(str(outcome), fg=typer.colors.RED, err=True)
+    sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":

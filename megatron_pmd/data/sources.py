@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_pmd.config import Data, FileSource, ReasoningGymSource, Source
@@ -27,12 +28,22 @@ def load_problems(source: Source, data: Data) -> list[Problem]:
     return _read_file(source, data)
 
 
+def check_source(source: Source, data: Data) -> None:
+    """Raise what load_problems would, as far as the first problem of a file tells; a task is not made yet."""
+    if isinstance(source, FileSource):
+        next(_problems_of(source, data))
+
+
 def _read_file(source: FileSource, data: Data) -> list[Problem]:
-    rows = read_rows(source.path)
-    problems = [_from_row(index, where, row, source, data) for index, (where, row) in enumerate(rows)]
-    if not problems:
-        raise DataError(f"{source.path or 'data'}: the file holds no problems; one a line or row is expected")
-    return problems
+    return list(_problems_of(source, data))
+
+
+def _problems_of(source: FileSource, data: Data) -> Iterator[Problem]:
+    index = -1
+    for index, (where, row) in enumerate(read_rows(source.path)):
+        yield _from_row(index, where, row, source, data)
+    if index < 0:
+        raise DataError(f"{source.path}: the file holds no problems; one a line or row is expected")
 
 
 def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, data: Data) -> Problem:

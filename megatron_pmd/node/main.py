@@ -56,13 +56,14 @@ def _run(allocation: Allocation) -> RunOutcome:
         if allocation.rank == 0:
             print(f"{folder} is complete: nothing is left to train; raise iterations to go on", flush=True)
         return RunOutcome(Status.COMPLETE)
+    first = preflight.check_nodes(config, folder, allocation)[0]
     nodes = Nodes(
         count=allocation.nodes,
         rank=allocation.rank,
         ranks_per_node=allocation.ranks_per_node,
-        rendezvous=allocation.rendezvous,
+        # not its name: the other nodes may resolve it to another interface, or not at all
+        rendezvous=f"{first.address}:{allocation.port}",
         attempt=allocation.attempt,
-        address=preflight.check_nodes(config, folder, allocation).address,
     )
     replay = os.environ.get("PMD_REPLAY")
     return run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)

@@ -14,7 +14,7 @@ from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.distributed import Control
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
-from megatron_pmd.rollout_file import check_rollouts, read_rollout
+from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.weight_sync.push import PushReport
 
@@ -88,13 +88,12 @@ class WithoutEngines:
 class ReplayedRollouts(WithoutEngines):
     """Rollouts of an earlier run, from its file or its folder of files."""
 
-    def __init__(self, path: Path, iterations: range, control: Control) -> None:
-        """path: one rollout file, or a folder with one for every iteration.
+    def __init__(self, path: Path, control: Control) -> None:
+        """path: one rollout file, or a folder with one for every iteration that will be trained.
 
-        iterations: those that will be trained. DataError, on all ranks, if one of them has no rollout there.
+        That they are there, rollout_file.check_rollouts has found before.
         """
         super().__init__()
-        control.on_driver(lambda: check_rollouts(path, iterations))
         self._path, self._control = path, control
 
     def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:

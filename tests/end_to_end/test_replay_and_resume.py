@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
@@ -108,7 +109,7 @@ def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
     process = command_line.start("told", *words)
     wait_until(lambda: (0, "anchor") in command_line.phases("told"), "anchor of iteration 0", process)
     for rank in descendants(process):
-        if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
+        if PROCESS_TITLE in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output

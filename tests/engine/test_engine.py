@@ -25,7 +25,7 @@ from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
 from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, engine_options
-from megatron_pmd.errors import ConfigError, EngineError
+from megatron_pmd.errors import ConfigError, EngineError, MissingPackage
 from megatron_pmd.processes import tree_bytes
 from tests.engine.live_engine import (
     ADMIN_KEY,
@@ -77,7 +77,7 @@ def test_an_unknown_sglang_option_is_refused_with_the_nearest_name(folder, tmp_p
 def test_a_version_that_keeps_its_options_elsewhere_is_refused_by_its_place(tmp_path, monkeypatch):
     place = SimpleNamespace(submodule_search_locations=[str(tmp_path / "sglang")])
     monkeypatch.setattr(installed_options.importlib.util, "find_spec", lambda name: place)
-    with pytest.raises(EngineError, match=r"sglang does not declare its options in srt/arg_groups/fields"):
+    with pytest.raises(MissingPackage, match=r"sglang does not declare its options in srt/arg_groups/fields"):
         installed_options.server_options.__wrapped__()
 
 
