@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.files import read_object
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {
@@ -61,8 +62,12 @@ class TensorFiles:
         self.tensors: dict[str, StoredTensor] = {}
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         files, indexed = sorted(folder.glob("*.safetensors")), None
-        if (folder / INDEX).is_file():
-            indexed = json.loads((folder / INDEX).read_text())["weight_map"]
+        if (index := read_object(folder / INDEX)) is not None:
+            indexed = index.get("weight_map")
+            if not isinstance(indexed, dict):
+                raise ModelError(
+                    f"{folder / INDEX}: no weight_map in it; copy the file from the model's source"
+                )
             files = [folder / name for name in sorted(set(indexed.values()))]
         for file in files:
             self._read_header(file)

@@ -95,7 +95,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     """What the driver kept beside the tensors: prompt order, and the iterations done: the weight version."""
     try:
         return json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint / STATE_FILE}: {error}; delete this checkpoint to resume from another"
         ) from None

@@ -26,8 +26,10 @@ class Frozen(BaseModel):
     @classmethod
     def _plain(cls, values: Any) -> Any:
         """Refuse what Python and its JSON let pass as a number: true, 20 digits, Infinity in an object."""
-        for name in values.keys() & cls.model_fields.keys() if isinstance(values, dict) else ():
-            value, annotation = values[name], cls.model_fields[name].annotation
+        for name, field in cls.model_fields.items():
+            if not isinstance(values, dict) or name not in values:
+                continue
+            value, annotation = values[name], field.annotation
             if isinstance(value, bool) and not {bool, Any} & {annotation, *get_args(annotation)}:
                 raise WrongValue(name, value, "true and false are no numbers and no text")
             if isinstance(value, int) and abs(value) >= 2**63:
