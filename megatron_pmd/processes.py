@@ -55,6 +55,20 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+SPARE_FILES = 64
+"""Files that stay free for what else a process opens while its connections are open."""
+
+
+def connections_possible() -> int:
+    """How many connections this process can open beside its open files, and a relay like the router, too.
+
+    The router has this process's limit, and two connections for each of ours.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(os.listdir("/proc/self/fd"))
+    return max(1, (limit - there - SPARE_FILES) // 2)
+
+
 def quiet() -> None:
     """Keep the libraries' own remarks out of the run's screen; warnings of ours are errors or printed."""
     import logging

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ from megatron_pmd.processes import SAVE
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
 LISTENING_SECONDS = 0.2
+ASKED_TO_END = ("SIGTERM", "SIGINT")
+"""Signals by which a user or Slurm ends a run: nothing has failed."""
 LOCK = "lock"
 """In a run's folder: held by the process that trains it, on the first node."""
 ENDING_SECONDS = 120.0
@@ -180,6 +183,12 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: st
 
     from megatron_pmd.node.rendezvous import BACKEND
 
+    class LogsOfThisNode(DefaultLogsSpecs):
+        """In a folder whose name says so; torch's own makes one more, of a random name, at each start."""
+
+        def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+            return str(logs / f"ranks-of-node-{nodes.rank}")
+
     return LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -191,7 +200,7 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: st
         start_method=start_method,
         max_restarts=0,
         monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(
+        logs_specs=LogsOfThisNode(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
     )
@@ -203,7 +212,10 @@ def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
     noted = {rank: spec.outcome_file(failure.local_rank) for rank, failure in failed.failures.items()}
     rank = min(noted, key=lambda rank: noted[rank].stat().st_mtime_ns if noted[rank].exists() else 0)
     failure, outcome = failed.failures[rank], RunOutcome.read(noted[rank])
-    if outcome is None:
+    if outcome is None and failure.signal_name() in ASKED_TO_END:
+        # Slurm's signal may reach a rank before the agent, which would have said the same
+        outcome = RunOutcome.of(Interrupted(f"rank {rank} was ended by {failure.signal_name()}"))
+    elif outcome is None:
         how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         outcome = RunOutcome(Status.FAILED, f"it ended with {how}")
     # A PmdError of one rank is raised on all (Control.on_driver), and any can be the first to end.

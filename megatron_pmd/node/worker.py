@@ -179,18 +179,22 @@ class _Inputs:
 
 
 def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remarks: list[str]) -> _Inputs:
-    """Collective. Raises what is wrong with the data, the tokenizer or the reward, on every rank.
+    """Collective. Raises what is wrong with the data, rollouts, tokenizer, lengths or reward, on every rank.
 
     remarks: for the console, once there is one.
     """
-    from transformers import AutoTokenizer
-
+    from megatron_pmd.data.tokenizer import load_tokenizer
+    from megatron_pmd.engine.lengths import check_lengths
     from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.rollout_file import check_rollouts
 
     config, control = start.config, start.control
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model.path, trust_remote_code=config.model.trust_remote_code
-    )
+    if start.spec.replay is not None:
+        replay, to_train = Path(start.spec.replay), range(saved["iteration"], config.iterations)
+        control.on_driver(lambda: check_rollouts(replay, to_train))
+    elif start.samples:
+        control.on_driver(lambda: check_lengths(config))
+    tokenizer = load_tokenizer(config.model)
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
     if start.samples:
@@ -213,6 +217,8 @@ def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog
         for line in read_records(folder / "ledger.jsonl"):
             start.shutdown.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
+        for warning in config.warnings():
+            console.say(f"warning: {warning}")
         if resume_from:
             console.say(f"resuming after {completed} iterations, from {resume_from}")
     return RunLog(console, journal)

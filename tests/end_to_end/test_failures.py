@@ -6,6 +6,7 @@ import os
 import re
 import signal
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -33,15 +34,15 @@ def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: St
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
 
 
-def listening(process: subprocess.Popen[str]) -> set[tuple[str, str]]:
+def listening(process: Started) -> set[tuple[str, str]]:
     """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
     words = {
         "sglang::scheduler": "scheduler", "sglang_router": "router", "sglang.launch_server": "engine",
-        "megatron_pmd.node.worker": "rank", "megatron_pmd.cli.main": "agent",
+        PROCESS_TITLE: "rank",
     }  # fmt: skip
     found = set()
     for each in [psutil.Process(process.pid), *descendants(process)]:
-        command = " ".join(each.cmdline())
+        command = "agent" if each.pid == process.pid else " ".join(each.cmdline())
         kind = next((kind for word, kind in words.items() if word in command), command)
         for socket in each.net_connections("tcp"):
             if socket.status == psutil.CONN_LISTEN:

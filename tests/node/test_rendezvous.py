@@ -52,7 +52,7 @@ def listening() -> list[str]:
 def agents_meeting(rank: int, nodes: int, port: int, folder: Path) -> Any:
     """What the agent of a node meets the others with, made as torch's launcher makes it."""
     launch = ranks._launch_config(
-        recipe("tiny_moe_cpu"), Nodes(nodes, rank, 1, f"{LOOPBACK}:{port}", attempt=1), folder
+        recipe("tiny_moe_cpu"), Nodes(nodes, rank, 1, f"{LOOPBACK}:{port}", attempt=1), folder, "spawn"
     )
     return get_rendezvous_handler(
         RendezvousParameters(
