@@ -113,8 +113,10 @@ class RewardPool:
         if self._keeper.ident is not None:
             self._keeper.join()
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
         """Grade one sample in the background; from asyncio, `await asyncio.wrap_future(pool.submit(...))`.
+
+        truncated: the response was cut at its token budget.
 
         The future never holds an exception of the reward's. RuntimeError if the pool is not open; PmdError,
         here or from the future, if no worker can be started any more.
@@ -124,7 +126,7 @@ class RewardPool:
                 raise self._failure
             if self._closed or not self._keeper.is_alive():
                 raise RuntimeError("the reward pool is not open: use it inside its `with` block")
-            job = _Job(_judge, (response, problem), self._reward.timeout_seconds)
+            job = _Job(_judge, (response, problem, truncated), self._reward.timeout_seconds)
             self._incoming.put(job)
         return job.verdict
 
@@ -247,11 +249,11 @@ def _readiness() -> Verdict:
     return Verdict(0.0, _failure)
 
 
-def _judge(response: str, problem: Problem) -> Verdict:
+def _judge(response: str, problem: Problem, truncated: bool) -> Verdict:
     if _grade is None:
         return Verdict(0.0, f"the worker could not load the reward: {_failure}")
     try:
-        value = _grade(response, problem)
+        value = _grade(response, problem, truncated)
         if not hasattr(value, "__float__"):  # a string has none, though float() takes it
             return Verdict(0.0, f"the reward returned a {type(value).__name__} ({value!r:.80}), not a number")
         reward = float(value)

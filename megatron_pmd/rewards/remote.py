@@ -27,9 +27,10 @@ SERVICE_FAILURES = frozenset({408, 425, 429, 500, 502, 503, 504})
 class RemoteReward:
     """A client of the service in reward.remote, with the interface of RewardPool.
 
-    POST url, JSON {"response", "answer", "messages", "metadata", "index"} -> JSON {"reward": number}. What
-    the service says about a sample (another status, no number) costs that sample: reward 0, with the reason.
-    A service that cannot be reached after all retries ends the run: rewards of 0 would be trained on.
+    POST url, JSON {"response", "truncated", "answer", "messages", "metadata", "index"} -> JSON
+    {"reward": number}. What the service says about a sample (another status, no number) costs that sample:
+    reward 0, with the reason. A service that cannot be reached after all retries ends the run: rewards of 0
+    would be trained on.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -50,17 +51,18 @@ class RemoteReward:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
         """Grade one sample in the background; the future holds PmdError if the service cannot be reached."""
-        return self._threads.submit(self._grade, response, problem)
+        return self._threads.submit(self._grade, response, problem, truncated)
 
     def grade(self, items: list[tuple[str, Problem]]) -> list[Verdict]:
         """Grade (response, problem) pairs; the verdicts come in the same order."""
         return [future.result() for future in [self.submit(*item) for item in items]]
 
-    def _grade(self, response: str, problem: Problem) -> Verdict:
+    def _grade(self, response: str, problem: Problem, truncated: bool) -> Verdict:
         body = {
             "response": extract(response, self._reward.answer),
+            "truncated": truncated,
             "answer": problem.answer,
             "messages": list(problem.messages),
             "metadata": problem.metadata,

@@ -40,7 +40,7 @@ class Grading:
     def __init__(self, score: Callable[[str, Problem], float]) -> None:
         self._score = score
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
         verdict: Future[Verdict] = Future()
         verdict.set_result(Verdict(self._score(response, problem)))
         return verdict
