@@ -65,11 +65,11 @@ class RemoteReward:
             "truncated": truncated,
             "answer": problem.answer,
             "messages": list(problem.messages),
-            "metadata": problem.metadata,
+            "metadata": _finite(problem.metadata),
             "index": problem.index,
         }
         # a data file's columns may hold what JSON has no word for, a date say
-        content = json.dumps(body, default=str)
+        content = json.dumps(body, default=str, allow_nan=False)
         failure = ""
         for attempt in range(self._remote.retries + 1):
             try:
@@ -87,6 +87,19 @@ class RemoteReward:
             f"{problem.index}; last failure: {failure}; is it running, and is reward.timeout_seconds="
             f"{self._reward.timeout_seconds:g} enough?"
         )
+
+
+def _finite(value: Any) -> Any:
+    """With null for a number that is not finite: it has no word in JSON, and strict services refuse NaN."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+        case _:
+            return value
 
 
 def _verdict(reply: httpx.Response) -> Verdict:
