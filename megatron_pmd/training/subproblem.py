@@ -33,7 +33,9 @@ class Subproblem:
 
     @property
     def temperature(self) -> float:
-        """π is the policy at this temperature, in the engines and in the actor."""
+        """π is the policy at this temperature, in the engines and in the actor; 1 in supervised training."""
+        if self.supervised:
+            return 1.0
         return _at(self.config.rollout.temperature, self.config.rollout.temperature_schedule, self.iteration)
 
     @property
@@ -83,14 +85,15 @@ class Subproblem:
             shaped = shaped + settings.length.weight * length_rewards(lengths, correct, groups)
         return shaped
 
-    def shaped_group(self, members: Sequence[Trajectory]) -> np.ndarray:
+    def shaped_group(self, members: Sequence[Trajectory]) -> list[float]:
         """shaped() of one group's graded responses."""
-        return self.shaped(
+        rewards = self.shaped(
             [member.reward or 0.0 for member in members],
             [member.length for member in members],
             [member.finish_reason == "length" for member in members],
             [0] * len(members),
         )
+        return rewards.tolist()
 
 
 def _at(start: float, schedule: Schedule | None, t: int) -> float:

@@ -114,6 +114,18 @@ class Prompts:
         return [Problem(i, (), "1", tokens=(1, 2)) for i in range(count)]
 
 
+@pytest.mark.parametrize(("objective", "temperature"), [("pmd", 0.8), ("sft", 1.0)])
+def test_a_supervised_loss_is_at_temperature_1(objective, temperature):
+    config = config_with(
+        f"algorithm.objective={objective}",
+        "rollout.temperature=0.8",
+        "warm_start=null",
+        "actor.experts.replay_routing=false",
+        "batch.samples_per_prompt=1",
+    )
+    assert Subproblem(config, 0).temperature == temperature
+
+
 def rollout(rewards: list[float], lengths: list[int], cut: list[bool]) -> list[Sample]:
     return [
         Sample(
