@@ -146,8 +146,9 @@ class Actor:
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
-        self._tokens_at_equal_cost = 12.0 * provider.hidden_size
         self.shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
+        work = settings.work(provider)
+        self._tokens_at_equal_cost = batching.length_of_equal_cost(self.shapes, **work)
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
         self._expert_load = ExpertLoad(self.chunks)
         self._router_losses = RouterLosses(provider, self._row)
