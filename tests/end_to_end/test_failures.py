@@ -30,7 +30,7 @@ def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: su
 def listening(process: subprocess.Popen[str]) -> set[tuple[str, str]]:
     """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
     words = {
-        "sglang::scheduler": "scheduler", "sglang_router": "router", "sglang.launch_server": "engine",
+        "sglang::scheduler": "scheduler", "sglang::router": "router", "sglang.launch_server": "engine",
         "megatron_pmd.node.worker": "rank", "megatron_pmd.cli.main": "agent",
     }  # fmt: skip
     found = set()
