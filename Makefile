@@ -67,9 +67,9 @@ demo: setup
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
 
-# Workers take whole files (tests/conftest.py) in their order.
+# Workers take whole files (tests/conftest.py) in their order. Some 150 Python processes start: they keep their bytecode.
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
+	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
 
 # Without dependencies: the rest, torch before all, is the stack's.
 transformers-4: $(TRANSFORMERS_4)/.installed

@@ -56,6 +56,16 @@ class CheckpointError(PmdError):
     """A checkpoint could not be written or read."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was written; the next start goes on from the one before."""
+
+
+class CheckpointLost(CheckpointError):
+    """Every checkpoint of the run is damaged: a person has to say whether the run begins anew."""
+
+    refuses = True
+
+
 class NonFiniteLoss(PmdError):
     """A loss or gradient norm is NaN or infinite; names iteration and step."""
 

@@ -69,6 +69,19 @@ def connections_possible() -> int:
     return max(1, (limit - there - SPARE_FILES) // 2)
 
 
+def data_bytes() -> int:
+    """What this process has asked the kernel for to write into: heap and private mappings, touched or not."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+
+
+def limit_further_memory(further_bytes: int) -> None:
+    """Have the kernel refuse this process more than so much beside what it has: MemoryError in Python."""
+    # RLIMIT_AS would also count what is only reserved, as CUDA does by the terabyte
+    limit = data_bytes() + further_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def quiet() -> None:
     """Keep the libraries' own remarks out of the run's screen; warnings of ours are errors or printed."""
     import logging

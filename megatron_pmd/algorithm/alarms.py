@@ -35,7 +35,7 @@ def kl_jump(now: Values, earlier: Sequence[Values], threshold: float) -> str | N
 
 
 def progress(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
-    """PMD progress at the iteration's last step over `threshold`: the regression overshoots its target."""
+    """PMD progress over the iteration's steps over `threshold`: the regression overshoots its target."""
     return _above("pmd/progress", now, threshold)
 
 

@@ -120,6 +120,9 @@ class Reward(Frozen):
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
     """For one sample; a reward that takes longer counts as 0."""
+    memory_gigabytes: PositiveFloat = 0.5
+    """For one worker, beside what it has taken when the reward is loaded; a sample that needs more counts as
+    0. `remote` has none."""
     workers: PositiveInt = 2
     """Processes; `remote` has none."""
     correct: float = 1.0

@@ -136,6 +136,12 @@ class RunConfig(Frozen):
         return self.batch.max_tokens_per_microbatch * self.layout.context
 
     @property
+    def longest_trained_sample(self) -> int:
+        """Prompt plus response tokens of one sample that a forward pass holds."""
+        multiple = self.layout.sequence_multiple
+        return self.tokens_per_pass // multiple * multiple
+
+    @property
     def log_prob_bounds(self) -> tuple[float, float]:
         """Bounds in force on the mean and the 99th percentile of |log π_actor − log π_engine|."""
         fp8 = self.rollout.fp8 or self.actor.fp8 is not None

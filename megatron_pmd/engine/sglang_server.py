@@ -199,7 +199,7 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         for name, value in network.variables(network.loopback()).items():
             environment.setdefault(name, value)
     # The loader runs inside the engine, where this package need not be installed.
-    path = [str(Path(__file__).parents[2]), str(Path(__file__).parent / "one_address")]
+    path = [str(Path(__file__).parents[2]), str(Path(__file__).parent / "contained")]
     if spec.record_routing:
         path.append(str(Path(__file__).parent / "plugins"))
     if spec.cpu:

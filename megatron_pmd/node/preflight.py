@@ -178,7 +178,7 @@ def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> li
     if need > free:
         found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
     # one is written before the oldest goes
-    there = len(list((folder / "checkpoints").glob("iteration-*")))
+    there = len([path for path in (folder / "checkpoints").glob("iteration-*") if not path.suffix])
     missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
     room = shutil.disk_usage(folder).free
     if missing > room:

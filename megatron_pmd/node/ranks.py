@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ import psutil
 
 from megatron_pmd import errors, network
 from megatron_pmd.config import RunConfig, StopAfter
-from megatron_pmd.errors import DataError, Interrupted
+from megatron_pmd.errors import DamagedCheckpoint, DataError, Interrupted
 from megatron_pmd.files import full_disk
 from megatron_pmd.lock import locked
 from megatron_pmd.node import worker
@@ -52,11 +53,19 @@ class Nodes:
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
 ) -> RunOutcome:
-    """Train on this machine alone; see run_ranks."""
+    """Train on this machine alone; see run_ranks.
+
+    A checkpoint that proves damaged while it is loaded is set aside, and the ranks start again from the one
+    before. On Slurm the job does.
+    """
     interface = network.loopback()
     os.environ.update(network.variables(interface))
     nodes = Nodes(1, 0, config.layout.ranks, f"{interface.address}:0")
-    return run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+    while True:
+        outcome = run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+        if outcome.error != DamagedCheckpoint.__name__:
+            return outcome
+        print(outcome.reason, file=sys.stderr, flush=True)
 
 
 def run_ranks(

@@ -144,19 +144,20 @@ class _Start:
 
 def _train(start: _Start) -> None:
     """From the run's folder to its summary."""
-    from megatron_pmd.actor import checkpoint
+    from megatron_pmd.actor.checkpoint_folders import newest_sound, read_run_state
     from megatron_pmd.training.loop import train
 
-    control = start.control
+    control, remarks = start.control, list[str]()
     control.on_driver(lambda: prepare_model(start.config))
-    resume_from = control.from_driver(checkpoint.latest(start.folder / "checkpoints"))
-    saved = checkpoint.read_run_state(resume_from) if resume_from else {"iteration": 0}
+    newest = control.on_driver(lambda: newest_sound(start.folder / "checkpoints", remarks.append))
+    resume_from: Path | None = control.from_driver(newest)
+    saved = read_run_state(resume_from) if resume_from else {"iteration": 0}
     with ExitStack() as cleanup:
         # before the run's files: a start that fails here leaves a name that can be used again
-        inputs = _read_inputs(start, saved, cleanup)
+        inputs = _read_inputs(start, saved, cleanup, remarks)
         log = _open_log(start, resume_from, saved["iteration"])
         try:
-            for remark in inputs.remarks:
+            for remark in remarks:
                 log.say(remark)
             run = _assemble(start, log, inputs, resume_from, saved["iteration"], cleanup)
             outcome = train(run, start.spec.stop_after)
@@ -175,12 +176,13 @@ class _Inputs:
     """None on every rank but the driver, as is the next."""
     rewards: Any
     """Who grades; None also where nothing is sampled."""
-    remarks: list[str]
-    """For the console, once there is one."""
 
 
-def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack) -> _Inputs:
-    """Collective. Raises what is wrong with data, rollouts, tokenizer, lengths or reward, on every rank."""
+def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remarks: list[str]) -> _Inputs:
+    """Collective. Raises what is wrong with the data, rollouts, tokenizer, lengths or reward, on every rank.
+
+    remarks: for the console, once there is one.
+    """
     from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.engine.lengths import check_lengths
     from megatron_pmd.rewards.remote import grading
@@ -193,12 +195,11 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack) -> _I
     elif start.samples:
         control.on_driver(lambda: check_lengths(config))
     tokenizer = load_tokenizer(config.model)
-    remarks: list[str] = []
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
     if start.samples:
         rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
-    return _Inputs(tokenizer, problems, rewards, remarks)
+    return _Inputs(tokenizer, problems, rewards)
 
 
 def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog:
@@ -228,6 +229,7 @@ def _assemble(
 ) -> Trainer:
     """The parts of a run on this rank, as new or as a checkpoint has them; cleanup ends what they start."""
     from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.actor.checkpoint_folders import setting_aside
     from megatron_pmd.device import SharedDevice
     from megatron_pmd.rollout.carried_over_file import read_carried_over
     from megatron_pmd.training.state import RunState
@@ -243,7 +245,8 @@ def _assemble(
         rollouts.make_room()
     actor = Actor(config, control, device)
     if resume_from:
-        actor.load(resume_from)
+        with setting_aside(resume_from):
+            actor.load(resume_from)
     return Trainer(
         config, start.folder, control, actor, rollouts, log, problems, inputs.tokenizer, start.shutdown, state
     )

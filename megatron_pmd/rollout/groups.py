@@ -17,6 +17,14 @@ from megatron_pmd.data.prompts import sample_seed
 from megatron_pmd.errors import EngineError, RolloutError
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
 
+Shaping = Callable[[Sequence[Trajectory]], Sequence[float]]
+"""From the graded responses of one group to the rewards that are trained on."""
+
+
+def graders_rewards(members: Sequence[Trajectory]) -> Sequence[float]:
+    """Nothing is added to them, nothing taken."""
+    return [member.reward or 0.0 for member in members]
+
 
 @dataclass
 class Group:
@@ -42,9 +50,9 @@ class Group:
     def key(self) -> str:
         return f"{self.begun}-{self.place}"
 
-    def has_signal(self, rule: GroupFilter) -> bool:
+    def has_signal(self, rule: GroupFilter, shaping: Shaping) -> bool:
         """Whether the filter lets it through; only for a complete group."""
-        rewards = [member.reward or 0.0 for member in self.members]
+        rewards = shaping(self.members)
         mean = sum(rewards) / len(rewards)
         return not (
             (rule.drop_equal_rewards and min(rewards) == max(rewards))
@@ -123,6 +131,8 @@ class EndRules:
     """A rollout that ends early has a multiple of so many."""
     partial: PartialRollouts | None = None
     group_filter: GroupFilter | None = None
+    shaping: Shaping = graders_rewards
+    """Whose rewards the filter looks at."""
 
 
 ALL_GROUPS = EndRules()
@@ -219,7 +229,7 @@ class RolloutGroups:
                 raise EngineError(f"the engines refuse every prompt: {self.accounts.first_refusal}")
             return self._replace(group)
         rule = self.rules.group_filter
-        if rule is None or group.has_signal(rule):
+        if rule is None or group.has_signal(rule, self.rules.shaping):
             self.complete_groups += 1
             return None
         if self.accounts.dropped["group_filter"] >= rule.max_dropped * self.settings.samples_per_prompt:

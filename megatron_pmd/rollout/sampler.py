@@ -27,7 +27,7 @@ INTERRUPTION_POLL_SECONDS = 0.5
 
 
 class Grader(Protocol):
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]: ...
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]: ...
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ class _Draw:
                 f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
                 "return the text to be graded"
             )
-        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem))
+        truncated = member.finish_reason == "length"
+        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem, truncated))
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         response = episode.response_text
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward

@@ -53,6 +53,7 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     if rollout is not None and run.rollouts.live:
         run.remember(rollout.groups)
         iteration.left_over = rollout.left_over
+        iteration.sampled_tokens = rollout.accounts.sampled_tokens
         iteration.values |= account_values(rollout)
     _end_if_cut(run, rollout, "rollout")
     described = None
@@ -252,7 +253,8 @@ def conclude(run: Trainer, iteration: Iteration, batch: RolloutBatch) -> RunOutc
             if alarms.stops(name):
                 ending = RunOutcome(Status.ALARMED, f"alarm {name} in iteration {t}: {reason}")
         seconds = run.log.seconds_by_phase(t)
-        iteration.values |= {"alarms": len(found), "weight_version": t, **throughput(batch, seconds)}
+        iteration.values |= {"alarms": len(found), "weight_version": t}
+        iteration.values |= throughput(batch, seconds, run.config, iteration.sampled_tokens)
         run.log.log("iteration", iteration.values)
     return run.control.from_driver(ending)
 

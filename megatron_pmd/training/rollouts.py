@@ -133,6 +133,7 @@ def train_rollout(
             groups_per_step=config.batch.prompts_per_step,
             partial=sampling.partial,
             group_filter=sampling.group_filter,
+            shaping=Subproblem(config, iteration).shaped_group,
         ),
         next_problem=lambda: prompts.take(1)[0],
         carried_over=carried_over,

@@ -61,6 +61,7 @@ class Trial:
 
     def step_of(self, microbatches: list[list[int]], rate: float) -> tuple[float, int, float]:
         report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
+        self.entropy = (report.entropy_sum, report.tokens)
         return report.loss_sum, report.loss_count, report.gradient_norm
 
     @contextlib.contextmanager
@@ -120,6 +121,7 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     with trial.gradient_before_clipping(result):
         first = trial.step(STEPS[0])
+    result["entropy"] = trial.entropy
     result["steps"] = [first, trial.step(STEPS[1])]
     result["weights"] = trial.weights()
     # the third step runs, and changes every tensor, while the checkpoint is being written

@@ -40,7 +40,9 @@ def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: Comman
 def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_one(
     live: Path, replayed: str, command_line: CommandLine
 ) -> None:
-    """One run, killed seven times, each time at a random moment of the next phase."""
+    """One run, killed seven times, each time at a random moment of the next phase; in the end its newest
+    checkpoint is damaged, too.
+    """
     moments = random.Random(0)
     phases = [phase for t, phase in command_line.phases(replayed) if t == 1]
     assert sorted(phases) == sorted(
@@ -70,8 +72,12 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
         os.killpg(process.pid, signal.SIGKILL)
         assert still_there(started) == [], phase
         process.communicate(timeout=60)
+    *_, newest = sorted((folder / "checkpoints").glob("iteration-[0-9]"))
+    part = next(newest.glob("*.distcp"))
+    os.truncate(part, part.stat().st_size // 2)  # as a node that loses power leaves it
     output = command_line.run("killed", *words)
     assert "resuming after" in output
+    assert "DAMAGED CHECKPOINT" in output and newest.with_suffix(".damaged").is_dir()
     for kind in ("step", "iteration"):
         lines = [
             [

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -218,13 +219,26 @@ def test_no_key_is_on_a_command_line_or_in_the_log_and_the_file_is_private(engin
     assert (options.stat().st_mode & 0o777) == 0o600 and ADMIN_KEY in options.read_text()
 
 
-def test_the_engine_listens_on_loopback_alone_but_for_torchs_rendezvous(engine):
-    """torch's TCPStore takes no address to bind to; it holds no weights and unpickles nothing."""
+def test_the_engine_listens_on_loopback_alone(engine):
+    """torch's store, by itself, listens on all addresses: engine/contained/."""
     supervisor = psutil.Process(engine.pid)
     family = [supervisor, *supervisor.children(recursive=True)]
     listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert engine.spec.port in {address.port for address in listening}
-    assert len([a for a in listening if a.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]) <= 1, listening
+    assert len(listening) >= 3, "the server, the store, gloo"
+    assert {address.ip for address in listening} == {"127.0.0.1"}, listening
+
+
+def test_the_engine_leaves_no_file_outside_its_own_folder(engine):
+    """SGLang has its sockets in /tmp and its load in /dev/shm; test_server.py shows that the folder goes."""
+    family = [psutil.Process(engine.pid), *psutil.Process(engine.pid).children(recursive=True)]
+    folder = next(p.environ()["TMPDIR"] for p in family[1:] if "TMPDIR" in p.environ())
+    assert Path(folder).name.startswith("megatron-pmd-engine-")
+    sockets = {c.laddr for p in family for c in p.net_connections("unix") if c.laddr}
+    assert sockets and all(path.startswith(folder) for path in sockets), sockets
+    mapped = {m.path for p in family for m in p.memory_maps() if "sglang" in Path(m.path).name}
+    assert not [path for path in mapped if path.startswith("/dev/shm")], mapped
+    assert list(Path(folder).glob("loads-*"))
 
 
 def test_the_engine_forks_its_processes_and_sglang_would_not(engine):

@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_pmd import files
 from megatron_pmd.config import override
+from megatron_pmd.errors import DamagedCheckpoint
 from megatron_pmd.node import ranks
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
 from megatron_pmd.node.worker import JobSpec
@@ -29,6 +30,19 @@ def test_ranks_that_step_their_optimizer_on_the_host_share_the_cores_of_the_node
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 12
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 1
+
+
+def test_ranks_that_find_their_checkpoint_damaged_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = RunOutcome.of(DamagedCheckpoint("DAMAGED CHECKPOINT: a file has changed"))
+    outcomes = [damaged, RunOutcome(Status.COMPLETE)]
+    monkeypatch.setattr(ranks, "run_ranks", lambda *words, **options: outcomes.pop(0))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # run_here sets them: taken back at the end
+        monkeypatch.setenv(name, "lo")
+    assert ranks.run_here(recipe("tiny_moe_cpu"), tmp_path).status is Status.COMPLETE
+    assert outcomes == [] and "a file has changed" in capsys.readouterr().err
+    assert damaged.may_start_again, "on Slurm the job is requeued"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWei
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
-from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups
+from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups, graders_rewards
 from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats
@@ -44,7 +44,7 @@ class Grading:
     def __init__(self, score: Callable[[str, Problem], float]) -> None:
         self._score = score
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
         verdict: Future[Verdict] = Future()
         verdict.set_result(Verdict(self._score(response, problem)))
         return verdict
@@ -288,7 +288,7 @@ def test_the_interval_of_mean_rewards_is_open(rewards, kept):
     group = rollout_for(1).groups[0]
     for member, reward in zip(group.members, rewards, strict=True):
         member.reward = float(reward)
-    assert group.has_signal(rule) == kept
+    assert group.has_signal(rule, graders_rewards) == kept
 
 
 # How responses end

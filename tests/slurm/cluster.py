@@ -51,6 +51,7 @@ python = "{python}"
 shared = "{shared}"
 setup = [{setup}]
 max_crashes = 2
+extra_sbatch = ["--comment=two words, # one value"]
 [network]
 socket_interfaces = ["ib0", "eth0"]
 [preflight]

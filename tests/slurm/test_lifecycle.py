@@ -20,6 +20,7 @@ def test_a_run_on_two_nodes_trains_to_its_end(cluster: Cluster, live: str) -> No
     assert len(steps) == 16 and all(step["gradient_norm"] > 0 for step in steps)
     assert cluster.outcome("live") == RunOutcome(Status.COMPLETE)
     assert cluster.job(live)["ExitCode"] == "0:0"
+    assert "Comment=two words, # one value" in slurm("scontrol", "show", "job", live)
     iteration = ["rollout", "release", "anchor", "update", "sync", "resume"]
     assert [phase for t, phase in cluster.phases("live") if t == 1] == iteration
     reports = cluster.run("live") / "launch" / "preflight" / "1"
