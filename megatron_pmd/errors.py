@@ -38,6 +38,12 @@ class EngineError(PmdError):
     """A rollout engine did not start, died, or missed a deadline; carries its log's last lines."""
 
 
+class EngineRefused(EngineError):
+    """A rollout engine ends itself at its start because of the settings that it was given."""
+
+    refuses = True
+
+
 class RolloutError(PmdError):
     """A rollout function failed, or responses were lost or counted twice between two iterations."""
 
@@ -48,6 +54,16 @@ class StaleWeights(PmdError):
 
 class CheckpointError(PmdError):
     """A checkpoint could not be written or read."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was written; the next start goes on from the one before."""
+
+
+class CheckpointLost(CheckpointError):
+    """Every checkpoint of the run is damaged: a person has to say whether the run begins anew."""
+
+    refuses = True
 
 
 class NonFiniteLoss(PmdError):

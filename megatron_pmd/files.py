@@ -12,6 +12,8 @@ from typing import Any
 from megatron_pmd.errors import DataError
 
 JsonObject = dict[str, Any]
+FULL_BYTES = 2**20
+"""A disk with less room left is why something could not be written."""
 
 
 def read_records(path: Path) -> list[JsonObject]:
@@ -57,14 +59,22 @@ def write_whole(path: Path, content: str | bytes, mode: int | None = None) -> No
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def full_disk(folder: Path) -> str:
+    """What to add to the message of a failure where the folder's disk has no room left; else nothing."""
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize > FULL_BYTES:
+        return ""
+    return f"; the disk of {folder} is full: make room, the same command then goes on"
+
+
 def read_object(path: Path) -> JsonObject | None:
-    """A JSON object file; None if there is no such file."""
+    """A JSON object file; None if there is no such file. DataError if it is there and is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # perhaps with a byte order mark
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+        raise DataError(f"{path}: not JSON: {error}; is the file whole, and in UTF-8?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
     return value

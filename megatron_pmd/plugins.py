@@ -41,6 +41,26 @@ def load(reference: str, *, what: str) -> Callable[..., Any]:
     return found
 
 
+def find(reference: str, *, what: str) -> None:
+    """Look for what load() would load and run nothing of it. Raises ConfigError where there is no such file
+    or module.
+    """
+    place = reference.rpartition(":")[0]
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ConfigError(f"{what}={reference!r}: {Path(place).absolute()}: no such file")
+        return
+    _look_in(Path.cwd())
+    try:
+        there = importlib.util.find_spec(place) is not None
+    except ModuleNotFoundError:  # one of the packages that it is in
+        there = False
+    except Exception:  # a package of the user's fails in its own way: load() says how
+        return
+    if not there:
+        raise ConfigError(f"{what}={reference!r}: there is no module {place} in this folder or on PYTHONPATH")
+
+
 def load_module(place: str, *, what: str) -> ModuleType:
     """The module of this name, or of this file if the place ends with `.py`."""
     try:
@@ -48,9 +68,11 @@ def load_module(place: str, *, what: str) -> ModuleType:
     except Exception as error:  # the module is a user's: its import can fail in any way
         if isinstance(error, FileNotFoundError) and error.filename == place:
             raise ConfigError(f"{what}: {Path(place).absolute()}: no such file") from None
+        advice = "; is it in this folder or on PYTHONPATH, and is what it needs installed?"
+        if isinstance(error, SyntaxError):
+            advice = ""
         raise ConfigError(
-            f"{what}: {place} cannot be imported: {type(error).__name__}: {error}; is it in this folder or "
-            "on PYTHONPATH, and is what it needs installed?"
+            f"{what}: {place} cannot be imported: {type(error).__name__}: {error}{advice}"
         ) from error
 
 

@@ -15,7 +15,7 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "megatron_pmd"
-OTHERS_NAMES = ("engine/cpu", "engine/plugins")
+OTHERS_NAMES = ("engine/cpu", "engine/contained", "engine/plugins")
 """Folders that are put on an import path of their own: their modules bear the names of other packages."""
 
 LEAVES = {"errors", "plugins"}

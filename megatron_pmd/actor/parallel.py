@@ -34,7 +34,11 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
     # Not also gloo with CUDA: every group that megatron-core forms would connect each of its ranks with each
     # other a second time, minutes at 512 ranks. What is on the host goes through Control's group, or through
     # the gloo groups that megatron-core forms of data-parallel ranks.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    backend, deadline = "nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds)
+    if world == 1:  # torch's TCPStore would listen on all of the machine's addresses, for nobody
+        dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=deadline)
     form_groups(layout, seed=seed, timeout_seconds=timeout_seconds)
 
 

@@ -1,21 +1,24 @@
-"""The command line: megatron-pmd train · evaluate · convert · report · doctor, and those of launch."""
+"""The command line: megatron-pmd train · data · evaluate · convert · report · doctor, and those of launch."""
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import typer
 
 from megatron_pmd import __version__
 from megatron_pmd.cli import cluster
 from megatron_pmd.cli.convert import app as convert
+from megatron_pmd.cli.data import data as show_data
 from megatron_pmd.cli.extras import needs
+from megatron_pmd.cli.numbers import finite
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
-from megatron_pmd.outcome import RunOutcome
+from megatron_pmd.outcome import RunOutcome, Status
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -50,15 +53,26 @@ def evaluate(
     k: Annotated[int, typer.Option("-k", min=1, help="samples of each problem")] = 32,
     reward: Annotated[str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")] = None,
     answer: Annotated[AnswerPart | None, typer.Option(help="part of a response that is graded")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: the run's, or 1024 for a model folder")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="0: greedy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="dotted.key=value, e.g. data.train.answer_key=label for the file"),
+    ] = None,
 ) -> None:
     """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
     with needs("cpu"):
         from megatron_pmd.evaluation.standalone import EvaluationRequest, main
 
-    main(EvaluationRequest(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+    main(
+        EvaluationRequest(
+            model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit,
+            tuple(settings or ()),
+        )
+    )  # fmt: skip
 
 
 @app.command()
@@ -78,18 +92,26 @@ def doctor() -> None:
     raise typer.Exit(checks.main())
 
 
+app.command("data")(show_data)
 for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.logs, cluster.cancel):
     app.command()(command)
 
 
 def main(command: Callable[[], object] = app) -> None:
-    """Entry point; a PmdError is one message and its outcome's exit code, not a traceback."""
+    """Entry point; a PmdError, or a full disk, is one message and its outcome's exit code, no traceback."""
     try:
         command()
     except PmdError as error:
         outcome = RunOutcome.of(error)
-        typer.secho(str(outcome), fg=typer.colors.RED, err=True)
-        sys.exit(outcome.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "a file"
+        outcome = RunOutcome(Status.FAILED, f"{place}: {error.strerror}: make room and try again")
+    else:
+        return
+    typer.secho(str(outcome), fg=typer.colors.RED, err=True)
+    sys.exit(outcome.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
 from megatron_pmd.files import write_whole
 from megatron_pmd.hugging_face import DTYPE_NAMES, bytes_of
+from megatron_pmd.lock import locked
 
 MANIFEST = "conversion.json"
 RECORDS = "records"
 ORDER = "order.json"
+LOCK = "lock"
+"""Held as long as the process lives, or until the folder has its name."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,10 @@ class ConversionJob:
     def __init__(self, out: Path, order: dict[str, Any], control: Control) -> None:
         """Open it, or one that an earlier process left with the same order: its finished parts stay.
 
-        Raises ConfigError when OUT exists, or the folder was left by another conversion.
+        Raises ConfigError when OUT exists, or the folder was left by another conversion; LaunchError when one
+        is at work in it.
         """
-        self.out, self.control = out, control
+        self.out, self.control, self._lock = out, control, ExitStack()
         self.folder = out.with_name(out.name + ".partial")
         self.records = self.folder / RECORDS
         control.on_driver(lambda: self._open(json.loads(json.dumps(order))))
@@ -109,6 +113,10 @@ class ConversionJob:
     def _open(self, order: dict[str, Any]) -> None:
         if self.out.exists():
             raise ConfigError(f"{self.out} exists; name a folder that does not, or remove it")
+        with writing(self.folder):
+            self._lock.enter_context(
+                locked(self.folder / LOCK, f"{self.out} is being made", way_out="wait for it, or end it")
+            )
         path = self.folder / ORDER
         if path.is_file():
             left = json.loads(path.read_text())
@@ -167,7 +175,9 @@ class ConversionJob:
             write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             shutil.rmtree(self.records)
             (self.folder / ORDER).unlink()
+            (self.folder / LOCK).unlink()
             self.folder.rename(self.out)
+            self._lock.close()
 
         self.on_driver(rename)
 

@@ -9,14 +9,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megatron_pmd.errors import ConfigError, EngineError
+from megatron_pmd.errors import ConfigError, MissingPackage
 
 
 def sglang_source() -> Path:
-    """`srt` of the installed SGLang, found and not imported. Raises EngineError if there is none."""
+    """`srt` of the installed SGLang, found and not imported. Raises MissingPackage if there is none."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise EngineError(
+        raise MissingPackage(
             "sglang is not installed in this environment; install the versions in constraints/stack.txt"
         )
     return Path(spec.submodule_search_locations[0]) / "srt"
@@ -26,14 +26,14 @@ def sglang_source() -> Path:
 def server_options() -> dict[str, str]:
     """Field name of SGLang's ServerArgs -> its command-line flag without the dashes, where it has one.
 
-    Raises EngineError if SGLang is not installed, or is a version that keeps its options elsewhere.
+    Raises MissingPackage if SGLang is not installed, or is a version that keeps its options elsewhere.
     """
     root = sglang_source()
     options: dict[str, str] = {}
     for source in sorted((root / "arg_groups" / "fields").glob("*.py")):
         options |= _declared(ast.parse(source.read_text()))
     if "model_path" not in options:
-        raise EngineError(
+        raise MissingPackage(
             f"the sglang at {root.parent} does not declare its options in srt/arg_groups/fields, as the "
             "pinned version does; install the versions in constraints/stack.txt"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection
 
@@ -10,10 +11,20 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.own import OwnEngine
-from megatron_pmd.errors import EngineError
+from megatron_pmd.errors import EngineError, EngineRefused
 
 PORT_TAKEN = ("address already in use", "is not available in 30 seconds")
 """How the system says so, and how SGLang does of a port that follows from another."""
+REFUSES = re.compile(
+    # 137: SGLang's server kills itself when its scheduler raises
+    r"exited with status (1|2|137) at start;.*^("
+    # argparse's, and what SGLang's and transformers' own checks raise
+    r"\S+: error: |(AssertionError|AttributeError|ImportError|KeyError|ModuleNotFoundError"
+    r"|NotImplementedError|TypeError|ValueError)\b)",
+    re.MULTILINE | re.DOTALL,
+)
+"""An engine that ended itself with one of these as its last words: it would at every start. A device or a
+network that fails shows as RuntimeError or OSError, and one that the system killed says nothing."""
 RESTART_PAUSE_SECONDS = 2.0
 """Before the second attempt to start an engine again; about doubled for each further one."""
 
@@ -25,12 +36,15 @@ class Recovery:
         self._fleet, self._handover, self._control, self._rollout = fleet, handover, control, rollout
 
     def wait_ready(self) -> None:
-        """Block until every engine answers; EngineError with the end of its log if one does not."""
+        """Block until every engine answers; EngineError with the end of its log if one does not.
+
+        EngineRefused where it is the settings that an engine cannot start with.
+        """
         failures = self._failures_at_start(self._fleet.engines)
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
             if not any(words in failure.lower() for words in PORT_TAKEN):
-                raise EngineError(failure)
+                raise (EngineRefused if REFUSES.search(failure) else EngineError)(failure)
         if failures:
             self._replace(failures)
         self._fleet.note_urls()

@@ -16,13 +16,13 @@ import httpx
 
 from megatron_pmd.errors import EngineError
 from megatron_pmd.files import write_whole
+from megatron_pmd.network import LOOPBACK, address_towards
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 10.0
 """So long a server's start is waited for without a word."""
 REPEAT_SECONDS = 300.0
 LOG_TAIL_LINES = 15
-LOOPBACK = "127.0.0.1"
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
 # What torchrun tells its workers. An engine that inherits it joins the trainer's rendezvous, and hangs.
@@ -49,25 +49,16 @@ def node_address() -> str:
         return LOOPBACK
     master = os.environ["MASTER_ADDR"]
     try:
-        family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # a datagram socket sends nothing here: the kernel only picks a route
-            address = probe.getsockname()[0]
+        return address_towards(master)
     except OSError as error:
         raise EngineError(f"no route to the job's first node {master} (MASTER_ADDR): {error}") from None
-    return address
 
 
 def meeting_address() -> str:
     """The address at which other nodes of the job reach this one; raises EngineError where there is none."""
     address = node_address()
-    if address != LOOPBACK:
-        return address
-    name = os.environ.get("MASTER_ADDR", LOOPBACK)
-    try:
-        return socket.gethostbyname(name)
-    except OSError as error:
-        raise EngineError(f"the job's first node {name} (MASTER_ADDR) has no address: {error}") from None
+    # on the first node, the agents' store listens where other nodes reach it
+    return os.environ.get("MASTER_ADDR", LOOPBACK) if address == LOOPBACK else address
 
 
 def answers(url: str, timeout_seconds: float) -> bool:
@@ -101,12 +92,12 @@ def write_arguments(path: Path, arguments: Any) -> None:
     write_whole(path, json.dumps(arguments, indent=1), mode=0o600)
 
 
-def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a log; "" if there is none yet."""
+def tail(log: Path, lines: int = LOG_TAIL_LINES, *, after: int = 0) -> str:
+    """The last lines of a log; "" if there is none yet. after: so many bytes are of an earlier start."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 300 * lines))
+        file.seek(max(after, log.stat().st_size - 300 * lines))
         return "\n".join(file.read().decode(errors="replace").rstrip().splitlines()[-lines:])
 
 
@@ -127,6 +118,7 @@ class ServerProcess:
         self._ready_url = url + ready_path
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            self._log_before = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(SUPERVISOR), str(os.getpid()), *command],
                 env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -195,4 +187,4 @@ class ServerProcess:
         return f"{self.name} ({self.url})"
 
     def _log(self) -> str:
-        return f"log: {self.log}, which ends:\n{tail(self.log)}"
+        return f"log: {self.log}, which ends:\n{tail(self.log, after=self._log_before)}"

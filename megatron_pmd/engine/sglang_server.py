@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd import network
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, server_options
@@ -191,12 +192,14 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
     environment["SGLANG_HEALTH_CHECK_TIMEOUT"] = str(math.ceil(spec.rollout.health_timeout_seconds))
     # With it on, every health check generates a token; on released memory that is a crash.
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
-    if spec.span.nodes > 1 and spec.span.rendezvous:
-        # SGLang's ranks talk to each other on the first interface it finds; it shall be the job's
-        first = spec.span.rendezvous.rpartition(":")[0]
-        environment["SGLANG_HOST_IP"] = spec.host if spec.span.node else first
+    # else SGLang takes the first interface it finds, or looks up the host's name, which may stand for nothing
+    leads_several = spec.span.nodes > 1 and spec.span.node == 0 and spec.span.rendezvous
+    environment["SGLANG_HOST_IP"] = leads_several.rpartition(":")[0] if leads_several else spec.host
+    if spec.span.nodes == 1 and spec.host == LOOPBACK:  # a run's ranks have been told which they are
+        for name, value in network.variables(network.loopback()).items():
+            environment.setdefault(name, value)
     # The loader runs inside the engine, where this package need not be installed.
-    path = [str(Path(__file__).parents[2])]
+    path = [str(Path(__file__).parents[2]), str(Path(__file__).parent / "contained")]
     if spec.record_routing:
         path.append(str(Path(__file__).parent / "plugins"))
     if spec.cpu:

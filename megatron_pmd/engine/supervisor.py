@@ -3,8 +3,9 @@
 SGLang's own children die with their parent only once each has asked the kernel for it, after several seconds
 of imports: a trainer killed in those seconds left a scheduler and a detokenizer running for ever. The
 supervisor is a small process between the trainer and the server. It starts the server in a process group of
-its own. When the trainer dies, or asks it to stop (SIGTERM), it kills the whole group and removes what SGLang
-keeps in shared memory (SGLang itself never does). It exits with the server's exit status.
+its own, with a folder of its own for temporary files. When the trainer dies, or asks it to stop (SIGTERM), it
+kills the whole group and removes that folder and what SGLang keeps in shared memory (SGLang itself removes
+neither). It exits with the server's exit status.
 
 Standard library only, and started by path: it must be running before anything slow is imported.
 """
@@ -13,16 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 PARENT_DIED = signal.SIGUSR2
+PREFIX = "megatron-pmd-engine-"
+LONGEST_BASE = 50
+NEW_SECONDS = 60.0
 SGLANG_FILES = ("sglang_", "sgl_shm_", "sem.mp-")
 
 
@@ -56,12 +65,50 @@ def main(parent: int, command: list[str]) -> int:
         # Should the supervisor itself be killed, the server's main process goes with it.
         libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
-    server = subprocess.Popen(command, process_group=0, preexec_fn=prepare)
-    if stopped:  # the signal came while the server was being started
-        _kill(server.pid)
-    status = server.wait()
-    _kill(server.pid)  # children that survived a crashed server
+    with _temporary_folder() as folder:
+        # this user's alone: SGLang's processes talk over sockets there, and unpickle what they receive
+        environment = os.environ | {"TMPDIR": folder}
+        # torch's default is the folder for temporary files: it is to outlive the server
+        inductor = f"{os.path.dirname(folder)}/torchinductor-{os.getuid()}"
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
+        server = subprocess.Popen(command, process_group=0, preexec_fn=prepare, env=environment)
+        if stopped:  # the signal came while the server was being started
+            _kill(server.pid)
+        status = server.wait()
+        _kill(server.pid)  # children that survived a crashed server
     return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that is gone at the end; also those that supervisors left which were killed themselves.
+
+    A living supervisor holds a lock on its folder.
+    """
+    base = tempfile.gettempdir()
+    if len(base) > LONGEST_BASE:  # a socket's path has at most 107 characters
+        base = "/tmp"
+    for left in Path(base).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, or another user's, or gone
+            if time.time() - left.stat().st_mtime > NEW_SECONDS:  # else it may not be locked yet
+                with _locked(left):
+                    shutil.rmtree(left)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+    with _locked(Path(folder)):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _kill(group: int) -> None:

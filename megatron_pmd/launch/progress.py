@@ -10,27 +10,36 @@ from pathlib import Path
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.files import read_object, read_records
 from megatron_pmd.launch.history import History
-from megatron_pmd.launch.slurm import slurm
+from megatron_pmd.launch.slurm import queue
 from megatron_pmd.launch.submit import is_queued, job_ids
 from megatron_pmd.outcome import RunOutcome
 
 POLL_SECONDS = 0.5
 
 
-def describe(run: Path) -> str:
-    """Several lines: progress, jobs with the reason they wait for, attempts, outcome."""
+def describe(run: Path) -> Iterator[str]:
+    """Lines: progress, jobs with the reason they wait for, attempts, outcome.
+
+    Raises LaunchError after the last line if Slurm did not say what the jobs do.
+    """
     state = run / "launch"
     config = read_object(state / "config.json")
     planned = config["iterations"] if config else "?"
     iterations = [m for m in read_records(run / "metrics.jsonl") if m["kind"] == "iteration"]
     reward = f", reward {iterations[-1]['reward']:.3f}" if iterations and "reward" in iterations[-1] else ""
-    lines = [f"{run}: {len(iterations)} of {planned} iterations{reward}"]
+    yield f"{run}: {len(iterations)} of {planned} iterations{reward}"
+    unanswered: LaunchError | None = None
     for number in job_ids(run):
-        lines.append(f"job {number}: {_in_slurm(number)}")
-    lines += _attempts(run)
+        try:
+            yield f"job {number}: {_in_slurm(number)}"
+        except LaunchError as error:
+            yield f"job {number}: unknown, Slurm does not answer"
+            unanswered = error
+    yield from _attempts(run)
     if excluded := _text(state / "excluded_nodes").split():
-        lines.append(f"excluded nodes: {' '.join(excluded)}")
-    return "\n".join(lines)
+        yield f"excluded nodes: {' '.join(excluded)}"
+    if unanswered:
+        raise unanswered
 
 
 def _attempts(run: Path) -> list[str]:
@@ -52,8 +61,8 @@ def _attempts(run: Path) -> list[str]:
 
 
 def _in_slurm(number: str) -> str:
-    answer = slurm("squeue", "-h", "-t", "all", "-j", number, "-o", "%T|%r|%N|%M", check=False)
-    if not answer or "|" not in answer:
+    answer = queue(number, "%T|%r|%N|%M")
+    if not answer:
         return "no longer known to Slurm"
     state, reason, nodes, elapsed = answer.splitlines()[0].split("|")
     where = f" on {nodes}, {elapsed}" if nodes else ""
@@ -85,4 +94,8 @@ def follow_log(run: Path, lines: int, *, follow: bool) -> Iterator[str]:
 
 
 def _any_queued(run: Path) -> bool:
-    return any(is_queued(number) for number in job_ids(run))
+    """Also when Slurm does not say: a log is followed through a restart of its controller."""
+    try:
+        return any(is_queued(number) for number in job_ids(run))
+    except LaunchError:
+        return True

@@ -86,7 +86,7 @@ def options(job: Job) -> dict[str, str | None]:
         "requeue": None,
         "open-mode": "append",
         "signal": f"USR1@{cluster.signal_seconds}",
-        "output": f"{job.run}/logs/log-slurm-%j.out",
+        "output": f"{str(job.run).replace('%', '%%')}/logs/log-slurm-%j.out",
     }
     if job.excluded_nodes:
         found["exclude"] = ",".join(job.excluded_nodes)
@@ -134,8 +134,9 @@ def body() -> str:
 
 def render(job: Job) -> str:
     """The whole script for sbatch."""
+    # sbatch reads a line as a shell does: it ends a value at a space, and the line at a #
     header = "".join(
-        f"#SBATCH --{name}" + ("" if value is None else f"={value}") + "\n"
+        f"#SBATCH --{name}" + ("" if value is None else f"={shlex.quote(value)}") + "\n"
         for name, value in options(job).items()
     )
     return f"#!/bin/bash\n{header}\n{exports(job)}\n{body()}"

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.script import Job, render
-from megatron_pmd.launch.slurm import slurm
+from megatron_pmd.launch.slurm import queue, slurm
+from megatron_pmd.lock import locked
 
+LIVING = (
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING",
+    "STAGE_OUT", "REQUEUE", "SPECIAL_EXIT",
+)  # fmt: skip
+"""What squeue says of a job that is to come or not at its end."""
 Through = Literal["auto", "nemo-run", "sbatch"]
+
+INHERITED = re.compile(
+    r"HOME|USER|LOGNAME|SHELL|PATH|LD_LIBRARY_PATH|LANG|LC_\w+|TZ|KRB5CCNAME"
+    # so that `module load` in a profile's setup works; not the list of what is loaded here
+    r"|BASH_ENV|BASH_FUNC_\w+%%|MODULEPATH|MODULESHOME|MODULES_CMD|LMOD_(CMD|DIR|PKG|ROOT)"
+    # what Slurm's commands themselves go by
+    r"|SLURM_CONF|SLURM_CLUSTERS|SLURM_JWT|SBATCH_\w+"
+)
+"""Names of variables that a job gets from whoever submits it."""
 
 
 def submit(job: Job, *, chain: int = 1, through: Through = "auto") -> list[str]:
     """Write the run's files and submit; returns the job ids, first to last.
 
     chain: so many jobs, each after the one before has ended; one that finds the run complete or stopped ends
-    at once. Raises LaunchError when Slurm refuses, or when the run has a job already.
+    at once. Raises LaunchError when Slurm refuses or does not answer, or when the run has a job already.
     """
     folder = Path(job.run) / "launch"
     if not Path(job.root).is_dir():
         raise LaunchError(f"{job.root}: no such folder; `shared` in the profile must be seen from here too")
-    running = [number for number in job_ids(Path(job.run)) if is_queued(number)]
-    if running:
-        raise LaunchError(f"{job.run} has a job already: {', '.join(running)}; cancel it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"{job.run} is being submitted", way_out="wait for it"):
+        running = [number for number in job_ids(Path(job.run)) if is_queued(number)]
+        if running:
+            raise LaunchError(f"{job.run} has a job already: {', '.join(running)}; cancel it first")
+        forget_the_callers_environment()
+        return _submit(job, folder, chain, through)
+
+
+def _submit(job: Job, folder: Path, chain: int, through: Through) -> list[str]:
     (Path(job.run) / "logs").mkdir(exist_ok=True)
     excluded = folder / "excluded_nodes"
     if excluded.exists():
@@ -49,6 +71,18 @@ def submit(job: Job, *, chain: int = 1, through: Through = "auto") -> list[str]:
     (folder / "jobs").write_text("".join(f"{number}\n" for number in numbers))
     (folder / "log").write_text(f"{job.run}/logs/log-slurm-{numbers[0]}.out\n")
     return numbers
+
+
+def forget_the_callers_environment() -> None:
+    """Leave in this process's environment what a job may inherit, alone: sbatch passes all of it on.
+
+    Credentials of a shell have no place in a job that Slurm keeps on disk and shows on its nodes; SLURM_* of
+    an allocation that this runs in speak of other nodes. What a job needs more stands in the profile, under
+    [environment] and setup. nemo-run calls sbatch itself, so the process is where to do it.
+    """
+    for name in list(os.environ):
+        if not INHERITED.fullmatch(name):
+            del os.environ[name]
 
 
 def _try(script: Path, job: Job) -> None:
@@ -83,16 +117,12 @@ def job_ids(run: Path) -> list[str]:
 
 
 def is_queued(number: str) -> bool:
-    """Whether a job waits or runs."""
-    states = slurm("squeue", "-h", "-j", number, "-o", "%T", check=False)
-    return any(
-        state in states
-        for state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
-    )
+    """Whether a job waits or runs. Raises LaunchError when Slurm does not say."""
+    return any(state in queue(number, "%T") for state in LIVING)
 
 
 def cancel(run: Path) -> list[str]:
-    """Cancel every job of a run; returns those that were in the queue."""
+    """Cancel every job of a run; returns those that were in the queue. LaunchError: Slurm does not say."""
     numbers = [number for number in job_ids(run) if is_queued(number)]
     if numbers:
         slurm("scancel", *reversed(numbers))  # the last of a chain first: cancelling a job starts the next

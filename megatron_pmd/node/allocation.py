@@ -35,7 +35,3 @@ class Allocation:
             master=env["MASTER_ADDR"],
             port=int(env["MASTER_PORT"]),
         )
-
-    @property
-    def rendezvous(self) -> str:
-        return f"{self.master}:{self.port}"

@@ -198,7 +198,8 @@ def end(job: Job, attempt: int, exit_code: int) -> int:
     details = job.details()
     slurm_ended_it = _field(details, "JobState") in ENDED
     written = job.outcome()
-    outcome = judge(written, exit_code=exit_code, slurm_ended_it=slurm_ended_it)
+    # without an answer nobody knows whether the job was cancelled: one that was must not come back
+    outcome = judge(written, exit_code=exit_code, slurm_ended_it=slurm_ended_it or not details)
     append(job.history, "ended", attempt=attempt, **outcome.as_json())
     if outcome != written:
         outcome.write(job.state / "outcome.json")

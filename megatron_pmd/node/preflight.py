@@ -22,9 +22,11 @@ from typing import Any
 
 import psutil
 
+from megatron_pmd import network
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
+from megatron_pmd.network import Interface
 from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.node.caches import keep_compiled_kernels
 from megatron_pmd.observe.versions import versions
@@ -47,8 +49,8 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Report:
-    """Examine this node, wait for the reports of all; returns its own.
+def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list[Report]:
+    """Examine this node, wait for the reports of all, and return them in the nodes' order.
 
     Sets GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and where compiled kernels are kept. Raises LaunchError naming
     each node with a problem; they are listed in the file bad_nodes for the batch script to leave out.
@@ -56,10 +58,11 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Repo
     limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
     report = Report(allocation.host)
     try:
-        interfaces = os.environ.get("PMD_INTERFACES", "").split()
-        report.interface, report.address = choose_interface(interfaces, allocation.master)
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, report.interface)
+        interface = _interface(allocation)
+        report.interface, report.address = interface
+        variables = network.variables(interface)
+        # a profile's own are for jobs of several nodes: one node listens where nothing else reaches it
+        os.environ.update(variables if allocation.nodes == 1 else variables | os.environ)
     except LaunchError as error:
         report.problems.append(str(error))
     found = versions()
@@ -77,7 +80,16 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> Repo
     meeting = allocation.state / "preflight" / str(allocation.attempt)
     reports = exchange(report, meeting, allocation, limits.deadline_seconds)
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
-    return report
+    return reports
+
+
+def _interface(allocation: Allocation) -> Interface:
+    """That of the route to another node; the first node's name may stand for an address of loopback there."""
+    if allocation.nodes == 1:
+        return network.loopback()
+    names = os.environ.get("PMD_NODES", "").split()
+    peer = names[1] if allocation.rank == 0 and len(names) > 1 else allocation.master
+    return network.choose_interface(os.environ.get("PMD_INTERFACES", "").split(), peer)
 
 
 def exchange(report: Report, meeting: Path, allocation: Allocation, deadline_seconds: float) -> list[Report]:
@@ -136,36 +148,6 @@ def refuse(problems: dict[str, list[str]], allocation: Allocation) -> None:
     raise LaunchError(f"pre-flight: {len(problems)} node(s) cannot take part:\n{listed}")
 
 
-def choose_interface(wanted: Sequence[str], master: str) -> tuple[str, str]:
-    """(name, IPv4 address) of the network interface that control traffic takes.
-
-    wanted: names in order of preference; empty: the interface of the route to `master`. Raises LaunchError
-    naming the interfaces tried and those there are.
-    """
-    there = {
-        name: address.address
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family == socket.AF_INET
-    }
-    for name in wanted:
-        if name in there:
-            return name, there[name]
-    if not wanted:
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((master, 9))  # sends nothing: the kernel only picks a route
-                address = probe.getsockname()[0]
-        except OSError as error:
-            raise LaunchError(f"no route to the first node {master}: {error}") from None
-        return next(name for name, own in there.items() if own == address), address
-    raise LaunchError(
-        f"none of the network interfaces {', '.join(wanted)} has an IPv4 address; there are "
-        f"{', '.join(f'{name} ({address})' for name, address in there.items())}: "
-        "set network.socket_interfaces in the cluster profile"
-    )
-
-
 def disk_problems(limits: Preflight, folders: Sequence[str | Path]) -> list[str]:
     found = []
     for folder in folders:
@@ -196,7 +178,7 @@ def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> li
     if need > free:
         found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
     # one is written before the oldest goes
-    there = len(list((folder / "checkpoints").glob("iteration-*")))
+    there = len([path for path in (folder / "checkpoints").glob("iteration-*") if not path.suffix])
     missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
     room = shutil.disk_usage(folder).free
     if missing > room:

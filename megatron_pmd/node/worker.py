@@ -1,19 +1,26 @@
-"""One actor rank, `python -m megatron_pmd.node.worker SPEC.json` under torchrun: builds a run, trains it."""
+"""One actor rank, as node/ranks.py starts it through torch's elastic agent: builds a run, trains it."""
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import os
 import shutil
 import signal
 import sys
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from setproctitle import setproctitle
+
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.lock import locked
 from megatron_pmd.node.preflight import refuse_gpu_node
 from megatron_pmd.outcome import RunOutcome
 from megatron_pmd.plugins import load
@@ -27,6 +34,12 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
     from megatron_pmd.training.trainer import Trainer
+
+
+PROCESS_TITLE = "megatron-pmd rank"
+"""What `ps` calls a rank's process, before its number."""
+PREPARING_SECONDS = 600.0
+"""For another run that makes the model's folder."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,14 @@ def prepare_model(config: RunConfig) -> None:
         raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
     make = load(config.model.prepare, what="model.prepare")
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
-    partial.rename(path)
+    with locked(
+        path.with_name(f".{path.name}.lock"), f"{path} is being made",
+        way_out="wait for it, or end it", patience_seconds=PREPARING_SECONDS,
+    ):  # fmt: skip
+        if not path.exists():  # another run of the same model may have made it meanwhile
+            shutil.rmtree(partial, ignore_errors=True)
+            make(partial)
+            partial.rename(path)
 
 
 @dataclass(frozen=True)
@@ -118,25 +136,70 @@ class _Start:
     def folder(self) -> Path:
         return Path(self.spec.folder)
 
+    @property
+    def samples(self) -> bool:
+        """Whether engines make its rollouts; else they are given, or there are none."""
+        return self.spec.replay is None and not self.config.algorithm.objective.supervised
+
 
 def _train(start: _Start) -> None:
     """From the run's folder to its summary."""
-    from megatron_pmd.actor import checkpoint
+    from megatron_pmd.actor.checkpoint_folders import newest_sound, read_run_state
     from megatron_pmd.training.loop import train
 
-    control = start.control
+    control, remarks = start.control, list[str]()
     control.on_driver(lambda: prepare_model(start.config))
-    resume_from = control.from_driver(checkpoint.latest(start.folder / "checkpoints"))
-    saved = checkpoint.read_run_state(resume_from) if resume_from else {"iteration": 0}
-    log = _open_log(start, resume_from, saved["iteration"])
+    newest = control.on_driver(lambda: newest_sound(start.folder / "checkpoints", remarks.append))
+    resume_from: Path | None = control.from_driver(newest)
+    saved = read_run_state(resume_from) if resume_from else {"iteration": 0}
     with ExitStack() as cleanup:
+        # before the run's files: a start that fails here leaves a name that can be used again
+        inputs = _read_inputs(start, saved, cleanup, remarks)
+        log = _open_log(start, resume_from, saved["iteration"])
         try:
-            run = _assemble(start, log, resume_from, saved, cleanup)
+            for remark in remarks:
+                log.say(remark)
+            run = _assemble(start, log, inputs, resume_from, saved["iteration"], cleanup)
             outcome = train(run, start.spec.stop_after)
         except BaseException as failure:
             log.finish(RunOutcome.of(failure))
             raise
         log.finish(outcome)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the user gives a run, read and found to be in order."""
+
+    tokenizer: Any
+    problems: ProblemSets | None
+    """None on every rank but the driver, as is the next."""
+    rewards: Any
+    """Who grades; None also where nothing is sampled."""
+
+
+def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remarks: list[str]) -> _Inputs:
+    """Collective. Raises what is wrong with the data, rollouts, tokenizer, lengths or reward, on every rank.
+
+    remarks: for the console, once there is one.
+    """
+    from megatron_pmd.data.tokenizer import load_tokenizer
+    from megatron_pmd.engine.lengths import check_lengths
+    from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.rollout_file import check_rollouts
+
+    config, control = start.config, start.control
+    if start.spec.replay is not None:
+        replay, to_train = Path(start.spec.replay), range(saved["iteration"], config.iterations)
+        control.on_driver(lambda: check_rollouts(replay, to_train))
+    elif start.samples:
+        control.on_driver(lambda: check_lengths(config))
+    tokenizer = load_tokenizer(config.model)
+    problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
+    rewards = None
+    if start.samples:
+        rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
+    return _Inputs(tokenizer, problems, rewards)
 
 
 def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog:
@@ -154,92 +217,105 @@ def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog
         for line in read_records(folder / "ledger.jsonl"):
             start.shutdown.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
+        for warning in config.warnings():
+            console.say(f"warning: {warning}")
         if resume_from:
             console.say(f"resuming after {completed} iterations, from {resume_from}")
     return RunLog(console, journal)
 
 
 def _assemble(
-    start: _Start, log: RunLog, resume_from: Path | None, saved: dict[str, Any], cleanup: ExitStack
+    start: _Start, log: RunLog, inputs: _Inputs, resume_from: Path | None, completed: int, cleanup: ExitStack
 ) -> Trainer:
     """The parts of a run on this rank, as new or as a checkpoint has them; cleanup ends what they start."""
-    from transformers import AutoTokenizer
-
     from megatron_pmd.actor.actor import Actor
+    from megatron_pmd.actor.checkpoint_folders import setting_aside
     from megatron_pmd.device import SharedDevice
     from megatron_pmd.rollout.carried_over_file import read_carried_over
     from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
 
-    config, control = start.config, start.control
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model.path, trust_remote_code=config.model.trust_remote_code
-    )
-    problems = control.on_driver(lambda: _problems(config, tokenizer, log, saved))
-    state = RunState(completed=saved["iteration"], resumed=resume_from is not None)
+    config, control, problems = start.config, start.control, inputs.problems
+    state = RunState(completed=completed, resumed=resume_from is not None)
     if resume_from and problems:
         state.carried_over = read_carried_over(resume_from, problems.train.problem)
     device = SharedDevice()
-    rollouts = _rollouts(start, log, tokenizer, device, cleanup)
+    rollouts = _rollouts(start, log, inputs, device, cleanup)
     if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
         rollouts.make_room()
     actor = Actor(config, control, device)
     if resume_from:
-        actor.load(resume_from)
+        with setting_aside(resume_from):
+            actor.load(resume_from)
     return Trainer(
-        config, start.folder, control, actor, rollouts, log, problems, tokenizer, start.shutdown, state
+        config, start.folder, control, actor, rollouts, log, problems, inputs.tokenizer, start.shutdown, state
     )
 
 
 def _rollouts(
-    start: _Start, log: RunLog, tokenizer: Any, device: SharedDevice, cleanup: ExitStack
+    start: _Start, log: RunLog, inputs: _Inputs, device: SharedDevice, cleanup: ExitStack
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
-    from megatron_pmd.rewards.remote import grading
     from megatron_pmd.training.live_engines import LiveEngines
     from megatron_pmd.training.rollouts import Demonstrations, ReplayedRollouts
 
     config, control = start.config, start.control
     if start.spec.replay:
         return ReplayedRollouts(Path(start.spec.replay), control)
-    if config.algorithm.objective.supervised:
-        return Demonstrations(control, tokenizer)
-    rewards: Any = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
+    if not start.samples:
+        return Demonstrations(control, inputs.tokenizer)
     engines = LiveEngines(
-        config, control, start.folder, tokenizer, rewards, log.console,
+        config, control, start.folder, inputs.tokenizer, inputs.rewards, log.console,
         cpu=start.cpu, interrupted=start.shutdown.must_cut, device=device,
     )  # fmt: skip
     cleanup.callback(engines.close)
     return engines
 
 
-def _problems(config: RunConfig, tokenizer: Any, log: RunLog, saved: dict[str, Any]) -> ProblemSets:
+def _problems(
+    config: RunConfig, tokenizer: Any, say: Callable[[str], None], saved: dict[str, Any]
+) -> ProblemSets:
     """The run's problems, where it stands in them."""
     from megatron_pmd.data.problem_sets import ProblemSets
 
-    problems = ProblemSets.load(config, tokenizer, log.say)
+    problems = ProblemSets.load(config, tokenizer, say)
     if "prompts" in saved:
         problems.load_state(saved)
     return problems
 
 
-def _noting_failures(spec: JobSpec) -> None:
-    """main(), which leaves a file that says how a failing rank ended."""
+def run_rank(spec_file: str) -> None:
+    """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
+    faulthandler.enable()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        # Not the agent's handlers, which a forked process has too: a rank ends at once, also while blocked
+        # in a collective; engines notice (engine/supervisor.py), ranks.py tidies up.
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(parent=os.getppid())
+    setproctitle(f"{PROCESS_TITLE} {os.environ['RANK']}")
+    allow_many_files()
+    spec = JobSpec.read(Path(spec_file))
     try:
         main(spec)
     except BaseException as failure:
-        RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
-        raise
+        with suppress(OSError):  # no room even in memory: the launcher then tells the exit code
+            RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
+        if not isinstance(failure, PmdError):  # whose message the launcher shows: a traceback would hide it
+            traceback.print_exc()
+        # Not raised: torch would write a file of its own about it, to a disk that may be full, and then
+        # fail to read that.
+        sys.exit(1)
 
 
-if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
+def import_what_ranks_need() -> None:
+    """Import, in the process that ranks are forked from, what takes each of them 8 s of a core.
 
-    # at once, also while blocked in a collective; engines notice (engine/supervisor.py), ranks.py tidies up
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    die_with_parent(parent=os.getppid())
-    allow_many_files()
-    try:
-        record(_noting_failures)(JobSpec.read(Path(sys.argv[1])))
-    except PmdError:
-        sys.exit(1)  # the launcher shows its message; a traceback would hide it
+    On a CPU only: Transformer Engine reads the environment, and may start CUDA, while it is imported.
+    """
+    quiet()
+    from megatron_pmd.actor.cpu import bridge_import, standins
+
+    standins.install()
+    bridge_import.import_bridge()
+    for name in ("actor.actor", "training.trainer", "training.live_engines"):
+        importlib.import_module(f"megatron_pmd.{name}")

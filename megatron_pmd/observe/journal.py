@@ -93,12 +93,13 @@ class Journal:
 
         Lines of that iteration and later ones are dropped, since they are made again; so are lines
         without an iteration (the warm start) when the run begins again at 0, unless keep_warm_start.
+        Raises ConfigError for the folder of a run with another configuration that has trained something.
         """
         recorded = read_object(folder / "config.json")
         given = config.model_dump(mode="json")
         if recorded is None:
             _refuse_strange_folder(folder, resume_iteration)
-        else:
+        elif keep_warm_start or resume_iteration or _has_trained(folder):
             _refuse_differences(folder, recorded, given)
         for name in ("tensorboard", "rollouts", "evaluations", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,11 @@ def _record_versions(path: Path) -> None:
     earlier = before.pop("earlier_starts", [])
     if before != now:
         write_whole(path, json.dumps({**now, "earlier_starts": [*earlier, before]}, indent=2) + "\n")
+
+
+def _has_trained(folder: Path) -> bool:
+    """Whether an optimizer step of the run is recorded: a start that failed before is no run to protect."""
+    return any(line["kind"] in ("step", "iteration") for line in read_records(folder / "metrics.jsonl"))
 
 
 def _refuse_strange_folder(folder: Path, resume_iteration: int) -> None:

@@ -342,6 +342,7 @@ def _check_final_weights(run: Trainer, final: int) -> None:
         problems = run.problems.train.peek(min(8, run.config.batch.prompts_per_rollout))
         rollout = check_rollout(run.config, problems, final)
     samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
+    samples = [sample for sample in samples if len(sample.response_tokens)]  # the others were refused
     _end_if_cut(run, rollout, "check of the final weights")
     temperature = Subproblem(run.config, final).temperature
     described = RolloutBatch.describe(samples, temperature) if samples else None

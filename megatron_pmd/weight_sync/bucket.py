@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import mmap
 import os
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_pmd.errors import ModelError
@@ -36,10 +38,12 @@ def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:
     removed = []
     for path in folder.glob(f"{PREFIX}*"):
         try:
-            if time.time() - path.stat().st_mtime < NEW_SECONDS:
+            if time.time() - path.lstat().st_mtime < NEW_SECONDS:
                 continue  # it may not be locked yet
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.ExitStack() as held:
+                if path.exists():  # else a link to memory that went with its owner
+                    file = held.enter_context(path.open("rb"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 removed.append(path)
         except OSError:  # locked, or of another user, or gone meanwhile
@@ -108,7 +112,7 @@ class Bucket:
 
 
 class SharedBucket(Bucket):
-    """A bucket in a file under /dev/shm that only this user can open; one file serves all iterations.
+    """A bucket in memory that only this user can open, by a file under /dev/shm; it serves all iterations.
 
     Its owner makes the file and removes it, by close() or at the exit of its process; the other ranks of the
     node open it to write their parts: what one has written is there for all.
@@ -135,20 +139,34 @@ class SharedBucket(Bucket):
 
     def _create(self, folder: Path) -> int:
         self.path.unlink(missing_ok=True)  # left by a killed run of the same key
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = self._reserved(folder)
         self._lock = descriptor  # open for as long as the bucket lives: see sweep()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         atexit.register(self.close)
+        return descriptor
+
+    def _reserved(self, folder: Path) -> int:
+        """A file of this capacity; where the folder has no room for it, a link to memory outside of it."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             # Reserves the pages: after a mere truncate, a full /dev/shm would be a SIGBUS in the middle of a
             # sync.
             os.posix_fallocate(descriptor, 0, self.capacity)
+            return descriptor
         except OSError as error:
-            self.close()
-            raise ModelError(
-                f"{folder} cannot hold a weight bucket of {self.capacity} bytes ({error.strerror}); "
-                f"lower sync.bucket_megabytes or enlarge {folder}"
-            ) from None
+            os.close(descriptor)
+            self.path.unlink()
+            free = psutil.virtual_memory().available
+            if free < self.capacity:
+                raise ModelError(
+                    f"no memory for a weight bucket of {self.capacity:,} bytes: {folder} cannot hold it "
+                    f"({error.strerror}), and the machine has {free:,} bytes free; lower "
+                    "sync.bucket_megabytes, or use a machine with more memory"
+                ) from None
+        # A container's /dev/shm has 64 MB; the kernel's own file system in memory has no such limit.
+        descriptor = os.memfd_create(self.path.name)
+        os.posix_fallocate(descriptor, 0, self.capacity)
+        self.path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")  # this user's processes alone open it
         return descriptor
 
     def _open(self) -> int:

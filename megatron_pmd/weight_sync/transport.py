@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from megatron_pmd.config import TRANSPORTS
 from megatron_pmd.device import current_device
-from megatron_pmd.engine.server import LOOPBACK, free_port
 from megatron_pmd.errors import ConfigError, EngineError
+from megatron_pmd.network import LOOPBACK
+from megatron_pmd.store import open_store
 
 if TYPE_CHECKING:
     from megatron_pmd.config import RunConfig
@@ -139,7 +140,8 @@ class Broadcast(Colocated):
         old, self._members = self._name, []
         # engines of other nodes find the driver where the ranks found it
         host = os.environ.get("MASTER_ADDR", LOOPBACK) if self._control.world > 1 else LOOPBACK
-        place = (host, free_port(), f"weights-{secrets.token_hex(4)}") if self._control.is_driver else None
+        store = self._control.on_driver(lambda: _store(host, self._deadline))
+        place = (host, store.port, f"weights-{secrets.token_hex(4)}") if store is not None else None
         host, port, self._name = self._control.from_driver(place)
         world = 1 + len(self._fleet.urls) * self._tensor_parallel
 
@@ -154,7 +156,8 @@ class Broadcast(Colocated):
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
-            self._group = _group(host, port, self._name, world, self._deadline)
+            assert store is not None, "the driver has opened it"
+            self._group = _group(store, self._name, world, self._deadline)
 
         self._control.on_all(lambda: self._side_by_side(found, join))
         self._members = list(self._fleet.urls)
@@ -231,7 +234,15 @@ class Disk(Colocated):
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _group(host: str, port: int, name: str, world: int, deadline: timedelta) -> Any:
+def _store(host: str, deadline: timedelta) -> dist.TCPStore:
+    """Where the engines find the driver, on this address of it alone."""
+    try:
+        return open_store(host, 0, deadline)
+    except OSError as error:
+        raise EngineError(f"the engines' store cannot listen on {host}: {error}") from None
+
+
+def _group(store: dist.TCPStore, name: str, world: int, deadline: timedelta) -> Any:
     """A process group beside the default one, with this process as rank 0.
 
     SGLang's engines join with torch's private _new_process_group_helper (sglang/srt/utils/common.py,
@@ -246,12 +257,13 @@ def _group(host: str, port: int, name: str, world: int, deadline: timedelta) -> 
     )
 
     try:
-        store = dist.TCPStore(host, port, world, is_master=True, timeout=deadline, wait_for_workers=False)
         backend = Backend("nccl" if torch.cuda.is_available() else "gloo")
         group, _ = _new_process_group_helper(
             world, 0, [], backend, PrefixStore(name, store), group_name=GroupName(name), timeout=deadline
         )
     except RuntimeError as error:
-        raise EngineError(f"the engines did not join the driver at {host}:{port}: {error}") from None
+        raise EngineError(
+            f"the engines did not join the driver at {store.host}:{store.port}: {error}"
+        ) from None
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group

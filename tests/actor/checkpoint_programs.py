@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from megatron_pmd.actor import checkpoint
+from megatron_pmd.actor.checkpoint_folders import STATE_FILE, latest, read_run_state
 from tests.actor.actor_programs import Trial, message_of
 from tests.actor.tiny_models import STEPS, config_for
 
@@ -23,6 +24,8 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     trial = Trial(config_for(path))
     result: dict[str, Any] = {}
     complete = trial.save(folder, 1)
+    servers = [p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    result["servers of queues"] = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in servers]
     save = checkpoint.dist_checkpointing.save
 
     def disk_full(*arguments: Any, **options: Any) -> None:
@@ -39,26 +42,26 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     result["write refused"] = message_of(lambda: trial.actor.publish_checkpoint(wait=True))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     result["partial left"] = [p.name for p in folder.glob("*.partial")]
-    result["latest after disk full"] = checkpoint.latest(folder)
+    result["latest after disk full"] = latest(folder)
     result["complete"] = complete
     result["complete loads"] = message_of(lambda: trial.actor.load(complete))
     # a partial folder with everything in it, as a crash between the last write and the renaming leaves
     partial = folder / "iteration-9.partial"
     partial.mkdir()
-    (partial / checkpoint.STATE_FILE).write_text("{}")
+    (partial / STATE_FILE).write_text("{}")
     unfinished = folder / "iteration-8"
     unfinished.mkdir()
-    result["latest beside partial"] = checkpoint.latest(folder)
+    result["latest beside partial"] = latest(folder)
     unfinished.rmdir()
 
     for iteration in (2, 3, 10):
         trial.save(folder, iteration)
     result["kept"] = sorted(p.name for p in folder.iterdir())
-    result["latest of kept"] = checkpoint.latest(folder)
-    result["run state"] = checkpoint.read_run_state(folder / "iteration-10")
+    result["latest of kept"] = latest(folder)
+    result["run state"] = read_run_state(folder / "iteration-10")
 
-    (folder / "iteration-10" / checkpoint.STATE_FILE).write_text("{")
-    result["broken run state"] = message_of(lambda: checkpoint.read_run_state(folder / "iteration-10"))
+    (folder / "iteration-10" / STATE_FILE).write_text("{")
+    result["broken run state"] = message_of(lambda: read_run_state(folder / "iteration-10"))
     weight = next(p for p in trial.actor.chunks[0].parameters() if p.ndim == 2)
     needle = weight.detach().numpy().tobytes()[:64]
     for shard in (folder / "iteration-3").glob("*.distcp"):

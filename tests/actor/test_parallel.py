@@ -16,7 +16,7 @@ def test_groups_that_megatron_core_forms_connect_their_ranks_once(monkeypatch, c
     given = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: given.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.append(backend))
     monkeypatch.setattr(parallel, "form_groups", lambda layout, seed, timeout_seconds: None)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")

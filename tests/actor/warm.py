@@ -206,6 +206,7 @@ def _be_rank(job: Job, rank: int, port: str, jobs: connection.Connection) -> Non
     os.environ.update(
         job.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.ranks),
         LOCAL_WORLD_SIZE=str(job.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        TORCHELASTIC_RUN_ID="none",
     )  # fmt: skip
     os.chdir(job.folder)
     # an interpreter's own generators start anywhere; Python seeds its own after a fork

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
@@ -39,7 +40,9 @@ def test_one_rollout_file_can_be_replayed_alone(live: Path, command_line: Comman
 def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_one(
     live: Path, replayed: str, command_line: CommandLine
 ) -> None:
-    """One run, killed seven times, each time at a random moment of the next phase."""
+    """One run, killed seven times, each time at a random moment of the next phase; in the end its newest
+    checkpoint is damaged, too.
+    """
     moments = random.Random(0)
     phases = [phase for t, phase in command_line.phases(replayed) if t == 1]
     assert sorted(phases) == sorted(
@@ -69,8 +72,12 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
         os.killpg(process.pid, signal.SIGKILL)
         assert still_there(started) == [], phase
         process.communicate(timeout=60)
+    *_, newest = sorted((folder / "checkpoints").glob("iteration-[0-9]"))
+    part = next(newest.glob("*.distcp"))
+    os.truncate(part, part.stat().st_size // 2)  # as a node that loses power leaves it
     output = command_line.run("killed", *words)
     assert "resuming after" in output
+    assert "DAMAGED CHECKPOINT" in output and newest.with_suffix(".damaged").is_dir()
     for kind in ("step", "iteration"):
         lines = [
             [
@@ -84,8 +91,13 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
     assert command_line.summary("killed")["iterations"] == 3
 
 
-def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(command_line: CommandLine) -> None:
-    """Killed twice where live engines work; what it sampled, replayed in one go, gives the same numbers."""
+def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(
+    live: Path, command_line: CommandLine
+) -> None:
+    """Killed twice where live engines work; what it sampled, replayed in one go, gives the same numbers.
+
+    And it sampled what the run of the same seed did that was never killed.
+    """
     for before in ((0, "save"), (0, "resume")):  # sync comes after the one, the next rollout after the other
         process = command_line.start("killed_twice")
         wait_until(lambda: before in command_line.phases("killed_twice"), f"{before}", process)  # noqa: B023
@@ -98,6 +110,12 @@ def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(command
     command_line.run("never_killed", "--replay", str(command_line.path("killed_twice") / "rollouts"))
     assert len(command_line.steps("killed_twice")) == 6
     assert command_line.steps("killed_twice") == command_line.steps("never_killed")
+    for file in ("0.parquet", "1.parquet", "2.parquet"):
+        drawn = [
+            read_rollout(run / "rollouts" / file)[0] for run in (live, command_line.path("killed_twice"))
+        ]
+        tokens, again = ([sample.response_tokens.tolist() for sample in samples] for samples in drawn)
+        assert tokens == again
 
 
 def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
@@ -108,7 +126,7 @@ def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
     process = command_line.start("told", *words)
     wait_until(lambda: (0, "anchor") in command_line.phases("told"), "anchor of iteration 0", process)
     for rank in descendants(process):
-        if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
+        if PROCESS_TITLE in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output

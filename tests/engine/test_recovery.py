@@ -65,6 +65,30 @@ def test_an_engine_that_cannot_start_is_not_started_twice(start):
         start("no such quantization")
 
 
+SETTINGS = [
+    "launch_server.py: error: argument --quantization: invalid choice: 'nonsense' (choose from 'awq', 'fp8')",
+    "ValueError: Model architectures ['NoSuch'] are not supported for now.",
+    "AssertionError: tp_size must divide the number of key-value heads",
+]
+MACHINE = [
+    "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+    "torch.distributed.DistNetworkError: The client socket has timed out after 600000ms",
+    "OSError: [Errno 28] No space left on device",
+]
+
+
+@pytest.mark.parametrize("status", [1, 137])
+@pytest.mark.parametrize(("words", "refuses"), [(SETTINGS, True), (MACHINE, False)])
+def test_only_what_another_start_would_meet_again_is_refused(start, words, refuses, status):
+    """Slurm starts a failed run again, and not one that a person has to mend first."""
+    ended = f"engine 0 (http://127.0.0.1:9) exited with status {status} at start; log: x, which ends:"
+    traceback = "Traceback (most recent call last):\n  raise ValueError(x)  # not the last words\n"
+    for last_words in words:
+        with pytest.raises(EngineError) as failure:
+            start(f"{ended}\n{traceback}{last_words}\n[2026] the scheduler died")
+        assert failure.value.refuses is refuses, last_words
+
+
 def test_ports_that_are_never_free_end_the_start_with_both_messages(start):
     with pytest.raises(EngineError, match=r"(?s)port 1.*Address already in use.*in vain.*port 9"):
         start("port 1: Address already in use", *["port 9: Address already in use"] * 9)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,3 +72,59 @@ def test_a_server_outlives_the_signal_to_save_that_all_processes_of_a_job_get(tm
         assert server.ready() and server.alive()
     finally:
         server.stop()
+
+
+LEAVES_FILES = """
+import os, pathlib, signal, tempfile
+print(tempfile.NamedTemporaryFile(delete=False).name, flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """The folder for temporary files; a short path, as sockets need."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def start(tmp_path, temporary):
+    """Start a server that leaves a temporary file; its supervisor, and the file once it is there."""
+    started: list[ServerProcess] = []
+
+    def start():
+        log = tmp_path / f"{len(started)}.log"
+        command = [sys.executable, "-c", LEAVES_FILES]
+        started.append(ServerProcess("server", command, os.environ, f"http://{LOOPBACK}:9", "/", log))
+        limit = time.monotonic() + 30
+        while not log.read_text().endswith("\n"):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        return started[-1], Path(log.read_text().strip())
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+def test_a_servers_temporary_files_are_its_users_alone_and_go_with_it(start, temporary):
+    server, file = start()
+    assert file.parent.parent == temporary
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    server.stop()
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_a_killed_supervisor_left_is_removed_at_the_next_start_and_nothing_else(start, temporary):
+    killed, left = start()
+    _, kept = start()
+    supervisor = psutil.Process(killed.pid)
+    supervisor.kill()
+    psutil.wait_procs([supervisor], timeout=20)
+    assert left.exists()
+    for folder in temporary.iterdir():
+        os.utime(folder, (0, 0))
+    _, new = start()
+    assert not left.exists() and kept.exists() and new.exists()

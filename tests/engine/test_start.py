@@ -35,6 +35,14 @@ def test_a_start_that_takes_long_says_what_is_waited_for_until_its_deadline(tmp_
     )
 
 
+def test_an_engine_that_dies_at_its_start_is_not_quoted_with_the_words_of_an_earlier_one(tmp_path):
+    (tmp_path / "log").write_text("ValueError: of yesterday\n")
+    command = [sys.executable, "-c", "raise SystemExit('of today')"]
+    dead = ServerProcess("engine 3", command, os.environ, "http://127.0.0.1:9", "/", tmp_path / "log")
+    with pytest.raises(EngineError, match=r"exited with status 1 at start; .* which ends:\nof today$"):
+        dead.wait_ready(60)
+
+
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """Start a GPU's engine of this configuration up to its processes; what would be run."""

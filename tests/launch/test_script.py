@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -55,6 +57,18 @@ def test_values_with_spaces_and_quotes_reach_the_environment_unharmed() -> None:
     command = ["bash", "-c", f'{exports[0]}; printf %s "$PMD_SETUP"']
     done = subprocess.run(command, text=True, capture_output=True, check=True)
     assert done.stdout == "module load 'cuda 12' && echo \"$HOME\""
+
+
+def test_options_with_spaces_reach_sbatch_as_one_word() -> None:
+    """tests/slurm has the real sbatch read such a line."""
+    cluster = load_cluster("lab").model_copy(
+        update={"extra_sbatch": ["--comment=it's two words # and more"], "constraint": "a b"}
+    )
+    text = render(job_for(recipe("tiny_moe_cpu"), cluster, PurePosixPath("/shared/my 100% folder")))
+    words = [word for line in text.splitlines() if line.startswith("#SBATCH") for word in shlex.split(line)]
+    assert {"--comment=it's two words # and more", "--constraint=a b"} <= set(words)
+    run = "/shared/my 100%% folder/runs/tiny_moe_cpu"
+    assert f"--output={run}/logs/log-slurm-%j.out" in words, "sbatch reads %% as %"
 
 
 HOSTNAMES = 'echo "$*" >>"$CALLS"; [[ "$2" != hostnames ]] || printf "n1\\nn2\\n"'
@@ -207,6 +221,12 @@ def test_without_slurm_the_error_says_where_to_go(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(LaunchError, match="sbatch is not here: run this on a login node"):
         slurm("sbatch", "x")
+
+
+@pytest.mark.parametrize("command", [commands.cancel, commands.status])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: Callable[[Path], None]) -> None:
+    with pytest.raises(LaunchError, match="nothing was launched here; give the folder of one run"):
+        command(tmp_path)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Played:
     def described(self) -> str:
         """`megatron-pmd status`, where Slurm no longer knows the job."""
         self.program("squeue", "true")
-        return describe(self.run)
+        return "\n".join(describe(self.run))
 
 
 @dataclass

@@ -222,6 +222,17 @@ def test_a_failing_job_that_slurm_has_ended_itself_is_left_to_slurm(
     assert start.begin(restarts=1)["PMD_ATTEMPT"] == "2"
 
 
+def test_a_job_that_was_ended_while_slurm_does_not_answer_does_not_come_back(
+    played: Played, start: Start
+) -> None:
+    start.begin()
+    played.written(RunOutcome(Status.INTERRUPTED, "n1: received SIGTERM", "Interrupted"))
+    played.program("scontrol", "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    assert start.end(130) == 130
+    assert played.outcomes() == ["interrupted"] and "Unable to contact" in start.log
+    assert played.calls("requeue") == []
+
+
 def test_sigterm_in_a_job_that_nobody_cancelled_is_a_failure(played: Played, start: Start) -> None:
     """The kernel killed the process of one node for its memory, so srun ended the other node's."""
     start.begin()

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_pmd import files
 from megatron_pmd.config import override
+from megatron_pmd.errors import DamagedCheckpoint
+from megatron_pmd.node import ranks
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
+from megatron_pmd.node.worker import JobSpec
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import recipe
 
 
@@ -21,3 +30,87 @@ def test_ranks_that_step_their_optimizer_on_the_host_share_the_cores_of_the_node
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 12
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     assert threads_per_rank(override(config, ["optimizer.offload=0.5"]), nodes) == 1
+
+
+def test_ranks_that_find_their_checkpoint_damaged_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = RunOutcome.of(DamagedCheckpoint("DAMAGED CHECKPOINT: a file has changed"))
+    outcomes = [damaged, RunOutcome(Status.COMPLETE)]
+    monkeypatch.setattr(ranks, "run_ranks", lambda *words, **options: outcomes.pop(0))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # run_here sets them: taken back at the end
+        monkeypatch.setenv(name, "lo")
+    assert ranks.run_here(recipe("tiny_moe_cpu"), tmp_path).status is Status.COMPLETE
+    assert outcomes == [] and "a file has changed" in capsys.readouterr().err
+    assert damaged.may_start_again, "on Slurm the job is requeued"
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    return JobSpec(config={}, folder=str(tmp_path), outcomes=str(tmp_path / "outcome"))
+
+
+def ended(*exit_codes: int) -> ChildFailedError:
+    """As torch's agent tells of ranks 0, 1 …"""
+    return ChildFailedError(
+        "x", {rank: ProcessFailure(rank, 100 + rank, code, "") for rank, code in enumerate(exit_codes)}
+    )
+
+
+def test_of_several_failed_ranks_the_first_to_say_why_is_named(spec: JobSpec, tmp_path: Path) -> None:
+    for rank, reason in ((1, "no such tensor"), (0, "gloo: connection closed by peer")):
+        RunOutcome(Status.FAILED, reason, "RuntimeError").write(spec.outcome_file(rank))
+        os.utime(spec.outcome_file(rank), (time.time() + 10 * (1 - rank),) * 2)
+    outcome = ranks._of_first_failure(ended(1, 1), spec, tmp_path / "logs")
+    assert outcome.reason == f"rank 1 failed: no such tensor; logs: {tmp_path / 'logs'}"
+
+
+def test_a_killed_rank_is_named_before_those_that_lost_it(spec: JobSpec, tmp_path: Path) -> None:
+    RunOutcome(Status.FAILED, "gloo: connection closed by peer", "RuntimeError").write(spec.outcome_file(0))
+    outcome = ranks._of_first_failure(ended(1, -9), spec, tmp_path / "logs")
+    assert outcome.reason.startswith("rank 1 failed: it ended with SIGKILL; logs:")
+
+
+def test_a_failure_on_a_full_disk_says_so_whatever_else_it_says(spec: JobSpec, tmp_path: Path) -> None:
+    """/proc is a file system without room."""
+    assert files.full_disk(Path("/proc")) and not files.full_disk(tmp_path)
+    spec = JobSpec(config={}, folder="/proc", outcomes=spec.outcomes)
+    outcome = ranks._of_first_failure(ended(1), spec, tmp_path / "logs")
+    assert outcome.reason.startswith(
+        "rank 0 failed: it ended with exit code 1; the disk of /proc is full: make room, the same command"
+    )
+
+
+def test_a_summary_that_has_no_room_does_not_hide_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: object) -> None:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    monkeypatch.setattr(ranks, "write_summary", write)
+    outcome = RunOutcome(Status.FAILED, "rank 0 failed")
+    assert ranks._ended(tmp_path, Nodes(1, 0, 1, ""), outcome) is outcome
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, Status.INTERRUPTED),
+        (signal.SIGINT, Status.INTERRUPTED),
+        (signal.SIGKILL, Status.FAILED),
+    ],
+)
+def test_a_rank_that_the_signal_of_a_cancelled_job_reached_first_has_not_failed(
+    spec: JobSpec, tmp_path: Path, number: signal.Signals, status: Status
+) -> None:
+    outcome = ranks._of_first_failure(ended(-number), spec, tmp_path)
+    assert outcome.status is status and number.name in outcome.reason
+
+
+def test_a_further_start_makes_no_further_folder_of_logs(tmp_path: Path) -> None:
+    for _ in range(2):
+        nodes = Nodes(1, 0, 2, "localhost:0")
+        launch = ranks._launch_config(recipe("tiny_moe_cpu"), nodes, tmp_path, "spawn")
+        launch.logs_specs.reify({0: {}, 1: {}})
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks-of-node-0"]

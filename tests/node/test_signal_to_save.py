@@ -21,8 +21,10 @@ STEP = TEMPLATE.read_text().partition("bash -c '")[2].partition("' || code=$?")[
 
 NODE = """
 import sys
-from megatron_pmd.node import main, ranks
-ranks.RANK_MODULE = "tests.node.waiting_rank"
+from megatron_pmd.node import main, worker
+from tests.node.waiting_rank import wait
+worker.import_what_ranks_need = lambda: None
+worker.run_rank = wait
 sys.exit(main.main())
 """
 

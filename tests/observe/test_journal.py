@@ -84,8 +84,33 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_the_line(tmp_path):
         read_records(path)
 
 
-def test_another_configuration_in_the_same_folder_is_refused_with_the_differing_keys(tmp_path):
+def trained(folder: Path) -> None:
+    """A run that was killed in its first iteration."""
+    journal = Journal.open(folder, make_config(), 0)
+    journal.log("step", {"global_step": 0, "loss": 1.0})
+    journal.close()
+
+
+def test_a_start_that_failed_before_it_trained_does_not_keep_the_name(tmp_path):
+    """Only the warm start of it is there: the next start begins anew in any case."""
+    journal = Journal.open(tmp_path / "run", make_config(), 0)
+    journal.log("warm_start", {"step": 0, "loss": 2.0})
+    journal.close()
+    other = make_config(seed=7)
+    Journal.open(tmp_path / "run", other, 0).close()
+    assert RunFolder.read(tmp_path / "run").config == other.model_dump(mode="json")
+    assert lines(tmp_path / "run/metrics.jsonl") == []
+
+
+def test_a_checkpoint_keeps_the_name_also_before_the_first_step(tmp_path):
+    """A rollout that was cut short is in the checkpoint of iteration 0."""
     Journal.open(tmp_path / "run", make_config(), 0).close()
+    with pytest.raises(ConfigError, match="seed: 0 there, 7 here"):
+        Journal.open(tmp_path / "run", make_config(seed=7), 0, keep_warm_start=True)
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_differing_keys(tmp_path):
+    trained(tmp_path / "run")
     other = make_config(optimizer={"learning_rate": 2e-5}, seed=7)
     with pytest.raises(ConfigError) as error:
         Journal.open(tmp_path / "run", other, 0)
@@ -95,7 +120,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_differing_
 
 
 def test_a_key_that_the_recorded_configuration_lacks_is_named(tmp_path):
-    Journal.open(tmp_path / "run", make_config(), 0).close()
+    trained(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"actor\.megatron\.moe_z_loss_coeff: absent there, 0\.1 here"):
         config = make_config(actor={"megatron": {"moe_z_loss_coeff": 0.1}})
         Journal.open(tmp_path / "run", config, 0)

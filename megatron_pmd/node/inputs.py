@@ -1,0 +1,40 @@
+"""The user's files, looked at in the first second of a start, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_pmd import plugins
+from megatron_pmd.config import REWARDS, RunConfig
+from megatron_pmd.data.sources import check_source
+from megatron_pmd.data.tokenizer import check_model_folder
+from megatron_pmd.errors import DataError, ModelError
+
+
+def check_inputs(config: RunConfig, replay: Path | None) -> None:
+    """Raise what a start would else meet a minute later.
+
+    DataError for a file of problems that is not there or whose first problem cannot be read, ConfigError for
+    code of the user's that is not found, ModelError for a folder that is no model's. Nothing of the user's is
+    run here: the ranks' driver does that.
+    """
+    if replay is not None and not replay.exists():
+        raise DataError(f"--replay {replay}: no such file or folder")
+    ptx, evaluation = config.algorithm.ptx, config.data.evaluation
+    for source in (config.data.train, evaluation, ptx.source if ptx else None):
+        if source is not None:
+            check_source(source, config.data)
+    plugins.find(REWARDS.reference(config.reward.name, what="reward.name"), what="reward.name")
+    if config.rollout.function is not None:
+        plugins.find(config.rollout.function, what="rollout.function")
+    _check_model(config)
+
+
+def _check_model(config: RunConfig) -> None:
+    path = Path(config.model.path)
+    if not path.exists():
+        if config.model.prepare is None:
+            raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
+        plugins.find(config.model.prepare, what="model.prepare")
+    else:
+        check_model_folder(path)

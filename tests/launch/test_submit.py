@@ -1,0 +1,110 @@
+"""What is told of jobs when Slurm answers, and when it does not; what a job gets of its submitter's shell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from unittest import mock
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_pmd.cli.main import app, main
+from megatron_pmd.errors import LaunchError
+from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.launch.progress import follow_log
+from megatron_pmd.launch.script import job_for
+from megatron_pmd.launch.submit import cancel, is_queued, submit
+from recipes import recipe
+
+# the words of Slurm's own library; its commands then end with 1
+UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+SILENT = [
+    "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1",
+    "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1",
+    "echo 'slurm_load_jobs error: Zero Bytes were transmitted or received' >&2; exit 1",
+]
+
+Play = Callable[[str, str], None]
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Puts a program of Slurm's name before the machine's own."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def program(name: str, text: str) -> None:
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    return program
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that was submitted as job 5."""
+    folder = tmp_path / "runs" / "tiny_moe_cpu"
+    (folder / "launch").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    (folder / "launch" / "jobs").write_text("5\n")
+    (folder / "launch" / "log").write_text(f"{folder}/logs/log-slurm-5.out\n")
+    return folder
+
+
+@pytest.mark.parametrize("silent", SILENT)
+def test_no_answer_of_slurm_is_not_taken_for_no_job(play: Play, run: Path, silent: str) -> None:
+    play("squeue", silent)
+    play("sbatch", "echo 6")
+    job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
+    for command in (lambda: cancel(run), lambda: submit(job, through="sbatch")):
+        with pytest.raises(LaunchError, match=r"whether there is a job 5 is not known: squeue .*: \w+"):
+            command()
+    assert (run / "launch" / "jobs").read_text() == "5\n"
+
+
+def test_status_tells_the_rest_and_fails_when_slurm_does_not_answer(
+    play: Play, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play("squeue", SILENT[0])
+    with pytest.raises(SystemExit) as ended:
+        main(lambda: app(["status", str(run)], standalone_mode=False))
+    said = capsys.readouterr()
+    assert f"{run}: 0 of ? iterations\njob 5: unknown, Slurm does not answer\n" in said.out
+    assert ended.value.code == 1 and "Unable to contact slurm controller" in said.err
+
+
+def test_a_job_that_slurm_has_forgotten_is_not_there(play: Play, run: Path) -> None:
+    play("squeue", UNKNOWN)
+    assert not is_queued("5") and cancel(run) == []
+    assert "job 5: no longer known to Slurm" in CliRunner().invoke(app, ["status", str(run)]).output
+
+
+def test_a_log_is_followed_while_the_controller_is_started_again(play: Play, run: Path) -> None:
+    (run / "logs" / "log-slurm-5.out").write_text("first\n")
+    play("squeue", f"[ -e {run}/asked ] && {{ {UNKNOWN}; }}; touch {run}/asked; {SILENT[0]}")
+    lines: Iterator[str] = follow_log(run, 10, follow=True)
+    assert list(lines) == ["first\n"]
+    assert (run / "asked").exists(), "the silence was no end"
+
+
+def test_a_job_inherits_no_credentials_and_nothing_of_an_outer_allocation(play: Play, run: Path) -> None:
+    play("squeue", UNKNOWN)
+    play("sbatch", f"env >{run}/environment; echo 6")
+    job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
+    shell = {
+        "AWS_SECRET_ACCESS_KEY": "x", "HF_TOKEN": "x", "SLURM_JOB_ID": "3", "SLURM_NNODES": "9",
+        "SSH_AUTH_SOCK": "x", "RANK": "1", "GLOO_SOCKET_IFNAME": "lo", "LOADEDMODULES": "cuda/12",
+        "SLURM_CONF": "/etc/slurm/slurm.conf", "LC_ALL": "C", "MODULEPATH": "/modules",
+    }  # fmt: skip
+    with mock.patch.dict(os.environ, shell):
+        assert submit(job, through="sbatch") == ["6"]
+    lines = (run / "environment").read_text().splitlines()
+    given = {name: value for name, _, value in (line.partition("=") for line in lines)}
+    own = {"PWD", "OLDPWD", "SHLVL", "_", "COLUMNS", "LINES"}  # of the shell that plays sbatch
+    allowed = {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LD_LIBRARY_PATH", "LANG", "TZ"}
+    allowed |= {"SLURM_CONF", "LC_ALL", "MODULEPATH"}
+    assert set(given) - own <= allowed
+    assert given["SLURM_CONF"] == "/etc/slurm/slurm.conf" and given["MODULEPATH"] == "/modules"
