@@ -180,7 +180,7 @@ def test_the_group_filter_looks_at_the_rewards_that_are_trained_on(setting, leng
     for member, length, reason in zip(group.members, lengths, finish, strict=True):
         member.turns = [Turn(np.ones(length, np.int32), np.zeros(length, np.float32), finish=reason)]
         member.reward = 1.0
-    assert (groups.completed(group) is None) == kept
+    assert (groups.settled(group) is None) == kept
 
 
 def test_grpo_divides_by_the_deviation_only_when_told():
