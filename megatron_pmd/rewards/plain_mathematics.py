@@ -66,8 +66,10 @@ _TOKEN = re.compile(
 _CONNECTOR = re.compile(r"\s*(?:,\s*(?:and|or)\b|,|;|and\b|or\b)\s*")
 _CHOICE = re.compile(r"\(([A-J])\)|([A-J])(?=\s*(?:$|[.:;)]|,(?!\s*[A-J]\b)|because\b|since\b))")
 _NO_UNIT = re.compile(
-    r"\s*(?:-(?!\s+[A-Za-z]{2})|[+*/=<>^|\\]|(?:minus|plus|times|divided|over|mod|modulo|more|less|fewer|out|hundred|thousand|"
-    r"million|billion|dozen|or|and|to|through|by)\b|(?!(?:because|since|as|when|if|for|of|in)\b)[A-Za-z]+(?:\s+[A-Za-z]+)?,?\s+(?:(?:and|or)\s+)?\$?\d)"
+    r"\s*(?:-(?!\s+[A-Za-z]{2})|[+*/=<>^|\\]"
+    r"|(?:minus|plus|times|divided|over|mod|modulo|more|less|fewer|out|hundred|thousand|million|billion|dozen"
+    r"|or|and|to|through|by)\b"
+    r"|(?!(?:because|since|as|when|if|for|of|in)\b)[A-Za-z]+(?:\s+[A-Za-z]+)?,?\s+(?:(?:and|or)\s+)?\$?\d)"
 )
 """After a value: what makes it a part of something larger."""
 _BOUND = re.compile(

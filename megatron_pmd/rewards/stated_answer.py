@@ -64,7 +64,9 @@ def stated_answer(response: str, *, truncated: bool, text: bool) -> str | None:
     text    the reference answer is words, not mathematics
     """
     response = in_ascii(_END_TOKEN.sub("", _after_thinking(response)))
-    statements = sorted(_statements(response, text=text), key=lambda found: found[0], reverse=True)
+    statements = sorted(
+        _statements(response, truncated=truncated, text=text), key=lambda found: found[0], reverse=True
+    )
     for _, read in statements:
         if value := read():
             return value
@@ -77,14 +79,19 @@ def _after_thinking(response: str) -> str:
     return after if closed else response.partition("<think>")[0]
 
 
-def _statements(response: str, *, text: bool) -> Iterator[tuple[int, Reading]]:
+def _statements(response: str, *, truncated: bool, text: bool) -> Iterator[tuple[int, Reading]]:
     """(where, how to read it) of whatever says that it is the answer."""
     if boxes := _boxes(response):
         yield boxes[-1][0], lambda: words(boxes[-1][2]) if text else _last_boxes(response, boxes)
-    for mark in _SENTENCE_MARK.finditer(response):
-        yield mark.start(), partial(_of_sentence, _line(response, mark.end()), text=text)
-    for mark in _LINE_MARK.finditer(response):
-        yield mark.start(), partial(_of_line, _line(response, mark.end()), text=text)
+    ended = response
+    if truncated:
+        # `Answer: 3` may be the beginning of 34: only what came to its end is stated
+        ends = [end.start() for end in _SENTENCE_END.finditer(response)]
+        ended = response[: ends[-1] if ends else 0]
+    for mark in _SENTENCE_MARK.finditer(ended):
+        yield mark.start(), partial(_of_sentence, _line(ended, mark.end()), text=text)
+    for mark in _LINE_MARK.finditer(ended):
+        yield mark.start(), partial(_of_line, _line(ended, mark.end()), text=text)
 
 
 def _line(response: str, start: int) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_pmd.actor.actor import AnchorReport, StepReport
 from megatron_pmd.actor.expert_load import imbalance
+from megatron_pmd.actor.noise_floor import FloorReport
 from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import RunConfig
@@ -32,6 +33,16 @@ def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
         "mismatch/p99_abs": histogram_quantile(np.sum([r.histogram for r in reports], axis=0), 0.99),
         "entropy": sum(r.entropy_sum for r in reports) / tokens,
         **imbalance([r.expert_tokens for r in reports]),
+    }
+
+
+def floor_values(reports: Sequence[FloorReport]) -> dict[str, float]:
+    """What rounding alone makes of diagnostics' values of the same names; nats a sequence."""
+    sequences = max(sum(r.sequences for r in reports), 1)
+    return {
+        "pmd/drift/floor": sum(r.absolute for r in reports) / sequences,
+        "pmd/kl_anchor_k2/floor": sum(r.k2 for r in reports) / sequences,
+        "pmd/kl_anchor_k3/floor": sum(r.k3 for r in reports) / sequences,
     }
 
 

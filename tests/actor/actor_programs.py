@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.actor import model, settings
 from megatron_pmd.actor.actor import Actor, Examples
+from megatron_pmd.actor.noise_floor import FloorReport, rounded_anew
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
 from megatron_pmd.algorithm.losses import Constants, loss_of
@@ -161,7 +162,18 @@ def logits(path: Path) -> dict[str, Any]:
 
     with Widest():
         trial.step_of([samples], 0.0)
-    return {"rows": widest, "responses": int(trial.batch.samples.response_lengths[samples].sum())}
+    few = [samples]
+    once = trial.actor.log_probs(trial.batch, few)
+    with rounded_anew(trial.actor.chunks):
+        again = trial.actor.log_probs(trial.batch, few)
+    repeated = trial.actor.log_probs(trial.batch, few)
+    floor, none = (
+        FloorReport.of(trial.batch, few, once.log_probs, other.log_probs) for other in (again, repeated)
+    )
+    return {
+        "floor": vars(floor), "repeated": vars(none), "log_probs": once.log_probs,
+        "rows": widest, "responses": int(trial.batch.samples.response_lengths[samples].sum()),
+    }  # fmt: skip
 
 
 def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:

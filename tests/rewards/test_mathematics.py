@@ -62,6 +62,18 @@ def test_a_cut_response_has_no_answer_on_its_last_line():
     assert grade(f"{response}\nAnswer: 34\nThis is", problem("34"), truncated=True) == 1.0
 
 
+def test_a_number_that_was_cut_is_no_answer():
+    """34 was to come."""
+    grade = grader(Reward(name="math"))
+    for response in ("The answer is 3", "So $x=3$.\nAnswer: 3", r"It is $\boxed{3"):
+        assert grade(response, problem("3"), truncated=True) == 0.0
+    assert grade("The answer is 34. To see", problem("34"), truncated=True) == 1.0
+    assert grade("Answer: 3", problem("3")) == 1.0
+    # boxes are whole wherever the response was cut, and far from one another
+    boxes = r"First $\boxed{12}$. This was wrong: it is $\boxed{34}$, because 34 is what"
+    assert grade(boxes, problem("34"), truncated=True) == 1.0
+
+
 @pytest.mark.parametrize(
     ("response", "answer"),
     [
