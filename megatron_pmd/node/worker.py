@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setproctitle import setproctitle
+from setproctitle import getproctitle, setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
 
 PROCESS_TITLE = "megatron-pmd rank"
 """What `ps` calls a rank's process, before its number."""
+getproctitle()  # finds the title's place, which it cannot once the environment is changed
 PREPARING_SECONDS = 600.0
 """For another run that makes the model's folder."""
 
