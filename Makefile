@@ -19,7 +19,8 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
 DOCS := .venv-docs
-.PHONY: help setup nemo demo demo-moe test lint format docs docs-site clean
+TRANSFORMERS_4 := build/transformers-4
+.PHONY: help setup nemo demo demo-moe test transformers-4 lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,7 @@ help:
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
+	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
@@ -65,9 +67,18 @@ demo: setup
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
 
-# Workers take whole files (tests/conftest.py) in their order.
+# Workers take whole files (tests/conftest.py) in their order. Some 150 Python processes start: they keep their bytecode.
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
+	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
+
+# Without dependencies: the rest, torch before all, is the stack's.
+transformers-4: $(TRANSFORMERS_4)/.installed
+	@PMD_TRANSFORMERS_4=$(TRANSFORMERS_4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/convert/test_transformers_4.py
+
+$(TRANSFORMERS_4)/.installed: constraints/transformers-4.txt | $(INSTALLED)
+	@rm -rf $(TRANSFORMERS_4)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) -r constraints/transformers-4.txt
+	@touch $@
 
 # All three run, whatever the first says.
 lint: setup

@@ -135,7 +135,7 @@ class RolloutBatch:
 
     weight_version   the engines' weights when the rollout was taken: those of the actor's log π_t
     sampled_versions the weights that sampled any token, ascending
-    temperature      of the policy that all log-probabilities are of
+    temperature      of the policy that the responses' log-probabilities are of; those of examples are at 1
     examples         the last so many samples are supervised examples, not sampled responses
     padding_experts  [layers · top-k]  the experts of the rollout's first token, which padding goes to as
                      well. None: as routed_experts

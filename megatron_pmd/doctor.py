@@ -90,7 +90,13 @@ def machine_checks() -> list[Check]:
         machine("Python", python, "3.12", sys.version_info[:2] == (3, 12), INSTALL, "missing"),
         machine("cores", str(cores), "2", cores >= 2, "with one, actors and engines wait for each other"),
         machine("AVX512, AMX", " ".join(flags) or "neither", "either", bool(flags), slow),
-        machine("memory", f"{memory:.0f} GB", "8 GB", memory >= 7.5, "train tiny_moe_cpu: it needs less"),
+        machine(
+            "memory",
+            f"{memory:.0f} GB",
+            "14 GB",
+            memory >= 13.5,
+            "make demo needs 14: make demo-moe needs less",
+        ),
         shared_memory_check(),
         machine("open files", f"{files}, at most {most}", "4096", files >= 4096, "ulimit -n 65536"),
     ]

@@ -68,13 +68,13 @@ def full_disk(folder: Path) -> str:
 
 
 def read_object(path: Path) -> JsonObject | None:
-    """A JSON object file; None if there is no such file."""
+    """A JSON object file; None if there is no such file. DataError if it is there and is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # perhaps with a byte order mark
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+        raise DataError(f"{path}: not JSON: {error}; is the file whole, and in UTF-8?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")
     return value

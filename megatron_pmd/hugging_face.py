@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.files import read_object
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {
@@ -30,8 +30,6 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 """Endings of files that hold weights: all others in a model folder go with its configuration."""
-SKIPPED = (".index.json", "conversion.json")
-"""Further files that tell of one folder's weights alone."""
 OPEN_FILES = 8
 """A parameter's tensors lie in a few neighbouring files."""
 
@@ -64,8 +62,12 @@ class TensorFiles:
         self.tensors: dict[str, StoredTensor] = {}
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         files, indexed = sorted(folder.glob("*.safetensors")), None
-        if (folder / INDEX).is_file():
-            indexed = json.loads((folder / INDEX).read_text())["weight_map"]
+        if (index := read_object(folder / INDEX)) is not None:
+            indexed = index.get("weight_map")
+            if not isinstance(indexed, dict):
+                raise ModelError(
+                    f"{folder / INDEX}: no weight_map in it; copy the file from the model's source"
+                )
             files = [folder / name for name in sorted(set(indexed.values()))]
         for file in files:
             self._read_header(file)
@@ -175,23 +177,3 @@ def write_index(folder: Path, files: dict[str, str], total_bytes: int) -> None:
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}, indent=2
     )
     (folder / INDEX).write_text(text + "\n")
-
-
-def copy_side_files(
-    source: Path, target: Path, *, dtype: torch.dtype, quantization: dict[str, Any] | None = None
-) -> None:
-    """Configuration, generation settings, tokenizer, chat template, code: everything but weights.
-
-    dtype, quantization: what config.json of the copy then says of the weights.
-    """
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in WEIGHTS and not file.name.endswith(SKIPPED):
-            shutil.copyfile(file, target / file.name)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4 and 5
-    config[key] = str(dtype).removeprefix("torch.")
-    config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    path.write_text(json.dumps(config, indent=2) + "\n")

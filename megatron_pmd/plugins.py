@@ -68,9 +68,11 @@ def load_module(place: str, *, what: str) -> ModuleType:
     except Exception as error:  # the module is a user's: its import can fail in any way
         if isinstance(error, FileNotFoundError) and error.filename == place:
             raise ConfigError(f"{what}: {Path(place).absolute()}: no such file") from None
+        advice = "; is it in this folder or on PYTHONPATH, and is what it needs installed?"
+        if isinstance(error, SyntaxError):
+            advice = ""
         raise ConfigError(
-            f"{what}: {place} cannot be imported: {type(error).__name__}: {error}; is it in this folder or "
-            "on PYTHONPATH, and is what it needs installed?"
+            f"{what}: {place} cannot be imported: {type(error).__name__}: {error}{advice}"
         ) from error
 
 

@@ -55,12 +55,41 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+SPARE_FILES = 64
+"""Files that stay free for what else a process opens while its connections are open."""
+
+
+def connections_possible() -> int:
+    """How many connections this process can open beside its open files, and a relay like the router, too.
+
+    The router has this process's limit, and two connections for each of ours.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(os.listdir("/proc/self/fd"))
+    return max(1, (limit - there - SPARE_FILES) // 2)
+
+
+def data_bytes() -> int:
+    """What this process has asked the kernel for to write into: heap and private mappings, touched or not."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+
+
+def limit_further_memory(further_bytes: int) -> None:
+    """Have the kernel refuse this process more than so much beside what it has: MemoryError in Python."""
+    # RLIMIT_AS would also count what is only reserved, as CUDA does by the terabyte
+    limit = data_bytes() + further_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def quiet() -> None:
     """Keep the libraries' own remarks out of the run's screen; warnings of ours are errors or printed."""
     import logging
     import warnings
 
     warnings.filterwarnings("ignore")
+    # megatron/training/training.py, which the bridge imports, else has all libraries tell what they do
+    logging.basicConfig(level=logging.WARNING)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # it gives itself a level and a handler, and prints a traceback for every optional import that fails
     logging.getLogger("megatron.bridge.utils.import_utils").disabled = True

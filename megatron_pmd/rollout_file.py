@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +134,51 @@ def _binary(arrays: Sequence[np.ndarray | None], routing: np.dtype) -> pa.Array:
 
 def read_rollout(path: Path) -> tuple[list[Sample], int]:
     """Read a rollout written by write_rollout; returns its samples and its iteration."""
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata = file.schema_arrow.metadata
-            iteration = json.loads(metadata[b"iteration"])
-            routing = np.dtype(metadata.get(ROUTING_TYPE.encode(), b"uint16").decode())
-            samples = [
-                sample
-                for number in range(file.num_row_groups)
-                for sample in _samples(file.read_row_group(number), routing)
-            ]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a rollout file of this program: {error}") from None
+    with _opened(path) as (file, iteration):
+        metadata = file.schema_arrow.metadata
+        routing = np.dtype(metadata.get(ROUTING_TYPE.encode(), b"uint16").decode())
+        samples = [
+            sample
+            for number in range(file.num_row_groups)
+            for sample in _samples(file.read_row_group(number), routing)
+        ]
     if not samples:
         raise DataError(f"{path}: the rollout holds no samples")
     return samples, iteration
+
+
+def check_rollouts(path: Path, iterations: range) -> None:
+    """DataError unless a file, or a folder of files, has the rollout of each of these iterations.
+
+    No samples are read: whoever trains on them finds out at the start, not after the last one that is there.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such rollout file or folder")
+    for wanted in iterations:
+        file = path / f"{wanted}.parquet" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(
+                f"{file}: no such file; iterations {iterations[0]} to {iterations[-1]} are to be trained, "
+                f"each on its own rollout: set iterations={wanted}, or give a folder that has them all"
+            )
+        with _opened(file) as (_, found):
+            if found != wanted and wanted == iterations[0]:
+                raise DataError(f"{file}: this is the rollout of iteration {found}, not of {wanted}")
+            if found != wanted:
+                raise DataError(
+                    f"{file}: this is the rollout of iteration {found} alone, and iterations {iterations[0]} "
+                    f"to {iterations[-1]} are to be trained: give the folder of all, or iterations={wanted}"
+                )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """A rollout file and its iteration. DataError for another file, also where reading it goes wrong."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file, json.loads(file.schema_arrow.metadata[b"iteration"])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a rollout file of this program: {error}") from None
 
 
 def _samples(table: pa.Table, routing: np.dtype) -> Iterator[Sample]:

@@ -20,6 +20,7 @@ RECIPES = Registry(
         "kimi_k2_1t_512xh100": "recipes.kimi_k2_1t_512xh100:kimi_k2_1t_512xh100",
         "moonlight_16b_a3b_16xh100": "recipes.moonlight_16b_a3b_16xh100:moonlight_16b_a3b_16xh100",
         "qwen2_5_7b_dapo_8xh100": "recipes.qwen2_5_7b_dapo_8xh100:qwen2_5_7b_dapo_8xh100",
+        "qwen3_0_6b_gsm8k_1xh100": "recipes.qwen3_0_6b_gsm8k_1xh100:qwen3_0_6b_gsm8k_1xh100",
         "qwen3_235b_a22b_128xh100": "recipes.qwen3_235b_a22b_128xh100:qwen3_235b_a22b_128xh100",
         "qwen3_30b_a3b_dapo_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_dapo_32xh100",
         "qwen3_30b_a3b_dapo_tau005_32xh100": (

@@ -30,7 +30,7 @@ def batch_of_the_paper(*, max_tokens_per_microbatch: int) -> Batch:
 
 
 def plus_minus_one() -> Reward:
-    """The rule reward of the paper (arXiv 2602.05933): 1 for a right answer, -1 for a wrong one."""
+    """Rewards of the paper's values (arXiv 2602.05933): 1 for a right answer, -1 for a wrong one."""
     return Reward(name="recipes.dapo:signed_score", answer="whole", workers=16, timeout_seconds=10.0)
 
 
@@ -39,8 +39,13 @@ def mean_of_32() -> Evaluation:
     return Evaluation(every=10, prompts=60, samples_per_prompt=32)
 
 
-def signed_score(response: str, problem: Problem) -> float:
-    """1 if the last expression of the response equals the answer, else -1."""
+def signed_score(response: str, problem: Problem, truncated: bool = False) -> float:
+    """1 if the answer that the response states equals the problem's, else -1.
+
+    DAPO's published rule compares texts, and only what stands behind `Answer:` in the last 300 characters.
+    This one pays what it pays, and equal values in other spellings and other statements: docs/benchmarks.md,
+    "Grading".
+    """
     from megatron_pmd.rewards.mathematics import score
 
-    return 2 * score(response, problem) - 1
+    return 2 * score(response, problem, truncated=truncated) - 1

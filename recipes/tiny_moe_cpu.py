@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_pmd.config import (
     Actor,
@@ -73,22 +74,11 @@ def tiny_moe_cpu() -> RunConfig:
 
 
 def make_model(folder: Path) -> None:
-    """Random weights of seed 0, and a tokenizer of characters, with one token for the task's question."""
+    """Random weights of seed 0, and the tokenizer of make_tokenizer."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    characters = [chr(code) for code in range(32, 127)]
-    vocabulary = {token: i for i, token in enumerate([*special, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(special)
-    # one token: the prompt's letters are what matters
-    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = CHAT_TEMPLATE
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=128,
@@ -104,10 +94,29 @@ def make_model(folder: Path) -> None:
         norm_topk_prob=True,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         dtype="float32",
     )
     Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer() -> Any:
+    """transformers' tokenizer of single characters, with one token for the task's question."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    characters = [chr(code) for code in range(32, 127)]
+    vocabulary = {token: i for i, token in enumerate([*special, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    # one token: the prompt's letters are what matters
+    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

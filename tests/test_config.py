@@ -63,6 +63,7 @@ def config() -> RunConfig:
         ("algorithm.baseline=median", "algorithm.baseline: Input should be 'mean'"),
         ("batch.prompts_per_step=3", "is not a multiple of batch.prompts_per_step=3"),
         ("batch.max_tokens_per_microbatch=20", "raise it to 24"),
+        ("rollout.max_total_tokens=20", "cannot hold one sample: "),
         ("layout.expert=3", "cannot hold expert=3"),
         ("layout.virtual_pipeline=2", "with pipeline=1 there is one stage"),
         ("actor.recompute=selective", "recomputes the modules named"),
@@ -76,6 +77,25 @@ def config() -> RunConfig:
             'rollout.servers=["http://a:1"]',
             "rollout.ranks_per_engine is for engines that this program starts",
         ),
+        ("data.train.path=x", "data.train.path is a setting of data.train.kind=file, not of reasoning_gym"),
+        ("data.train.kind=csv", "data.train.kind must be file or reasoning_gym (got 'csv')"),
+        ("data.train.kind=file", "data.train.path is not set and has no default: give it"),
+        ("model=x", "model is a group of settings, not a value (got 'x'): set model.path, …"),
+        ("rollout.servers=http://a:1", "rollout.servers: Input should be a JSON list"),
+        ("=3", "'=3' is not of the form dotted.key=value"),
+        ("iterations=true", "iterations: true and false are no numbers and no text (got True)"),
+        ("rollout.start_timeout_seconds=true", "true and false are no numbers"),
+        ("model.path=false", "true and false are no numbers and no text"),
+        ("seed=12345678901234567890", "seed: the number has too many digits"),
+        ("seed=4294967296", "seed: Input should be less than 2147483648"),
+        ("batch.samples_per_prompt=1e30", "batch.samples_per_prompt: "),
+        ("optimizer.learning_rate=Infinity", "optimizer.learning_rate: Input should be a finite number"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate: Input should be a finite number"),
+        ("algorithm.tau=NaN", "algorithm.tau: Input should be a finite number"),
+        ("algorithm.tau=nan", "algorithm.tau: Input should be a finite number"),
+        ('actor.megatron={"a": [1e999]}', "actor.megatron: every number in it must be finite"),
+        ('rollout.sglang={"a": NaN}', "rollout.sglang: every number in it must be finite"),
+        ('data.template_arguments={"tokenize": true}', "data.template_arguments.tokenize: it is given"),
         ("name=../elsewhere", "name: String should match pattern"),
     ],
 )
@@ -273,3 +293,24 @@ def test_engines_in_fp8_have_wider_bounds_whatever_the_actor_computes_in(name: s
     assert config.rollout.fp8
     assert config.resolved().sync.mean_log_prob_difference == 0.3
     assert config.resolved().sync.p99_log_prob_difference == 5.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not JSON"),
+        (b'{"name": "\xff"}', "not JSON: 'utf-8' codec"),
+        (b"[1]", "not a JSON object; give the config.json of a run"),
+        (b"{}", "name is not set and has no default"),
+    ],
+)
+def test_a_config_json_that_is_none_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        configuration(str(tmp_path / "config.json"), [])
+
+
+def test_a_nucleus_is_warned_of_by_name_and_no_recipe_has_one() -> None:
+    (warning,) = override(recipe("tiny_moe_cpu"), ["rollout.top_p=0.9"]).warnings()
+    assert "rollout.top_p=0.9" in warning and "another policy than the anchor" in warning
+    assert [name for name in RECIPES if recipe(name).warnings()] == []

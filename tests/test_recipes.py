@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError
 from recipes import configuration, recipe
 
@@ -72,3 +73,13 @@ def test_a_file_that_is_not_there_is_named(word: str) -> None:
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
         configuration("tiny_mo_cpu", [])
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"), [("so \\boxed{1200}", 1.0), ("so \\boxed{1,200}", 1.0), ("so \\boxed{12}", 0.0)]
+)
+def test_gsm8k_is_graded_by_what_its_solution_has_behind_the_hashes(response: str, reward: float) -> None:
+    from recipes.qwen3_0_6b_gsm8k_1xh100 import score
+
+    solution = "He sells 12 bags.\nThat is 12*100=$<<12*100=1200>>1200.\n#### 1,200"
+    assert score(response, Problem(0, (), solution)) == reward

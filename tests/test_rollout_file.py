@@ -14,7 +14,7 @@ import pytest
 from megatron_pmd import rollout_file
 from megatron_pmd.batch import Sample
 from megatron_pmd.errors import DataError
-from megatron_pmd.rollout_file import RolloutWriter, read_rollout, write_rollout
+from megatron_pmd.rollout_file import RolloutWriter, check_rollouts, read_rollout, write_rollout
 
 
 def sample(number: int, **changes: Any) -> Sample:
@@ -126,3 +126,29 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_wait_once(tmp_path):
     with pytest.raises(OSError):
         writer.wait()
     writer.wait()
+
+
+@pytest.mark.parametrize(
+    ("path", "iterations", "message"),
+    [
+        ("absent", range(1), "no such rollout file or folder"),
+        (
+            ".",
+            range(3),
+            r"2\.parquet: no such file; .*set iterations=2, or give a folder that has them all",
+        ),
+        ("0.parquet", range(3), r"of iteration 0 alone, .* give the folder of all, or iterations=1"),
+        ("1.parquet", range(1), "this is the rollout of iteration 1, not of 0"),
+        ("other.parquet", range(1), "not a rollout file of this program"),
+    ],
+)
+def test_rollouts_that_will_be_lacking_are_named_before_the_first_is_read(
+    tmp_path, path, iterations, message
+):
+    for iteration in (0, 1):
+        write_rollout(tmp_path / f"{iteration}.parquet", [sample(0)], iteration)
+    (tmp_path / "other.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=message):
+        check_rollouts(tmp_path / path, iterations)
+    check_rollouts(tmp_path, range(2))
+    check_rollouts(tmp_path / "1.parquet", range(1, 2))

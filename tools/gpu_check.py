@@ -1,10 +1,10 @@
-"""First contact with a GPU: what of the actor's CUDA half works here, one table, one JSON file.
+"""First contact with a GPU: what of the CUDA half works here, one table, one JSON file.
 
     python -m tools.gpu_check [--output gpu_check.json]
 
 Each check is a process of its own, so that one that crashes ends alone. A check that this machine cannot do
 is listed as skipped, with the reason. Without CUDA the checks that need none run on small shapes, which shows
-that the tool works, nothing about a GPU. Engines are not checked: `megatron-pmd doctor`, then a recipe.
+that the tool works, nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tools.gpu_iteration import whole_iterations
 from tools.gpu_trial import COMPARED, Trial, make_model
 
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 1000
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 FP8_VARIANTS = {
     "blockwise parameters gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
@@ -48,7 +49,7 @@ RESUMES = {
     "fp8, blockwise parameters gathered": FP8_VARIANTS["blockwise parameters gathered"],
 }
 CHECKS += [f"checkpoint and resume with {what}" for what in RESUMES]
-CHECKS += ["weights through a CUDA IPC handle"]
+CHECKS += ["weights through a CUDA IPC handle", "two whole iterations with an engine"]
 SKIPPED = "skipped"
 IPC_BYTES = 2**30
 READER = """
@@ -212,6 +213,7 @@ def check(name: str, folder: Path) -> dict[str, float]:
         "log-probs against transformers": against_transformers,
         "gradient against transformers": gradient_against_transformers,
         "packed against alone": packed_against_alone,
+        "two whole iterations with an engine": whole_iterations,
     }
     return actions[name](folder)
 

@@ -45,13 +45,15 @@ def configuration(folder: Path, cuda: bool) -> RunConfig:
 
 
 def make_model(folder: Path, cuda: bool) -> None:
-    """Weights of seed 0; what transformers gives the samples' responses for log-probabilities, and gradients.
+    """Weights of seed 0, a tokenizer, and what transformers gives the samples: log-probabilities, gradients.
 
     The gradient is that of the step in Trial.steps: at the anchor a response's loss, (τ/2)(s − A/τ)²/|y|, has
     the gradient of −A s/|y|.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from recipes.tiny_moe_cpu import make_tokenizer
 
     small = dict(
         num_hidden_layers=4, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
@@ -67,6 +69,7 @@ def make_model(folder: Path, cuda: bool) -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
     model.save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
     model.to("cuda" if cuda else "cpu")
     result = []
     drawn = samples(configuration(folder, cuda), shape["vocab_size"])

@@ -112,6 +112,7 @@ def spelled(annotation: Any) -> str:
         str: "text",
         dict: "JSON object",
         list: "JSON list",
+        tuple: "JSON list",
     }
     return words.get(origin or annotation) or str(annotation)
 

@@ -69,7 +69,7 @@ class Examples:
 class StepReport:
     """One optimizer step: the same on every rank, but for the sequences, which each replica counts itself.
 
-    entropy_sum, tokens          over the response tokens of this replica; nats
+    entropy_sum, tokens          over the counted response tokens of this replica; nats
     example_loss_sum, example_tokens   next-token loss of its supervised examples, unscaled
     """
 
@@ -146,8 +146,9 @@ class Actor:
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
-        self._tokens_at_equal_cost = 12.0 * provider.hidden_size
         self.shapes = model.tensors_of_policy(Path(config.model.path), provider.num_layers)
+        work = settings.work(provider)
+        self._tokens_at_equal_cost = batching.length_of_equal_cost(self.shapes, **work)
         self._replay = RoutingReplay(self.chunks) if config.actor.experts.replay_routing else None
         self._expert_load = ExpertLoad(self.chunks)
         self._router_losses = RouterLosses(provider, self._row)
@@ -251,8 +252,8 @@ class Actor:
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None
             terms = objective(x)
             sums.reports.append((microbatch, terms))
-            sums.entropies.append(entropy.sum())
-            sums.tokens += len(entropy)
+            sums.entropies.append((entropy * x.mask).sum())
+            sums.tokens += int(counted[source].sum())
             # the ranks that share out the sequences compute one loss: one of them counts it
             count = terms.count if self._row.rank == 0 else torch.zeros_like(terms.count)
             return terms.sum, count.to(torch.int), None
@@ -297,7 +298,8 @@ class Actor:
         return microbatch_log_probs(
             microbatch,
             logits,
-            temperature=batch.temperature,
+            # a supervised loss is of the model itself, whatever the policy's temperature is
+            temperature=1.0 if microbatch.supervised else batch.temperature,
             chunk_tokens=self.config.actor.log_prob_chunk_tokens,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,10 +17,29 @@ Microbatches = list[list[int]]
 def attention_cost_tokens(lengths: np.ndarray, tokens_at_equal_cost: float) -> np.ndarray:
     """A sample's training work in units of a token's linear layers: n + n² / tokens_at_equal_cost.
 
-    tokens_at_equal_cost: length at which causal attention costs as much as the linear layers; with hidden
-    size h and the usual 12 h² parameters a layer, 24 h² n against 2 h n² operations a layer gives 12 h.
+    tokens_at_equal_cost: see length_of_equal_cost.
     """
     return lengths + lengths.astype(np.float64) ** 2 / tokens_at_equal_cost
+
+
+def length_of_equal_cost(
+    tensors: Mapping[str, Sequence[int]], *, routed_share: float, score_width: int
+) -> float:
+    """The length at which causal attention costs as much as the linear layers of the tokens, in tokens.
+
+    A token costs 2 operations a weight that it passes, so n tokens of P weights 2 P n. Each of n²/2 pairs of
+    tokens costs 2 operations a number of its queries, keys and values: n² · score_width. Equal at
+    n = 2 P / score_width. Embedding and output matrix are left out: prompts have no logits.
+
+    tensors       the model's shapes by Hugging Face name
+    routed_share  of its routed experts, those that one token passes
+    score_width   Σ over layers of heads × (query-key width + value width)
+    """
+    passed = 0.0
+    for name, shape in tensors.items():
+        if ".layers." in name and len(shape) > 1:
+            passed += math.prod(shape) * (routed_share if ".experts." in name else 1.0)
+    return 2 * passed / score_width
 
 
 def pack(

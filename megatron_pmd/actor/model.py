@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from megatron_pmd.actor import settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
+from megatron_pmd.data.tokenizer import check_model_folder
 from megatron_pmd.errors import ConfigError, ModelError
 from megatron_pmd.hugging_face import TensorFiles
 
@@ -92,8 +93,7 @@ def check_rope(path: Path, config: Any) -> None:
 
 def check_files(path: Path) -> None:
     """Raises ModelError for a folder without configuration or weights."""
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json; model.path must be a Hugging Face model folder")
+    check_model_folder(path)
     if not list(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no *.safetensors; the folder has a configuration but no weights")
 

@@ -60,6 +60,18 @@ DECIDED_BY = {
 }
 
 
+def work(provider: Any) -> dict[str, Any]:
+    """What batching.length_of_equal_cost asks of a model's Megatron configuration."""
+    widths = 2 * provider.kv_channels
+    if provider.multi_latent_attention:
+        widths = provider.qk_head_dim + provider.qk_pos_emb_head_dim + provider.v_head_dim
+    experts = provider.num_moe_experts
+    return {
+        "routed_share": provider.moe_router_topk / experts if experts else 1.0,
+        "score_width": provider.num_layers * provider.num_attention_heads * widths,
+    }
+
+
 def refuse_without_cuda(config: RunConfig) -> None:
     """Raise ConfigError for settings that would do nothing on this machine."""
     settings = config.needs_cuda()

@@ -30,12 +30,12 @@ def mismatch_max(now: Values, earlier: Sequence[Values], threshold: float) -> st
 
 def kl_jump(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
     """KL(π_t ‖ π_θ) at the iteration's last step over `threshold` times its median so far: an update too
-    large."""
-    return _grown("pmd/kl_anchor_k3", now, earlier, threshold)
+    large. Times what rounding alone makes of it, where that is more."""
+    return _grown("pmd/kl_anchor_k3", now, earlier, threshold, floor=now.get("pmd/kl_anchor_k3/floor", 0.0))
 
 
 def progress(now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
-    """PMD progress at the iteration's last step over `threshold`: the regression overshoots its target."""
+    """PMD progress over the iteration's steps over `threshold`: the regression overshoots its target."""
     return _above("pmd/progress", now, threshold)
 
 
@@ -60,11 +60,13 @@ def _above(key: str, now: Values, threshold: float) -> str | None:
     return f"{key} is {now[key]:.3g}, over {threshold:g}"
 
 
-def _grown(key: str, now: Values, earlier: Sequence[Values], threshold: float) -> str | None:
+def _grown(
+    key: str, now: Values, earlier: Sequence[Values], threshold: float, floor: float = 0.0
+) -> str | None:
     before = [values[key] for values in earlier if key in values]
     if len(before) < LEAST_HISTORY or key not in now:
         return None
-    usual = max(median(before), NEGLIGIBLE_NATS)
+    usual = max(median(before), floor, NEGLIGIBLE_NATS)
     if now[key] <= threshold * usual:
         return None
     return f"{key} is {now[key]:.3g}, over {threshold:g} times its median so far ({median(before):.3g})"

@@ -12,6 +12,11 @@ from megatron_pmd.algorithm.closed_form import optimum_mean
 
 OF_THE_ROLLOUT = frozenset({"pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups"})
 """Diagnostics that do not depend on the policy being trained."""
+RATIOS = {
+    "pmd/progress": ("pmd/fit/towards_target", "pmd/fit/target_square"),
+    "pmd/r2": ("pmd/fit/explained_square", "pmd/fit/advantage_square"),
+}
+"""Diagnostic -> numerator and denominator: sums over sequences, which several steps add up."""
 
 
 def diagnostics(
@@ -32,8 +37,10 @@ def diagnostics(
 
     Returns (N sequences; "per token" divides the sum by the counted tokens of the step):
 
-    pmd/progress              Σ s s* / Σ s*²: 0 at π_t, 1 when the subproblem is solved; 0 if every s* is 0
-    pmd/r2                    1 − Σ (s − A/τ)² / Σ (A/τ)²: 0 at π_t; 0 if every advantage is 0
+    pmd/progress              Σ s s* / Σ s*²: 0 at π_t, 1 when solved; absent if every s* is 0
+    pmd/r2                    1 − Σ (s − A/τ)² / Σ (A/τ)²: 0 at π_t; absent if every advantage is 0
+    pmd/fit/…                 numerators and denominators of the two, see RATIOS
+    pmd/groups_with_signal    groups in which not every advantage is 0
     pmd/kl_anchor_k1, k2, k3  KL(π_t ‖ π_θ), nats per sequence; with /per_token appended: nats per token
     pmd/chi2_weight           λ, mean over groups; 0 for the partition baselines, which have no χ² term
     pmd/log_z_gap             τ log Z of the group's samples − their mean reward, mean over groups; ≥ 0
@@ -84,7 +91,9 @@ def over_iteration(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """An iteration's diagnostics from those of its optimizer steps, first to last.
 
     What grows with the steps is taken from the last one; means over the steps are what describes the rollout;
-    of mismatch/max_abs it is the largest. pmd/drift_per_step is the growth of pmd/drift from the first
+    of mismatch/max_abs it is the largest. A step has few groups with a signal, or none: pmd/progress and
+    pmd/r2 are ratios of sums over all steps, absent where no step has a signal, and
+    pmd/groups_with_signal is summed. pmd/drift_per_step is the growth of pmd/drift from the first
     step to
     the last, over the steps in between; it needs two steps. Returns {} for no steps.
     """
@@ -92,12 +101,19 @@ def over_iteration(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return {}
     result: dict[str, float] = {}
     for key, last in steps[-1].items():
+        if key in RATIOS or key.startswith("pmd/fit/"):
+            continue
         if key == "mismatch/max_abs":
             result[key] = max(step[key] for step in steps)
+        elif key == "pmd/groups_with_signal":
+            result[key] = sum(step[key] for step in steps)
         elif key.startswith("mismatch/") or key in OF_THE_ROLLOUT:
             result[key] = float(np.mean([step[key] for step in steps]))
         elif key.startswith("pmd/"):
             result[key] = last
+    if "pmd/groups_with_signal" in result:
+        sums = {part: sum(step[part] for step in steps) for parts in RATIOS.values() for part in parts}
+        result |= _ratios(sums)
     if len(steps) > 1 and "pmd/drift" in result:
         result["pmd/drift_per_step"] = (steps[-1]["pmd/drift"] - steps[0]["pmd/drift"]) / (len(steps) - 1)
     return result
@@ -159,11 +175,18 @@ def _group_optimum(rewards: Floats, tau: float) -> tuple[Floats, float]:
 def _fit(s: Floats, target: Floats, scaled_advantage: Floats, counted: NDArray[np.bool_]) -> dict[str, float]:
     s, target, scaled_advantage = s[counted], target[counted], scaled_advantage[counted]
     total = (scaled_advantage**2).sum()
-    unexplained = ((s - scaled_advantage) ** 2).sum()
-    return {
-        "pmd/progress": _ratio((s * target).sum(), (target**2).sum()),
-        "pmd/r2": float(1 - unexplained / total) if total > 0 else 0.0,
+    sums = {
+        "pmd/fit/towards_target": float((s * target).sum()),
+        "pmd/fit/target_square": float((target**2).sum()),
+        "pmd/fit/explained_square": float(total - ((s - scaled_advantage) ** 2).sum()),
+        "pmd/fit/advantage_square": float(total),
     }
+    return sums | _ratios(sums)
+
+
+def _ratios(sums: Mapping[str, float]) -> dict[str, float]:
+    """Those of RATIOS whose denominator is not 0."""
+    return {name: sums[over] / sums[under] for name, (over, under) in RATIOS.items() if sums[under] > 0}
 
 
 def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: float) -> dict[str, float]:
@@ -176,6 +199,7 @@ def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: 
     return {
         "pmd/log_z_gap": float(np.maximum(np.concatenate(gaps), 0.0).mean()),
         "pmd/zero_advantage_groups": float(np.concatenate(zero).mean()),
+        "pmd/groups_with_signal": float((~np.concatenate(zero)).sum()),
     }
 
 

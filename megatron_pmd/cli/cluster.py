@@ -99,10 +99,15 @@ def status(run: RunFolder) -> None:
     """How far a run is, what its jobs are doing, and why it stopped."""
     from megatron_pmd.launch.progress import describe
 
-    if not (run / "launch").is_dir():
-        raise LaunchError(f"{run}: nothing was launched here; give the folder of one run, e.g. runs/NAME")
+    _refuse_strange_folder(run)
     for line in describe(run):
         typer.echo(line)
+
+
+def _refuse_strange_folder(run: Path) -> None:
+    """LaunchError for a folder from which nothing was launched."""
+    if not (run / "launch").is_dir():
+        raise LaunchError(f"{run}: nothing was launched here; give the folder of one run, e.g. runs/NAME")
 
 
 def logs(
@@ -121,5 +126,6 @@ def cancel(run: RunFolder) -> None:
     """Cancel every job of a run; launch it again to resume from its last checkpoint."""
     from megatron_pmd.launch.submit import cancel as cancel_jobs
 
+    _refuse_strange_folder(run)
     numbers = cancel_jobs(run)
     typer.echo(f"cancelled {', '.join(numbers)}" if numbers else "no job of this run waits or runs")

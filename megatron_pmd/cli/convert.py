@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from megatron_pmd.cli.extras import needs
+from megatron_pmd.cli.numbers import finite
 from megatron_pmd.errors import CheckpointError, ConfigError
 
 app = typer.Typer(help="Convert checkpoints, with proof; under torchrun, each rank converts its part.")
 
 Precision = Literal["bf16", "fp32", "fp8"]
 Verify = Annotated[bool, typer.Option(help="read back: every tensor's bytes, and the logits of both models")]
-ShardGigabytes = Annotated[float, typer.Option(min=0.001, help="largest size of one file")]
+ShardGigabytes = Annotated[float, typer.Option(min=0.001, callback=finite, help="largest size of one file")]
 OutOption = Annotated[Path, typer.Option(help="folder to make; must not exist")]
 ModelOption = Annotated[
     Optional[Path],  # noqa: UP045

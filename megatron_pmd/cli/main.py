@@ -1,4 +1,4 @@
-"""The command line: megatron-pmd train · evaluate · convert · report · doctor, and those of launch."""
+"""The command line: megatron-pmd train · data · evaluate · convert · report · doctor, and those of launch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Optional
 
 import typer
 
 from megatron_pmd import __version__
 from megatron_pmd.cli import cluster
 from megatron_pmd.cli.convert import app as convert
+from megatron_pmd.cli.data import data as show_data
 from megatron_pmd.cli.extras import needs
+from megatron_pmd.cli.numbers import finite
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
 from megatron_pmd.outcome import RunOutcome, Status
@@ -51,15 +53,26 @@ def evaluate(
     k: Annotated[int, typer.Option("-k", min=1, help="samples of each problem")] = 32,
     reward: Annotated[str | None, typer.Option(help="math, reasoning_gym, exact, or module:function")] = None,
     answer: Annotated[AnswerPart | None, typer.Option(help="part of a response that is graded")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy")] = None,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: the run's, or 1024 for a model folder")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="0: greedy")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many problems")] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="dotted.key=value, e.g. data.train.answer_key=label for the file"),
+    ] = None,
 ) -> None:
     """Sample a model, or a run's newest exported one, and grade it: mean@k, pass@k and their intervals."""
     with needs("cpu"):
         from megatron_pmd.evaluation.standalone import EvaluationRequest, main
 
-    main(EvaluationRequest(model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit))
+    main(
+        EvaluationRequest(
+            model_or_run, data, k, reward, answer, max_response_tokens, temperature, limit,
+            tuple(settings or ()),
+        )
+    )  # fmt: skip
 
 
 @app.command()
@@ -79,6 +92,7 @@ def doctor() -> None:
     raise typer.Exit(checks.main())
 
 
+app.command("data")(show_data)
 for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.logs, cluster.cancel):
     app.command()(command)
 

@@ -27,7 +27,7 @@ from megatron_pmd.config.data import (
 )
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.layout import Layout
-from megatron_pmd.config.reading import build, explain, known_keys, load, override
+from megatron_pmd.config.reading import build, data_of_file, explain, known_keys, load, override
 from megatron_pmd.config.rollout import (
     ROUTER_POLICIES,
     TRANSPORTS,
@@ -87,6 +87,7 @@ __all__ = [
     "Sync",
     "WarmStart",
     "build",
+    "data_of_file",
     "explain",
     "known_keys",
     "load",

@@ -214,7 +214,7 @@ class Alarms(Frozen):
     mismatch_max: Alarm = Alarm(threshold=10.0)
     """Largest |log π_actor − log π_engine| of the rollout's tokens, nats."""
     progress: Alarm = Alarm(threshold=1.5)
-    """PMD progress at the iteration's last step: over 1 the regression overshoots."""
+    """PMD progress over the iteration's steps: over 1 the regression overshoots."""
     kl_jump: Alarm = Alarm(threshold=10.0)
     """KL(π_t ‖ π_θ) at the iteration's last step, in units of its median so far."""
     zero_advantage_groups: Alarm = Alarm(threshold=0.95)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry
 
@@ -20,14 +20,23 @@ REWARDS = Registry(
 )
 """Functions (response, problem) -> float by name. To add a reward, write its file and its line here."""
 
+RENDERED = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize", "return_dict"}
+"""What a prompt is rendered with, which no template argument may replace."""
+
 
 class FileSource(Frozen):
     kind: Literal["file"] = "file"
-    path: str
-    """JSON lines (.jsonl) or Parquet (.parquet): one problem a row."""
+    path: str | tuple[str, ...] = Field(min_length=1)
+    """JSON lines (.jsonl, also .jsonl.gz and .jsonl.zst) or Parquet (.parquet): one problem a row. Several
+    files are a JSON list. `FILE@[0:100]` is the first 100 rows of a file."""
     prompt_key: str = "prompt"
-    """A string, or a list of chat messages with role and content."""
+    """Column of the prompt: a string, or a list of chat messages with role and content. A key with dots leads
+    into objects and lists: `a.b` is b of a, `a.0` the first of a."""
     answer_key: str = "answer"
+    """Column of the answer, a string or a number: `reward_model.ground_truth` in verl's files, `label` in
+    slime's.
+    `messages.-1.content` with prompt_key `messages`: the last message is the answer, and no part of the
+    prompt."""
     difficulty_key: str | None = None
     """A number, the larger the harder; data.sampling=curriculum orders by it."""
     token_budget_key: str | None = None
@@ -39,7 +48,7 @@ class ReasoningGymSource(Frozen):
     task: str
     """A reasoning-gym dataset, by name."""
     size: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     parameters: dict[str, Any] = {}
     """The task's own settings, e.g. min_digits."""
 
@@ -56,6 +65,8 @@ class Data(Frozen):
     """None: what the model's chat template adds by itself."""
     prompt_suffix: str = ""
     """Appended to every problem's text, e.g. how to format the answer."""
+    template_arguments: dict[str, Any] = {}
+    """Given to the chat template as variables, e.g. `{"enable_thinking": false}` for Qwen3."""
     sampling: Sampling = "uniform"
     """`uniform`: every epoch in a new random order. `in_order`: as in the file. `curriculum`: the first
     epoch from
@@ -67,6 +78,14 @@ class Data(Frozen):
         if self.sampling == "curriculum" and not has_one:
             raise ConfigError(
                 "data.sampling=curriculum needs data.train.difficulty_key, a column of the file"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_template(self) -> Self:
+        for name in self.template_arguments.keys() & RENDERED:
+            raise ConfigError(
+                f"data.template_arguments.{name}: it is given to the chat template by this program; remove it"
             )
         return self
 
@@ -101,6 +120,9 @@ class Reward(Frozen):
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
     """For one sample; a reward that takes longer counts as 0."""
+    memory_gigabytes: PositiveFloat = 0.5
+    """For one worker, beside what it has taken when the reward is loaded; a sample that needs more counts as
+    0. `remote` has none."""
     workers: PositiveInt = 2
     """Processes; `remote` has none."""
     correct: float = 1.0

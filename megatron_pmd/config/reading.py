@@ -9,6 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
+from megatron_pmd.config.data import Data
+from megatron_pmd.config.frozen import Frozen, WrongValue
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import did_you_mean
@@ -43,19 +45,58 @@ def build(values: dict[str, Any]) -> RunConfig:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """What was wrong with the model's values, one line a problem; an unknown key with the nearest."""
-    lines = []
-    for problem in error.errors():
-        # pydantic's own words for a place: a union's tag, a mapping's key
-        key = ".".join(str(p) for p in problem["loc"] if p not in ("file", "reasoning_gym", "[key]"))
-        if problem["type"] == "extra_forbidden":
-            group, leaf = key.split(".")[0], "." + key.split(".")[-1]
-            known = known_keys(model)
-            # what stands elsewhere in its group is nearer than what is spelt like it
-            moved = [other for other in known if other.startswith(group) and other.endswith(leaf)]
-            lines.append(f"{key} is not a setting{did_you_mean(key, moved or known, cutoff=0.5)}")
-        else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
-    return lines
+    return [_explained(problem, model) for problem in error.errors()]
+
+
+def _explained(problem: Any, model: type[BaseModel]) -> str:
+    """One of pydantic's problems in this program's words."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    key = ".".join(str(part) for part in problem["loc"] if part not in OF_PYDANTIC)
+    if isinstance(wrong := context.get("error"), WrongValue):
+        return f"{key}{'.' * bool(key)}{wrong.field}: {wrong} (got {wrong.value!r})"
+    if kind == "extra_forbidden":
+        return _unknown(key, str(problem["loc"][-2]) if len(problem["loc"]) > 1 else "", model)
+    if kind == "missing":
+        return f"{key} is not set and has no default: give it"
+    if kind in ("model_type", "model_attributes_type"):
+        inner = next(name for group in _models_at(model, key.split(".")) for name in group.model_fields)
+        return f"{key} is a group of settings, not a value (got {problem['input']!r}): set {key}.{inner}, …"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = " or ".join(group.model_fields["kind"].default for group in _models_at(model, key.split(".")))
+        given = f" (got {context['tag']!r})" if "tag" in context else ""
+        return f"{key}.kind must be {kinds}{given}"
+    says = "Input should be a JSON list" if kind in ("tuple_type", "list_type") else problem["msg"]
+    return f"{key}: {says} (got {problem['input']!r})"
+
+
+OF_PYDANTIC = ("file", "reasoning_gym", "[key]", "str", "tuple[str, ...]", "tuple[str,...]")
+"""pydantic's own words in the place of a problem: a union's tag or member, a mapping's key."""
+
+
+def _unknown(key: str, tag: str, model: type[BaseModel]) -> str:
+    """Why a key is not a setting here. tag: which of several kinds of group it was found in."""
+    *parents, leaf = key.split(".")
+    owners = [
+        group.model_fields["kind"].default
+        for group in _models_at(model, parents)
+        if leaf in group.model_fields and "kind" in group.model_fields
+    ]
+    if owners:
+        kind = ".".join([*parents, "kind"])
+        return f"{key} is a setting of {kind}={owners[0]}, not of {tag}: remove it, or set {kind}={owners[0]}"
+    known = known_keys(model)
+    # what stands elsewhere in its group is nearer than what is spelt like it
+    moved = [other for other in known if other.startswith(key.split(".")[0]) and other.endswith(f".{leaf}")]
+    return f"{key} is not a setting{did_you_mean(key, moved or known, cutoff=0.5)}"
+
+
+def _models_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """The groups of settings that can stand at a dotted key."""
+    found = [model]
+    for name in path:
+        fields = [group.model_fields[name] for group in found if name in group.model_fields]
+        found = [inner for field in fields for inner in models_in(field.annotation)]
+    return found
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
@@ -64,6 +105,12 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     A choice, as of the objective, comes before the settings of what is chosen, in whatever order they stand.
     """
     values = config.model_dump(mode="json")
+    _assign(values, assignments)
+    return build(values)
+
+
+def _assign(values: dict[str, Any], assignments: list[str]) -> None:
+    """Write `dotted.key=value` settings into a tree of plain values; see override."""
     settings = [_setting(assignment) for assignment in assignments]
     for key, value in sorted(settings, key=lambda setting: setting[0] not in CHOICES):
         *parents, leaf = key.split(".")
@@ -71,7 +118,23 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         if node.get(leaf) != value and key in CHOICES:
             node.clear()  # the settings of what was chosen before mean nothing to another
         node[leaf] = value
-    return build(values)
+
+
+class _DataAlone(Frozen):
+    """The part of a run's configuration that reads problems."""
+
+    data: Data
+
+
+def data_of_file(file: str, settings: list[str]) -> Data:
+    """How a problem file is read, by `data.key=value` settings as a run has them; the file is data.train."""
+    values: dict[str, Any] = {"data": {"train": {"kind": "file", "path": file}}}
+    _assign(values, settings)
+    try:
+        return _DataAlone.model_validate(values).data
+    except ValidationError as error:
+        lines = "\n".join(explain(error, _DataAlone))
+        raise ConfigError(f"{lines}\nA problem file has the settings data.* alone") from None
 
 
 CHOICES = {
@@ -82,7 +145,7 @@ CHOICES = {
 
 def _setting(assignment: str) -> tuple[str, Any]:
     key, separator, text = assignment.partition("=")
-    if not separator:
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"{assignment!r} is not of the form dotted.key=value")
     try:
         value = json.loads(text)
@@ -108,6 +171,14 @@ def _group(values: dict[str, Any], key: str, parents: list[str]) -> dict[str, An
 def load(path: Path) -> RunConfig:
     """Read a resolved config.json as written beside a run."""
     try:
-        return build(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}; is the file whole, and in UTF-8?") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a JSON object; give the config.json of a run")
+    try:
+        return build(values)
+    except ConfigError as error:
+        raise type(error)(f"{path}: {error}") from None

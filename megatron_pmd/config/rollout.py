@@ -97,6 +97,7 @@ class Rollout(Frozen):
     temperature_schedule: Schedule | None = None
     """Temperature over the iterations, from rollout.temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Below 1 the samples are of another policy than the anchor log π_t; a run then says so at its start."""
     max_running_requests: PositiveInt = 64
     """Requests decoded at one time, per engine."""
     max_total_tokens: PositiveInt | None = None

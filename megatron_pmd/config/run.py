@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.actor import Actor, Model, Optimizer
 from megatron_pmd.config.algorithm import Alarms, Algorithm
 from megatron_pmd.config.data import Data, Evaluation, Reward
-from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
 from megatron_pmd.errors import ConfigError, LayoutError
@@ -85,7 +85,8 @@ class WarmStart(Frozen):
 class RunConfig(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Folder of the run under runs/."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
+    """Of the order of prompts and of every draw. Which engines draw by it: docs/rollout.md, "Seeds"."""
     iterations: PositiveInt
     model: Model
     layout: Layout = Layout()
@@ -135,6 +136,12 @@ class RunConfig(Frozen):
         return self.batch.max_tokens_per_microbatch * self.layout.context
 
     @property
+    def longest_trained_sample(self) -> int:
+        """Prompt plus response tokens of one sample that a forward pass holds."""
+        multiple = self.layout.sequence_multiple
+        return self.tokens_per_pass // multiple * multiple
+
+    @property
     def log_prob_bounds(self) -> tuple[float, float]:
         """Bounds in force on the mean and the 99th percentile of |log π_actor − log π_engine|."""
         fp8 = self.rollout.fp8 or self.actor.fp8 is not None
@@ -146,6 +153,17 @@ class RunConfig(Frozen):
         mean, p99 = self.log_prob_bounds
         bounds = {"mean_log_prob_difference": mean, "p99_log_prob_difference": p99}
         return self.model_copy(update={"sync": self.sync.model_copy(update=bounds)})
+
+    def warnings(self) -> list[str]:
+        """What works and is most likely not meant, by the settings' names; said when a run starts."""
+        found = []
+        if self.rollout.top_p < 1 and not self.algorithm.objective.supervised:
+            found.append(
+                f"rollout.top_p={self.rollout.top_p:g}: tokens outside the nucleus are never drawn, while "
+                "log π_t and the engines' log-probabilities are of all tokens. The samples are of another "
+                "policy than the anchor, and nothing corrects for it: set rollout.top_p=1"
+            )
+        return found
 
     def asks_for_deepep(self) -> list[str]:
         """The settings that send tokens to experts through DeepEP, as `key=value`."""
@@ -217,6 +235,13 @@ class RunConfig(Frozen):
                 f"of {batch.max_prompt_tokens} prompt + {batch.max_response_tokens} response tokens"
                 + (f" shared by layout.context={context} ranks" if context > 1 else "")
                 + f"; raise it to {-(-longest // context)}"
+            )
+
+        cache, needed = self.rollout.max_total_tokens, batch.max_prompt_tokens + batch.max_response_tokens
+        if cache is not None and cache < needed:
+            raise ConfigError(
+                f"rollout.max_total_tokens={cache} cannot hold one sample: {batch.max_prompt_tokens} prompt "
+                f"+ {batch.max_response_tokens} response tokens; raise it to {needed} or many times that"
             )
 
     def _check_precision(self) -> None:

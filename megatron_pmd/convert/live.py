@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from megatron_pmd.convert.parts import MANIFEST, Hasher, describe, writing
+from megatron_pmd.convert.side_files import copy_side_files
 from megatron_pmd.distributed import Control
 from megatron_pmd.files import write_whole
-from megatron_pmd.hugging_face import ShardWriter, TensorFiles, copy_side_files, write_index
+from megatron_pmd.hugging_face import ShardWriter, TensorFiles, write_index
 
 
 def write_policy(

@@ -21,11 +21,12 @@ from megatron_pmd.convert.parts import (
     tensors_of,
 )
 from megatron_pmd.convert.sharded import ShardedReader
+from megatron_pmd.convert.side_files import copy_side_files
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
 from megatron_pmd.fp8 import quantization_config
-from megatron_pmd.hugging_face import ShardWriter, copy_side_files, write_index
+from megatron_pmd.hugging_face import ShardWriter, write_index
 
 DIRECTION = "megatron-to-hf"
 

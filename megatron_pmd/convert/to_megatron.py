@@ -22,10 +22,11 @@ from megatron_pmd.convert.parts import (
     places,
     tensors_of,
 )
+from megatron_pmd.convert.side_files import copy_side_files
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ConfigError, ModelError
-from megatron_pmd.hugging_face import TensorFiles, bytes_of, copy_side_files
+from megatron_pmd.hugging_face import TensorFiles, bytes_of
 
 
 def hf_to_megatron(

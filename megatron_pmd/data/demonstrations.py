@@ -8,14 +8,31 @@ import numpy as np
 
 from megatron_pmd.batch import NOT_SAMPLED, Sample, Segment
 from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import DataError
+
+
+def answer_tokens(problem: Problem, tokenizer: Any) -> list[int]:
+    """The problem's answer as a response: with the end-of-sequence token."""
+    return [*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def that_fit(problems: list[Problem], tokenizer: Any, max_tokens: int) -> list[Problem]:
+    """The problems whose prompt and answer together have at most max_tokens. DataError if none has."""
+    lengths = [len(problem.tokens) + len(answer_tokens(problem, tokenizer)) for problem in problems]
+    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= max_tokens]
+    if not kept:
+        raise DataError(
+            f"all {len(problems)} problems are longer with their answers than the {max_tokens} tokens that "
+            f"a forward pass holds; the shortest has {min(lengths)}: raise batch.max_tokens_per_microbatch"
+        )
+    return kept
 
 
 def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:
     """One sample a problem, its response the answer and the end-of-sequence token."""
     samples = []
     for group, problem in enumerate(problems):
-        answer = tokenizer.encode(problem.answer, add_special_tokens=False)
-        response = np.array([*answer, tokenizer.eos_token_id], np.int32)
+        response = np.array(answer_tokens(problem, tokenizer), np.int32)
         samples.append(
             Sample(
                 group=group,

@@ -12,8 +12,8 @@ class Problem:
 
     index: int
     """Position in its source; stable between runs."""
-    messages: tuple[dict[str, str], ...]
-    """Chat messages with `role` and `content`, the system prompt included."""
+    messages: tuple[dict[str, Any], ...]
+    """Chat messages with `role`, `content` and what else their file says, the system prompt included."""
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """Further columns of the file, or the reasoning-gym entry."""
@@ -23,3 +23,5 @@ class Problem:
     """The larger the harder; None where the source has no such column."""
     token_budget: int | None = None
     """Longest response, in tokens; None: the run's own limit."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside messages."""

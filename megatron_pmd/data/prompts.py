@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import Sampling
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import DataError
+from megatron_pmd.plugins import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +22,8 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
     """Render each problem's chat, ready for generation, and drop the ones longer than max_prompt_tokens.
 
     Returns the kept problems with their tokens, and how many were dropped. Raises DataError if none is left,
-    if the tokenizer (a Hugging Face one) has no chat template, or if that refuses a problem's messages.
+    if the tokenizer (a Hugging Face one) has no chat template, or if that refuses a problem's messages or
+    does not read one of its template arguments.
     """
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", "") or "this model"
@@ -28,12 +31,18 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
             f"the tokenizer of {name} has no chat template; put a chat_template.jinja into its folder "
             "(a base model can take its instruct model's), or set chat_template in tokenizer_config.json"
         )
+    for problem in problems[:1]:
+        _refuse_unread(problem.template_arguments, tokenizer)
     kept, lengths = [], []
     for problem in problems:
         try:
             # transformers 5 returns a dictionary with an attention mask unless told otherwise
             tokens = tokenizer.apply_chat_template(
-                list(problem.messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                list(problem.messages),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **problem.template_arguments,
             )
         except Exception as error:  # jinja's, or whatever the template's own raise_exception or code leads to
             roles = ", ".join(message["role"] for message in problem.messages)
@@ -51,6 +60,18 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
             else "no problems to tokenise"
         )
     return kept, len(problems) - len(kept)
+
+
+def _refuse_unread(arguments: dict[str, Any], tokenizer: Any) -> None:
+    """DataError for an argument that the template does not read: it would change nothing, silently."""
+    template = tokenizer.get_chat_template() if arguments else ""
+    for name in arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            near = did_you_mean(name, set(re.findall(r"\b[a-z]\w+\b", template)))
+            raise DataError(
+                f"data.template_arguments.{name}: the chat template of this model reads no {name}{near}; "
+                "correct or remove it"
+            )
 
 
 class PromptSource:
@@ -174,7 +195,7 @@ class PromptSource:
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for p in self._problems:
-            digest.update(json.dumps([p.index, p.messages, p.answer, p.tokens]).encode())
+            digest.update(json.dumps([p.index, p.messages, p.answer, p.tokens], default=str).encode())
         return digest.hexdigest()
 
 

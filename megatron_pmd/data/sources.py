@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_pmd.config import Data, FileSource, ReasoningGymSource, Source
 from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.rows import kind_of, read_rows, value_at
 from megatron_pmd.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -39,112 +39,78 @@ def _read_file(source: FileSource, data: Data) -> list[Problem]:
 
 
 def _problems_of(source: FileSource, data: Data) -> Iterator[Problem]:
-    path = Path(source.path)
-    readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .jsonl (JSON lines) or .parquet")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (relative paths start at {Path.cwd()})")
-    rows = readers[path.suffix.lower()](path, source)
     index = -1
-    for index, (where, row) in enumerate(rows):
+    for index, (where, row) in enumerate(read_rows(source.path)):
         yield _from_row(index, where, row, source, data)
     if index < 0:
-        raise DataError(f"{path}: the file holds no problems")
-
-
-def _json_lines(path: Path, source: FileSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of the file with its place, `file:line`."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}:{number}"
-                if not line.strip():
-                    raise DataError(f"{where}: the line is blank; remove it")
-                try:
-                    row = json.loads(line.decode())
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{where}: not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: a {_kind(row)} where an object with a prompt is expected")
-                for key in (source.prompt_key, source.answer_key):
-                    _require(key, row, where, "key")
-                yield where, row
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _parquet_rows(path: Path, source: FileSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of the file with its place, `file, row N`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for key in (source.prompt_key, source.answer_key):
-                _require(key, file.schema_arrow.names, str(path), "column")
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _require(key: str, present: Iterable[str], where: str, noun: str) -> None:
-    names = sorted(present)
-    if key not in names:
-        has = ", ".join(names) if names else "nothing"
-        raise DataError(f"{where}: no {noun} {key!r}, only {has}; set the source's prompt_key and answer_key")
+        raise DataError(f"{source.path}: the file holds no problems; one a line or row is expected")
 
 
 def _from_row(index: int, where: str, row: dict[str, Any], source: FileSource, data: Data) -> Problem:
-    answer = row[source.answer_key]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise DataError(
-            f"{where}: {source.answer_key!r} is a {_kind(answer)}; a string or a number is expected"
-        )
-    budget = _number(row, source.token_budget_key, where)
+    answer = value_at(row, source.answer_key, where, "answer_key")
+    prompt = value_at(row, source.prompt_key, where, "prompt_key")
+    holder = re.match(rf"{re.escape(source.prompt_key)}\.(-?\d+)", source.answer_key)
+    if holder and isinstance(prompt, list):
+        prompt = prompt[: int(holder[1])]  # a conversation of which one message has the answer
+    budget = _number(row, "token_budget_key", source.token_budget_key, where)
     if budget is not None and (budget < 1 or budget != int(budget)):
         raise DataError(
             f"{where}: {source.token_budget_key!r} is {budget:g}; a whole number of tokens is expected"
         )
     return Problem(
         index=index,
-        messages=_chat(row[source.prompt_key], f"{where}: {source.prompt_key!r}", data),
-        answer=str(answer),
+        messages=_chat(prompt, f"{where}: {source.prompt_key!r}", data),
+        answer=_answer(answer, f"{where}: {source.answer_key!r}"),
         metadata={k: v for k, v in row.items() if k not in (source.prompt_key, source.answer_key)},
-        difficulty=_number(row, source.difficulty_key, where),
+        difficulty=_number(row, "difficulty_key", source.difficulty_key, where),
         token_budget=None if budget is None else int(budget),
+        template_arguments=data.template_arguments,
     )
 
 
-def _number(row: dict[str, Any], key: str | None, where: str) -> float | None:
-    """The row's number under `key`; None where no key is asked for, or the row has null there."""
+def _answer(value: Any, where: str) -> str:
+    """The answer as text: a whole number without the `.0` that it gets in a column with missing values."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, list | dict) and value:
+            first = next(iter(value)) if isinstance(value, dict) else 0
+            inside = f"a key with a dot leads into it, as answer.{first}"
+        else:
+            inside = "give the row an answer, or remove it"
+        raise DataError(f"{where} is a {kind_of(value)}; a string or a number is expected: {inside}")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            what = "NaN, which pandas writes for a missing value" if math.isnan(value) else "infinite"
+            raise DataError(f"{where} is {what}; remove the row, or give it an answer")
+        if value.is_integer() and abs(value) < 2**53:  # beyond, a double does not hold every integer
+            return str(int(value))
+    return str(value)
+
+
+def _number(row: dict[str, Any], setting: str, key: str | None, where: str) -> float | None:
+    """The row's number under the key that the setting names; None where it names none, or for null."""
     if key is None:
         return None
-    if key not in row:
-        raise DataError(f"{where}: no {key!r}, only {', '.join(sorted(row))}")
-    value = row[key]
-    if value is None:
+    value = value_at(row, key, where, setting)
+    if value is None or value != value:  # pandas writes NaN for a missing number
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{where}: {key!r} is {value!r}; a number is expected")
     return float(value)
 
 
-def _chat(prompt: Any, where: str, data: Data) -> tuple[dict[str, str], ...]:
+def _chat(prompt: Any, where: str, data: Data) -> tuple[dict[str, Any], ...]:
     """The messages of one prompt; the suffix goes to the last one, the system prompt before the first."""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        raise DataError(f"{where} is a {_kind(prompt)}; a string or a list of chat messages is expected")
+        raise DataError(f"{where} is a {kind_of(prompt)}; a string or a list of chat messages is expected")
     if not prompt:
-        raise DataError(f"{where} is an empty list of messages")
+        raise DataError(f"{where} is an empty list of messages; remove the row")
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(prompt, start=1)]
     if messages[-1]["role"] != "user":
-        raise DataError(f"{where} ends with a {messages[-1]['role']} message; the last must be the user's")
+        raise DataError(
+            f"{where} ends with the {messages[-1]['role']}'s message; the last must be the user's"
+        )
     messages[-1]["content"] += data.prompt_suffix
     if data.system_prompt is not None:
         if any(message["role"] == "system" for message in messages):
@@ -155,25 +121,28 @@ def _chat(prompt: Any, where: str, data: Data) -> tuple[dict[str, str], ...]:
     return tuple(messages)
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message with all that its file says of it (name, tool_calls, …), but Parquet's nulls."""
+    if not isinstance(message, dict) or "role" not in message:
         found = (
-            f"has {', '.join(map(str, message))}" if isinstance(message, dict) else f"is a {_kind(message)}"
+            f"has {', '.join(map(str, message)) or 'nothing'}"
+            if isinstance(message, dict)
+            else f"is a {kind_of(message)}"
         )
-        raise DataError(f"{where} {found}; an object with exactly role and content is expected")
-    role, content = message["role"], message["content"]
+        raise DataError(f"{where} {found}; an object with role and content is expected")
+    known = {key: value for key, value in message.items() if value is not None}
+    role, content = message["role"], known.get("content")
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}; use one of {', '.join(ROLES)}")
+    if content is None and known.get("tool_calls"):
+        content = ""
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text") or "") for part in content)  # OpenAI's parts of a text
     if not isinstance(content, str):
-        raise DataError(f"{where} has a {_kind(content)} as content; a string is expected")
-    if not content.strip():
-        raise DataError(f"{where} is empty")
-    return {"role": role, "content": content}
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "boolean", str: "string", list: "list", dict: "object"}
-    return names.get(type(value), type(value).__name__)
+        raise DataError(f"{where} has a {kind_of(content)} as content; a text is expected, and nothing else")
+    if not content.strip() and not known.get("tool_calls"):
+        raise DataError(f"{where} is empty; remove the row")
+    return known | {"content": content}
 
 
 def _generate(source: ReasoningGymSource, data: Data) -> list[Problem]:
@@ -209,6 +178,7 @@ def _generate(source: ReasoningGymSource, data: Data) -> list[Problem]:
             # a task with many right answers has none of its own: only its scorer can tell
             answer="" if entry["answer"] is None else str(entry["answer"]),
             metadata={"task": source.task, "parameters": parameters, "entry": entry},
+            template_arguments=data.template_arguments,
         )
         for i, entry in enumerate(entries)
     ]

@@ -15,9 +15,22 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pmd.batch import Sample
-from megatron_pmd.config import Data, FileSource, Model, Precision, Reward, Rollout, RunConfig, Source, load
+from megatron_pmd.config import (
+    Data,
+    FileSource,
+    Model,
+    Precision,
+    Reward,
+    Rollout,
+    RunConfig,
+    Source,
+    data_of_file,
+    load,
+    override,
+)
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import load_problems
+from megatron_pmd.data.tokenizer import load_tokenizer
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import free_port, tail
@@ -53,6 +66,8 @@ class EvaluationRequest:
     max_response_tokens: int | None = None
     temperature: float | None = None
     limit: int | None = None
+    settings: tuple[str, ...] = ()
+    """`dotted.key=value`, of the run's configuration; of a model folder only data.* for the file."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ def task(request: EvaluationRequest) -> Task:
 
 def _of_run(request: EvaluationRequest) -> Task:
     """The run's newest exported model, under its own evaluation settings."""
-    config = load(request.target / "config.json")
+    config = override(load(request.target / "config.json"), list(request.settings))
     exports = {
         int(p.name.split("-")[1]): p
         for p in (request.target / "hf").glob("iteration-*")
@@ -142,17 +157,19 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
     response = request.max_response_tokens or DEFAULT_RESPONSE_TOKENS
     context = description.get("max_position_embeddings") or CPU_CACHE_TOKENS
     if response >= context:
+        given = f"--max-response-tokens {response}"
+        if request.max_response_tokens is None:
+            given = f"the default of --max-response-tokens, {response},"
         raise ConfigError(
-            f"--max-response-tokens {response} leaves no room for a prompt: {request.target} takes {context} "
-            "tokens; lower it"
+            f"{given} leaves no room for a prompt: {request.target} takes {context} tokens; lower it"
         )
     name = f"{request.target.resolve().name}-{request.data.stem}-k{request.samples_per_prompt}"
-    source = FileSource(path=str(request.data))
+    data = data_of_file(str(request.data), list(request.settings))
     return Task(
         model=Model(path=str(request.target), precision=_precision(request.target, description)),
         iteration=0,
-        data=Data(train=source),
-        source=source,
+        data=data,
+        source=data.train,
         limit=request.limit,
         reward=_reward(request, Reward(name=request.reward)),
         rollout=_engine(Rollout(), response + 1),
@@ -212,9 +229,7 @@ def run(task: Task, console: Console) -> Evaluation:
 
     However it ends, the engine and the graders end with it.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(task.model.path, trust_remote_code=task.model.trust_remote_code)
+    tokenizer = load_tokenizer(task.model)
     problems = load_problems(task.source, task.data)[: task.limit]
     kept, dropped = tokenize(problems, tokenizer, task.max_prompt_tokens)
     if dropped:
@@ -248,7 +263,10 @@ def run(task: Task, console: Console) -> Evaluation:
             repetition=task.rollout.repetition,
             function=rollout_function(task.rollout.function),
         )
-        console.say(f"starting an engine for {task.model.path}; log: {task.log}")
+        console.say(
+            f"starting an engine for {task.model.path}; a response has at most {task.max_response_tokens} "
+            f"tokens (--max-response-tokens); log: {task.log}"
+        )
         samples = _sample(task, rollout, sampler, console)
     return _record(task, samples, dropped)
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from megatron_pmd.config import Frozen, explain
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.hardware import DEVICES, Machines
+from megatron_pmd.plugins import did_you_mean
 
 SLURM_FILES = Path(__file__).with_name("slurm")
 """In a checkout a link to the folder slurm/ at the root; in an installed package its files."""
@@ -145,11 +146,12 @@ def load_cluster(profile: str) -> Cluster:
     if not path.is_file():
         there = sorted(file.stem for file in PROFILES.glob("*.toml"))
         raise ConfigError(
-            f"{path}: no such cluster profile; there are: {', '.join(there)}, or give a .toml file"
+            f"{profile}: no such cluster profile{did_you_mean(profile, there)}; there are: "
+            f"{', '.join(there)}, or give a .toml file"
         )
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     try:
         return Cluster.model_validate({"name": path.stem, **values})

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_pmd import plugins
 from megatron_pmd.config import REWARDS, RunConfig
 from megatron_pmd.data.sources import check_source
+from megatron_pmd.data.tokenizer import check_model_folder
 from megatron_pmd.errors import DataError, ModelError
 
 
@@ -35,5 +36,5 @@ def _check_model(config: RunConfig) -> None:
         if config.model.prepare is None:
             raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
         plugins.find(config.model.prepare, what="model.prepare")
-    elif not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json in it; model.path has to be a Hugging Face model's folder")
+    else:
+        check_model_folder(path)

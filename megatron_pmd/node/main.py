@@ -48,9 +48,8 @@ def _run(allocation: Allocation) -> RunOutcome:
     from megatron_pmd.node import preflight
     from megatron_pmd.node.ranks import Nodes, run_ranks
     from megatron_pmd.observe.summary import is_complete
-    from recipes import configuration
 
-    config = configuration(os.environ["PMD_RECIPE"], shlex.split(os.environ.get("PMD_SETTINGS", "")))
+    config = _configuration()
     folder = Path(os.environ["PMD_RUNS"]) / config.name
     _check(config, folder, allocation)
     if is_complete(folder, config):
@@ -70,11 +69,18 @@ def _run(allocation: Allocation) -> RunOutcome:
     return run_ranks(config, folder, nodes, replay=Path(replay) if replay else None)
 
 
+def _configuration() -> RunConfig:
+    """Of the recipe and the settings; the run is called PMD_NAME, also where the recipe has another name."""
+    from recipes import configuration
+
+    settings = shlex.split(os.environ.get("PMD_SETTINGS", ""))
+    return configuration(os.environ["PMD_RECIPE"], [f"name={json.dumps(os.environ['PMD_NAME'])}", *settings])
+
+
 def _check(config: RunConfig, folder: Path, allocation: Allocation) -> None:
     if folder.resolve() != allocation.state.parent.resolve():
         raise ConfigError(
-            f"PMD_NAME={allocation.state.parent.name}, but the configuration's name is {config.name}: "
-            "set PMD_NAME to it"
+            f"PMD_NAME={allocation.state.parent.name}, but PMD_SETTINGS says name={config.name}: leave it out"
         )
     ranks = allocation.nodes * allocation.ranks_per_node
     if config.layout.ranks != ranks:

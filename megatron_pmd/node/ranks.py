@@ -20,6 +20,7 @@ from megatron_pmd.config import RunConfig, StopAfter
 from megatron_pmd.errors import DamagedCheckpoint, DataError, Interrupted
 from megatron_pmd.files import full_disk
 from megatron_pmd.lock import locked
+from megatron_pmd.node import worker
 from megatron_pmd.node.inputs import check_inputs
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
@@ -27,9 +28,9 @@ from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.processes import SAVE
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
-RANK_MODULE = "megatron_pmd.node.worker"
-"""Program of each rank."""
 LISTENING_SECONDS = 0.2
+ASKED_TO_END = ("SIGTERM", "SIGINT")
+"""Signals by which a user or Slurm ends a run: nothing has failed."""
 LOCK = "lock"
 """In a run's folder: held by the process that trains it, on the first node."""
 ENDING_SECONDS = 120.0
@@ -77,6 +78,7 @@ def run_ranks(
 ) -> RunOutcome:
     """Run this node's ranks, one process each, until all have ended; every node of the job calls this.
 
+    On a CPU they are forked from this process, which imports for them; on a GPU each imports for itself.
     The first rank of the node writes to this terminal, the others to folder/logs. The outcome is the run's
     own, or that of the rank that failed first, in its words; it is also in the run's summary.json. Raises
     what is wrong with the user's files, and LaunchError when the run is being trained already.
@@ -98,6 +100,7 @@ def _run_ranks(
 ) -> RunOutcome:
     # the agent's own account of a failure is longer than the failure, which is shown below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -118,9 +121,12 @@ def _run_ranks(
     path = logs / f"job-{nodes.rank}.json"
     spec.write(path)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
+    start_method = "spawn" if torch.cuda.is_available() else "fork"
     try:
+        if start_method == "fork":
+            worker.import_what_ranks_need()
         with _passing_on_the_signal_to_save():
-            elastic_launch(_launch_config(config, nodes, logs), sys.executable)("-m", RANK_MODULE, str(path))
+            elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(str(path))
     except ChildFailedError as failed:
         return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
     except (KeyboardInterrupt, SignalException):
@@ -171,11 +177,17 @@ def _passing_on_the_signal_to_save() -> Iterator[None]:
         thread.join()
 
 
-def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
+def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     from megatron_pmd.node.rendezvous import BACKEND
+
+    class LogsOfThisNode(DefaultLogsSpecs):
+        """In a folder whose name says so; torch's own makes one more, of a random name, at each start."""
+
+        def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+            return str(logs / f"ranks-of-node-{nodes.rank}")
 
     return LaunchConfig(
         min_nodes=nodes.count,
@@ -185,9 +197,10 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path) -> Any:
         rdzv_endpoint=nodes.rendezvous,
         rdzv_configs={"rank": nodes.rank},
         run_id=f"{config.name}-{nodes.attempt}",
+        start_method=start_method,
         max_restarts=0,
         monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(
+        logs_specs=LogsOfThisNode(
             log_dir=str(logs), redirects=dict.fromkeys(range(1, nodes.ranks_per_node), Std.ALL)
         ),
     )
@@ -199,7 +212,10 @@ def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
     noted = {rank: spec.outcome_file(failure.local_rank) for rank, failure in failed.failures.items()}
     rank = min(noted, key=lambda rank: noted[rank].stat().st_mtime_ns if noted[rank].exists() else 0)
     failure, outcome = failed.failures[rank], RunOutcome.read(noted[rank])
-    if outcome is None:
+    if outcome is None and failure.signal_name() in ASKED_TO_END:
+        # Slurm's signal may reach a rank before the agent, which would have said the same
+        outcome = RunOutcome.of(Interrupted(f"rank {rank} was ended by {failure.signal_name()}"))
+    elif outcome is None:
         how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         outcome = RunOutcome(Status.FAILED, f"it ended with {how}")
     # A PmdError of one rank is raised on all (Control.on_driver), and any can be the first to end.

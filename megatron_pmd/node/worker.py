@@ -1,18 +1,22 @@
-"""One actor rank, `python -m megatron_pmd.node.worker SPEC.json` under torchrun: builds a run, trains it."""
+"""One actor rank, as node/ranks.py starts it through torch's elastic agent: builds a run, trains it."""
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from setproctitle import setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import ModelError, PmdError
@@ -32,6 +36,8 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
     from megatron_pmd.training.trainer import Trainer
 
 
+PROCESS_TITLE = "megatron-pmd rank"
+"""What `ps` calls a rank's process, before its number."""
 PREPARING_SECONDS = 600.0
 """For another run that makes the model's folder."""
 
@@ -173,18 +179,22 @@ class _Inputs:
 
 
 def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remarks: list[str]) -> _Inputs:
-    """Collective. Raises what is wrong with the data, the tokenizer or the reward, on every rank.
+    """Collective. Raises what is wrong with the data, rollouts, tokenizer, lengths or reward, on every rank.
 
     remarks: for the console, once there is one.
     """
-    from transformers import AutoTokenizer
-
+    from megatron_pmd.data.tokenizer import load_tokenizer
+    from megatron_pmd.engine.lengths import check_lengths
     from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.rollout_file import check_rollouts
 
     config, control = start.config, start.control
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.model.path, trust_remote_code=config.model.trust_remote_code
-    )
+    if start.spec.replay is not None:
+        replay, to_train = Path(start.spec.replay), range(saved["iteration"], config.iterations)
+        control.on_driver(lambda: check_rollouts(replay, to_train))
+    elif start.samples:
+        control.on_driver(lambda: check_lengths(config))
+    tokenizer = load_tokenizer(config.model)
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
     if start.samples:
@@ -207,6 +217,8 @@ def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog
         for line in read_records(folder / "ledger.jsonl"):
             start.shutdown.expect(line["phase"], line["seconds"] or 0.0)
         console.opening(config)
+        for warning in config.warnings():
+            console.say(f"warning: {warning}")
         if resume_from:
             console.say(f"resuming after {completed} iterations, from {resume_from}")
     return RunLog(console, journal)
@@ -272,23 +284,38 @@ def _problems(
     return problems
 
 
-def _noting_failures(spec: JobSpec) -> None:
-    """main(), which leaves a file that says how a failing rank ended."""
+def run_rank(spec_file: str) -> None:
+    """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
+    faulthandler.enable()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        # Not the agent's handlers, which a forked process has too: a rank ends at once, also while blocked
+        # in a collective; engines notice (engine/supervisor.py), ranks.py tidies up.
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(parent=os.getppid())
+    setproctitle(f"{PROCESS_TITLE} {os.environ['RANK']}")
+    allow_many_files()
+    spec = JobSpec.read(Path(spec_file))
     try:
         main(spec)
     except BaseException as failure:
         with suppress(OSError):  # no room even in memory: the launcher then tells the exit code
             RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
-        raise
+        if not isinstance(failure, PmdError):  # whose message the launcher shows: a traceback would hide it
+            traceback.print_exc()
+        # Not raised: torch would write a file of its own about it, to a disk that may be full, and then
+        # fail to read that.
+        sys.exit(1)
 
 
-if __name__ == "__main__":
-    faulthandler.enable()
-    # at once, also while blocked in a collective; engines notice (engine/supervisor.py), ranks.py tidies up
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    die_with_parent(parent=os.getppid())
-    allow_many_files()
-    try:
-        _noting_failures(JobSpec.read(Path(sys.argv[1])))
-    except PmdError:
-        sys.exit(1)  # the launcher shows its message; a traceback would hide it
+def import_what_ranks_need() -> None:
+    """Import, in the process that ranks are forked from, what takes each of them 8 s of a core.
+
+    On a CPU only: Transformer Engine reads the environment, and may start CUDA, while it is imported.
+    """
+    quiet()
+    from megatron_pmd.actor.cpu import bridge_import, standins
+
+    standins.install()
+    bridge_import.import_bridge()
+    for name in ("actor.actor", "training.trainer", "training.live_engines"):
+        importlib.import_module(f"megatron_pmd.{name}")

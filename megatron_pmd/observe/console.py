@@ -188,7 +188,7 @@ def _learned(record: IterationRecord) -> list[tuple[str, str]]:
         ("evaluation", scored),
         ("response", f"{shown('response_tokens')} tokens"),
         ("truncated", percent(values.get("truncated_share"))),
-        ("PMD progress", number(last_step.get("pmd/progress", values.get("pmd/progress")))),
+        ("PMD progress", shown("pmd/progress")),
         ("KL to anchor", number(last_step.get("pmd/kl_anchor_k3", values.get("pmd/kl_anchor_k3")))),
         ("mismatch", shown("mismatch/mean_abs")),
         ("sync mismatch", shown("sync/mean_abs_difference")),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.files import read_object
 
 MODELS = Path(__file__).with_name("models.json")
 
@@ -115,8 +116,8 @@ def shape_of(path: str) -> Shape:
     Raises ModelError for a model that is neither there nor known, or of a family this module cannot count.
     """
     file, name = Path(path) / "config.json", Path(path).name
-    if file.is_file():
-        return from_config(name, str(file), json.loads(file.read_text()))
+    if (described := read_object(file)) is not None:
+        return from_config(name, str(file), described)
     known = json.loads(MODELS.read_text())
     if name not in known:
         raise ModelError(

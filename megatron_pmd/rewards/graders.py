@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from typing import Protocol
 
 from megatron_pmd.config import REWARDS, Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError
 
-Grader = Callable[[str, Problem], float]
+
+class Grader(Protocol):
+    """From a response to its reward; `truncated`: it was cut at its token budget."""
+
+    def __call__(self, response: str, problem: Problem, truncated: bool = False) -> float: ...
+
 
 _INTEGER = re.compile(
     # 5-3, x-3 and (2)-3 subtract: only a minus after anything else is a sign
@@ -22,14 +28,18 @@ _INTEGER = re.compile(
 
 
 def grader(reward: Reward) -> Grader:
-    """The function (response, problem) -> float that `reward` names, on the part that reward.answer says.
+    """The function that `reward` names, on the part of the response that reward.answer says.
 
-    Imports the reward's module and its libraries. Raises ConfigError if that fails or if the name is unknown.
+    A reward is called with (response, problem); one with a parameter `truncated` is also told whether the
+    response was cut at its token budget. Imports the reward's module and its libraries. Raises ConfigError if
+    that fails or if the name is unknown.
     """
     score = REWARDS.load(reward.name, what="reward.name")
+    is_told = "truncated" in inspect.signature(score).parameters
 
-    def grade(response: str, problem: Problem) -> float:
-        return score(extract(response, reward.answer), problem)
+    def grade(response: str, problem: Problem, truncated: bool = False) -> float:
+        part = extract(response, reward.answer)
+        return score(part, problem, truncated=truncated) if is_told else score(part, problem)
 
     return grade
 

@@ -1,4 +1,4 @@
-"""Grading in separate processes: a reward may raise, hang or kill its process, at the cost of one sample."""
+"""Grading in other processes: a reward may raise, hang, fill its memory or die, at the cost of one sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import pebble
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
-from megatron_pmd.processes import die_with_parent
+from megatron_pmd.processes import data_bytes, die_with_parent, limit_further_memory
 from megatron_pmd.rewards.graders import Grader, grader
 
 START_SECONDS = 180.0
@@ -30,6 +30,8 @@ START_SECONDS = 180.0
 ATTEMPTS = 3
 """How often a sample is given to a new pool after the pool it was in broke."""
 _HEARTBEAT_SECONDS = 0.5
+_FULL = 75
+"""Exit code of a worker whose memory earlier samples have half filled: its job goes to a new one."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ class RewardPool:
         if self._keeper.ident is not None:
             self._keeper.join()
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
         """Grade one sample in the background; from asyncio, `await asyncio.wrap_future(pool.submit(...))`.
+
+        truncated: the response was cut at its token budget.
 
         The future never holds an exception of the reward's. RuntimeError if the pool is not open; PmdError,
         here or from the future, if no worker can be started any more.
@@ -124,7 +128,7 @@ class RewardPool:
                 raise self._failure
             if self._closed or not self._keeper.is_alive():
                 raise RuntimeError("the reward pool is not open: use it inside its `with` block")
-            job = _Job(_judge, (response, problem), self._reward.timeout_seconds)
+            job = _Job(_judge, (response, problem, truncated), self._reward.timeout_seconds)
             self._incoming.put(job)
         return job.verdict
 
@@ -215,6 +219,9 @@ class RewardPool:
                 verdict = task.result()
             case BrokenProcessPool():
                 return  # not this sample's doing: the keeper gives it to a new pool
+            case pebble.ProcessExpired(exitcode=int(code)) if code == _FULL:
+                self._incoming.put(job)
+                return
             case TimeoutError():
                 verdict = Verdict(0.0, f"no verdict within {job.seconds:g} s")
             case pebble.ProcessExpired() as error:
@@ -228,11 +235,13 @@ class RewardPool:
 # In a worker process
 _grade: Grader | None = None
 _failure: str | None = None
+_memory_gigabytes = math.inf
+_half_full = math.inf
 
 
 def _prepare(reward: Reward, parent: int) -> None:
     """Load the reward before any sample's clock runs."""
-    global _grade, _failure
+    global _grade, _failure, _memory_gigabytes, _half_full
     die_with_parent(parent=parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # pebble's handler needs the interpreter: a reward that hangs in C code would stall all workers for 3 s
@@ -241,20 +250,27 @@ def _prepare(reward: Reward, parent: int) -> None:
         _grade = grader(reward)
     except BaseException as error:  # raised from here it would break the pool, its text only in the log
         _failure = f"{type(error).__name__}: {error}"
+    _memory_gigabytes = reward.memory_gigabytes
+    _half_full = data_bytes() + reward.memory_gigabytes * 1e9 / 2
+    limit_further_memory(int(reward.memory_gigabytes * 1e9))
 
 
 def _readiness() -> Verdict:
     return Verdict(0.0, _failure)
 
 
-def _judge(response: str, problem: Problem) -> Verdict:
+def _judge(response: str, problem: Problem, truncated: bool) -> Verdict:
     if _grade is None:
         return Verdict(0.0, f"the worker could not load the reward: {_failure}")
+    if data_bytes() > _half_full:
+        os._exit(_FULL)
     try:
-        value = _grade(response, problem)
+        value = _grade(response, problem, truncated)
         if not hasattr(value, "__float__"):  # a string has none, though float() takes it
             return Verdict(0.0, f"the reward returned a {type(value).__name__} ({value!r:.80}), not a number")
         reward = float(value)
+    except MemoryError:
+        return Verdict(0.0, f"it needs more than reward.memory_gigabytes={_memory_gigabytes:g}")
     except BaseException as error:  # SystemExit too
         return Verdict(0.0, f"{type(error).__name__}: {error}"[:1000])
     if not math.isfinite(reward):

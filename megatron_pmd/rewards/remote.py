@@ -27,9 +27,10 @@ SERVICE_FAILURES = frozenset({408, 425, 429, 500, 502, 503, 504})
 class RemoteReward:
     """A client of the service in reward.remote, with the interface of RewardPool.
 
-    POST url, JSON {"response", "answer", "messages", "metadata", "index"} -> JSON {"reward": number}. What
-    the service says about a sample (another status, no number) costs that sample: reward 0, with the reason.
-    A service that cannot be reached after all retries ends the run: rewards of 0 would be trained on.
+    POST url, JSON {"response", "truncated", "answer", "messages", "metadata", "index"} -> JSON
+    {"reward": number}. What the service says about a sample (another status, no number) costs that sample:
+    reward 0, with the reason. A service that cannot be reached after all retries ends the run: rewards of 0
+    would be trained on.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -50,24 +51,25 @@ class RemoteReward:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
         """Grade one sample in the background; the future holds PmdError if the service cannot be reached."""
-        return self._threads.submit(self._grade, response, problem)
+        return self._threads.submit(self._grade, response, problem, truncated)
 
     def grade(self, items: list[tuple[str, Problem]]) -> list[Verdict]:
         """Grade (response, problem) pairs; the verdicts come in the same order."""
         return [future.result() for future in [self.submit(*item) for item in items]]
 
-    def _grade(self, response: str, problem: Problem) -> Verdict:
+    def _grade(self, response: str, problem: Problem, truncated: bool) -> Verdict:
         body = {
             "response": extract(response, self._reward.answer),
+            "truncated": truncated,
             "answer": problem.answer,
             "messages": list(problem.messages),
-            "metadata": problem.metadata,
+            "metadata": _finite(problem.metadata),
             "index": problem.index,
         }
         # a data file's columns may hold what JSON has no word for, a date say
-        content = json.dumps(body, default=str)
+        content = json.dumps(body, default=str, allow_nan=False)
         failure = ""
         for attempt in range(self._remote.retries + 1):
             try:
@@ -85,6 +87,19 @@ class RemoteReward:
             f"{problem.index}; last failure: {failure}; is it running, and is reward.timeout_seconds="
             f"{self._reward.timeout_seconds:g} enough?"
         )
+
+
+def _finite(value: Any) -> Any:
+    """With null for a number that is not finite: it has no word in JSON, and strict services refuse NaN."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+        case _:
+            return value
 
 
 def _verdict(reply: httpx.Response) -> Verdict:

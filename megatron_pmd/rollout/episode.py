@@ -11,7 +11,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import RolloutError, StaleWeights
 from megatron_pmd.plugins import load
 from megatron_pmd.rollout.engine_answer import EngineAnswer, recorded_experts
-from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
 
@@ -70,6 +70,8 @@ class Episode:
         self._new_tokens = 0
         self._answers = 0
         self._first_text = ""
+        self.failure: Exception | None = None
+        """What went wrong in generate(): no fault of the function, whatever it makes of it."""
 
     @property
     def problem(self) -> Problem:
@@ -94,7 +96,11 @@ class Episode:
         turn = self._next(inserted=False)
         self._answers += 1
         while turn.finish is None:
-            await self._extend(turn)
+            try:
+                await self._extend(turn)
+            except Exception as error:
+                self.failure = error
+                raise
         tokens = turn.tokens.tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if self._cursor == 1:
@@ -124,7 +130,14 @@ class Episode:
             "return_logprob": True,
             "return_routed_experts": sampling.routing_width > 0,
         }
-        answer = await self._client.generate(request, self._routing_key)
+        try:
+            answer = await self._client.generate(request, self._routing_key)
+        except RequestRefused as refusal:
+            if not trajectory.sampled_tokens:
+                raise
+            self._accounts.note_refusal(str(refusal))
+            turn.finish = "length"  # there is a response, which the engine cannot make longer
+            return
         reason = self._take(turn, answer)
         if reason == "abort":
             raise ResponseStopped(self._client.stopping)
@@ -132,7 +145,8 @@ class Episode:
             turn.finish = "stop"
         elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
             turn.finish = "repetition"
-        elif trajectory.length >= self._max_tokens or not len(answer.tokens):
+        # At the end of its context or cache an engine gives fewer than asked for, and then refuses to go on.
+        elif trajectory.length >= self._max_tokens or len(answer.tokens) < min(limits):
             turn.finish = "length"
 
     def _take(self, turn: Turn, answer: EngineAnswer) -> str:
@@ -174,7 +188,8 @@ class Episode:
             self._next(inserted=True)
             return
         text = content if isinstance(content, str) else await content()
-        tokens = self._tokenizer.encode(message_text(self._tokenizer, role, text), add_special_tokens=False)
+        message = message_text(self._tokenizer, role, text, **self.problem.template_arguments)
+        tokens = self._tokenizer.encode(message, add_special_tokens=False)
         last = self._trajectory.turns[-1].tokens[-1:].tolist() if self._trajectory.turns else []
         if tokens and tokens[:1] == last:  # the model has ended its turn itself
             tokens = tokens[1:]
@@ -231,7 +246,7 @@ def rollout_function(name: str | None) -> RolloutFunction:
     return single_turn if name is None else load(name, what="rollout.function")
 
 
-def message_text(tokenizer: Any, role: str, content: str) -> str:
+def message_text(tokenizer: Any, role: str, content: str, /, **template_arguments: Any) -> str:
     """What the chat template writes after an assistant's words when a message follows and it is asked again.
 
     Raises RolloutError if the template does not keep what went before as it was.
@@ -243,7 +258,9 @@ def message_text(tokenizer: Any, role: str, content: str) -> str:
         {"role": role, "content": content},
     ]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False, **template_arguments
+        )
     except Exception as error:  # jinja's, or whatever the template's own code leads to
         raise RolloutError(f"the chat template refuses a message of role {role!r}: {error}") from error
     _, found, after = rendered.partition(words)

@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from megatron_pmd.errors import EngineError
+from megatron_pmd.processes import connections_possible
 from megatron_pmd.rollout.engine_answer import EngineAnswer, parse_answer
 
 RETRY_PAUSE_SECONDS = 1.0
@@ -26,6 +27,10 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 
 class EnginesLost(EngineError):
     """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
+
+
+class RequestRefused(EngineError):
+    """An engine will not answer this request, however often it is asked; others it answers."""
 
 
 class ResponseStopped(BaseException):
@@ -44,7 +49,7 @@ class Endpoint:
     retries: int
     any_engine_alive: Callable[[], bool]
     max_in_flight: int | None = None
-    """Requests sent at one time; their deadline runs only then. None: all at once."""
+    """Requests sent at one time; their deadline runs only then. None: as many as files can be open."""
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
 
@@ -54,7 +59,8 @@ class GenerateClient:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._slots = asyncio.Semaphore(endpoint.max_in_flight) if endpoint.max_in_flight else None
+        possible = connections_possible()
+        self._slots = asyncio.Semaphore(min(endpoint.max_in_flight or possible, possible))
         self._asking = asyncio.Lock()
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
@@ -76,8 +82,9 @@ class GenerateClient:
     async def generate(self, request: dict[str, Any], routing_key: str) -> EngineAnswer:
         """The answer to one request. Its finish reason is `stop`, `length` or, after stop(), `abort`.
 
-        Raises ResponseStopped after stop() if nothing was answered, EnginesLost when no engine is left,
-        EngineError when the request fails `retries` times on engines that are alive.
+        Raises ResponseStopped after stop() if nothing was answered, RequestRefused where asking again would
+        not help, EnginesLost when no engine is left, EngineError when the request fails `retries` times on
+        engines that are alive.
         """
         failure = ""
         for attempt in range(self._endpoint.retries + 1):
@@ -93,10 +100,8 @@ class GenerateClient:
 
     async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         """(answer, "") or (None, what went wrong)."""
-        if self._slots is not None:
-            async with self._slots:
-                return await self._post(request, routing_key)
-        return await self._post(request, routing_key)
+        async with self._slots:
+            return await self._post(request, routing_key)
 
     async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
         if self.stopping:
@@ -111,7 +116,7 @@ class GenerateClient:
                         return answer, ""
                     return None, f"finish reason {reason}"
                 if reply.status == 400:
-                    raise EngineError(f"the engine refuses a request: {(await reply.text())[:500]}")
+                    raise RequestRefused(f"the engine refuses a request: {(await reply.text())[:500]}")
                 return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"

@@ -14,8 +14,16 @@ from megatron_pmd.batch import Sample
 from megatron_pmd.config import GroupFilter, PartialRollouts
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import sample_seed
-from megatron_pmd.errors import RolloutError
-from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.errors import EngineError, RolloutError
+from megatron_pmd.rollout.trajectory import Trajectory, Turn
+
+Shaping = Callable[[Sequence[Trajectory]], Sequence[float]]
+"""From the graded responses of one group to the rewards that are trained on."""
+
+
+def graders_rewards(members: Sequence[Trajectory]) -> Sequence[float]:
+    """Nothing is added to them, nothing taken."""
+    return [member.reward or 0.0 for member in members]
 
 
 @dataclass
@@ -34,12 +42,17 @@ class Group:
         return all(member.finished for member in self.members)
 
     @property
+    def settled(self) -> bool:
+        """Whether nothing more will come of it in this rollout."""
+        return all(member.finished or member.refused for member in self.members)
+
+    @property
     def key(self) -> str:
         return f"{self.begun}-{self.place}"
 
-    def has_signal(self, rule: GroupFilter) -> bool:
+    def has_signal(self, rule: GroupFilter, shaping: Shaping) -> bool:
         """Whether the filter lets it through; only for a complete group."""
-        rewards = [member.reward or 0.0 for member in self.members]
+        rewards = shaping(self.members)
         mean = sum(rewards) / len(rewards)
         return not (
             (rule.drop_equal_rewards and min(rewards) == max(rewards))
@@ -63,10 +76,17 @@ class Accounts:
     """As the engines' answers came in."""
     inserted_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """Responses thrown away, by reason: `stale`, `group_filter`."""
+    """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     filter_passed: int = 0
     """Groups that the filter would have dropped beyond its limit."""
+    refusals: int = 0
+    """Requests that the engines would not answer, the first one's reason in `first_refusal`."""
+    first_refusal: str = ""
+
+    def note_refusal(self, reason: str) -> None:
+        self.first_refusal = self.first_refusal or reason
+        self.refusals += 1
 
     def drop(self, members: Sequence[Trajectory], reason: str) -> None:
         self.dropped[reason] += len(members)
@@ -111,6 +131,8 @@ class EndRules:
     """A rollout that ends early has a multiple of so many."""
     partial: PartialRollouts | None = None
     group_filter: GroupFilter | None = None
+    shaping: Shaping = graders_rewards
+    """Whose rewards the filter looks at."""
 
 
 ALL_GROUPS = EndRules()
@@ -133,7 +155,8 @@ class RolloutGroups:
     ) -> None:
         """problems: one new group each.
 
-        next_problem: for the group in a dropped one's place; the filter needs it.
+        next_problem: for the group in a dropped one's place; the filter needs it. None: what the engines
+        refuse counts as a response worth 0.
         carried_over: from the last rollout; these come first.
         """
         self.settings, self.rules = settings, rules
@@ -185,20 +208,41 @@ class RolloutGroups:
             and first < self.settings.weight_version - partial.max_staleness
         )
 
-    def completed(self, group: Group) -> Group | None:
-        """To be called when a group is complete. It counts (None), or the returned new group replaces it."""
+    def refuse(self, member: Trajectory, reason: str) -> None:
+        """To be called for a response that the engines will not begin. An evaluation counts it as wrong."""
+        self.accounts.note_refusal(reason)
+        if self._next_problem is None:
+            member.turns = [Turn(finish="length")]
+            member.reward, member.reward_error = 0.0, reason
+        else:
+            member.refused = True
+
+    def settled(self, group: Group) -> Group | None:
+        """To be called when a group is settled. It counts (None), or the returned new group replaces it.
+
+        Raises EngineError when more groups than the rollout wants were refused, and none is complete.
+        """
+        if not group.complete:
+            self.accounts.drop(group.members, "refused")
+            dropped = self.accounts.dropped["refused"] // self.settings.samples_per_prompt
+            if not self.complete_groups and dropped > self._wanted:
+                raise EngineError(f"the engines refuse every prompt: {self.accounts.first_refusal}")
+            return self._replace(group)
         rule = self.rules.group_filter
-        if rule is None or group.has_signal(rule):
+        if rule is None or group.has_signal(rule, self.rules.shaping):
             self.complete_groups += 1
             return None
         if self.accounts.dropped["group_filter"] >= rule.max_dropped * self.settings.samples_per_prompt:
             self.accounts.filter_passed += 1
             self.complete_groups += 1
             return None
-        assert self._next_problem is not None, "a rollout with a filter knows where further problems are"
         self.accounts.drop(group.members, "group_filter")
-        self.groups.remove(group)
         self._dropped.append(group)
+        return self._replace(group)
+
+    def _replace(self, group: Group) -> Group:
+        assert self._next_problem is not None, "a rollout that drops groups knows where further problems are"
+        self.groups.remove(group)
         return self.begin(self._next_problem())
 
     @property

@@ -45,6 +45,11 @@ def account_values(rollout: RolloutGroups) -> dict[str, float]:
     """Of the drawing: where every response and token went. Only what the run's settings make possible."""
     accounts, settings = rollout.accounts, rollout.settings
     values: dict[str, float] = {}
+    if accounts.refusals:
+        values |= {
+            "rollout/refused_requests": accounts.refusals,
+            "rollout/refused_groups": accounts.dropped["refused"] / settings.samples_per_prompt,
+        }
     if rollout.rules.group_filter is not None:
         values |= {
             "filter/dropped_groups": accounts.dropped["group_filter"] / settings.samples_per_prompt,

@@ -17,7 +17,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
-from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
 
@@ -27,7 +27,7 @@ INTERRUPTION_POLL_SECONDS = 0.5
 
 
 class Grader(Protocol):
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]: ...
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]: ...
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,19 @@ class _Draw:
                 self._tasks.create_task(self._respond(group, member))
 
     async def _respond(self, group: Group, member: Trajectory) -> None:
-        member.stopped = None
+        member.stopped, member.refused = None, False
         try:
             await self._finish(group, member)
         except ResponseStopped as stopped:
             member.stopped = str(stopped)
+        except RequestRefused as refusal:
+            self._rollout.refuse(member, str(refusal))
         if member.finished:
             self._on_sample()
-            if group.complete and (replacement := self._rollout.completed(group)):
-                self._open(replacement)
+        if group.settled and (replacement := self._rollout.settled(group)):
+            self._open(replacement)
         self._working -= 1
-        if group.complete or not self._working:
+        if group.settled or not self._working:
             self._note_progress()
 
     def _note_progress(self) -> None:
@@ -172,15 +174,7 @@ class _Draw:
         episode = Episode(
             member, self._sampling, self._client, sampler.tokenizer, rollout.accounts, group.key
         )
-        try:
-            graded = await sampler.function(episode)
-        except PmdError:
-            raise
-        except Exception as error:
-            raise RolloutError(
-                f"the rollout function failed on problem {group.problem.index}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        graded = await self._called(episode)
         episode.close()
         if not member.turns or not isinstance(graded, str):
             raise RolloutError(
@@ -188,10 +182,30 @@ class _Draw:
                 f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
                 "return the text to be graded"
             )
-        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem))
+        truncated = member.finish_reason == "length"
+        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem, truncated))
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         response = episode.response_text
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+
+    async def _called(self, episode: Episode) -> Any:
+        """What the rollout function returns. A request of it that failed is raised, whatever it did then."""
+        failure: Exception | None
+        try:
+            graded, failure = await self._sampler.function(episode), None
+        except Exception as error:
+            graded, failure = None, error
+        if episode.failure is not None:
+            failure, what = episode.failure, "a request for it failed"
+        else:
+            what = "the rollout function failed"
+        if failure is None:
+            return graded
+        if isinstance(failure, PmdError):
+            raise failure
+        raise RolloutError(
+            f"{what}, on problem {episode.problem.index}: {type(failure).__name__}: {failure}"
+        ) from failure
 
 
 def stop_tokens(tokenizer: Any, model_path: str) -> list[int]:

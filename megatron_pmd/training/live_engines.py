@@ -21,6 +21,7 @@ from megatron_pmd.engine.sglang_server import expert_parallel
 from megatron_pmd.errors import EngineError, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
+from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
 from megatron_pmd.rollout.episode import rollout_function
@@ -64,6 +65,7 @@ class LiveEngines:
         self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
         self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
         self._shards: ShardExport | None = None
+        self._told_of_few_files = False
         self.weight_push = WeightPush(
             transport_of(config, self.fleet, control, folder),
             control,
@@ -97,6 +99,7 @@ class LiveEngines:
 
     def _try(self, rollout: RolloutGroups | None, title: str, routing_width: int) -> PmdError | None:
         assert rollout is not None, "the driver knows what to draw"
+        self._tell_of_few_files(rollout)
         sampling = self._config.rollout
         endpoint = Endpoint(
             router_url=self.router.url,
@@ -124,7 +127,22 @@ class LiveEngines:
                 sampler.run(rollout, advance)
         except PmdError as error:
             return error
+        accounts = rollout.accounts
+        if accounts.refusals:
+            self._console.say(
+                f"the engines refused {accounts.refusals} requests; {accounts.dropped['refused']} responses "
+                f"were dropped for it, in whole groups. The first reason: {accounts.first_refusal}"
+            )
         return None
+
+    def _tell_of_few_files(self, rollout: RolloutGroups) -> None:
+        possible, wanted = connections_possible(), rollout.total - rollout.finished
+        if wanted > possible and not self._told_of_few_files:
+            self._told_of_few_files = True
+            self._console.say(
+                f"{possible} of {wanted} requests are in flight at one time: no more files may be open "
+                f"(ulimit -n); with `ulimit -n {4 * wanted + 1024}` before the start all can be"
+            )
 
     def revive(self, actor: Actor, version: int, *, forgotten: bool = False) -> None:
         """Start lost engines and a lost router again; give all engines the current weights if any is new.

@@ -9,8 +9,10 @@ import numpy as np
 
 from megatron_pmd.actor.actor import AnchorReport, StepReport
 from megatron_pmd.actor.expert_load import imbalance
+from megatron_pmd.actor.noise_floor import FloorReport
 from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
 from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.config import RunConfig
 from megatron_pmd.training.subproblem import Subproblem
 
 
@@ -34,10 +36,37 @@ def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
     }
 
 
-def throughput(batch: RolloutBatch, seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second of an iteration's phases: response tokens in the rollout, all of them in training."""
-    everything, responses = int(batch.samples.lengths.sum()), int(batch.samples.response_lengths.sum())
-    tokens = {"rollout": responses, "anchor": everything, "update": everything}
+def floor_values(reports: Sequence[FloorReport]) -> dict[str, float]:
+    """What rounding alone makes of diagnostics' values of the same names; nats a sequence."""
+    sequences = max(sum(r.sequences for r in reports), 1)
+    return {
+        "pmd/drift/floor": sum(r.absolute for r in reports) / sequences,
+        "pmd/kl_anchor_k2/floor": sum(r.k2 for r in reports) / sequences,
+        "pmd/kl_anchor_k3/floor": sum(r.k3 for r in reports) / sequences,
+    }
+
+
+def throughput(
+    batch: RolloutBatch,
+    seconds_by_phase: Mapping[str, float],
+    config: RunConfig,
+    sampled_tokens: int | None,
+) -> dict[str, float]:
+    """Tokens per second of an iteration's phases; a phase in which nothing was computed has none.
+
+    rollout  tokens that the engines sampled in it (`sampled_tokens`), also of responses that were dropped or
+             left over. Neither inserted tokens nor those carried over from an earlier iteration
+    anchor   prompt and response tokens of the responses that went through it
+    update   those of all responses and supervised examples
+    """
+    lengths = batch.samples.lengths
+    tokens = {"update": int(lengths.sum())}
+    if sampled_tokens is not None:
+        tokens["rollout"] = sampled_tokens
+    if not config.algorithm.objective.supervised:
+        # the engines' own log-probabilities are only checked, in the first step
+        engines = config.algorithm.anchor == "engine"
+        tokens["anchor"] = int(lengths[: config.batch.samples_per_step if engines else batch.sampled].sum())
     return {f"{name}/tokens_per_second": count / seconds_by_phase[name] for name, count in tokens.items()}
 
 
@@ -50,7 +79,7 @@ def step_values(
         "loss": sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports),
         "gradient_norm": reports[0].gradient_norm,
         "learning_rate": reports[0].learning_rate,
-        "entropy": sum(r.entropy_sum for r in reports) / tokens,
+        "entropy": sum(r.entropy_sum for r in reports) / max(tokens, 1),
     }
     if examples := sum(r.example_tokens for r in reports):
         values["ptx/loss"] = sum(r.example_loss_sum for r in reports) / examples

@@ -10,6 +10,7 @@ import torch
 
 from megatron_pmd.actor import batching
 from megatron_pmd.actor.actor import AnchorReport, Examples
+from megatron_pmd.actor.noise_floor import FloorReport, rounded_anew
 from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import over_iteration
@@ -24,7 +25,13 @@ from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout_file import write_rollout
 from megatron_pmd.training.batch_shares import distribute
-from megatron_pmd.training.metrics import anchor_values, step_values, success_rates, throughput
+from megatron_pmd.training.metrics import (
+    anchor_values,
+    floor_values,
+    step_values,
+    success_rates,
+    throughput,
+)
 from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
@@ -53,6 +60,7 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     if rollout is not None and run.rollouts.live:
         run.remember(rollout.groups)
         iteration.left_over = rollout.left_over
+        iteration.sampled_tokens = rollout.accounts.sampled_tokens
         iteration.values |= account_values(rollout)
     _end_if_cut(run, rollout, "rollout")
     described = None
@@ -163,9 +171,22 @@ def anchor(
     # what a person looks at when a check or a loss fails; and ranks that end take the driver with them
     run.control.on_driver(run.rollout_writer.wait)
     iteration.values |= _agreement(run, batch, report)
+    if run.config.model.precision != "fp32" and iteration.number < run.config.iterations:
+        iteration.values |= _noise_floor(run, batch, steps[0], report)
     if engine:
         return dataclasses.replace(report, log_probs=torch.from_numpy(batch.tokens.engine_log_probs))
     return report
+
+
+def _noise_floor(
+    run: Trainer, batch: RolloutBatch, microbatches: batching.Microbatches, once: AnchorReport
+) -> dict[str, float]:
+    """What kl_anchor and drift would be if π_θ were π_t: the anchor of a few responses computed once more."""
+    layout = run.config.layout
+    few = microbatches[: layout.pipeline if layout.virtual_pipeline > 1 else 1]
+    with rounded_anew(run.actor.chunks):
+        again = run.actor.log_probs(batch, few)
+    return floor_values(run.control.all_gather(FloorReport.of(batch, few, once.log_probs, again.log_probs)))
 
 
 def _agreement(run: Trainer, batch: RolloutBatch, report: AnchorReport) -> dict[str, float]:
@@ -252,7 +273,8 @@ def conclude(run: Trainer, iteration: Iteration, batch: RolloutBatch) -> RunOutc
             if alarms.stops(name):
                 ending = RunOutcome(Status.ALARMED, f"alarm {name} in iteration {t}: {reason}")
         seconds = run.log.seconds_by_phase(t)
-        iteration.values |= {"alarms": len(found), "weight_version": t, **throughput(batch, seconds)}
+        iteration.values |= {"alarms": len(found), "weight_version": t}
+        iteration.values |= throughput(batch, seconds, run.config, iteration.sampled_tokens)
         run.log.log("iteration", iteration.values)
     return run.control.from_driver(ending)
 
@@ -320,6 +342,7 @@ def _check_final_weights(run: Trainer, final: int) -> None:
         problems = run.problems.train.peek(min(8, run.config.batch.prompts_per_rollout))
         rollout = check_rollout(run.config, problems, final)
     samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
+    samples = [sample for sample in samples if len(sample.response_tokens)]  # the others were refused
     _end_if_cut(run, rollout, "check of the final weights")
     temperature = Subproblem(run.config, final).temperature
     described = RolloutBatch.describe(samples, temperature) if samples else None

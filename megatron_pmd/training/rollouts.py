@@ -12,7 +12,6 @@ from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
 from megatron_pmd.distributed import Control
-from megatron_pmd.errors import DataError
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
 from megatron_pmd.rollout_file import read_rollout
@@ -90,24 +89,21 @@ class ReplayedRollouts(WithoutEngines):
     """Rollouts of an earlier run, from its file or its folder of files."""
 
     def __init__(self, path: Path, control: Control) -> None:
-        """path: one rollout file, or a folder with one for every iteration that will be trained."""
+        """path: one rollout file, or a folder with one for every iteration that will be trained.
+
+        That they are there, rollout_file.check_rollouts has found before.
+        """
         super().__init__()
-        if not path.exists():
-            raise DataError(f"{path}: no such rollout file or folder")
         self._path, self._control = path, control
 
     def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
-        """The recorded samples of the rollout's iteration. DataError if they are of another iteration."""
+        """The recorded samples of the rollout's iteration."""
         return self._control.on_driver(lambda: self._read(rollout)) or []
 
     def _read(self, rollout: RolloutGroups | None) -> list[Sample]:
         assert rollout is not None, "the driver knows what to draw"
         wanted = rollout.settings.iteration
-        path = self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path
-        samples, iteration = read_rollout(path)
-        if iteration != wanted:
-            raise DataError(f"{path}: this is the rollout of iteration {iteration}, not of {wanted}")
-        return samples
+        return read_rollout(self._path / f"{wanted}.parquet" if self._path.is_dir() else self._path)[0]
 
 
 class Demonstrations(WithoutEngines):
@@ -137,6 +133,7 @@ def train_rollout(
             groups_per_step=config.batch.prompts_per_step,
             partial=sampling.partial,
             group_filter=sampling.group_filter,
+            shaping=Subproblem(config, iteration).shaped_group,
         ),
         next_problem=lambda: prompts.take(1)[0],
         carried_over=carried_over,

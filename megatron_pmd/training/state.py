@@ -33,6 +33,8 @@ class Iteration:
     number: int
     left_over: list[Group]
     """Responses that the next iteration continues."""
+    sampled_tokens: int | None = None
+    """By the engines, for its rollout; None: there were none."""
     values: dict[str, float] = field(default_factory=dict)
     """What its line in metrics.jsonl will say."""
     steps: list[dict[str, float]] = field(default_factory=list)

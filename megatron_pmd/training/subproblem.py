@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import RunConfig, Schedule
+from megatron_pmd.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Subproblem:
 
     @property
     def temperature(self) -> float:
-        """π is the policy at this temperature, in the engines and in the actor."""
+        """π is the policy at this temperature, in the engines and in the actor; 1 in supervised training."""
+        if self.supervised:
+            return 1.0
         return _at(self.config.rollout.temperature, self.config.rollout.temperature_schedule, self.iteration)
 
     @property
@@ -54,24 +58,42 @@ class Subproblem:
 
     def compute_advantages(self, samples: list[Sample]) -> None:
         """Set every sample's shaped reward and its advantage; whole groups, graded before."""
-        shaped = self._shaped(samples)
         groups = [s.group for s in samples]
+        truncated = [s.finish_reason == "length" for s in samples]
+        lengths = [len(s.response_tokens) for s in samples]
+        shaped = self.shaped([s.reward for s in samples], lengths, truncated, groups)
         values = advantages(shaped, groups, baseline=self.config.algorithm.baseline, tau=self.tau)
         values = self.config.algorithm.objective.advantages(values, groups)
         for sample, reward, value in zip(samples, shaped, values, strict=True):
             sample.shaped_reward, sample.advantage = float(reward), float(value)
 
-    def _shaped(self, samples: list[Sample]) -> np.ndarray:
-        """Rewards with what length and truncation add or take."""
-        settings = self.config.reward
-        rewards = np.array([s.reward for s in samples], np.float64)
-        truncated = np.array([s.finish_reason == "length" for s in samples])
-        shaped = rewards - settings.truncation_penalty * truncated
+    def shaped(
+        self,
+        rewards: Sequence[float],
+        lengths: Sequence[int],
+        truncated: Sequence[bool],
+        groups: Sequence[int],
+    ) -> np.ndarray:
+        """The graders' rewards with what length and truncation add or take: what is trained on.
+
+        All are [samples]: lengths in response tokens, groups the labels of the samples' prompts.
+        """
+        settings, values = self.config.reward, np.asarray(rewards, np.float64)
+        shaped = values - settings.truncation_penalty * np.asarray(truncated, bool)
         if settings.length is not None and self.iteration >= settings.length.warmup_iterations:
-            lengths = [len(s.response_tokens) for s in samples]
-            correct, groups = rewards >= settings.correct, [s.group for s in samples]
+            correct = values >= settings.correct
             shaped = shaped + settings.length.weight * length_rewards(lengths, correct, groups)
         return shaped
+
+    def shaped_group(self, members: Sequence[Trajectory]) -> list[float]:
+        """shaped() of one group's graded responses."""
+        rewards = self.shaped(
+            [member.reward or 0.0 for member in members],
+            [member.length for member in members],
+            [member.finish_reason == "length" for member in members],
+            [0] * len(members),
+        )
+        return rewards.tolist()
 
 
 def _at(start: float, schedule: Schedule | None, t: int) -> float:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.actor import model, settings
 from megatron_pmd.actor.actor import Actor, Examples
+from megatron_pmd.actor.noise_floor import FloorReport, rounded_anew
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
 from megatron_pmd.algorithm.losses import Constants, loss_of
@@ -61,6 +62,7 @@ class Trial:
 
     def step_of(self, microbatches: list[list[int]], rate: float) -> tuple[float, int, float]:
         report = self.actor.update(self.batch, microbatches, self.anchor, OBJECTIVE, rate)
+        self.entropy = (report.entropy_sum, report.tokens)
         return report.loss_sum, report.loss_count, report.gradient_norm
 
     @contextlib.contextmanager
@@ -120,6 +122,7 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     with trial.gradient_before_clipping(result):
         first = trial.step(STEPS[0])
+    result["entropy"] = trial.entropy
     result["steps"] = [first, trial.step(STEPS[1])]
     result["weights"] = trial.weights()
     # the third step runs, and changes every tensor, while the checkpoint is being written
@@ -159,7 +162,18 @@ def logits(path: Path) -> dict[str, Any]:
 
     with Widest():
         trial.step_of([samples], 0.0)
-    return {"rows": widest, "responses": int(trial.batch.samples.response_lengths[samples].sum())}
+    few = [samples]
+    once = trial.actor.log_probs(trial.batch, few)
+    with rounded_anew(trial.actor.chunks):
+        again = trial.actor.log_probs(trial.batch, few)
+    repeated = trial.actor.log_probs(trial.batch, few)
+    floor, none = (
+        FloorReport.of(trial.batch, few, once.log_probs, other.log_probs) for other in (again, repeated)
+    )
+    return {
+        "floor": vars(floor), "repeated": vars(none), "log_probs": once.log_probs,
+        "rows": widest, "responses": int(trial.batch.samples.response_lengths[samples].sum()),
+    }  # fmt: skip
 
 
 def gradients(paths: list[Path]) -> dict[str, dict[str, tuple[float, torch.Tensor]]]:

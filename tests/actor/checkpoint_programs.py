@@ -24,6 +24,8 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     trial = Trial(config_for(path))
     result: dict[str, Any] = {}
     complete = trial.save(folder, 1)
+    servers = [p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    result["servers of queues"] = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in servers]
     save = checkpoint.dist_checkpointing.save
 
     def disk_full(*arguments: Any, **options: Any) -> None:

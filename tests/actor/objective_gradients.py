@@ -50,7 +50,9 @@ def all_gradients(trial: Any) -> Gradients:
     for name, objective in OBJECTIVES.items():
         results[name] = _gradient(trial, objective, samples, None)
     examples = np.arange(SAMPLED, 16)
+    policys, trial.batch.temperature = trial.batch.temperature, 1.0
     results["sft of the examples"] = _gradient(trial, next_token, examples, None)
+    trial.batch.temperature = policys
     trial.batch.examples = 16 - SAMPLED
     first, last = trial.batch.tokens.offsets[SAMPLED], trial.batch.tokens.offsets[16]
     tokens = int(trial.batch.tokens.counted[first:last].sum())

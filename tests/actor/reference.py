@@ -27,6 +27,8 @@ class Step:
     """Before clipping, by Hugging Face name, as files hold the weights."""
     weights: dict[str, torch.Tensor]
     """After the step, by Hugging Face name, as files hold them."""
+    entropy: float
+    """Before the step: mean over the counted tokens of its responses, nats."""
 
 
 @dataclass
@@ -94,17 +96,20 @@ def _step(
     Σ and |y| are over the tokens that count.
     """
     model.zero_grad()
-    losses = []
+    losses, entropies = [], []
     for i in indices:
         counted = _counted(samples[i])
-        log_probs = _given(_log_softmax(model, samples[i]), samples[i])
+        distribution = _log_softmax(model, samples[i])
+        entropies.append(-(distribution.exp() * distribution).sum(-1)[counted].detach())
+        log_probs = _given(distribution, samples[i])
         s = (log_probs - anchors[i].double())[counted].sum()
         losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
     loss = torch.stack(losses).mean()
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = optimizer.step()
-    return Step(float(loss.detach()), norm, _as_in_files(gradient), _as_in_files(model.state_dict()))
+    entropy = float(torch.cat(entropies).mean())
+    return Step(float(loss.detach()), norm, _as_in_files(gradient), _as_in_files(model.state_dict()), entropy)
 
 
 class AdamW:

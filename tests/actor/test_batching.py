@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_pmd.actor.batching import attention_cost_tokens, pack, steps_of_groups
+from megatron_pmd.actor.batching import (
+    attention_cost_tokens,
+    length_of_equal_cost,
+    pack,
+    steps_of_groups,
+)
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.planner.shapes import MODELS
 
 LIMIT = 100
 lengths_and_ranks = st.tuples(st.lists(st.integers(1, LIMIT), max_size=60), st.integers(1, 5))
@@ -78,16 +86,52 @@ def test_attention_costs_as_much_as_the_linear_layers_at_the_given_length():
     np.testing.assert_allclose(attention_cost_tokens(np.array([0, 500, 1000]), 1000.0), [0, 750, 2000])
 
 
+def published_tensors(name: str) -> dict[str, list[int]]:
+    """The tensors of a published model, as transformers makes it without memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = json.loads(MODELS.read_text())[name]["config"]
+    config = AutoConfig.for_model(**known)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "routed_share", "score_width", "tokens"),
+    [
+        # 2.73 billion weights a token in 48 layers of 32 heads, queries and values of 128
+        ("Qwen3-30B-A3B-Base", 8 / 128, 48 * 32 * 256, 13_900),
+        # 35.7 billion in 61 layers of 128 heads, queries of 192 and values of 128
+        ("DeepSeek-V3-Base", 8 / 256, 61 * 128 * 320, 28_600),
+    ],
+)
+def test_the_length_of_equal_cost_is_counted_from_the_architecture(name, routed_share, score_width, tokens):
+    found = length_of_equal_cost(published_tensors(name), routed_share=routed_share, score_width=score_width)
+    assert found == pytest.approx(tokens, rel=0.02)
+
+
+@pytest.mark.parametrize(("tokens_at_equal_cost", "loss"), [(13_889, 1.022), (24_576, 1.055)])
+def test_ranks_wait_less_for_each_other_when_attention_has_its_cost(tokens_at_equal_cost, loss):
+    """One optimizer step of 512 responses on 32 ranks: what micro-batches in lockstep lose, by true costs."""
+    draws = np.random.default_rng(0).lognormal(np.log(4000) - 0.18, 0.6, 512)
+    lengths = np.clip(draws, 1, 10_000).astype(np.int64)
+    true = attention_cost_tokens(lengths, 13_889)
+    shares = pack(lengths, attention_cost_tokens(lengths, tokens_at_equal_cost), ranks=32, max_tokens=12_288)
+    work = np.array([[true[microbatch].sum() for microbatch in share] for share in shares])
+    assert work.max(0).sum() / work.mean(0).sum() == pytest.approx(loss, abs=0.002)
+
+
 @pytest.mark.parametrize("limit", [10_000, 12_288, 16_384, 32_768])
 def test_a_rollout_of_long_responses_fills_and_balances_32_ranks(limit):
-    """8,192 log-normal lengths, mean 4k, cut at 10k, operations as of a model of hidden size 2,048.
+    """8,192 log-normal lengths, mean 4k, cut at 10k, operations as of Qwen3-30B-A3B.
 
     The ranks wait for each other after every micro-batch (experts) and after all of them (gradients).
     """
     sigma = 0.6
     draws = np.random.default_rng(0).lognormal(np.log(4000) - sigma**2 / 2, sigma, 8192)
     lengths = np.clip(draws, 1, 10_000).astype(np.int64)
-    costs = attention_cost_tokens(lengths, 12 * 2048)
+    costs = attention_cost_tokens(lengths, 13_889)
     begin = time.process_time()
     shares = pack(lengths, costs, ranks=32, max_tokens=limit)
     seconds = time.process_time() - begin

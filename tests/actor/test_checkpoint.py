@@ -90,6 +90,10 @@ def test_a_write_that_the_system_refuses_is_reported_in_one_line_when_it_is_wait
     assert "\n" not in message
 
 
+def test_the_server_of_the_writers_queue_does_not_import_torch(faults):
+    assert faults["servers of queues"] == [False], "one process, and it holds bytes"
+
+
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults):
     kind, message = faults["disk full, first"]
     assert kind == "CheckpointError" and "there is no earlier checkpoint" in message

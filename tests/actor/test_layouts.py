@@ -44,6 +44,14 @@ def test_log_probs_equal_transformers_on_the_ranks_that_hold_logits(case):
     assert entropy == pytest.approx(expected.entropy_sum, rel=1e-6)
 
 
+def test_a_steps_entropy_is_of_the_counted_tokens_alone(case):
+    ranks, expected, _ = case
+    entropy, tokens = (sum(rank["entropy"][i] for rank in ranks) for i in (0, 1))
+    counted = [sum(g.tokens for g in s.segments if g.counted) for s in expected.samples]
+    assert tokens == sum(counted[i] for i in STEPS[0])
+    assert entropy / tokens == pytest.approx(expected.steps[0].entropy, rel=1e-5)
+
+
 def test_losses_and_gradient_norms_equal_the_reference_and_one_process(case):
     ranks, expected, single = case
     for k, samples in enumerate(STEPS[:2]):

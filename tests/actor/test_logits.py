@@ -36,9 +36,33 @@ def test_log_probs_equal_transformers_after_loading(one_process, reference, fami
     )
 
 
-def test_logits_are_of_response_tokens_alone_and_in_fp32_a_chunk_at_a_time(models):
+@pytest.fixture(scope="module")
+def in_bf16(models):
+    return launch("logits", path=models / "qwen2")[0]
+
+
+def test_the_noise_floor_is_of_the_size_of_the_rounding_error(in_bf16, reference):
+    """|Σ log π_bf16 − log π_float64| of a sequence is one rounding error; the floor is a difference of two.
+
+    The same pass once more shows nothing: the kernels are deterministic.
+    """
+    assert in_bf16["repeated"] == {"sequences": 16, "absolute": 0.0, "k2": 0.0, "k3": 0.0}
+    exact = reference("qwen2").samples
+    batch, log_probs = RolloutBatch.pack(exact, 1.0), in_bf16["log_probs"].numpy()
+    errors = []
+    for number in range(16):
+        own = slice(*batch.tokens.offsets[number : number + 2])
+        counted = batch.tokens.counted[own]
+        errors.append(abs((log_probs[own] - batch.tokens.engine_log_probs[own])[counted].sum()))
+    floor = in_bf16["floor"]
+    assert floor["sequences"] == 16 and 0.2 < floor["absolute"] / sum(errors) < 5
+    # k2 and k3 agree for small differences
+    assert 0 < floor["k3"] == pytest.approx(floor["k2"], rel=0.1)
+
+
+def test_logits_are_of_response_tokens_alone_and_in_fp32_a_chunk_at_a_time(in_bf16):
     """config_for's chunks have 16 tokens."""
-    found = launch("logits", path=models / "qwen2")[0]
+    found = in_bf16
     assert found["rows"] == {"torch.bfloat16": found["responses"], "torch.float32": 16}
 
 

@@ -20,6 +20,8 @@ from tests.algorithm.evaluated import evaluated
 
 GROUPS = np.repeat([5, -2, 9], 4)
 REWARDS = np.array([1, -1, -1, -1, 1, 1, -1, 1, 0.3, 0.3, 0.3, 0.3])
+SUMS = ("towards_target", "target_square", "explained_square", "advantage_square")
+SIGNAL = "pmd/groups_with_signal"
 KEYS = {
     "pmd/progress",
     "pmd/r2",
@@ -28,6 +30,8 @@ KEYS = {
     "pmd/log_z_gap",
     *(f"pmd/log_ratio_{p}" for p in ("p05", "p50", "p95")),
     "pmd/zero_advantage_groups",
+    "pmd/groups_with_signal",
+    *(f"pmd/fit/{name}" for name in SUMS),
     "pmd/drift",
     "mismatch/mean_abs",
     "mismatch/max_abs",
@@ -68,7 +72,7 @@ def group_target(a: np.ndarray) -> tuple[np.ndarray, float]:
     return np.log(rho(weight)), weight
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=5), min_size=1, max_size=5),
     st.sampled_from(["mean", "mean_loo"]),
@@ -115,8 +119,9 @@ def test_a_step_in_which_every_reward_is_equal_has_no_nan(baseline):
         baseline=baseline,
         tau=0.1,
     )
-    assert set(result) == KEYS and np.isfinite(list(result.values())).all()
-    assert result["pmd/progress"] == result["pmd/r2"] == result["pmd/chi2_weight"] == 0
+    assert set(result) == KEYS - {"pmd/progress", "pmd/r2"}, "they say nothing where nothing is aimed at"
+    assert np.isfinite(list(result.values())).all()
+    assert result["pmd/chi2_weight"] == result["pmd/groups_with_signal"] == 0
     assert result["pmd/zero_advantage_groups"] == 1
 
 
@@ -230,13 +235,32 @@ def test_an_iteration_takes_the_last_of_what_grows_and_the_mean_of_what_describe
     result = over_iteration([first, last | {"pmd/drift": 2.0}, last])
     mean = {"pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups"}
     mean |= {"mismatch/mean_abs", "mismatch/sequence_sum_abs", "mismatch/effective_sample_size"}
-    assert result.keys() == KEYS | {"pmd/drift_per_step"}
+    sums = {f"pmd/fit/{name}" for name in SUMS}
+    assert result.keys() == (KEYS - sums) | {"pmd/drift_per_step"}
     assert {k: result[k] for k in mean} == pytest.approx(dict.fromkeys(mean, 5 / 3))
     assert result["mismatch/max_abs"] == 7.0
     assert result["pmd/drift"] == 5.0 and result["pmd/drift_per_step"] == 2.0
-    others = KEYS - mean - {"mismatch/max_abs", "pmd/drift"}
+    others = KEYS - mean - sums - {"mismatch/max_abs", "pmd/drift", "pmd/progress", "pmd/r2", SIGNAL}
     assert {k: result[k] for k in others} == dict.fromkeys(others, 2.0)
     assert over_iteration([]) == {}
+
+
+def test_an_iterations_progress_and_r2_are_those_of_all_its_sequences_together():
+    """Steps of one group, the last without a signal: the ratios of the three steps as if they were one."""
+    rng = np.random.default_rng(0)
+    s = rng.normal(size=12)
+    a = advantages(REWARDS, GROUPS, baseline="mean", tau=0.1)
+    steps = [
+        diagnostics(
+            arrays(s[own]), advantage=a[own], reward=REWARDS[own], group=GROUPS[own], baseline="mean", tau=0.1
+        )
+        for own in np.split(np.arange(12), 3)
+    ]
+    together, iteration = measure(s), over_iteration(steps)
+    assert "pmd/progress" not in steps[2] and together[SIGNAL] == iteration[SIGNAL] == 2
+    for name in ("pmd/progress", "pmd/r2"):
+        assert iteration[name] == pytest.approx(together[name]), name
+    assert not {"pmd/progress", "pmd/r2"} & over_iteration(steps[2:]).keys()
 
 
 def test_a_quantile_of_several_ranks_histograms_is_that_of_all_values_to_six_per_cent():

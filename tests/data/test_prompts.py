@@ -12,36 +12,11 @@ from hypothesis import strategies as st
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PrioritisedPrompts, PromptSource, prompt_source, sample_seed, tokenize
 from megatron_pmd.errors import DataError
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.data.conftest import TEMPLATE
 
 
 def problems_of(count: int) -> list[Problem]:
     return [Problem(i, ({"role": "user", "content": f"{'very ' * i}hard?"},), str(i)) for i in range(count)]
-
-
-@pytest.fixture
-def tokenizer():
-    """Bytes as tokens, with a chat template in the style of Qwen."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=259,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def test_tokens_decode_to_the_rendered_chat_with_the_generation_prompt(tokenizer):
@@ -77,6 +52,19 @@ def test_a_template_that_refuses_the_messages_names_the_problem(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     with pytest.raises(DataError, match=r"problem 0: the chat template refuses .*\(user\): no system role"):
         tokenize(problems_of(1), tokenizer, max_prompt_tokens=100)
+
+
+def test_template_arguments_reach_the_template_and_one_that_it_does_not_read_is_refused(tokenizer):
+    """As Qwen3's template does without thinking: it writes an empty thought."""
+    tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    (problem,) = problems_of(1)
+    silent = replace(problem, template_arguments={"enable_thinking": False})
+    (kept,), _ = tokenize([silent], tokenizer, max_prompt_tokens=1000)
+    (plain,), _ = tokenize([problem], tokenizer, max_prompt_tokens=1000)
+    assert tokenizer.decode(kept.tokens) == tokenizer.decode(plain.tokens) + "<think>\n\n</think>\n\n"
+    misspelt = replace(problem, template_arguments={"enable_thinkin": False})
+    with pytest.raises(DataError, match=r"reads no enable_thinkin \(did you mean enable_thinking\?\)"):
+        tokenize([misspelt], tokenizer, max_prompt_tokens=1000)
 
 
 def indices(source: PromptSource, n: int) -> list[int]:

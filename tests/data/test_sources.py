@@ -45,6 +45,101 @@ def test_the_last_line_may_lack_its_newline(tmp_path):
     assert len(load(FileSource(path=str(path)))) == 1
 
 
+def test_a_byte_order_mark_and_blank_lines_are_read_over_and_lines_keep_their_numbers(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(GOOD).encode() + b"\n \n"
+    )
+    assert len(load(FileSource(path=str(path)))) == 2
+    path.write_bytes(path.read_bytes() + b"{")
+    with pytest.raises(DataError, match=r":5: not JSON"):
+        load(FileSource(path=str(path)))
+
+
+def test_files_of_verl_slime_and_nemo_rl_are_read_by_their_keys(tmp_path):
+    """As verl's examples/data_preprocess/gsm8k.py, slime's dapo-math-17k and NeMo-RL's datasets have them."""
+    user = {"role": "user", "content": "1 + 1?"}
+    verl = {
+        "data_source": "openai/gsm8k", "prompt": [user], "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"split": "train", "index": 0},
+    }  # fmt: skip
+    nemo_rl = {"messages": [user, {"role": "assistant", "content": "2"}], "task_name": "math"}
+    sources = [
+        parquet(tmp_path, [verl]).model_copy(update={"answer_key": "reward_model.ground_truth"}),
+        jsonl(tmp_path, {"prompt": [user], "label": "2"}).model_copy(update={"answer_key": "label"}),
+    ]
+    for source in sources:
+        (problem,) = load(source)
+        assert (problem.messages, problem.answer) == ((user,), "2")
+    for row, prompt_key, answer_key in (
+        ({"input": "1 + 1?", "output": "2"}, "input", "output"),
+        (nemo_rl, "messages", "messages.-1.content"),
+    ):
+        source = jsonl(tmp_path, row)
+        keys = {"prompt_key": prompt_key, "answer_key": answer_key}
+        (problem,) = load(source.model_copy(update=keys))
+        assert (problem.messages, problem.answer) == ((user,), "2")
+
+
+def test_a_path_that_leads_nowhere_names_what_there_is(tmp_path):
+    row = {"prompt": "x", "reward_model": {"ground_truth": "2", "style": "rule"}, "choices": ["1", "2"]}
+    source = jsonl(tmp_path, row)
+    assert load(source.model_copy(update={"answer_key": "choices.1"}))[0].answer == "2"
+    for key in ("reward_model.gold", "choices.2", "answer"):
+        with pytest.raises(
+            DataError, match=r"only choices, prompt, reward_model\.ground_truth, reward_model\.style"
+        ):
+            load(source.model_copy(update={"answer_key": key}))
+
+
+def test_what_else_a_message_says_goes_to_the_template_and_nulls_do_not(tmp_path):
+    """Parquet gives every message of a column the same keys."""
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "1 + 1?", "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "a"},
+        {"role": "user", "content": "Sure?"},
+    ]
+    expected = (turns[0], turns[1] | {"content": ""}, turns[2], turns[3])
+    for source in (
+        parquet(tmp_path, [{"prompt": turns, "answer": "2"}]),
+        jsonl(tmp_path, {"prompt": turns, "answer": "2"}),
+    ):
+        assert load(source)[0].messages == expected
+
+
+def test_a_column_of_integers_that_became_floats_gives_integers(tmp_path):
+    """pandas does it where a value of the column is missing; 2**53 and above a double is no exact integer."""
+    rows = [
+        {"prompt": "x", "answer": answer, "limit": limit}
+        for answer, limit in ((34.0, 8.0), (0.5, float("nan")))
+    ]
+    keys = {"token_budget_key": "limit", "difficulty_key": "limit"}
+    for source in (parquet(tmp_path, rows), jsonl(tmp_path, *rows)):
+        first, second = load(source.model_copy(update=keys))
+        assert (first.answer, first.token_budget) == ("34", 8)
+        assert (second.answer, second.token_budget, second.difficulty) == ("0.5", None, None)
+    assert load(jsonl(tmp_path, {"prompt": "x", "answer": 1e300}))[0].answer == "1e+300"
+
+
+def test_several_files_compressed_ones_and_slices_of_them_are_one_source(tmp_path):
+    rows = [{"prompt": f"{i}?", "answer": i} for i in range(5)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json.zst"):
+        with pa.output_stream(tmp_path / name, compression="detect") as file:
+            file.write(lines)
+    parts = (f"{tmp_path}/a.jsonl@[0:2]", f"{tmp_path}/b.jsonl.gz", f"{tmp_path}/c.json.zst@[-1:]")
+    problems = load(FileSource(path=parts))
+    assert [p.answer for p in problems] == ["0", "1", "0", "1", "2", "3", "4", "4"]
+    assert [p.index for p in problems] == list(range(8))
+    with pytest.raises(DataError, match=r"none of the 5 rows of .*a\.jsonl is in this slice"):
+        load(FileSource(path=f"{tmp_path}/a.jsonl@[9:]"))
+    (tmp_path / "d.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:20])
+    with pytest.raises(DataError, match=r"d\.jsonl\.gz: cannot be read: .*; is the file complete\?"):
+        load(FileSource(path=f"{tmp_path}/d.jsonl.gz"))
+
+
 def test_keys_of_the_source_name_the_columns(tmp_path):
     source = jsonl(tmp_path, {"question": "1 + 1?", "gold": "2", "prompt": "kept as metadata"})
     named = source.model_copy(update={"prompt_key": "question", "answer_key": "gold"})
@@ -85,11 +180,12 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
     ("line", "message"),
     [
         ('{"prompt": "x"', r"problems\.jsonl:2: not JSON"),
-        ("", r"problems\.jsonl:2: the line is blank"),
+        ({"prompt": "x", "answer": float("nan")}, r":2: 'answer' is NaN, which pandas writes"),
+        ({"prompt": "x", "answer": float("inf")}, r":2: 'answer' is infinite"),
         ("[1]", r":2: a list where an object"),
         ({"answer": "2"}, r":2: no key 'prompt', only answer"),
         ({"prompt": "x"}, r":2: no key 'answer', only prompt"),
-        ({"prompt": 7, "answer": "2"}, r":2: 'prompt' is a int"),
+        ({"prompt": 7, "answer": "2"}, r":2: 'prompt' is a number"),
         ({"prompt": None, "answer": "2"}, r":2: 'prompt' is a null"),
         ({"prompt": "x", "answer": None}, r":2: 'answer' is a null"),
         ({"prompt": "x", "answer": True}, r":2: 'answer' is a boolean"),
@@ -97,7 +193,8 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
         ({"prompt": " \n", "answer": "2"}, r":2: 'prompt', message 1 is empty"),
         ({"prompt": [], "answer": "2"}, r":2: 'prompt' is an empty list"),
         ({"prompt": ["x"], "answer": "2"}, r":2: 'prompt', message 1 is a string"),
-        ({"prompt": [{"role": "user"}], "answer": "2"}, r"message 1 has role; .* exactly role and content"),
+        ({"prompt": [{"role": "user"}], "answer": "2"}, r":2: 'prompt', message 1 has a null as content"),
+        ({"prompt": [{"content": "x"}], "answer": "2"}, r"message 1 has content; .* role and content"),
         (
             {"prompt": [{"role": "human", "content": "x"}], "answer": "2"},
             r"the role 'human'; use one of system",
@@ -105,7 +202,7 @@ def test_system_prompt_comes_first_and_the_suffix_ends_the_last_message(tmp_path
         ({"prompt": [{"role": "user", "content": [1]}], "answer": "2"}, r"has a list as content"),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"},
-            r"ends with a assistant message",
+            r"ends with the assistant's message",
         ),
     ],
 )
@@ -148,7 +245,7 @@ def test_an_unknown_suffix_names_the_known_ones(tmp_path):
 
 
 def test_a_missing_parquet_column_is_named_with_the_present_ones(tmp_path):
-    with pytest.raises(DataError, match=r"no column 'answer', only prompt, solution"):
+    with pytest.raises(DataError, match=r"row 1: no key 'answer', only prompt, solution"):
         load(parquet(tmp_path, [{"prompt": "x", "solution": "2"}]))
 
 

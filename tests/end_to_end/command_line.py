@@ -1,10 +1,10 @@
-"""Runs of the real command line, small enough for a test: real torchrun workers, real engines."""
+"""Runs of the real command line, small enough for a test: real ranks, real engines."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,20 +37,48 @@ SMALL = [
 ]
 
 
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.end_to_end.warm_launcher"])
+
+
+class Started:
+    """A `megatron-pmd train` that has been started, as subprocess.Popen would show it."""
+
+    def __init__(self, words: list[str], folder: Path, output: Path) -> None:
+        self._output = output
+        self._process = FORK_SERVER.Process(target=_train, args=(words, folder, output))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float = 60.0) -> tuple[str, None]:
+        """What was printed, once it has ended. Raises TimeoutError if it does not."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise TimeoutError(f"not ended after {timeout} s: {self._output.read_text()}")
+        return self._output.read_text(), None
+
+
 class CommandLine:
     """`megatron-pmd train RECIPE …` in its own session, with its runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._starts = folder, 0
 
-    def start(self, name: str, *words: str) -> subprocess.Popen[str]:
-        module = [sys.executable, "-m", "megatron_pmd.cli.main"]
-        command = [*module, "train", RECIPE, f"name={name}", *SMALL, *words]
-        environment = os.environ | LEFT | {"PYTHONPATH": str(PROJECT), "COLUMNS": "100"}
-        return subprocess.Popen(
-            command, cwd=self.folder, env=environment, text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    def start(self, name: str, *words: str) -> Started:
+        self._starts += 1
+        output = self.folder / f"{name}-{self._starts}.out"
+        return Started([RECIPE, f"name={name}", *SMALL, *words], self.folder, output)
 
     def run(self, name: str, *words: str, expect: int = 0) -> str:
         """Train to the end; returns what was printed."""
@@ -59,7 +87,7 @@ class CommandLine:
             output, _ = process.communicate(timeout=DEADLINE_SECONDS)
         finally:
             process.kill()
-        assert process.returncode == expect, output
+        assert process.returncode == expect, f"exit code {process.returncode}: {output}"
         return output
 
     def path(self, name: str) -> Path:
@@ -97,7 +125,21 @@ class CommandLine:
         return json.loads((self.path(name) / "summary.json").read_text())
 
 
-def wait_until(condition: Callable[[], Any], what: str, process: subprocess.Popen[str]) -> None:
+def _train(words: list[str], folder: Path, output: Path) -> None:
+    """`megatron-pmd train WORDS`, in a forked process; ends it with the command's exit code."""
+    from megatron_pmd.cli.main import main
+
+    os.setsid()
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.environ.update(LEFT, PYTHONPATH=str(PROJECT), COLUMNS="100")
+    sys.argv = ["megatron-pmd", "train", *words]
+    main()
+
+
+def wait_until(condition: Callable[[], Any], what: str, process: Started) -> None:
     """Poll until the condition holds; fails with the process's output if it ends first or at the deadline."""
     limit = time.monotonic() + DEADLINE_SECONDS
     while not condition():
@@ -106,7 +148,7 @@ def wait_until(condition: Callable[[], Any], what: str, process: subprocess.Pope
         time.sleep(0.05)
 
 
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def descendants(process: Started) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 

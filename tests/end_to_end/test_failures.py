@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout
-from tests.end_to_end.command_line import PROJECT, CommandLine, descendants, still_there, wait_until
+from tests.end_to_end.command_line import (
+    PROJECT,
+    CommandLine,
+    Started,
+    descendants,
+    still_there,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -21,21 +28,21 @@ LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_t
 LONG_ROLLOUT += ["rollout.max_total_tokens=16384", "iterations=1", "batch.max_tokens_per_microbatch=2048"]
 
 
-def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: subprocess.Popen[str]) -> None:
+def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: Started) -> None:
     """Wait until the engine samples several responses at a time: at its start it is asked for one."""
     wait_until(lambda: (0, "start") in command_line.phases(name), "the first sync", process)
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
 
 
-def listening(process: subprocess.Popen[str]) -> set[tuple[str, str]]:
+def listening(process: Started) -> set[tuple[str, str]]:
     """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
     words = {
         "sglang::scheduler": "scheduler", "sglang::router": "router", "sglang.launch_server": "engine",
-        "megatron_pmd.node.worker": "rank", "megatron_pmd.cli.main": "agent",
+        PROCESS_TITLE: "rank",
     }  # fmt: skip
     found = set()
     for each in [psutil.Process(process.pid), *descendants(process)]:
-        command = " ".join(each.cmdline())
+        command = "agent" if each.pid == process.pid else " ".join(each.cmdline())
         kind = next((kind for word, kind in words.items() if word in command), command)
         for socket in each.net_connections("tcp"):
             if socket.status == psutil.CONN_LISTEN:
@@ -63,6 +70,7 @@ def test_an_engine_that_dies_while_generating_is_replaced_and_no_sample_counts_t
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "died and were started again" in output
+    assert "INFO:" not in output, "libraries tell what they do"
     samples, _ = read_rollout(command_line.path("engine_dies") / "rollouts" / "0.parquet")
     assert sorted((s.group, s.number) for s in samples) == [(g, n) for g in range(8) for n in range(4)]
     assert command_line.summary("engine_dies")["status"] == "complete"
@@ -79,7 +87,7 @@ def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
     process = command_line.start("interrupted", *LONG_ROLLOUT)
     wait_until(lambda: (0, "start") in command_line.phases("interrupted"), "the first sync", process)
     started = descendants(process)
-    assert len([p for p in started if "megatron_pmd.node.worker" in " ".join(p.cmdline())]) >= 2
+    assert len([p for p in started if PROCESS_TITLE in " ".join(p.cmdline())]) >= 2
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -94,7 +102,7 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
     process = command_line.start("cut", *LONG_ROLLOUT)
     in_the_middle_of_a_rollout(command_line, "cut", process)
     for rank in descendants(process):
-        if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
+        if PROCESS_TITLE in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
@@ -131,9 +139,7 @@ def test_a_run_started_twice_goes_on_and_a_killed_rank_ends_it_and_is_named(
     again = command_line.run("rank_killed", *LONG_ROLLOUT, expect=1)
     assert f"is being trained already, by process {process.pid} on" in " ".join(again.split())
     started = descendants(process)
-    ranks = [p for p in started if p.environ().get("RANK") == "1"]
-    ranks = [p for p in ranks if "megatron_pmd.node.worker" in " ".join(p.cmdline())]
-    psutil.Process(ranks[0].pid).kill()
+    next(p for p in started if f"{PROCESS_TITLE} 1" in " ".join(p.cmdline())).kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "rank 1 failed: it ended with SIGKILL" in output

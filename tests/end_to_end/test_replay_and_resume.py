@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
 
@@ -90,8 +91,13 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
     assert command_line.summary("killed")["iterations"] == 3
 
 
-def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(command_line: CommandLine) -> None:
-    """Killed twice where live engines work; what it sampled, replayed in one go, gives the same numbers."""
+def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(
+    live: Path, command_line: CommandLine
+) -> None:
+    """Killed twice where live engines work; what it sampled, replayed in one go, gives the same numbers.
+
+    And it sampled what the run of the same seed did that was never killed.
+    """
     for before in ((0, "save"), (0, "resume")):  # sync comes after the one, the next rollout after the other
         process = command_line.start("killed_twice")
         wait_until(lambda: before in command_line.phases("killed_twice"), f"{before}", process)  # noqa: B023
@@ -104,6 +110,12 @@ def test_killed_in_sync_and_in_rollout_a_run_goes_on_as_its_rollouts_say(command
     command_line.run("never_killed", "--replay", str(command_line.path("killed_twice") / "rollouts"))
     assert len(command_line.steps("killed_twice")) == 6
     assert command_line.steps("killed_twice") == command_line.steps("never_killed")
+    for file in ("0.parquet", "1.parquet", "2.parquet"):
+        drawn = [
+            read_rollout(run / "rollouts" / file)[0] for run in (live, command_line.path("killed_twice"))
+        ]
+        tokens, again = ([sample.response_tokens.tolist() for sample in samples] for samples in drawn)
+        assert tokens == again
 
 
 def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
@@ -114,7 +126,7 @@ def test_told_to_save_a_run_exits_with_75_and_resumes_to_the_same_metrics(
     process = command_line.start("told", *words)
     wait_until(lambda: (0, "anchor") in command_line.phases("told"), "anchor of iteration 0", process)
     for rank in descendants(process):
-        if "megatron_pmd.node.worker" in " ".join(rank.cmdline()):
+        if PROCESS_TITLE in " ".join(rank.cmdline()):
             rank.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output

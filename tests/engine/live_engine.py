@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -94,9 +95,9 @@ def update(control: EngineControl, bucket: SharedBucket, model, version: int) ->
     control.flush_cache()
 
 
-def generate(url: str, key: str = KEY, **sampling) -> list[dict]:
+def generate(url: str, key: str = KEY, prompts: Sequence[Sequence[int]] = PROMPTS, **sampling) -> list[dict]:
     sampling = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True} | sampling
-    request = {"input_ids": PROMPTS, "sampling_params": sampling, "return_logprob": True}
+    request = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
     reply = httpx.post(
         url + "/generate",
         json=request,

@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from megatron_pmd.cli.main import app
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
@@ -78,6 +80,14 @@ def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
     assert work.folder == run_folder / "evaluate" / "iteration-10-other-k4"
 
 
+def test_settings_say_how_the_file_is_read_and_change_what_the_run_says(run_folder, tmp_path):
+    model, keys = write_model(tmp_path / "model"), ("data.train.answer_key=label", "data.prompt_suffix=!")
+    request = EvaluationRequest(model, Path("p.jsonl"), reward="exact", max_response_tokens=8, settings=keys)
+    work = task(request)
+    assert (getattr(work.source, "answer_key", None), work.data.prompt_suffix) == ("label", "!")
+    assert task(EvaluationRequest(run_folder, settings=("evaluation.top_p=0.5",))).top_p == 0.5
+
+
 def test_an_evaluation_never_overwrites_another(run_folder):
     first = task(EvaluationRequest(run_folder)).folder
     first.mkdir(parents=True)
@@ -97,8 +107,22 @@ def test_a_model_needs_problems_and_a_reward(tmp_path):
         task(EvaluationRequest(model, reward="exact"))
     with pytest.raises(ConfigError, match="it needs --reward NAME"):
         task(EvaluationRequest(model, data=Path("p.jsonl")))
-    with pytest.raises(ConfigError, match=r"leaves no room for a prompt.*512"):
+    with pytest.raises(ConfigError, match=r"--max-response-tokens 512 leaves no room for a prompt.*512"):
         task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
+    with pytest.raises(ConfigError, match=r"the default of --max-response-tokens, 1024, leaves no room"):
+        task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "model", "--temperature", "inf"],
+        ["convert", "hf-to-megatron", "model", "--out", "x", "--shard-gigabytes", "inf"],
+    ],
+)
+def test_a_number_of_the_command_line_is_finite(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and f"Invalid value for '{words[-2]}'" in result.output
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -115,7 +139,7 @@ class Letters:
     def decode(self, tokens: list[int], **_: Any) -> str:
         return "".join(chr(97 + token) for token in tokens)
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
         verdict: Future[Verdict] = Future()
         verdict.set_result(Verdict(1.0))
         return verdict

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -220,6 +221,12 @@ def test_without_slurm_the_error_says_where_to_go(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(LaunchError, match="sbatch is not here: run this on a login node"):
         slurm("sbatch", "x")
+
+
+@pytest.mark.parametrize("command", [commands.cancel, commands.status])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, command: Callable[[Path], None]) -> None:
+    with pytest.raises(LaunchError, match="nothing was launched here; give the folder of one run"):
+        command(tmp_path)
 
 
 if __name__ == "__main__":

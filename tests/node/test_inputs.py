@@ -33,7 +33,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run
         (None, [], DataError, "train.jsonl: no such file"),
         ([], [], DataError, "train.jsonl: the file holds no problems"),
         ([{"prompt": "2 + 2", "answer": "4"}], [], DataError, "train.jsonl:1: no key 'question'"),
-        (GOOD, ["model.path=model"], ModelError, "no config.json in it"),
+        (GOOD, ["model.path=model"], ModelError, "no config.json there"),
         (GOOD, ["reward.name=mine.py:f"], ConfigError, "mine.py: no such file"),
         (GOOD, ["reward.name=a.b:f"], ConfigError, "reward.name='a.b:f': there is no module a.b"),
         (GOOD, ["rollout.function=turns:f"], ConfigError, "there is no module turns"),

@@ -175,8 +175,9 @@ def test_a_rank_without_cuda_on_a_gpu_node_is_not_taken_for_one_on_a_cpu(gpu_nod
     config = recipe("tiny_moe_cpu").model_dump(mode="json")
     spec = JobSpec(config=config, folder=str(gpu_node), outcomes=str(gpu_node / "outcome"))
     spec.write(gpu_node / "job.json")
+    file = str(gpu_node / "job.json")
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_pmd.node.worker", str(gpu_node / "job.json")],
+        [sys.executable, "-c", f"from megatron_pmd.node.worker import run_rank; run_rank({file!r})"],
         env=os.environ | {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -90,3 +91,26 @@ def test_a_summary_that_has_no_room_does_not_hide_the_failure(
     monkeypatch.setattr(ranks, "write_summary", write)
     outcome = RunOutcome(Status.FAILED, "rank 0 failed")
     assert ranks._ended(tmp_path, Nodes(1, 0, 1, ""), outcome) is outcome
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, Status.INTERRUPTED),
+        (signal.SIGINT, Status.INTERRUPTED),
+        (signal.SIGKILL, Status.FAILED),
+    ],
+)
+def test_a_rank_that_the_signal_of_a_cancelled_job_reached_first_has_not_failed(
+    spec: JobSpec, tmp_path: Path, number: signal.Signals, status: Status
+) -> None:
+    outcome = ranks._of_first_failure(ended(-number), spec, tmp_path)
+    assert outcome.status is status and number.name in outcome.reason
+
+
+def test_a_further_start_makes_no_further_folder_of_logs(tmp_path: Path) -> None:
+    for _ in range(2):
+        nodes = Nodes(1, 0, 2, "localhost:0")
+        launch = ranks._launch_config(recipe("tiny_moe_cpu"), nodes, tmp_path, "spawn")
+        launch.logs_specs.reify({0: {}, 1: {}})
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks-of-node-0"]

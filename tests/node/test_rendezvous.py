@@ -53,7 +53,7 @@ def listening() -> list[str]:
 def agents_meeting(rank: int, nodes: int, port: int, folder: Path) -> Any:
     """What the agent of a node meets the others with, made as torch's launcher makes it."""
     launch = ranks._launch_config(
-        recipe("tiny_moe_cpu"), Nodes(nodes, rank, 1, f"{LOOPBACK}:{port}", attempt=1), folder
+        recipe("tiny_moe_cpu"), Nodes(nodes, rank, 1, f"{LOOPBACK}:{port}", attempt=1), folder, "spawn"
     )
     return get_rendezvous_handler(
         RendezvousParameters(
@@ -100,11 +100,11 @@ def test_ranks_of_one_machine_are_told_an_address_and_no_name(
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     given: list[Nodes] = []
 
-    def run_ranks(config: object, folder: Path, nodes: Nodes, **options: object) -> RunOutcome:
+    def run(config: object, folder: Path, nodes: Nodes, **options: object) -> RunOutcome:
         given.append(nodes)
         return RunOutcome(Status.COMPLETE)
 
-    monkeypatch.setattr(ranks, "run_ranks", run_ranks)
+    monkeypatch.setattr(ranks, "run_ranks", run)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "ib0")
     ranks.run_here(recipe("tiny_moe_cpu"), tmp_path)

@@ -21,8 +21,10 @@ STEP = TEMPLATE.read_text().partition("bash -c '")[2].partition("' || code=$?")[
 
 NODE = """
 import sys
-from megatron_pmd.node import main, ranks
-ranks.RANK_MODULE = "tests.node.waiting_rank"
+from megatron_pmd.node import main, worker
+from tests.node.waiting_rank import wait
+worker.import_what_ranks_need = lambda: None
+worker.run_rank = wait
 sys.exit(main.main())
 """
 
@@ -37,7 +39,8 @@ def step(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     run = tmp_path / "runs" / "tiny_moe_cpu"
     (run / "launch").mkdir(parents=True)
     environment = {
-        "PMD_RECIPE": "tiny_moe_cpu", "PMD_GPU": "cpu", "PMD_RUNS": str(tmp_path / "runs"),
+        "PMD_RECIPE": "tiny_moe_cpu", "PMD_NAME": "tiny_moe_cpu", "PMD_GPU": "cpu",
+        "PMD_RUNS": str(tmp_path / "runs"),
         "PMD_ROOT": str(tmp_path), "PMD_PYTHON": str(python), "PMD_SETUP": "true", "PMD_ATTEMPT": "1",
         "PMD_RANKS_PER_NODE": "2", "PMD_STATE": str(run / "launch"), "PMD_NODES": "localhost",
         "PMD_PREFLIGHT": '{"free_disk_gigabytes": 0}', "SLURM_NODEID": "0", "SLURM_NNODES": "1",

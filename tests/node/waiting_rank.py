@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.processes import die_with_parent
 from megatron_pmd.training.shutdown import Shutdown
 
-if __name__ == "__main__":
+
+def wait(spec_file: str) -> None:
+    """In the place of node/worker.py's run_rank."""
     die_with_parent(parent=os.getppid())
-    folder = Path(JobSpec.read(Path(sys.argv[1])).folder)
+    folder = Path(JobSpec.read(Path(spec_file)).folder)
     shutdown = Shutdown()
     shutdown.install()
     while (reason := shutdown.reason_before("update")) is None:

@@ -86,7 +86,7 @@ def test_only_the_extracted_part_is_graded():
         (r"\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
         (r"first $3$, no: \boxed{4}", "4", 1.0),
         (r"\boxed{3}", "$3$", 1.0),
-        ("it is 1234", "1,234", 1.0),
+        ("the answer is 1234", "1,234", 1.0),
         (r"\boxed{\{2, 1\}}", r"\{1,2\}", 1.0),
         (r"$\frac{1}{3}$", r"\frac{1}{2}", 0.0),
         ("2", r"\frac{1}{2}", 0.0),

@@ -20,6 +20,7 @@ PROBLEM = Problem(0, ({"role": "user", "content": "?"},), "1")
 
 MISBEHAVING = """
 import ctypes, os, sys, time
+hoard = []
 
 def score(response, problem):
     match response:
@@ -37,6 +38,8 @@ def score(response, problem):
         case "os._exit(0)": os._exit(0)
         case "crash": ctypes.string_at(0)
         case "pid": return os.getpid()
+        case "memory": return len(bytearray(10**9))
+        case "hoard": hoard.append(bytearray(15 * 10**7)); return 1
         case "true": return 2 > 1
     return float(response)
 """
@@ -64,7 +67,7 @@ def reward_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def reward(name: str = "misbehaving:score", workers: int = 1, timeout_seconds: float = 0.5) -> Reward:
-    return Reward(name=name, workers=workers, timeout_seconds=timeout_seconds)
+    return Reward(name=name, workers=workers, timeout_seconds=timeout_seconds, memory_gigabytes=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,18 @@ def verdict(pool: RewardPool, response: str) -> Verdict:
         ("os._exit", "the reward ended its worker process (exit code 5)"),
         ("os._exit(0)", "no verdict within 0.5 s"),
         ("crash", "the reward ended its worker process (exit code -11)"),
+        ("memory", "it needs more than reward.memory_gigabytes=0.2"),
     ],
 )
 def test_a_reward_that_misbehaves_counts_as_zero_with_its_reason(pool, response, reason):
     assert verdict(pool, response) == Verdict(0.0, reason)
     assert verdict(pool, "0.25") == Verdict(0.25)
+
+
+def test_a_worker_that_earlier_samples_have_filled_is_replaced(pool):
+    worker = verdict(pool, "pid").reward
+    assert verdict(pool, "hoard") == Verdict(1.0)
+    assert verdict(pool, "pid").reward not in (0.0, worker)
 
 
 def test_verdicts_come_in_the_order_of_the_samples(pool):

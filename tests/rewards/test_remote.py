@@ -20,9 +20,16 @@ from megatron_pmd.rewards.pool import RewardPool, Verdict
 from megatron_pmd.rewards.remote import RemoteReward, grading
 
 PROBLEM = Problem(
-    index=3, messages=({"role": "user", "content": "6 * 7"},), answer="42", metadata={"when": b"1"}
+    index=3,
+    messages=({"role": "user", "content": "6 * 7"},),
+    answer="42",
+    metadata={"when": b"1", "level": float("nan"), "range": [1.5, float("inf")]},
 )
 Reply = tuple[int, Any]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @contextmanager
@@ -34,7 +41,8 @@ def service(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, li
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            sent.append(json.loads(content, parse_constant=_refuse))
             status, content = answer(sent[-1])
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
@@ -75,7 +83,14 @@ def test_the_service_gets_the_graded_part_and_the_problem_and_its_number_is_the_
     assert verdicts == [Verdict(1.0), Verdict(0.0)]
     assert sorted(body["response"] for body in sent) == ["41", "42"]
     assert sent[0]["messages"] == list(PROBLEM.messages) and sent[0]["index"] == 3
-    assert sent[0]["metadata"] == {"when": "b'1'"}
+    assert sent[0]["metadata"] == {"when": "b'1'", "level": None, "range": [1.5, None]}
+    assert not sent[0]["truncated"]
+
+
+def test_the_service_is_told_that_a_response_was_cut():
+    with service(lambda body: (200, {"reward": 0.0})) as (url, sent), RemoteReward(reward(url)) as rewards:
+        rewards.submit("42", PROBLEM, truncated=True).result()
+    assert sent[0]["truncated"]
 
 
 def test_a_service_that_stumbles_is_asked_again():

@@ -213,6 +213,25 @@ def test_a_turn_that_ended_itself_is_not_ended_twice():
         assert response.count(900) == 2  # the turn's own end, and the message's
 
 
+def test_an_inserted_message_is_written_with_the_problems_template_arguments():
+    class Thinking(ChatTokenizer):
+        def apply_chat_template(self, messages: Any, *, enable_thinking: bool = True, **others: Any) -> str:
+            return super().apply_chat_template(messages, **others) + " hello" * (not enable_thinking)
+
+    async def chat(episode: Episode) -> str:
+        await episode.generate()
+        await episode.insert_message("user", "hello")
+        return (await episode.generate()).text
+
+    engine = Turns()
+    engine.generate = answering([104], [104])  # type: ignore[method-assign]
+    silent = replace(problem(0), template_arguments={"enable_thinking": False})
+    with serving(engine) as url:
+        rollout = rollout_for(1, samples_per_prompt=1, problems=[silent])
+        replace(sampler_for(url, function=chat, max_turns=2), tokenizer=Thinking()).run(rollout)
+    assert rollout.samples(Thinking())[0].response_tokens.tolist()[-2:] == [906, 104]
+
+
 def answering(*answers: list[int]) -> Any:
     """A stub engine's generate: these answers, one after another."""
     waiting = iter(answers)

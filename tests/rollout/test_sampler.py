@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from megatron_pmd.config import GroupFilter, PartialRollouts, Repetition
 from megatron_pmd.data.problems import Problem
@@ -17,7 +21,7 @@ from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWei
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
-from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups
+from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups, graders_rewards
 from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats
@@ -40,7 +44,7 @@ class Grading:
     def __init__(self, score: Callable[[str, Problem], float]) -> None:
         self._score = score
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
         verdict: Future[Verdict] = Future()
         verdict.set_result(Verdict(self._score(response, problem)))
         return verdict
@@ -116,6 +120,122 @@ def test_responses_of_other_weights_stop_the_rollout():
         sampler_for(url).run(rollout_for(2))
 
 
+# Requests that an engine will not answer
+
+
+class Refusing(StubEngine):
+    """Answers status 400 to prompts that end with 9, as SGLang does to one that is too long."""
+
+    async def generate(self, request: web.Request) -> web.Response:
+        if (await request.json())["input_ids"][1] == 9:
+            return web.Response(status=400, text="too long")
+        return await super().generate(request)
+
+
+def too_long(index: int) -> Problem:
+    return replace(problem(index), tokens=(1, 9))
+
+
+def test_a_group_whose_prompt_is_refused_is_replaced_and_counted():
+    with serving(Refusing()) as url:
+        problems = [problem(0), too_long(1), problem(2)]
+        rollout = rollout_for(0, problems=problems, next_problem=lambda: problem(3))
+        sampler_for(url).run(rollout)
+    assert [s.problem for s in rollout.samples(Numbers())[::4]] == [0, 2, 3]
+    assert rollout.accounts.dropped == {"refused": 4}
+    assert "too long" in rollout.accounts.first_refusal
+    assert account_values(rollout) == {"rollout/refused_requests": 4, "rollout/refused_groups": 1}
+
+
+def test_in_an_evaluation_a_refused_prompt_is_worth_0_and_says_why():
+    with serving(Refusing()) as url:
+        rollout = rollout_for(0, problems=[problem(0), too_long(1)], samples_per_prompt=1)
+        sampler_for(url).run(rollout)
+    first, second = rollout.samples(Numbers())
+    assert (first.reward, first.reward_error) == (1.0, None)
+    assert (second.reward, second.finish_reason, len(second.response_tokens)) == (0.0, "length", 0)
+    assert "too long" in str(second.reward_error)
+
+
+def test_engines_that_refuse_every_prompt_end_the_rollout():
+    with serving(Refusing()) as url, pytest.raises(EngineError, match=r"refuse every prompt: .*too long"):
+        rollout = rollout_for(0, problems=[too_long(0), too_long(1)], next_problem=lambda: too_long(2))
+        sampler_for(url).run(rollout)
+
+
+def test_a_response_that_the_engine_cuts_below_the_request_ends_there():
+    """SGLang at the end of its context gives two tokens fewer than asked for, and refuses to go on."""
+
+    class Short(StubEngine):
+        async def generate(self, request: web.Request) -> web.Response:
+            body = await request.json()
+            if len(body["input_ids"]) > 2:
+                return web.Response(status=400, text="too long")
+            information = {
+                "weight_version": "0",
+                "finish_reason": {"type": "length"},
+                "output_token_logprobs": [[-1.0, token, None] for token in range(8)],
+            }
+            return web.json_response({"output_ids": list(range(8)), "meta_info": information})
+
+    different = Repetition(window_tokens=8, min_repeats=2)
+    with serving(Short()) as url:
+        # cut below the request; and, where it is asked for a window at a time, refused the second
+        for settings in ({"max_response_tokens": 10}, {"repetition": different}):
+            rollout = rollout_for(1, samples_per_prompt=1)
+            sampler_for(url, **settings).run(rollout)
+            (sample,) = rollout.samples(Numbers())
+            assert (sample.finish_reason, len(sample.response_tokens), sample.reward) == ("length", 8, 1.0)
+
+
+# What is ours, and what is the rollout function's
+
+
+def test_no_more_requests_are_in_flight_than_files_may_be_open():
+    """The engine is in this process too: a request takes two files, as it does in the router."""
+    engine = StubEngine(median_tokens=20, sigma=0.0, tokens_per_second=100)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(engine) as url:
+        there = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (there + 150, limits[1]))
+        try:
+            rollout = rollout_for(50)
+            sampler_for(url, retries=0).run(rollout)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert rollout.finished == 200
+
+
+async def swallowing(episode: Episode) -> str:
+    try:
+        return (await episode.generate()).text
+    except Exception:
+        return "all is well"
+
+
+async def translating(episode: Episode) -> str:
+    try:
+        return (await episode.generate()).text
+    except Exception as error:
+        raise ValueError("something in my function") from error
+
+
+@pytest.mark.parametrize("function", [swallowing, translating])
+def test_a_request_that_fails_is_not_the_functions_failure_whatever_it_makes_of_it(function):
+    with (
+        serving(StubEngine(failures=1000)) as url,
+        pytest.raises(EngineError, match="a request failed 1 times"),
+    ):
+        sampler_for(url, retries=0, function=function).run(rollout_for(1))
+
+    def no_file_left() -> bool:
+        raise OSError(24, "Too many open files")
+
+    lost = Endpoint("http://127.0.0.1:1", [], {}, 20.0, retries=0, any_engine_alive=no_file_left)
+    with pytest.raises(RolloutError, match="a request for it failed, on problem 0: OSError"):
+        replace(sampler_for("", function=function), endpoint=lost).run(rollout_for(1))
+
+
 # Over-sampling with a filter
 
 
@@ -168,7 +288,7 @@ def test_the_interval_of_mean_rewards_is_open(rewards, kept):
     group = rollout_for(1).groups[0]
     for member, reward in zip(group.members, rewards, strict=True):
         member.reward = float(reward)
-    assert group.has_signal(rule) == kept
+    assert group.has_signal(rule, graders_rewards) == kept
 
 
 # How responses end
@@ -254,6 +374,6 @@ def test_a_rollout_function_that_fails_is_named_with_its_problem():
 
     with (
         serving(StubEngine()) as url,
-        pytest.raises(RolloutError, match=r"failed on problem \d: KeyError: 'temp"),
+        pytest.raises(RolloutError, match=r"failed, on problem \d: KeyError: 'temp"),
     ):
         sampler_for(url, function=broken).run(rollout_for(2))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in shown.split())
 
     def wait(self, condition: Callable[[], Any], what: str, name: str) -> None:
-        """Poll until the condition holds, starting requeued jobs at once; shows the log at the deadline."""
+        """Poll until the condition holds, starting requeued jobs soon; shows the log at the deadline."""
         limit, asked = time.monotonic() + DEADLINE_SECONDS, 0.0
         while not condition():
             assert time.monotonic() < limit, (
@@ -155,9 +156,7 @@ class Cluster:
             )
             if time.monotonic() > asked + 2:
                 asked = time.monotonic()
-                for number in slurm("squeue", "-h", "-t", "PENDING", "-o", "%A %r").splitlines():
-                    if "BeginTime" in number:  # a requeued job is held back for two minutes
-                        slurm("scontrol", "update", f"JobId={number.split()[0]}", "StartTime=now")
+                hasten_requeued_jobs()
             time.sleep(0.05)
 
     def wait_for_end(self, number: str, name: str) -> str:
@@ -177,6 +176,18 @@ def slurm(*command: str, environment: dict[str, str] | None = None) -> str:
     whole = os.environ | (environment or {})
     done = subprocess.run(command, env=whole, capture_output=True, text=True, timeout=60)
     return done.stdout.strip()
+
+
+def hasten_requeued_jobs() -> None:
+    """Start jobs in two seconds that Slurm holds back for two minutes after a requeue.
+
+    Not at once: a start in the second of the requeue would be of a job whose credential the nodes have just
+    been told to refuse. slurmctld kills it: "non-startable batch job: Job credential revoked".
+    """
+    for line in slurm("squeue", "-h", "-t", "PENDING", "-o", "%A %r %S").splitlines():
+        number, reason, start = line.split(maxsplit=2)
+        if reason == "BeginTime" and datetime.fromisoformat(start) > datetime.now() + timedelta(seconds=10):
+            slurm("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
 
 def processes_on_nodes() -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.outcome import RunOutcome, Status
 from tests.slurm.cluster import LIVE, PROJECT, Cluster, processes_on_nodes, slurm, started_by_slurm
 
@@ -114,7 +115,7 @@ def test_cancelling_leaves_no_process_on_any_node(cluster: Cluster, live: str) -
     cluster.wait(
         lambda: any("sglang" in line for line in processes_on_nodes()), "an engine on a node", "cancelled"
     )
-    assert any("megatron_pmd.node.worker" in line for line in processes_on_nodes())
+    assert any(PROCESS_TITLE in line for line in processes_on_nodes())
     assert f"cancelled {number}" in cluster.command("cancel", str(cluster.run("cancelled")))
     cluster.wait(lambda: processes_on_nodes() == [], "no process is left", "cancelled")
     assert cluster.wait_for_end(number, "cancelled") == "CANCELLED"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -13,14 +13,20 @@ from megatron_pmd.algorithm import losses, mismatch
 from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Objective, RunConfig, override
+from megatron_pmd.data.problems import Problem
 from megatron_pmd.objectives.cispo import Cispo
 from megatron_pmd.objectives.grpo import Grpo
 from megatron_pmd.objectives.gspo import Gspo
 from megatron_pmd.objectives.pmd import Pmd
 from megatron_pmd.objectives.pmd_token import PmdToken
 from megatron_pmd.objectives.reinforce import Reinforce
+from megatron_pmd.rollout.trajectory import Turn
+from megatron_pmd.training.rollouts import train_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
+
+if TYPE_CHECKING:
+    from megatron_pmd.data.prompts import PromptSource
 
 
 def config_with(*settings: str) -> RunConfig:
@@ -101,6 +107,25 @@ def test_schedules_change_tau_and_temperature_and_nothing_else():
     assert found == [(0.1, 2.0), (0.25, pytest.approx(1.0)), (0.4, 0.5), (0.4, 0.5)]
 
 
+class Prompts:
+    """A source of problems without end."""
+
+    def take(self, count: int) -> list[Problem]:
+        return [Problem(i, (), "1", tokens=(1, 2)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("objective", "temperature"), [("pmd", 0.8), ("sft", 1.0)])
+def test_a_supervised_loss_is_at_temperature_1(objective, temperature):
+    config = config_with(
+        f"algorithm.objective={objective}",
+        "rollout.temperature=0.8",
+        "warm_start=null",
+        "actor.experts.replay_routing=false",
+        "batch.samples_per_prompt=1",
+    )
+    assert Subproblem(config, 0).temperature == temperature
+
+
 def rollout(rewards: list[float], lengths: list[int], cut: list[bool]) -> list[Sample]:
     return [
         Sample(
@@ -133,6 +158,29 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
     expected = advantages(shaped, [0, 0, 1, 1], baseline="partition", tau=0.5)
     assert [s.advantage for s in samples] == pytest.approx(expected.tolist())
     assert [s.reward for s in samples] == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "lengths", "finish", "kept"),
+    [
+        ("reward.length.weight=0.5", (2, 4), ("stop", "stop"), True),
+        ("reward.length.weight=0.5", (3, 3), ("stop", "stop"), False),
+        ("reward.truncation_penalty=0.2", (3, 3), ("stop", "length"), True),
+        ("reward.truncation_penalty=0.2", (3, 3), ("length", "length"), False),
+        ("reward.truncation_penalty=0", (2, 4), ("stop", "length"), False),
+    ],
+)
+def test_the_group_filter_looks_at_the_rewards_that_are_trained_on(setting, lengths, finish, kept):
+    config = config_with(
+        setting, "rollout.group_filter.max_dropped=1", "batch.samples_per_prompt=2",
+        "batch.prompts_per_rollout=4", "batch.prompts_per_step=4",
+    )  # fmt: skip
+    groups = train_rollout(config, cast("PromptSource", Prompts()), 0, carried_over=[])
+    group = groups.groups[0]
+    for member, length, reason in zip(group.members, lengths, finish, strict=True):
+        member.turns = [Turn(np.ones(length, np.int32), np.zeros(length, np.float32), finish=reason)]
+        member.reward = 1.0
+    assert (groups.settled(group) is None) == kept
 
 
 def test_grpo_divides_by_the_deviation_only_when_told():

@@ -231,7 +231,7 @@ def packing() -> dict[str, Any]:
 
     draws = np.random.default_rng(0).lognormal(np.log(4000) - 0.18, 0.6, 8192)
     lengths = np.clip(draws, 1, 10_000).astype(np.int64)
-    costs = attention_cost_tokens(lengths, 12 * 2048)
+    costs = attention_cost_tokens(lengths, 13_889)  # Qwen3-30B-A3B
     begin = time.process_time()
     shares = pack(lengths, costs, ranks=32, max_tokens=16_384)
     seconds = time.process_time() - begin

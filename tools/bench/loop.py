@@ -117,9 +117,9 @@ def served(config: RunConfig, folder: Path) -> Iterator[Served]:
 
 def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row]:
     """The driver's way (router, rewards, rollout file, packed batch) against a client that only posts."""
-    from transformers import AutoTokenizer
+    from megatron_pmd.data.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     problems = load_problems(config.data.train, config.data)
     kept, _ = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
     chosen = prompt_source(kept, config.seed, config.data.sampling).take(config.batch.prompts_per_rollout)

@@ -50,7 +50,7 @@ class Instant:
     def decode(self, tokens: Any, **_: Any) -> str:
         return ""
 
-    def submit(self, response: str, problem: Problem) -> Future[Verdict]:
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
         verdict: Future[Verdict] = Future()
         verdict.set_result(Verdict(1.0))
         return verdict

@@ -90,9 +90,8 @@ def run_all(folder: Path, seeds: list[int]) -> None:
     base = override(recipe("tiny_moe_cpu"), [*COMMON, "name=warm_start"])
     with ExitStack() as stack:
         control = stack.enter_context(single_rank(base))
-        from transformers import AutoTokenizer
-
         from megatron_pmd.actor.actor import Actor
+        from megatron_pmd.data.tokenizer import load_tokenizer
         from megatron_pmd.node.worker import prepare_model
         from megatron_pmd.observe.console import Console
         from megatron_pmd.rewards.pool import RewardPool
@@ -102,7 +101,7 @@ def run_all(folder: Path, seeds: list[int]) -> None:
 
         prepare_model(base)
         quiet = Console(stack.enter_context((folder / "console.log").open("a")))
-        tokenizer = AutoTokenizer.from_pretrained(base.model.path)
+        tokenizer = load_tokenizer(base.model)
         rewards = stack.enter_context(RewardPool(base.reward))
         engines = LiveEngines(base, control, folder, tokenizer, rewards, quiet, cpu=True)
         stack.callback(engines.close)

@@ -3,13 +3,16 @@
 Stand-ins, each with the place in SGLang 0.5.23 that it answers.
 """
 
+import hashlib
 import multiprocessing
+import random
 
 
 def register():
     return_routed_experts_from_host_memory()
     fork_processes()
     name_the_cpu_as_device()
+    sample_by_the_requests_seeds()
 
 
 def return_routed_experts_from_host_memory():
@@ -49,3 +52,50 @@ def name_the_cpu_as_device():
 
     module_of = torch.get_device_module
     torch.get_device_module = lambda device=None: torch.cpu if device is None else module_of(device)
+
+
+def sample_by_the_requests_seeds():
+    """A request's `sampling_seed` decides its tokens.
+
+    SGLang takes it (sampling/sampling_batch_info.py) under enable_deterministic_inference alone, which
+    refuses the only attention that a CPU has; and its sampling by seeds (layers/sampler.py) hashes with a
+    kernel of Triton's.
+    """
+    import torch
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    from_schedule_batch = SamplingBatchInfo.from_schedule_batch.__func__
+
+    def with_seeds(cls, batch, vocab_size):
+        information = from_schedule_batch(cls, batch, vocab_size)
+        seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+        information.sampling_seed = torch.tensor(
+            [random.getrandbits(31) if seed is None else seed for seed in seeds], dtype=torch.int64
+        )
+        return information
+
+    SamplingBatchInfo.from_schedule_batch = classmethod(with_seeds)
+    sampler.multinomial_with_seed = draw
+
+
+def draw(log_probs, seeds, positions):
+    """One index a row by inversion of its distribution: [rows, 1].
+
+    log_probs  [rows, candidates] logarithms of weights that need not add up to 1
+    seeds, positions  [rows]; the same two give the same number in [0, 1), whatever the other rows are
+    """
+    import torch
+
+    pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
+    numbers = torch.tensor([[uniform(seed, position)] for seed, position in pairs], dtype=torch.float64)
+    sums = log_probs.to(torch.float64).exp().cumsum(-1)
+    # `right`: never a candidate of weight 0, whose sum is that of the one before
+    found = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)
+    return found.clamp_(max=log_probs.shape[-1] - 1)
+
+
+def uniform(seed, position):
+    """A number in [0, 1) of 53 random bits."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53

@@ -1,0 +1,12 @@
+"""Imports what `megatron-pmd train` does: the runs of this folder are forked from a process that has done so.
+
+A run that starts as a user starts it spends 9 s of a core on this; those of tests/slurm and the tutorials do.
+"""
+
+from __future__ import annotations
+
+from megatron_pmd.cli import main  # noqa: F401
+from megatron_pmd.node.worker import import_what_ranks_need
+from megatron_pmd.observe import report  # noqa: F401
+
+import_what_ranks_need()

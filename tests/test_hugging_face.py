@@ -1,0 +1,25 @@
+"""What is wrong with a model folder is said by its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_pmd.errors import PmdError
+from megatron_pmd.hugging_face import INDEX, TensorFiles
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"weight_map": ', f"{INDEX}: not JSON"),
+        (b'{"weight_map": "\xff"}', f"{INDEX}: not JSON"),
+        (b"{}", f"{INDEX}: no weight_map in it"),
+    ],
+)
+def test_an_index_that_is_none_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(PmdError, match=message) as refused:
+        TensorFiles(tmp_path)
+    assert refused.value.refuses
