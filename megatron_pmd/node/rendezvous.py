@@ -8,6 +8,7 @@ that the agents read in the store is unpickled.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -33,8 +34,7 @@ DEADLINE_SECONDS = 300.0
 PATIENCE_SECONDS = 10.0
 """So long the others are waited for without a word."""
 POLL_SECONDS = 0.05
-ONE_TRY = timedelta(seconds=1)
-"""Of connecting: while torch waits, this process answers no signal."""
+CONNECT_SECONDS = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)
 """Of the agents' later calls: torch's default of a static rendezvous."""
 
@@ -86,11 +86,12 @@ class NumberedNodes(RendezvousHandler):
 
     def _reach(self) -> TCPStore:
         for _ in self._tries(f"the first node, at {self._where}"):
-            with suppress(DistError):
-                # its timeout is that of connecting, too
-                store = TCPStore(self._host, self._port, is_master=False, timeout=ONE_TRY)
-                store.set_timeout(STORE_TIMEOUT)
-                return store
+            try:
+                # not by TCPStore itself: it fills the log with the frames of each attempt that is too early
+                socket.create_connection((self._host, self._port), timeout=CONNECT_SECONDS).close()
+                return TCPStore(self._host, self._port, is_master=False, timeout=STORE_TIMEOUT)
+            except (OSError, DistError):
+                time.sleep(POLL_SECONDS)
         raise LaunchError(
             f"{_name(self._rank)} did not reach the first node at {self._where} within "
             f"{self._deadline_seconds:g} s: does a firewall close that port between the nodes?"
