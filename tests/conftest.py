@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# a busy machine is no failure
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 TOGETHER = ("actor", "end_to_end")
 """Folders whose files share what a session prepares: layouts trained, runs with engines."""

@@ -35,6 +35,10 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 
     Raises DamagedCheckpoint.
     """
+    return {name: value for name, value in _read(checkpoint).items() if name != FILES}
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -53,7 +57,7 @@ def sizes(checkpoint: Path) -> dict[str, int]:
 def check(checkpoint: Path) -> None:
     """Raise DamagedCheckpoint for a file that is not there, or has not the size it was written with."""
     there = sizes(checkpoint)
-    for name, size in read_run_state(checkpoint).get(FILES, {}).items():
+    for name, size in _read(checkpoint).get(FILES, {}).items():
         if name not in there:
             raise DamagedCheckpoint(f"{checkpoint / name} is missing")
         if there[name] != size:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import Model
-from megatron_pmd.errors import ModelError
+from megatron_pmd.errors import DataError, ModelError
 from megatron_pmd.files import read_object
 
 TOKENIZER_FILES = (
@@ -22,7 +22,10 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     """The config.json of a Hugging Face folder. Raises ModelError for a folder that is none."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder (relative paths start at {Path.cwd()})")
-    found = read_object(folder / "config.json")
+    try:
+        found = read_object(folder / "config.json")
+    except DataError as error:
+        raise ModelError(str(error)) from None
     if found is None:
         raise ModelError(
             f"{folder}: no config.json there; give the folder of a Hugging Face model (config.json, "

@@ -19,7 +19,7 @@ REFUSES = re.compile(
     # 137: SGLang's server kills itself when its scheduler raises
     r"exited with status (1|2|137) at start;.*^("
     # argparse's, and what SGLang's and transformers' own checks raise
-    r"\S+: error: |(AssertionError|AttributeError|ImportError|KeyError|ModuleNotFoundError"
+    r"[^\n]*: error: |(AssertionError|AttributeError|ImportError|KeyError|ModuleNotFoundError"
     r"|NotImplementedError|TypeError|ValueError)\b)",
     re.MULTILINE | re.DOTALL,
 )

@@ -24,7 +24,7 @@ def exact_baseline(rewards: list[float], i: int, baseline: str, tau: float) -> f
         return float(t * (sum(((r / t).exp() for r in kept), Decimal(0)) / len(kept)).ln())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(batches, baselines, taus, st.randoms(use_true_random=False))
 def test_every_baseline_equals_its_definition_for_any_labels_sizes_and_order(groups, baseline, tau, random):
     labels = random.sample(range(-1000, 1000), len(groups))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import lambertw
 
@@ -49,7 +49,6 @@ def test_a_binary_reward_gives_the_reference_values(p, tau):
     assert rho[1] == pytest.approx(failure_partition, rel=5e-7 if failure_partition > 1e-9 else 1e-3)
 
 
-@settings(deadline=None)
 @given(anchors(), taus)
 def test_both_optima_are_distributions_and_increase_with_the_reward(anchor, tau):
     rewards, p = anchor
@@ -59,7 +58,6 @@ def test_both_optima_are_distributions_and_increase_with_the_reward(anchor, tau)
         assert (np.diff(log_rho[order]) >= -1e-12).all()
 
 
-@settings(deadline=None)
 @given(anchors(), taus)
 def test_the_mean_optimum_is_stationary_and_its_weight_is_the_kl_of_the_anchor(anchor, tau):
     """Stationarity on the simplex: log ρ + λρ = A/τ for every outcome, and λ = KL(π_t ‖ π*)."""
@@ -95,7 +93,6 @@ def test_for_large_tau_the_chi2_weight_is_half_the_variance_of_the_scaled_advant
     assert weight == pytest.approx(0.125 / tau**2, rel=1 / tau**2 + 1e-13)
 
 
-@settings(deadline=None)
 @given(anchors())
 def test_partition_tends_to_mean_as_tau_grows(anchor):
     """Both are A/τ + O(1/τ²); rewards here differ by up to 20."""

@@ -57,7 +57,7 @@ def backward(terms: LossTerms, x: LossInput) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 9), max_size=4), padding=st.integers(0, 3)
 )
@@ -118,7 +118,7 @@ def test_a_sequence_without_counted_tokens_adds_nothing_but_counts_as_a_sequence
     assert all(v.isfinite().all() for v in terms.per_sequence.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rewards=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6),
     tau=st.floats(-3, 3).map(lambda exponent: 10.0**exponent),
@@ -159,7 +159,7 @@ def test_no_reward_tau_or_length_in_range_makes_pmd_overflow(
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"pmd"}))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rewards=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6),
     tau=st.floats(-3, 3).map(lambda exponent: 10.0**exponent),

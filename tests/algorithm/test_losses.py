@@ -214,7 +214,7 @@ def pmd(x: LossInput, **options) -> LossTerms:
 
 
 @pytest.mark.parametrize(("name", "weight", "options"), CASES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(x=inputs())
 def test_value_and_gradient_equal_the_definition_written_token_by_token(name, weight, options, x):
     terms = evaluate(name, x, weight, options)
@@ -233,14 +233,14 @@ def test_every_objective_and_every_weight_is_compared_with_its_definition():
     assert {name for name in OBJECTIVES if made(name).counts == "tokens"} == MEANS_OVER_TOKENS
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(x=inputs())
 def test_the_supervised_loss_beside_a_rollout_is_that_of_the_supervised_objective(x):
     assert next_token(x).sum == evaluated("sft", x).sum
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(x=inputs())
 def test_single_precision_log_probs_give_the_double_precision_loss_of_the_same_numbers(name, x):
     single = LossInput(
@@ -260,7 +260,7 @@ def test_single_precision_log_probs_give_the_double_precision_loss_of_the_same_n
     torch.testing.assert_close(found, gradient(expected, leaf).float(), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(x=inputs())
 def test_per_sequence_quantities_equal_their_definitions(x):
     per_sequence = pmd(x, tau=0.1, mismatch=SEQUENCE_WEIGHTS["sequence_tis"]).per_sequence

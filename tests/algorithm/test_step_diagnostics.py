@@ -72,7 +72,7 @@ def group_target(a: np.ndarray) -> tuple[np.ndarray, float]:
     return np.log(rho(weight)), weight
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=5), min_size=1, max_size=5),
     st.sampled_from(["mean", "mean_loo"]),

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
-from megatron_pmd.errors import ConfigError, DataError, ModelError
+from megatron_pmd.errors import ConfigError, ModelError
 
 ROWS = [{"question": "very " * n + "hard?", "gold": {"value": n}, "level": n} for n in (1, 2, 9)]
 KEYS = ["data.train.prompt_key=question", "data.train.answer_key=gold.value"]
@@ -72,7 +72,7 @@ def test_a_setting_of_something_else_and_a_folder_that_is_no_model_are_refused(f
         shown(file, "optimizer.learning_rate=1")
     for content, error, message in (
         (None, ModelError, r"no config\.json there; give the folder of a Hugging Face model"),
-        (b'{"model_type": "\xff"}', DataError, r"config\.json: not JSON: 'utf-8'"),
+        (b'{"model_type": "\xff"}', ModelError, r"config\.json: not JSON: 'utf-8'"),
         (b"{}", ModelError, r"no tokenizer there; copy tokenizer\.json"),
     ):
         if content:

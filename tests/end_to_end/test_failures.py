@@ -37,7 +37,7 @@ def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: St
 def listening(process: Started) -> set[tuple[str, str]]:
     """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
     words = {
-        "sglang::scheduler": "scheduler", "sglang_router": "router", "sglang.launch_server": "engine",
+        "sglang::scheduler": "scheduler", "sglang::router": "router", "sglang.launch_server": "engine",
         PROCESS_TITLE: "rank",
     }  # fmt: skip
     found = set()

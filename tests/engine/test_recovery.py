@@ -66,7 +66,7 @@ def test_an_engine_that_cannot_start_is_not_started_twice(start):
 
 
 SETTINGS = [
-    "launch_server.py: error: argument --quantization: invalid choice: 'nonsense' (choose from 'awq', 'fp8')",
+    "sglang serve: error: argument --quantization: invalid choice: 'nonsense' (choose from 'awq', 'fp8')",
     "ValueError: Model architectures ['NoSuch'] are not supported for now.",
     "AssertionError: tp_size must divide the number of key-value heads",
 ]

@@ -24,6 +24,7 @@ from megatron_pmd.network import LOOPBACK, Interface, loopback
 from megatron_pmd.node import ranks
 from megatron_pmd.node.ranks import Nodes
 from megatron_pmd.node.rendezvous import NumberedNodes
+from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.store import open_store
 from recipes import recipe
 
@@ -98,7 +99,12 @@ def test_ranks_of_one_machine_are_told_an_address_and_no_name(
     monkeypatch.setattr(socket, "getfqdn", lambda name="": "no-such-host.invalid")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     given: list[Nodes] = []
-    monkeypatch.setattr(ranks, "run_ranks", lambda config, folder, nodes, **options: given.append(nodes))
+
+    def run(config: object, folder: Path, nodes: Nodes, **options: object) -> RunOutcome:
+        given.append(nodes)
+        return RunOutcome(Status.COMPLETE)
+
+    monkeypatch.setattr(ranks, "run_ranks", run)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "ib0")
     ranks.run_here(recipe("tiny_moe_cpu"), tmp_path)

@@ -39,7 +39,8 @@ def step(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     run = tmp_path / "runs" / "tiny_moe_cpu"
     (run / "launch").mkdir(parents=True)
     environment = {
-        "PMD_RECIPE": "tiny_moe_cpu", "PMD_GPU": "cpu", "PMD_RUNS": str(tmp_path / "runs"),
+        "PMD_RECIPE": "tiny_moe_cpu", "PMD_NAME": "tiny_moe_cpu", "PMD_GPU": "cpu",
+        "PMD_RUNS": str(tmp_path / "runs"),
         "PMD_ROOT": str(tmp_path), "PMD_PYTHON": str(python), "PMD_SETUP": "true", "PMD_ATTEMPT": "1",
         "PMD_RANKS_PER_NODE": "2", "PMD_STATE": str(run / "launch"), "PMD_NODES": "localhost",
         "PMD_PREFLIGHT": '{"free_disk_gigabytes": 0}', "SLURM_NODEID": "0", "SLURM_NNODES": "1",

@@ -374,6 +374,6 @@ def test_a_rollout_function_that_fails_is_named_with_its_problem():
 
     with (
         serving(StubEngine()) as url,
-        pytest.raises(RolloutError, match=r"failed on problem \d: KeyError: 'temp"),
+        pytest.raises(RolloutError, match=r"failed, on problem \d: KeyError: 'temp"),
     ):
         sampler_for(url, function=broken).run(rollout_for(2))
