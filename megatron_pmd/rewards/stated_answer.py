@@ -44,6 +44,7 @@ _PARTIAL = re.compile(
 )
 """A conclusion with such a word may be one of many."""
 _RESULT = re.compile(r"(?:the\s+)?(?:final\s+)?(?:result|solution|total|sum|value)\s*[:=]", re.IGNORECASE)
+_NUMBER = re.compile(r"[\s*$-]*[\d.,/]+[\s*$.]*")
 _END_TOKEN = re.compile(r"(?:<\|\w+\|>|</s>)\s*$")
 _ARTICLE = re.compile(r"^(?:an?|the|on|in|at)\s+", re.IGNORECASE)
 _JUDGED = re.compile(r"\s*(?:correct|wrong|right|incorrect)\W*")
@@ -152,6 +153,8 @@ def _last_line(response: str, *, text: bool) -> str | None:
         return None
     if text:
         return words(lines[-1])
+    if all(_NUMBER.fullmatch(line) for line in lines[-2:]) and len(lines) > 1:
+        return None  # a column of guesses
     display = _DISPLAY.search(response.rstrip())
     sentences = [sentence for sentence in _SENTENCE_END.split(response.strip()) if sentence.strip()]
     value = lone_value(display[1] or display[2] if display else _RESULT.sub("", unmarked(lines[-1]), count=1))

@@ -83,6 +83,7 @@ def test_a_number_that_was_cut_is_no_answer():
         ("The answer is 7 million.", "7"),
         ("Let's answer: what is 5?", "5"),
         (r"\boxed{100200}", "(100,200)"),
+        ("30\n31\n32\n33\n34", "34"),
         (r"\boxed{0.5\%}", r"50\%"),
         ("Answer: A square has four sides", "A"),
         ("So, for $n=3$ there are $34$ subsets.", "34"),
