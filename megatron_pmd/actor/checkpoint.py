@@ -270,7 +270,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:  # none, where only another rank has some
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _sharded_state(

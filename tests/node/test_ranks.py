@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -125,17 +127,22 @@ def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read
     def fail(spec: JobSpec) -> None:
         raise ValueError("what went wrong")
 
+    def no_room(text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     torchs = tmp_path / "error.json"
     for name, value in {"TORCHELASTIC_ERROR_FILE": str(torchs), "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     for name in ("die_with_parent", "setproctitle", "allow_many_files"):  # of this process they are not to be
         monkeypatch.setattr(worker, name, lambda *words, **options: None)
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(worker.faulthandler, "enable", lambda **options: None)
     monkeypatch.setattr(worker, "main", fail)
     spec.write(tmp_path / "job.json")
-    with open("/dev/full", "w", buffering=1) as full, pytest.raises(SystemExit) as ended:
-        monkeypatch.setattr(sys, "stderr", full)
+    full = io.StringIO()
+    monkeypatch.setattr(full, "write", no_room)
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(SystemExit) as ended:
         record(worker.run_rank)(str(tmp_path / "job.json"))
     assert ended.value.code == 1 and not torchs.exists()
     outcome = RunOutcome.read(spec.outcome_file(0))
