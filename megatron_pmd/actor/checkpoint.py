@@ -267,10 +267,10 @@ def _is_damage(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     """The failure in one line; for torch's collection of all ranks' tracebacks, the first rank's."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, CheckpointException) and error.failures:  # none, where only another rank has some
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _sharded_state(

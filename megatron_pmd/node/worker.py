@@ -288,6 +288,9 @@ def _problems(
 def run_rank(spec_file: str) -> None:
     """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
     faulthandler.enable()
+    # Where torch would write what a rank raises: on a full disk a file that its agent fails to read, and the
+    # run would end with the traceback of that.
+    os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         # Not the agent's handlers, which a forked process has too: a rank ends at once, also while blocked
         # in a collective; engines notice (engine/supervisor.py), ranks.py tidies up.
@@ -302,9 +305,8 @@ def run_rank(spec_file: str) -> None:
         with suppress(OSError):  # no room even in memory: the launcher then tells the exit code
             RunOutcome.of(failure).write(spec.outcome_file(int(os.environ["LOCAL_RANK"])))
         if not isinstance(failure, PmdError):  # whose message the launcher shows: a traceback would hide it
-            traceback.print_exc()
-        # Not raised: torch would write a file of its own about it, to a disk that may be full, and then
-        # fail to read that.
+            with suppress(OSError):  # of all ranks but the first it goes into a file
+                traceback.print_exc()
         sys.exit(1)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 
 from megatron_pmd import files
 from megatron_pmd.config import override
 from megatron_pmd.errors import DamagedCheckpoint
-from megatron_pmd.node import ranks
+from megatron_pmd.node import ranks, worker
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
@@ -114,3 +117,33 @@ def test_a_further_start_makes_no_further_folder_of_logs(tmp_path: Path) -> None
         launch = ranks._launch_config(recipe("tiny_moe_cpu"), nodes, tmp_path, "spawn")
         launch.logs_specs.reify({0: {}, 1: {}})
     assert [path.name for path in tmp_path.iterdir()] == ["ranks-of-node-0"]
+
+
+def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's `record` writes what a function raises to TORCHELASTIC_ERROR_FILE, beside the run's logs."""
+
+    def fail(spec: JobSpec) -> None:
+        raise ValueError("what went wrong")
+
+    def no_room(text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    torchs = tmp_path / "error.json"
+    for name, value in {"TORCHELASTIC_ERROR_FILE": str(torchs), "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("die_with_parent", "setproctitle", "allow_many_files"):  # of this process they are not to be
+        monkeypatch.setattr(worker, name, lambda *words, **options: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(worker.faulthandler, "enable", lambda **options: None)
+    monkeypatch.setattr(worker, "main", fail)
+    spec.write(tmp_path / "job.json")
+    full = io.StringIO()
+    monkeypatch.setattr(full, "write", no_room)
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(SystemExit) as ended:
+        record(worker.run_rank)(str(tmp_path / "job.json"))
+    assert ended.value.code == 1 and not torchs.exists()
+    outcome = RunOutcome.read(spec.outcome_file(0))
+    assert outcome is not None and outcome.reason == "what went wrong"
