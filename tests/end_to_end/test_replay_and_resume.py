@@ -53,6 +53,9 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
     words = ("--replay", str(live / "rollouts"))
     folder = command_line.path("killed")
 
+    def checkpoints() -> list[Path]:
+        return sorted((folder / "checkpoints").glob("iteration-[0-9]"))
+
     def has_begun(after: str, completed: int, started: float) -> bool:
         """Whether this attempt, which rewrites the ledger first, has come to the end of the phase before."""
         ledger = folder / "ledger.jsonl"
@@ -60,19 +63,20 @@ def test_killed_in_each_phase_a_run_goes_on_to_the_metrics_of_the_uninterrupted_
         return fresh and any(p == after and t >= completed for t, p in command_line.phases("killed"))
 
     for before, phase in zip([phases[-1], *phases], phases, strict=False):
-        checkpoints = (folder / "checkpoints").glob("iteration-[0-9]")
-        completed = max((int(path.name[-1]) for path in checkpoints), default=0)
+        completed = max((int(path.name[-1]) for path in checkpoints()), default=0)
         if phase != "rollout":  # which follows the iteration before
             completed = max(1, completed)  # late enough that there is a checkpoint to go on from
         begun = functools.partial(has_begun, before, completed, time.time())
         process = command_line.start("killed", *words)
         wait_until(begun, f"{phase}, which follows {before}", process)
         time.sleep(moments.uniform(0, seconds[phase]))
+        if phase == phases[-1]:  # one to be damaged, and one to go on from
+            wait_until(lambda: len(checkpoints()) == 2, "two checkpoints", process)
         started = descendants(process)
         os.killpg(process.pid, signal.SIGKILL)
         assert still_there(started) == [], phase
         process.communicate(timeout=60)
-    *_, newest = sorted((folder / "checkpoints").glob("iteration-[0-9]"))
+    newest = checkpoints()[-1]
     part = next(newest.glob("*.distcp"))
     os.truncate(part, part.stat().st_size // 2)  # as a node that loses power leaves it
     output = command_line.run("killed", *words)
