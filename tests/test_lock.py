@@ -59,9 +59,9 @@ def test_who_waits_for_a_lock_says_for_what(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(lock, "SILENT_SECONDS", 0.1)
-    with pytest.raises(LaunchError):
-        with locked(tmp_path / "runs/x/lock", "runs/x is being trained", way_out="", patience_seconds=0.7):
-            raise AssertionError("two hold it")
+    path, what = tmp_path / "runs/x/lock", "runs/x is being trained"
+    with pytest.raises(LaunchError), locked(path, what, way_out="", patience_seconds=0.7):
+        raise AssertionError("two hold it")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"runs/x is being trained by process {holder.pid} on ")
     assert line.endswith("waiting for its end, at most 0.7 s")
