@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron_pmd.errors import LaunchError
 
 POLL_SECONDS = 0.2
+SILENT_SECONDS = 10.0
+"""So long a holder is waited for without a word."""
 HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -29,14 +31,21 @@ def locked(path: Path, what: str, *, way_out: str, patience_seconds: float = 0.0
     and the time since when it holds it. A file system without locks is told of, and trusted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    limit = time.monotonic() + patience_seconds
+    begun, told = time.monotonic(), False
     # Of a record, not of the file (flock): a process forked from this one must not hold it on. It is also the
     # one that all nodes see over NFS. Closing any descriptor of the file gives it back: none else opens it.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         while not _taken(descriptor, path):
-            if time.monotonic() > limit:
+            waited = time.monotonic() - begun
+            if waited > patience_seconds:
                 raise LaunchError(f"{what} already, by {_holder(descriptor)} ({path}); {way_out}")
+            if waited > SILENT_SECONDS and not told:
+                told = True
+                print(
+                    f"{what} by {_holder(descriptor)} ({path}): waiting for its end, at most "
+                    f"{patience_seconds:g} s", file=sys.stderr, flush=True,
+                )  # fmt: skip
             time.sleep(POLL_SECONDS)
         record = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         os.ftruncate(descriptor, 0)

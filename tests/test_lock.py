@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pmd import lock
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.lock import locked
 
@@ -49,6 +50,21 @@ def test_a_second_process_is_told_who_holds_the_lock_and_since_when(
     assert f"on {socket.gethostname()} since " in text and text.endswith(f"({path}); end it")
     since = datetime.fromisoformat(text.partition("since ")[2].partition(" (")[0])
     assert abs((datetime.now().astimezone() - since).total_seconds()) < 60
+
+
+def test_who_waits_for_a_lock_says_for_what(
+    holder: subprocess.Popen[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(lock, "SILENT_SECONDS", 0.1)
+    path, what = tmp_path / "runs/x/lock", "runs/x is being trained"
+    with pytest.raises(LaunchError), locked(path, what, way_out="", patience_seconds=0.7):
+        raise AssertionError("two hold it")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"runs/x is being trained by process {holder.pid} on ")
+    assert line.endswith("waiting for its end, at most 0.7 s")
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(holder: subprocess.Popen[str], tmp_path: Path) -> None:
