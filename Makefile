@@ -19,7 +19,8 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
 DOCS := .venv-docs
-.PHONY: help setup nemo demo demo-moe test lint format docs docs-site clean
+GPU := .venv-gpu
+.PHONY: help setup nemo demo demo-moe test gpu-contract lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,7 @@ help:
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
+	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
@@ -69,6 +71,14 @@ demo-moe: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder --durations=10 $(TESTS)
 
+# Which versions still fit together on a GPU, as far as that shows without one.
+gpu-contract: $(GPU)/.installed
+	@$(GPU)/bin/python -m tools.gpu_contract
+
+$(GPU)/.installed: pyproject.toml constraints/stack.txt tools/gpu_environment
+	@PYTHON="$(PYTHON)" tools/gpu_environment $(GPU)
+	@touch $@
+
 # All three run, whatever the first says.
 lint: setup
 	@status=0; for check in "ruff check" "ruff format --check" "mypy"; do \
@@ -93,5 +103,5 @@ $(DOCS)/.installed: pyproject.toml constraints/stack.txt constraints/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEMO) $(DOCS) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) $(DOCS) $(GPU) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

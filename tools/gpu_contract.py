@@ -1,4 +1,4 @@
-"""The contract with the CUDA packages: `python -m tools.gpu_contract [pytest's options]`, in `make gpu-contract`.
+"""The contract with the CUDA packages: `python -m tools.gpu_contract`, as `make gpu-contract` runs it.
 
 The packages want a driver's library to be imported at all. Where there is none, they get one that answers to
 every call that there is no device.
@@ -24,10 +24,10 @@ ANSWERS = {
     "cuDeviceGetCount": f"int cuDeviceGetCount(int *count) {{ *count = 0; return {NO_DEVICE}; }}",
     "cuGetErrorName": 'int cuGetErrorName(int e, const char **s) { *s = "CUDA_ERROR_NO_DEVICE"; return 0; }',
     "cuGetErrorString": 'int cuGetErrorString(int e, const char **s) { *s = "no device"; return 0; }',
-    "cuGetProcAddress": f"int cuGetProcAddress(const char *n, void **p) {{ if (p) *p = 0; return {NOT_FOUND}; }}",
-    "cuGetProcAddress_v2": (
-        f"int cuGetProcAddress_v2(const char *n, void **p) {{ if (p) *p = 0; return {NOT_FOUND}; }}"
-    ),
+    **{
+        name: f"int {name}(const char *n, void **p) {{ if (p) *p = 0; return {NOT_FOUND}; }}"
+        for name in ("cuGetProcAddress", "cuGetProcAddress_v2")
+    },
 }
 """Calls that ask for more than a device; all others answer NO_DEVICE."""
 
@@ -78,7 +78,8 @@ def environment(folder: Path) -> dict[str, str]:
 def main(options: list[str]) -> int:
     """pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "tests/gpu_contract", "-n", "2", "--durations=15", *options]
+        command = [sys.executable, "-m", "pytest", "tests/gpu_contract", "-n", "2", "--durations=10"]
+        command += options
         return subprocess.run(command, cwd=PROJECT, env=environment(Path(folder))).returncode
 
 

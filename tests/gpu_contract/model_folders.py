@@ -13,7 +13,8 @@ KNOWN = Path(__file__).parents[2] / "megatron_pmd/planner/models.json"
 ON_GPUS = [name for name in RECIPES if not name.endswith("_cpu")]
 EMPTY_SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }  # fmt: skip
 OF_ALL = {
     "torch_dtype": "bfloat16",
@@ -26,9 +27,9 @@ OF_ALL = {
 }
 OF_QWEN3_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 OF_DEEPSEEK = {
-    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
-    "n_group": 1, "topk_group": 1, "moe_layer_freq": 1, "aux_loss_alpha": 0.001, "bos_token_id": 0,
-    "eos_token_id": 1,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 2.5, "moe_layer_freq": 1, "aux_loss_alpha": 0.001,
+    "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 GROUPED = {"DeepSeek-V3-Base": {"n_group": 8, "topk_group": 4}}
 

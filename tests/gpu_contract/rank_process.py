@@ -26,10 +26,13 @@ SILENTLY_ABSENT = {
         "fused_apply_rotary_pos_emb_thd", "fused_apply_rotary_pos_emb", "te_checkpoint", "te_general_gemm",
         "fused_topk_with_score_function", "SplitAlongDim",
     ],
-    "megatron.core.fp8_utils": ["HAVE_TE_FP8_TENSOR_CLASS", "HAVE_TE_MXFP8TENSOR", "te_post_all_gather_processing"],
+    "megatron.core.fp8_utils": [
+        "HAVE_TE_FP8_TENSOR_CLASS", "HAVE_TE_MXFP8TENSOR", "te_post_all_gather_processing",
+    ],
     "megatron.core.optimizer.distrib_optimizer": ["HAVE_APEX_OR_TE"],
+    "megatron.core.transformer.moe.fused_a2a": ["HAVE_DEEP_EP"],
 }  # fmt: skip
-"""What megatron-core does without, or slower, and says nothing, when Transformer Engine lacks the name it wants."""
+"""What megatron-core does without, or slower, and says nothing, when Transformer Engine lacks a name."""
 
 
 def main(settings: list[str]) -> dict[str, Any]:
@@ -47,8 +50,9 @@ def main(settings: list[str]) -> dict[str, Any]:
     config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings)
     actor_settings.set_environment(config)
     for name in (
-        "actor.parallel", "distributed", "node.bandwidth", "actor.actor", "actor.checkpoint", "actor.optimizer",
-        "training.live_engines", "training.trainer", "weight_sync.push", "weight_sync.device_bucket",
+        "actor.parallel", "distributed", "node.bandwidth", "actor.actor", "actor.checkpoint",
+        "actor.optimizer", "training.live_engines", "training.trainer", "weight_sync.push",
+        "weight_sync.device_bucket",
     ):  # fmt: skip
         importlib.import_module(f"megatron_pmd.{name}")
     importlib.import_module("megatron.bridge")

@@ -1,4 +1,4 @@
-"""A bucket's way into another process's device memory, through torch's own functions, up to its calls into C."""
+"""A bucket's way into another process's device memory, through torch's functions up to those in C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_pmd.weight_sync import device_bucket
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket, open_handle
 
 SHARED = (0, b"\x00handle", 4096, 512, b"counter", 3, b"\xffevent", True)
-"""What a storage on a device says of itself, to be opened elsewhere (torch/csrc/StorageSharing.cpp, shareCuda)."""
+"""What a storage on a device says of itself, to be opened elsewhere (torch/csrc/StorageSharing.cpp)."""
 
 
 class Storage:

@@ -214,7 +214,8 @@ def test_a_request_to_generate_and_an_abort_are_taken_and_the_answer_is_read(ser
         "sampling_seed": 5,
     }
     request = {
-        "input_ids": [1, 2], "sampling_params": sampling, "return_logprob": True, "return_routed_experts": False,
+        "input_ids": [1, 2], "sampling_params": sampling, "return_logprob": True,
+        "return_routed_experts": False,
     }  # fmt: skip
 
     async def ask() -> Any:

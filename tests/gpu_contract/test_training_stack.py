@@ -57,7 +57,7 @@ CASES = [(name, setting) for name in trained_alike() for setting in ["as written
 
 
 def check_layers(stage: Any, config: RunConfig) -> None:
-    """Each product of matrices in a layer, and each norm, is a kernel of Transformer Engine, but the router's."""
+    """Each product of matrices in a layer, and each norm, is Transformer Engine's; but for the router's."""
     layers = stage.decoder.layers
     assert len(layers) > 0
     own = {
