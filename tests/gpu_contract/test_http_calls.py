@@ -16,7 +16,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.tokenizer_control_mixin import normalize_serialized_named_tensor_payloads
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
-from sglang.srt.runtime_context import get_serving, publish
+from sglang.srt.runtime_context import SpawnRanks, get_serving, publish
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.auth import add_api_key_middleware, app_has_admin_force_endpoints
 
@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, spec: EngineSpec) -> None:
         arguments = arguments_of(spec)
-        publish(arguments, role="tokenizer")
+        publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0))
         self.manager = Manager(arguments)
         http_server.set_global_state(SimpleNamespace(tokenizer_manager=self.manager, scheduler_info={}))
         app, serving = http_server.app, get_serving()
