@@ -100,8 +100,8 @@ def _registered_by_hand(module: ast.Module) -> dict[str, str]:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
             flag = call.args[0].value if isinstance(call.args[0], ast.Constant) else None
             action = next((_written(word.value) for word in call.keywords if word.arg == "action"), None)
-            named = call.func.attr == "add_argument" and isinstance(flag, str) and flag.startswith("--")
-            if named and action in FROM_A_FILE:
+            by_hand = call.func.attr == "add_argument" and action in FROM_A_FILE
+            if by_hand and isinstance(flag, str) and flag.startswith("--"):
                 found[flag.removeprefix("--").replace("-", "_")] = flag.removeprefix("--")
     found.pop("config", None)  # the file that carries all the others
     return found

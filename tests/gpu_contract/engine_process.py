@@ -18,9 +18,9 @@ from tests.gpu_contract.pretended_device import pretend
 pretend()
 
 
-def caches() -> dict[str, str]:
+def caches() -> dict[str, Any]:
     """Where each library that compiles kernels keeps them, as it has decided itself."""
-    import tilelang.env
+    import tilelang
     import triton
     from flashinfer.jit import env as flashinfer
     from sglang.kernels.jit.utils.compile import cache as sglang_jit
@@ -35,9 +35,9 @@ def caches() -> dict[str, str]:
         "FLASHINFER_WORKSPACE_BASE": str(flashinfer.FLASHINFER_BASE_DIR),
         "TRITON_CACHE_DIR": triton.knobs.cache.dir,
         "TORCHINDUCTOR_CACHE_DIR": inductor(),
-        "TILELANG_CACHE_DIR": tilelang.env.env.TILELANG_CACHE_DIR,
+        "TILELANG_CACHE_DIR": tilelang.env.TILELANG_CACHE_DIR,
         "modules": [module.__name__ for module in (compile_utils, sglang_jit)],
-    }  # type: ignore[dict-item]
+    }
 
 
 def plugin() -> dict[str, Any]:

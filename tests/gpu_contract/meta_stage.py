@@ -31,6 +31,9 @@ MAKERS = (
     torch.tensor,
 )
 
+DIVIDED = {"column": ("weight", "bias"), "row": ("weight",)}
+"""Transformer Engine's words for a layer -> its parameters of which each tensor-parallel rank has a share."""
+
 
 class OnMeta(TorchFunctionMode):
     """Whatever would be made on a device, is made on meta; what would go to one stays."""
@@ -45,18 +48,19 @@ class OnMeta(TorchFunctionMode):
 @contextmanager
 def as_rank(rank: int, layout: Layout) -> Iterator[None]:
     """This process as that rank of the whole layout: parallel.initialize, over groups that send nothing."""
-    real = dist.new_group
+    distributed: Any = dist
+    real = distributed.new_group
     dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
 
     def fake(ranks: Any = None, **options: Any) -> Any:
         return real(ranks, **{name: options[name] for name in ("group_desc", "timeout") if name in options})
 
-    dist.new_group = fake
+    distributed.new_group = fake
     try:
         parallel.form_groups(layout, seed=0, timeout_seconds=600)
         yield
     finally:
-        dist.new_group = real
+        distributed.new_group = real
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -75,14 +79,17 @@ def stage_of(config: RunConfig) -> tuple[Any, Any, torch.nn.Module]:
 
 
 def parameters_of_stage(stage: torch.nn.Module, layout: Layout) -> int:
-    """Of all the ranks that share out a pipeline stage, by the marks that megatron-core leaves on each."""
+    """Of all the ranks that share out a pipeline stage, by how each layer says that it is divided."""
     total = 0
-    for name, parameter in stage.named_parameters():
-        if ".experts." in name:
-            shares = layout.expert * layout.experts_tensor
-        else:
-            shares = layout.tensor if getattr(parameter, "tensor_model_parallel", False) else 1
-        total += parameter.numel() * shares
+    for path, module in stage.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            divided = getattr(parameter, "tensor_model_parallel", False) or name in DIVIDED.get(
+                getattr(module, "parallel_mode", None), ()
+            )
+            shares = layout.tensor if divided else 1
+            if ".experts." in path:
+                shares = layout.expert * layout.experts_tensor
+            total += parameter.numel() * shares
     return total
 
 

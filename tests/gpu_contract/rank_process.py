@@ -24,13 +24,12 @@ SILENTLY_ABSENT = {
         "fused_permute_with_probs", "fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs",
         "fused_unpermute", "fused_permute_and_pad_with_probs", "te_parallel_cross_entropy",
         "fused_apply_rotary_pos_emb_thd", "fused_apply_rotary_pos_emb", "te_checkpoint", "te_general_gemm",
-        "fused_topk_with_score_function", "SplitAlongDim",
+        "fused_topk_with_score_function",
     ],
     "megatron.core.fp8_utils": [
         "HAVE_TE_FP8_TENSOR_CLASS", "HAVE_TE_MXFP8TENSOR", "te_post_all_gather_processing",
     ],
     "megatron.core.optimizer.distrib_optimizer": ["HAVE_APEX_OR_TE"],
-    "megatron.core.transformer.moe.fused_a2a": ["HAVE_DEEP_EP"],
 }  # fmt: skip
 """What megatron-core does without, or slower, and says nothing, when Transformer Engine lacks a name."""
 
@@ -73,6 +72,7 @@ def main(settings: list[str]) -> dict[str, Any]:
         "adam": optimizer.Adam.__module__,
         "power of two": Float8BlockScaling().fp8_quant_fwd_weight.power_2_scale,
         "transformer engine": transformer_engine.__version__,
+        "deepep": importlib.import_module("megatron.core.transformer.moe.fused_a2a").HAVE_DEEP_EP,
         "fused accumulation": actor_settings._has_fused_accumulation(),
     }
 

@@ -86,7 +86,7 @@ def test_what_torch_says_of_a_bucket_reaches_torch_in_the_engine_for_the_engines
     reader, monkeypatch
 ):
     send, opened = reader
-    bucket = DeviceBucket.__new__(DeviceBucket)
+    bucket: Any = DeviceBucket.__new__(DeviceBucket)
     bucket.data = OnDevice()
     with monkeypatch.context() as sender:
         sender.setattr(reductions, "reduce_tensor", send)

@@ -20,7 +20,7 @@ from tests.gpu_contract.engine_arguments import arguments_of, decided, spec_of
 from tests.gpu_contract.model_folders import ON_GPUS, configured
 
 ATTENTION = "fa3"
-"""SGLang's choice on Hopper for all of them, latent attention included: FlashAttention 3, of its own kernels."""
+"""SGLang's choice on Hopper for all recipes, latent attention included: its own FlashAttention 3."""
 
 
 def without(config: RunConfig, option: str) -> RunConfig:

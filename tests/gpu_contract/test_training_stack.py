@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def test_a_recipe_becomes_layers_of_transformer_engine_under_every_fp8_setting(n
             chosen = get_fp8_recipe(provider)
             assert getattr(chosen, OF_TRANSFORMER_ENGINE[config.actor.fp8.recipe])(), chosen
             assert bool(provider.fp8_param) == config.actor.fp8.parameter_gather
-            assert te.fp8.check_recipe_support(chosen) is None
+            if not mxfp8:  # what a device can is asked once for a process
+                assert te.quantization.check_recipe_support(chosen) is None
 
 
 @pytest.mark.parametrize("name", trained_alike())
@@ -108,6 +110,8 @@ def test_the_stages_of_a_recipe_hold_together_the_parameters_of_the_models_card(
 def test_every_optimizer_and_data_parallel_setting_is_one_of_megatron_core(name, models):
     for fp8 in [[], *FP8.values()]:
         for optimizer in OPTIMIZERS:
+            if "optimizer.offload=1" in optimizer and "actor.fp8.parameter_gather=true" in fp8:
+                continue  # refused by name: the Adam on the host writes no FP8 parameters
             config = configured(name, models, *fp8, *optimizer)
             made = OptimizerConfig(**settings.optimizer_fields(config))
             ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
@@ -119,4 +123,5 @@ def test_every_optimizer_and_data_parallel_setting_is_one_of_megatron_core(name,
 def test_gradients_are_accumulated_in_a_kernel_only_where_apex_brings_it(models):
     """The environment of the contract has no apex: megatron-core must be told not to ask for its kernel."""
     fields = settings.transformer_fields(configured(ON_GPUS[0], models))
-    assert fields["gradient_accumulation_fusion"] is False
+    there = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    assert fields["gradient_accumulation_fusion"] is there
