@@ -84,7 +84,7 @@ def parameters_of_stage(stage: torch.nn.Module, layout: Layout) -> int:
     for path, module in stage.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             divided = getattr(parameter, "tensor_model_parallel", False) or name in DIVIDED.get(
-                getattr(module, "parallel_mode", None), ()
+                str(getattr(module, "parallel_mode", None)), ()
             )
             shares = layout.tensor if divided else 1
             if ".experts." in path:
