@@ -48,12 +48,12 @@ RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]'
+RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m venv /opt/nemo \
     && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
 
-# the smoke test: what can be seen without a GPU
+# the smoke test: what can be seen without a GPU (docs/gpu.md, "The contract")
 RUN megatron-pmd plan qwen3_30b_a3b_dapo_32xh100 && megatron-pmd launch qwen3_30b_a3b_dapo_32xh100 --dry-run > /dev/null \
-    && python3 -c "import apex, megatron.bridge, megatron.core, sglang, torch, transformer_engine" \
-    && /opt/nemo/bin/python -c "import nemo_run"
+    && python3 -c "import apex" && /opt/nemo/bin/python -c "import nemo_run" \
+    && python3 -m tools.gpu_contract

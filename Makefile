@@ -19,8 +19,13 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
 DOCS := .venv-docs
+<<<<<<< HEAD
 TRANSFORMERS_4 := build/transformers-4
 .PHONY: help setup nemo demo demo-moe test transformers-4 lint format docs docs-site clean
+=======
+GPU := .venv-gpu
+.PHONY: help setup nemo demo demo-moe test gpu-contract lint format docs docs-site clean
+>>>>>>> contract
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -30,7 +35,11 @@ help:
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
+<<<<<<< HEAD
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
+=======
+	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
+>>>>>>> contract
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
@@ -80,6 +89,14 @@ $(TRANSFORMERS_4)/.installed: constraints/transformers-4.txt | $(INSTALLED)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) -r constraints/transformers-4.txt
 	@touch $@
 
+# Which versions still fit together on a GPU, as far as that shows without one.
+gpu-contract: $(GPU)/.installed
+	@$(GPU)/bin/python -m tools.gpu_contract
+
+$(GPU)/.installed: pyproject.toml constraints/stack.txt tools/gpu_environment
+	@PYTHON="$(PYTHON)" tools/gpu_environment $(GPU)
+	@touch $@
+
 # All three run, whatever the first says.
 lint: setup
 	@status=0; for check in "ruff check" "ruff format --check" "mypy"; do \
@@ -104,5 +121,5 @@ $(DOCS)/.installed: pyproject.toml constraints/stack.txt constraints/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEMO) $(DOCS) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) $(DOCS) $(GPU) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

@@ -45,12 +45,11 @@ def on_dapo(name: str, *, model: str, pipeline: int, layers_first: int, layers_l
             request_timeout_seconds=7200,
             fp8=True,
             sglang={
-                "enable_dp_attention": True,
-                "dp_size": 8,
+                "attn_dp_size": 8,
                 "ep_size": 32,
                 "moe_a2a_backend": "deepep",
                 "moe_dense_tp_size": 1,
-                # max_running_requests over dp_size: for larger graphs SGLang would reserve 20 GB more
+                # max_running_requests over attn_dp_size: for larger graphs SGLang would reserve 20 GB more
                 "cuda_graph_max_bs_decode": 64,
                 "mem_fraction_static": 0.6,
             },

@@ -1,7 +1,8 @@
-"""Which tests stay together on one of pytest-xdist's workers."""
+"""Which tests stay together on one of pytest-xdist's workers, and which run only when they are named."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -14,6 +15,8 @@ hypothesis.settings.load_profile("without deadline")
 
 TOGETHER = ("actor", "end_to_end")
 """Folders whose files share what a session prepares: layouts trained, runs with engines."""
+CONTRACT = Path(__file__).parent / "gpu_contract"
+"""Needs the CUDA packages, and makes torch believe in a GPU: an environment and processes of its own."""
 
 
 class ByFile(LoadScopeScheduling):
@@ -31,3 +34,10 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return ByFile(config, log)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the contract out unless it is asked for by its path, as `make gpu-contract` does."""
+    named = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
+    asked = any(path == CONTRACT or CONTRACT in path.parents for path in named)
+    return True if collection_path == CONTRACT and not asked else None

@@ -11,6 +11,12 @@ from typing import Any
 
 from megatron_pmd.errors import ConfigError, MissingPackage
 
+FROM_A_FILE = (None, "store_true")
+"""Actions of argparse whose options SGLang takes from the file that carries ours.
+
+For others, old spellings among them, it ends at its start (utils/server_args_config_parser.py).
+"""
+
 
 def sglang_source() -> Path:
     """`srt` of the installed SGLang, found and not imported. Raises MissingPackage if there is none."""
@@ -66,7 +72,7 @@ def _declared(module: ast.Module) -> dict[str, str]:
             if not (isinstance(marker, ast.Name) and marker.id == "A"):
                 continue
             keywords = _arg_keywords(field.annotation)
-            if not keywords.get("no_cli"):
+            if not keywords.get("no_cli") and keywords.get("action") in FROM_A_FILE:
                 flag = keywords.get("cli_name") or "--" + field.target.id.replace("_", "-")
                 found[field.target.id] = flag.removeprefix("--")
     return found
@@ -74,12 +80,17 @@ def _declared(module: ast.Module) -> dict[str, str]:
 
 def _arg_keywords(annotation: ast.Subscript) -> dict[str, Any]:
     return {
-        keyword.arg: keyword.value.value
+        keyword.arg: _written(keyword.value)
         for call in ast.walk(annotation)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Arg"
         for keyword in call.keywords
-        if keyword.arg and isinstance(keyword.value, ast.Constant)
+        if keyword.arg
     }
+
+
+def _written(value: ast.expr) -> Any:
+    """A constant, or the text of anything else."""
+    return value.value if isinstance(value, ast.Constant) else ast.unparse(value)
 
 
 def _registered_by_hand(module: ast.Module) -> dict[str, str]:
@@ -88,7 +99,9 @@ def _registered_by_hand(module: ast.Module) -> dict[str, str]:
     for call in ast.walk(module):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
             flag = call.args[0].value if isinstance(call.args[0], ast.Constant) else None
-            if call.func.attr == "add_argument" and isinstance(flag, str) and flag.startswith("--"):
+            action = next((_written(word.value) for word in call.keywords if word.arg == "action"), None)
+            by_hand = call.func.attr == "add_argument" and action in FROM_A_FILE
+            if by_hand and isinstance(flag, str) and flag.startswith("--"):
                 found[flag.removeprefix("--").replace("-", "_")] = flag.removeprefix("--")
     found.pop("config", None)  # the file that carries all the others
     return found

@@ -54,7 +54,7 @@ def engine_reserve(shape: Shape, config: RunConfig, device_memory_bytes: float) 
     decode = options.get("cuda_graph_max_bs_decode")
     if decode is None:
         decode = min(largest[size >= 4], config.rollout.max_running_requests)
-    attention_groups = options.get("dp_size", 1) if options.get("enable_dp_attention") else 1
+    attention_groups = options.get("attn_dp_size", 1)
     deepep = options.get("moe_a2a_backend") == "deepep"
     graphs = 0.0
     if not _disabled(options, "decode"):
@@ -74,9 +74,7 @@ def engine_reserve(shape: Shape, config: RunConfig, device_memory_bytes: float) 
 def _disabled(options: dict, phase: str) -> bool:
     """Whether a phase runs without CUDA graphs."""
     return bool(
-        options.get("disable_cuda_graph")
-        or options.get(f"disable_{phase}_cuda_graph")
-        or options.get(f"cuda_graph_backend_{phase}") == "disabled"
+        options.get(f"disable_{phase}_cuda_graph") or options.get(f"cuda_graph_backend_{phase}") == "disabled"
     )
 
 

@@ -143,8 +143,7 @@ def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
 
 def attention_ranks(config: RunConfig) -> int:
     """Ranks of an engine that share one copy of attention and its cache."""
-    options, size = config.rollout.sglang, config.rollout.tensor_parallel
-    return size // options.get("dp_size", 1) if options.get("enable_dp_attention") else size
+    return config.rollout.tensor_parallel // config.rollout.sglang.get("attn_dp_size", 1)
 
 
 def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptions) -> Cache:

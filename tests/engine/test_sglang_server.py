@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import Rollout
-from megatron_pmd.engine.sglang_server import expert_parallel
-from recipes import recipe
+from megatron_pmd.engine.installed_options import check_options
+from megatron_pmd.engine.sglang_server import OUR_OPTIONS, expert_parallel
+from megatron_pmd.errors import ConfigError
+from recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,17 @@ def test_experts_are_shared_out_only_where_their_places_follow_from_the_options(
 def test_the_largest_recipes_engines_divide_their_experts_over_all_ranks() -> None:
     names = ("qwen3_30b_a3b_dapo_32xh100", "qwen3_235b_a22b_128xh100", "deepseek_v3_256xh100")
     assert [expert_parallel(recipe(name).rollout) for name in names] == [1, 8, 32]
+
+
+@pytest.mark.parametrize(
+    "option", ["enable_dp_attention", "enable_tp_lm_head_all_to_all", "disable_cuda_graph"]
+)
+def test_an_option_that_sglang_takes_from_no_file_is_refused_before_an_engine_would_die_of_it(option) -> None:
+    """Old spellings, and pairs of --flag and --no-flag; server_args_config_parser.py, unsupported_actions."""
+    with pytest.raises(ConfigError, match=f"{option} is not an option of the installed SGLang"):
+        check_options({option: True}, {})
+
+
+def test_every_option_of_a_recipe_is_one_that_an_engine_starts_with() -> None:
+    for name in RECIPES:
+        check_options(recipe(name).rollout.sglang, OUR_OPTIONS)

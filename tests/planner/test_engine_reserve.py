@@ -59,9 +59,9 @@ def by_sglang(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Device, bool], 
         options = config.rollout.sglang
         decode = SimpleNamespace(backend="full", max_bs=options.get("cuda_graph_max_bs_decode"), bs=None)
         prefill = SimpleNamespace(backend="breakable", max_bs=None, bs=None)
-        groups = options.get("dp_size", 1)
+        groups = options.get("attn_dp_size", 1)
         settings = SimpleNamespace(
-            device="cuda", tp_size=config.rollout.tensor_parallel, pp_size=1, model_path="m", dp_size=groups,
+            device="cuda", tp_size=config.rollout.tensor_parallel, pp_size=1, model_path="m", dp_size=1,
             attn_dp_size=groups, enable_dp_attention=groups > 1,
             moe_a2a_backend=options.get("moe_a2a_backend", "none"), chunked_prefill_size=None,
             max_running_requests=config.rollout.max_running_requests, max_total_tokens=None,

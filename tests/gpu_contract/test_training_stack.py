@@ -1,0 +1,127 @@
+"""Every recipe and FP8 setting, as far as megatron-core and Transformer Engine take them without a device."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_pmd.actor import settings
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import ConfigError
+from recipes import recipe
+from tests.gpu_contract.meta_stage import as_rank, is_of_transformer_engine, parameters_of_stage, stage_of
+from tests.gpu_contract.model_folders import ON_GPUS, configured, published
+from tests.gpu_contract.pretended_device import compute_capability
+
+FP8 = {
+    "tensorwise": ["actor.fp8.recipe=tensorwise"],
+    "delayed": ["actor.fp8.recipe=delayed"],
+    "blockwise": ["actor.fp8.recipe=blockwise"],
+    "mxfp8": ["actor.fp8.recipe=mxfp8"],
+    "tensorwise gathered": ["actor.fp8.recipe=tensorwise", "actor.fp8.parameter_gather=true"],
+    "blockwise gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
+    "mxfp8 gathered": ["actor.fp8.recipe=mxfp8", "actor.fp8.parameter_gather=true"],
+    "tensorwise but for the ends": [
+        "actor.fp8.recipe=tensorwise", "actor.fp8.first_layers_bf16=1", "actor.fp8.last_layers_bf16=1",
+    ],
+}  # fmt: skip
+OF_TRANSFORMER_ENGINE = {
+    "tensorwise": "float8_current_scaling",
+    "delayed": "delayed",
+    "blockwise": "float8_block_scaling",
+    "mxfp8": "mxfp8",
+}
+"""Our names of recipes -> the question that Transformer Engine's recipe answers with yes."""
+BLACKWELL = (10, 0)
+OPTIMIZERS = [[], ["optimizer.moments=bf16"], ["optimizer.offload=1"]]
+
+
+def trained_alike() -> dict[str, list[str]]:
+    """Recipes, and those that train the same model in the same way: they differ in their algorithm alone."""
+    alike: dict[str, list[str]] = {}
+    for name in ON_GPUS:
+        one = recipe(name)
+        key = str((one.model, one.layout, one.actor.megatron, one.actor.experts, one.actor.recompute))
+        alike.setdefault(key, []).append(name)
+    return {names[0]: names for names in alike.values()}
+
+
+CASES = [(name, setting) for name in trained_alike() for setting in ["as written", *FP8]]
+
+
+def check_layers(stage: Any, config: RunConfig) -> None:
+    """Each product of matrices in a layer, and each norm, is Transformer Engine's; but for the router's."""
+    layers = stage.decoder.layers
+    assert len(layers) > 0
+    own = {
+        name: type(module).__name__
+        for name, module in layers.named_modules()
+        if list(module.parameters(recurse=False)) and not is_of_transformer_engine(module)
+    }
+    assert set(own.values()) <= {"TopKRouter"}, own
+    attention = {type(layer.self_attention.core_attention).__name__ for layer in layers}
+    assert attention == {"TEDotProductAttention"}
+    assert bool(own) == bool(getattr(stage.config, "num_moe_experts", None))
+
+
+@pytest.mark.parametrize(("name", "setting"), CASES, ids=lambda value: value.replace(" ", "_"))
+def test_a_recipe_becomes_layers_of_transformer_engine_under_every_fp8_setting(name, setting, models):
+    config = configured(name, models, *FP8.get(setting, []))
+    mxfp8 = config.actor.fp8 is not None and config.actor.fp8.recipe == "mxfp8"
+    if mxfp8:
+        with pytest.raises(ConfigError, match=r"needs compute capability 10\.0"):
+            settings.check_device(config)
+    with compute_capability(*(BLACKWELL if mxfp8 else (9, 0))):
+        settings.check_device(config)
+        with as_rank(0, config.layout):
+            bridge, provider, stage = stage_of(config)
+            check_layers(stage, config)
+            assert bridge.get_conversion_tasks([stage]), "the bridge maps no weight of this stage"
+            if config.actor.fp8 is None:
+                assert provider.fp8 is None
+                return
+            chosen = get_fp8_recipe(provider)
+            assert getattr(chosen, OF_TRANSFORMER_ENGINE[config.actor.fp8.recipe])(), chosen
+            assert bool(provider.fp8_param) == config.actor.fp8.parameter_gather
+            if not mxfp8:  # what a device can is asked once for a process
+                assert te.quantization.check_recipe_support(chosen) is None
+
+
+@pytest.mark.parametrize("name", trained_alike())
+def test_the_stages_of_a_recipe_hold_together_the_parameters_of_the_models_card(name, models):
+    config = configured(name, models)
+    layout, total = config.layout, 0
+    for stage_number in range(layout.pipeline):
+        with as_rank(stage_number * layout.ranks_per_stage, layout):
+            total += parameters_of_stage(stage_of(config)[2], layout)
+    card = published(Path(config.model.path).name)["published"]["total"]
+    assert total == pytest.approx(card, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_every_optimizer_and_data_parallel_setting_is_one_of_megatron_core(name, models):
+    for fp8 in [[], *FP8.values()]:
+        for optimizer in OPTIMIZERS:
+            if "optimizer.offload=1" in optimizer and "actor.fp8.parameter_gather=true" in fp8:
+                continue  # refused by name: the Adam on the host writes no FP8 parameters
+            config = configured(name, models, *fp8, *optimizer)
+            made = OptimizerConfig(**settings.optimizer_fields(config))
+            ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
+            assert made.bf16 and ddp.overlap_grad_reduce
+            assert made.optimizer_cpu_offload == bool(config.optimizer.offload)
+            assert (made.exp_avg_dtype is torch.bfloat16) == (config.optimizer.moments == "bf16")
+
+
+def test_gradients_are_accumulated_in_a_kernel_only_where_apex_brings_it(models):
+    """The environment of the contract has no apex: megatron-core must be told not to ask for its kernel."""
+    fields = settings.transformer_fields(configured(ON_GPUS[0], models))
+    there = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    assert fields["gradient_accumulation_fusion"] is there
