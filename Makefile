@@ -19,13 +19,9 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
 DOCS := .venv-docs
-<<<<<<< HEAD
 TRANSFORMERS_4 := build/transformers-4
-.PHONY: help setup nemo demo demo-moe test transformers-4 lint format docs docs-site clean
-=======
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-moe test gpu-contract lint format docs docs-site clean
->>>>>>> contract
+.PHONY: help setup nemo demo demo-moe test transformers-4 gpu-contract lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -35,11 +31,8 @@ help:
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
-<<<<<<< HEAD
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
-=======
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
->>>>>>> contract
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
