@@ -253,7 +253,7 @@ class Actor:
             terms = objective(x)
             sums.reports.append((microbatch, terms))
             sums.entropies.append((entropy * x.mask).sum())
-            sums.tokens += int(counted[source].sum())
+            sums.tokens += int(batch.tokens.counted[source.numpy()].sum())  # the host's own copy
             # the ranks that share out the sequences compute one loss: one of them counts it
             count = terms.count if self._row.rank == 0 else torch.zeros_like(terms.count)
             return terms.sum, count.to(torch.int), None

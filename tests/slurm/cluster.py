@@ -186,7 +186,9 @@ def hasten_requeued_jobs() -> None:
     """
     for line in slurm("squeue", "-h", "-t", "PENDING", "-o", "%A %r %S").splitlines():
         number, reason, start = line.split(maxsplit=2)
-        if reason == "BeginTime" and datetime.fromisoformat(start) > datetime.now() + timedelta(seconds=10):
+        if reason != "BeginTime" or start == "N/A":  # the latter while the requeue is under way
+            continue
+        if datetime.fromisoformat(start) > datetime.now() + timedelta(seconds=10):
             slurm("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
 
