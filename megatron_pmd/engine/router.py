@@ -21,7 +21,7 @@ from megatron_pmd.engine.server import (
 
 MARGIN_SECONDS = 60
 """By which the router's deadline for a request is longer than the clients'."""
-ENGINE_ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,12 @@ class Router:
         return self.process.url
 
     def start(self, engines: Sequence[str]) -> None:
-        """Start the router before these engines (URLs) unless it runs; EngineError if it does not come up."""
+        """Start it before these engines (URLs) unless it answers; EngineError if it does not come up."""
         if self.process is not None and self.process.alive():
-            return
+            # its supervisor outlives it for a moment
+            if answers(f"{self.url}/liveness", ANSWER_SECONDS):
+                return
+            self.stop()
         spec = RouterSpec(
             engines=engines,
             port=free_port(),
@@ -122,7 +125,7 @@ class Router:
         """Whether it runs and the server of at least one of these engines answers."""
         if self.process is not None and not self.process.alive():
             return False
-        return any(answers(url + "/health", ENGINE_ANSWER_SECONDS) for url in engines)
+        return any(answers(url + "/health", ANSWER_SECONDS) for url in engines)
 
     def stop(self) -> None:
         """End it; also when an engine was replaced: its picture of who is alive is out of date."""
