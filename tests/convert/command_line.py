@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from tests.forked_command import ForkedCommand
 
 LEFT = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}
 """Of another program, in the shell in which a command is given: the ranks that they speak of are gone."""
 
 
 def convert(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_pmd.cli.main", "convert", *map(str, words)],
-        capture_output=True, text=True, timeout=300, check=False, env=os.environ | LEFT | {"COLUMNS": "200"},
-    )  # fmt: skip
+    command = ["convert", *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        process = ForkedCommand(command, Path.cwd(), output, LEFT | {"COLUMNS": "200"}, errors)
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(command, process.returncode, printed, errors.read_text())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +12,8 @@ import httpx
 import psutil
 
 from tests.convert.command_line import LEFT
+from tests.forked_command import ForkedCommand
 
-PROJECT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
 
@@ -37,48 +34,17 @@ SMALL = [
 ]
 
 
-FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["tests.end_to_end.warm_launcher"])
-
-
-class Started:
-    """A `megatron-pmd train` that has been started, as subprocess.Popen would show it."""
-
-    def __init__(self, words: list[str], folder: Path, output: Path) -> None:
-        self._output = output
-        self._process = FORK_SERVER.Process(target=_train, args=(words, folder, output))
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def communicate(self, timeout: float = 60.0) -> tuple[str, None]:
-        """What was printed, once it has ended. Raises TimeoutError if it does not."""
-        self._process.join(timeout)
-        if self.poll() is None:
-            raise TimeoutError(f"not ended after {timeout} s: {self._output.read_text()}")
-        return self._output.read_text(), None
-
-
 class CommandLine:
     """`megatron-pmd train RECIPE …` in its own session, with its runs in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._starts = folder, 0
 
-    def start(self, name: str, *words: str) -> Started:
+    def start(self, name: str, *words: str) -> ForkedCommand:
         self._starts += 1
         output = self.folder / f"{name}-{self._starts}.out"
-        return Started([RECIPE, f"name={name}", *SMALL, *words], self.folder, output)
+        words = ("train", RECIPE, f"name={name}", *SMALL, *words)
+        return ForkedCommand([*words], self.folder, output, LEFT | {"COLUMNS": "100"})
 
     def run(self, name: str, *words: str, expect: int = 0) -> str:
         """Train to the end; returns what was printed."""
@@ -125,21 +91,7 @@ class CommandLine:
         return json.loads((self.path(name) / "summary.json").read_text())
 
 
-def _train(words: list[str], folder: Path, output: Path) -> None:
-    """`megatron-pmd train WORDS`, in a forked process; ends it with the command's exit code."""
-    from megatron_pmd.cli.main import main
-
-    os.setsid()
-    os.chdir(folder)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.environ.update(LEFT, PYTHONPATH=str(PROJECT), COLUMNS="100")
-    sys.argv = ["megatron-pmd", "train", *words]
-    main()
-
-
-def wait_until(condition: Callable[[], Any], what: str, process: Started) -> None:
+def wait_until(condition: Callable[[], Any], what: str, process: ForkedCommand) -> None:
     """Poll until the condition holds; fails with the process's output if it ends first or at the deadline."""
     limit = time.monotonic() + DEADLINE_SECONDS
     while not condition():
@@ -148,7 +100,7 @@ def wait_until(condition: Callable[[], Any], what: str, process: Started) -> Non
         time.sleep(0.05)
 
 
-def descendants(process: Started) -> list[psutil.Process]:
+def descendants(process: ForkedCommand) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 

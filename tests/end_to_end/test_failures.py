@@ -12,14 +12,8 @@ import pytest
 
 from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout
-from tests.end_to_end.command_line import (
-    PROJECT,
-    CommandLine,
-    Started,
-    descendants,
-    still_there,
-    wait_until,
-)
+from tests.end_to_end.command_line import CommandLine, descendants, still_there, wait_until
+from tests.forked_command import PROJECT, ForkedCommand
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +22,13 @@ LONG_ROLLOUT = ["warm_start=null", "data.evaluation=null", "batch.max_response_t
 LONG_ROLLOUT += ["rollout.max_total_tokens=16384", "iterations=1", "batch.max_tokens_per_microbatch=2048"]
 
 
-def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: Started) -> None:
+def in_the_middle_of_a_rollout(command_line: CommandLine, name: str, process: ForkedCommand) -> None:
     """Wait until the engine samples several responses at a time: at its start it is asked for one."""
     wait_until(lambda: (0, "start") in command_line.phases(name), "the first sync", process)
     wait_until(lambda: command_line.running_requests(name) > 1, "responses under way", process)
 
 
-def listening(process: Started) -> set[tuple[str, str]]:
+def listening(process: ForkedCommand) -> set[tuple[str, str]]:
     """(kind of process, address) of every TCP socket on which the run listens, as the kernel says."""
     words = {
         "sglang::scheduler": "scheduler", "sglang::router": "router", "sglang.launch_server": "engine",
