@@ -53,11 +53,12 @@ def whole_iterations(folder: Path) -> dict[str, float]:
 
     file = folder / "iterations.json"
     file.write_text(iterations(folder, torch.cuda.is_available()).model_dump_json())
-    words = ["-m", "megatron_pmd.cli.main", "train", str(file)]
+    # from this folder, where the reward function is found
+    words = ["-m", "megatron_pmd.cli.main", "train", str(file), "--runs", str(folder / "runs")]
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *words],
-            cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise PmdError(f"not at its end after {LIMIT_SECONDS} s: {folder}/runs/gpu_check") from None
@@ -71,14 +72,12 @@ def figures_of(run: Path) -> dict[str, float]:
 
     The difference after a sync is |Δ log π| of the sampled tokens: mean, 99th percentile, largest.
     """
-    phases = [line for line in read_records(run / "ledger.jsonl") if line["seconds"] is not None]
-    last = max(line["iteration"] for line in phases)
-    seconds = {f"seconds of {line['phase']}": line["seconds"] for line in phases if line["iteration"] == last}
-    metrics = next(
-        line
-        for line in read_records(run / "metrics.jsonl")
-        if line["kind"] == "iteration" and line["iteration"] == last
-    )
+    metrics = [line for line in read_records(run / "metrics.jsonl") if line["kind"] == "iteration"][-1]
+    seconds = {
+        f"seconds of {line['phase']}": line["seconds"]
+        for line in read_records(run / "ledger.jsonl")
+        if line["iteration"] == metrics["iteration"] and line["seconds"] is not None
+    }
     differences = {
         "mean difference": metrics["sync/mean_abs_difference"],
         "p99": metrics["mismatch/p99_abs"],

@@ -24,7 +24,8 @@ def test_the_figures_are_those_of_the_last_iteration(tmp_path: Path) -> None:
         {"iteration": 0, "phase": "sync", "seconds": 9.0},
         {"iteration": 1, "phase": "rollout", "seconds": 2.0},
         {"iteration": 1, "phase": "sync", "seconds": 0.5},
-        {"iteration": 2, "phase": "rollout", "seconds": None},
+        {"iteration": 1, "phase": "resume", "seconds": None},
+        {"iteration": 2, "phase": "export", "seconds": 3.0},  # after the end
     ]
     difference = {
         "sync/mean_abs_difference": 0.01, "mismatch/p99_abs": 0.1, "sync/max_abs_difference": 0.7,
