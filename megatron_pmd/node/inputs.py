@@ -27,14 +27,17 @@ def check_inputs(config: RunConfig, replay: Path | None) -> None:
     plugins.find(REWARDS.reference(config.reward.name, what="reward.name"), what="reward.name")
     if config.rollout.function is not None:
         plugins.find(config.rollout.function, what="rollout.function")
-    _check_model(config)
-
-
-def _check_model(config: RunConfig) -> None:
-    path = Path(config.model.path)
-    if not path.exists():
-        if config.model.prepare is None:
-            raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
-        plugins.find(config.model.prepare, what="model.prepare")
+    if (prepare := model_to_make(config)) is not None:
+        plugins.find(prepare, what="model.prepare")
     else:
-        check_model_folder(path)
+        check_model_folder(Path(config.model.path))
+
+
+def model_to_make(config: RunConfig) -> str | None:
+    """model.prepare where the model's folder is not there; None where it is. ModelError if neither is."""
+    path = Path(config.model.path)
+    if path.exists():
+        return None
+    if config.model.prepare is None:
+        raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
+    return config.model.prepare

@@ -118,15 +118,13 @@ def _run_ranks(
     )
     for local_rank in range(nodes.ranks_per_node):
         spec.outcome_file(local_rank).unlink(missing_ok=True)  # of a start that was killed
-    path = logs / f"job-{nodes.rank}.json"
-    spec.write(path)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
     start_method = "spawn" if torch.cuda.is_available() else "fork"
     try:
         if start_method == "fork":
             worker.import_what_ranks_need()
         with _passing_on_the_signal_to_save():
-            elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(str(path))
+            elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(spec)
     except ChildFailedError as failed:
         return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
     except (KeyboardInterrupt, SignalException):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import os
 import shutil
 import signal
@@ -12,15 +11,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setproctitle import getproctitle, setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
-from megatron_pmd.errors import ModelError, PmdError
+from megatron_pmd.errors import PmdError
 from megatron_pmd.lock import locked
+from megatron_pmd.node.inputs import model_to_make
 from megatron_pmd.node.preflight import refuse_gpu_node
 from megatron_pmd.outcome import RunOutcome
 from megatron_pmd.plugins import load
@@ -54,13 +54,6 @@ class JobSpec:
     replay: str | None = None
     """Rollout file or folder to train on instead of engines."""
     stop_after: StopAfter | None = None
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> JobSpec:
-        return cls(**json.loads(path.read_text()))
 
     def outcome_file(self, local_rank: int) -> Path:
         """Where a rank of this node says why it failed."""
@@ -106,12 +99,10 @@ def main(spec: JobSpec) -> None:
 
 def prepare_model(config: RunConfig) -> None:
     """Make the model folder if it does not exist and the recipe knows how."""
-    path = Path(config.model.path)
-    if path.exists():
+    path, prepare = Path(config.model.path), model_to_make(config)
+    if prepare is None:
         return
-    if config.model.prepare is None:
-        raise ModelError(f"{path}: no such model folder; give model.path, or model.prepare to make one")
-    make = load(config.model.prepare, what="model.prepare")
+    make = load(prepare, what="model.prepare")
     partial = path.with_name(path.name + ".partial")
     with locked(
         path.with_name(f".{path.name}.lock"), f"{path} is being made",
@@ -285,7 +276,7 @@ def _problems(
     return problems
 
 
-def run_rank(spec_file: str) -> None:
+def run_rank(spec: JobSpec) -> None:
     """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
     faulthandler.enable()
     # Where torch would write what a rank raises: on a full disk a file that its agent fails to read, and the
@@ -298,7 +289,6 @@ def run_rank(spec_file: str) -> None:
     die_with_parent(parent=os.getppid())
     setproctitle(f"{PROCESS_TITLE} {os.environ['RANK']}")
     allow_many_files()
-    spec = JobSpec.read(Path(spec_file))
     try:
         main(spec)
     except BaseException as failure:

@@ -174,10 +174,8 @@ def test_a_node_whose_gpus_answer_but_whose_cuda_does_not_start_is_named_and_lef
 def test_a_rank_without_cuda_on_a_gpu_node_is_not_taken_for_one_on_a_cpu(gpu_node: Path) -> None:
     config = recipe("tiny_moe_cpu").model_dump(mode="json")
     spec = JobSpec(config=config, folder=str(gpu_node), outcomes=str(gpu_node / "outcome"))
-    spec.write(gpu_node / "job.json")
-    file = str(gpu_node / "job.json")
     done = subprocess.run(
-        [sys.executable, "-c", f"from megatron_pmd.node.worker import run_rank; run_rank({file!r})"],
+        [sys.executable, "-c", f"from megatron_pmd.node.worker import JobSpec, run_rank; run_rank({spec!r})"],
         env=os.environ | {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip

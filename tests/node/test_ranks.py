@@ -138,12 +138,11 @@ def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(worker.faulthandler, "enable", lambda **options: None)
     monkeypatch.setattr(worker, "main", fail)
-    spec.write(tmp_path / "job.json")
     full = io.StringIO()
     monkeypatch.setattr(full, "write", no_room)
     monkeypatch.setattr(sys, "stderr", full)
     with pytest.raises(SystemExit) as ended:
-        record(worker.run_rank)(str(tmp_path / "job.json"))
+        record(worker.run_rank)(spec)
     assert ended.value.code == 1 and not torchs.exists()
     outcome = RunOutcome.read(spec.outcome_file(0))
     assert outcome is not None and outcome.reason == "what went wrong"

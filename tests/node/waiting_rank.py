@@ -13,10 +13,10 @@ from megatron_pmd.processes import die_with_parent
 from megatron_pmd.training.shutdown import Shutdown
 
 
-def wait(spec_file: str) -> None:
+def wait(spec: JobSpec) -> None:
     """In the place of node/worker.py's run_rank."""
     die_with_parent(parent=os.getppid())
-    folder = Path(JobSpec.read(Path(spec_file)).folder)
+    folder = Path(spec.folder)
     shutdown = Shutdown()
     shutdown.install()
     while (reason := shutdown.reason_before("update")) is None:

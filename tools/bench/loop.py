@@ -39,6 +39,7 @@ from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
+from megatron_pmd.node.ranks import LOCK
 from megatron_pmd.node.worker import prepare_model
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.pool import RewardPool
@@ -285,7 +286,7 @@ def bench_outside(run: Path) -> list[Row]:
 
 def bench_first_rollout(run: Path, begun: float | None) -> list[Row]:
     """Where the time goes until the first rollout is on disk; begun: when the command was given, if known."""
-    started = (run / "logs" / "job-0.json").stat().st_mtime
+    started = (run / LOCK).stat().st_mtime
     rows = [row("command: Python and its imports", [started - begun if begun else _import_seconds()], "s")]
     earlier = started
     for what, mark in (
