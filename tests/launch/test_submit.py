@@ -92,19 +92,22 @@ def test_a_log_is_followed_while_the_controller_is_started_again(play: Play, run
 
 def test_a_job_inherits_no_credentials_and_nothing_of_an_outer_allocation(play: Play, run: Path) -> None:
     play("squeue", UNKNOWN)
-    play("sbatch", f"env >{run}/environment; echo 6")
+    play("sbatch", f"env --null >{run}/environment; echo 6")
     job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
     shell = {
-        "AWS_SECRET_ACCESS_KEY": "x", "HF_TOKEN": "x", "SLURM_JOB_ID": "3", "SLURM_NNODES": "9",
+        "BASH_FUNC_module%%": "() {  eval\n}", "AWS_SECRET_ACCESS_KEY": "x", "HF_TOKEN": "x",
+        "SLURM_JOB_ID": "3", "SLURM_NNODES": "9",
         "SSH_AUTH_SOCK": "x", "RANK": "1", "GLOO_SOCKET_IFNAME": "lo", "LOADEDMODULES": "cuda/12",
         "SLURM_CONF": "/etc/slurm/slurm.conf", "LC_ALL": "C", "MODULEPATH": "/modules",
     }  # fmt: skip
     with mock.patch.dict(os.environ, shell):
         assert submit(job, through="sbatch") == ["6"]
-    lines = (run / "environment").read_text().splitlines()
-    given = {name: value for name, _, value in (line.partition("=") for line in lines)}
+    variables = (run / "environment").read_text().split("\0")[:-1]
+    given = {name: value for name, _, value in (variable.partition("=") for variable in variables)}
+    functions = {name for name in given if name.startswith("BASH_FUNC_")}  # `module` is one
+    assert "BASH_FUNC_module%%" in functions
     own = {"PWD", "OLDPWD", "SHLVL", "_", "COLUMNS", "LINES"}  # of the shell that plays sbatch
     allowed = {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LD_LIBRARY_PATH", "LANG", "TZ"}
     allowed |= {"SLURM_CONF", "LC_ALL", "MODULEPATH"}
-    assert set(given) - own <= allowed
+    assert set(given) - functions - own <= allowed
     assert given["SLURM_CONF"] == "/etc/slurm/slurm.conf" and given["MODULEPATH"] == "/modules"
