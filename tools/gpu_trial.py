@@ -67,9 +67,10 @@ def make_model(folder: Path, cuda: bool) -> None:
     shape = large if cuda else small
     config = Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **shape)
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
-    model.save_pretrained(folder / "model")
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
+    # loaded, for .to(bfloat16) has rounded the rotary frequencies too
+    model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
     model.to("cuda" if cuda else "cpu")
     result = []
     drawn = samples(configuration(folder, cuda), shape["vocab_size"])
