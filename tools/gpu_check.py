@@ -61,11 +61,14 @@ class Model(torch.nn.Module):
         self.loaded = [tensor.clone() for _, tensor in weights]
 if torch.cuda.is_available():
     torch.zeros(1, device="cuda").sum().item()  # the start of CUDA is not the handle's time
-begin = time.monotonic()
-loader.load_description(Model(), json.load(sys.stdin))
-print(time.monotonic() - begin)
+description = json.load(sys.stdin)
+for _ in range(2):  # the first time loads modules and kernels
+    begin = time.monotonic()
+    loader.load_description(Model(), description)
+    seconds = time.monotonic() - begin
+print(seconds)
 """
-"""An engine as far as weights are concerned: opens the handle, checks every sum, copies every tensor."""
+"""An engine as far as weights go: opens the handle, checks every sum, copies every tensor; twice."""
 
 
 def against_transformers(folder: Path) -> dict[str, float]:
@@ -124,25 +127,34 @@ def checkpoint_and_resume(folder: Path, *settings: str) -> dict[str, float]:
 
 
 def offload_and_return(folder: Path, *settings: str) -> dict[str, float]:
-    """Everything off the device and back; what stays behind is the allocator's own account."""
+    """Everything off the device and back, twice; what stays behind is the allocator's own account.
+
+    The first time away makes the pinned memory on the host.
+    """
     import torch
 
     trial = Trial(folder, *settings)
     trial.steps(1)
+    seconds_away, seconds_back = [], []
     torch.cuda.synchronize()
-    resident, begin = torch.cuda.memory_allocated(), time.monotonic()
-    trial.actor.release_optimizer()
-    trial.actor.release_parameters()
-    torch.cuda.synchronize()
-    left, away = torch.cuda.memory_allocated(), time.monotonic()
-    trial.actor.wake()
-    torch.cuda.synchronize()
+    resident = torch.cuda.memory_allocated()
+    for _ in range(2):
+        begin = time.monotonic()
+        trial.actor.release_optimizer()
+        trial.actor.release_parameters()
+        torch.cuda.synchronize()
+        left, away = torch.cuda.memory_allocated(), time.monotonic()
+        trial.actor.wake()
+        torch.cuda.synchronize()
+        seconds_away.append(away - begin)
+        seconds_back.append(time.monotonic() - away)
     moved = (resident - left) / 1e9
     return {
         "GB moved": moved,
         "GB left": left / 1e9,
-        "GB/s away": moved / (away - begin),
-        "GB/s back": moved / (time.monotonic() - away),
+        "GB/s away, the first time": moved / seconds_away[0],
+        "GB/s away": moved / seconds_away[-1],
+        "GB/s back": moved / seconds_back[-1],
         "loss after": trial.steps(1)["loss"],
     }
 

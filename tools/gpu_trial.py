@@ -153,16 +153,19 @@ class Trial:
         return self.actor.update(self.batch, self.microbatches, self._anchor, loss, learning_rate)
 
     def steps(self, count: int) -> dict[str, float]:
-        """PMD steps at learning rate 0: loss and gradient norm of the first, seconds of the median one."""
+        """PMD steps at learning rate 0: loss and gradient norm of the last, seconds of the median one.
+
+        Of the last, since delayed scaling has no history in the first.
+        """
         self._anchor = self.log_probs(self.microbatches).log_probs
         seconds, reports = [], []
         for _ in range(count):
             begin = time.monotonic()
             reports.append(self.step(0.0))
             seconds.append(time.monotonic() - begin)
-        first = reports[0]
+        last = reports[-1]
         return {
-            "loss": first.loss_sum / first.loss_count,
-            "gradient norm": first.gradient_norm,
+            "loss": last.loss_sum / last.loss_count,
+            "gradient norm": last.gradient_norm,
             "seconds": float(np.median(seconds)),
         }

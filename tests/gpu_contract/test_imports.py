@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def rank(tmp_path_factory) -> dict[str, Any]:
 def test_what_is_installed_is_what_is_pinned_and_nothing_is_beside_it():
     pinned = pins("stack")
     wrong = []
-    for distribution in metadata.distributions():
+    # not all of sys.path: setuptools puts copies of its own there
+    for distribution in metadata.distributions(path=[sysconfig.get_path("purelib")]):
         name = normalised(distribution.metadata["Name"])
         if name in NOT_OF_THE_STACK:
             continue
