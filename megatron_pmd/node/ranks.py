@@ -119,7 +119,7 @@ def _run_ranks(
     for local_rank in range(nodes.ranks_per_node):
         spec.outcome_file(local_rank).unlink(missing_ok=True)  # of a start that was killed
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
-    # New memory in pages of 2 MB: making small ones takes most of a save's stall. torch reads this once, at its
+    # New memory in pages of 2 MB: making small ones takes most of a save's stall. torch reads this at its
     # first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     start_method = "spawn" if torch.cuda.is_available() else "fork"
