@@ -76,7 +76,7 @@ class DeviceMemory:
 
 
 def device_memory() -> DeviceMemory:
-    """Of this rank's CUDA device. Written, not run: a CPU frees nothing on release."""
+    """Of this rank's CUDA device; a CPU frees nothing on release."""
     free, total = torch.cuda.mem_get_info()
     return DeviceMemory(free, torch.cuda.memory_reserved(), total, torch.cuda.memory_allocated())
 

@@ -1,7 +1,7 @@
 """What of the actor is in device memory, and when: the engines live on the same devices.
 
 On a CPU there is one memory: leaving it means handing freed pages back to the system, where the engines find
-them. The CUDA half is written, not run (docs/gpu.md). Whatever leaves has one pinned copy on the host, made
+them. The CUDA half ran on one H100 (docs/gpu.md). Whatever leaves has one pinned copy on the host, made
 the first time.
 """
 

@@ -3,7 +3,7 @@
 Every rank has a bucket on its own device, with what the engine's rank there reads, which alone opens it: no
 process needs a context on another's device. Of torch it takes the same two functions that SGLang's own
 updates take (torch/multiprocessing/reductions.py). The description is tested on a CPU; the handles need CUDA:
-written, not run (docs/gpu.md).
+they ran on one H100 (docs/gpu.md).
 """
 
 from __future__ import annotations
