@@ -21,6 +21,7 @@ from megatron_pmd.errors import DamagedCheckpoint, DataError, Interrupted
 from megatron_pmd.files import full_disk
 from megatron_pmd.lock import locked
 from megatron_pmd.node import worker
+from megatron_pmd.node.frozen import ending_frozen_ranks
 from megatron_pmd.node.inputs import check_inputs
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
@@ -126,7 +127,8 @@ def _run_ranks(
     try:
         if start_method == "fork":
             worker.import_what_ranks_need()
-        with _passing_on_the_signal_to_save():
+        first_rank = nodes.rank * nodes.ranks_per_node
+        with _passing_on_the_signal_to_save(), ending_frozen_ranks(spec, first_rank):
             elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(spec)
     except ChildFailedError as failed:
         return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
