@@ -6,18 +6,21 @@ ranks cannot tell it from one that computes; on its own node the kernel can.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 from megatron_pmd.node.worker import PROCESS_TITLE, JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
 
-LOOKS_APART_SECONDS = 1.0
-LOOKS = 60
+TITLE = rf"{PROCESS_TITLE} (\d+)"
+LOOKS_APART_SECONDS = 2.0
+LOOKS = 30
 """In so many one after the other it was stopped. Of looks, not of seconds: Ctrl-Z stops this process too."""
 
 
@@ -33,11 +36,13 @@ def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> Iterator[None]:
     def look() -> None:
         seen: dict[int, int] = {}
         while not ended.wait(LOOKS_APART_SECONDS):
-            stopped = dict(_stopped())
-            seen = {pid: seen.get(pid, 0) + 1 for pid in stopped}
-            for pid, (rank, what) in stopped.items():
-                if seen[pid] == LOOKS:
-                    _end(spec, rank, int(_number(rank)) - first_rank, f"{what} (process {pid})")
+            stopped = list(_stopped())
+            seen = {process.pid: seen.get(process.pid, 0) + 1 for process, _, _ in stopped}
+            for process, rank, number in stopped:
+                if seen[process.pid] == LOOKS:
+                    _note(process, rank, number, spec.outcome_file(number - first_rank))
+                    with suppress(psutil.NoSuchProcess):
+                        rank.kill()
 
     thread = threading.Thread(target=look, name="frozen-ranks", daemon=True)
     thread.start()
@@ -48,33 +53,30 @@ def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> Iterator[None]:
         thread.join()
 
 
-def _stopped() -> Iterator[tuple[int, tuple[psutil.Process, str]]]:
-    """Of each stopped process its rank's process, and what it is: a rank of this process, or a child of one.
+def _stopped() -> Iterator[tuple[psutil.Process, psutil.Process, int]]:
+    """Each stopped process that is a rank of this process or a child of one, with its rank and the rank's number.
 
     Engines' servers are further down: who started them watches them.
     """
-    for rank in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if not _number(rank):
-                continue
-            for process in (rank, *rank.children()):
-                if process.status() == psutil.STATUS_STOPPED:
-                    name = f"rank {_number(rank)}"
-                    yield process.pid, (rank, name if process == rank else f"a helper of {name}")
+    family = psutil.Process().children(recursive=True)  # one look at all processes of the node
+    ranks = {}
+    for process in family:
+        with suppress(psutil.Error):
+            if process.ppid() == os.getpid() and (title := re.match(TITLE, " ".join(process.cmdline()))):
+                ranks[process.pid] = process, int(title[1])
+    for process in family:
+        with suppress(psutil.Error):
+            found = ranks.get(process.pid) or ranks.get(process.ppid())
+            if found and process.status() == psutil.STATUS_STOPPED:
+                yield process, *found
 
 
-def _number(process: psutil.Process) -> str:
-    """Of a rank, from its title; empty for another process."""
-    with suppress(psutil.Error):
-        found = re.match(rf"{PROCESS_TITLE} (\d+)", " ".join(process.cmdline()))
-        return found[1] if found else ""
-    return ""
-
-
-def _end(spec: JobSpec, rank: psutil.Process, local_rank: int, what: str) -> None:
-    seconds = LOOKS * LOOKS_APART_SECONDS
-    reason = f"{what} was stopped by a signal (SIGSTOP) and did not go on for {seconds:.0f} s; it was ended"
-    with suppress(OSError):
-        RunOutcome(Status.FAILED, reason).write(spec.outcome_file(local_rank))
-    with suppress(psutil.NoSuchProcess):
-        rank.kill()
+def _note(process: psutil.Process, rank: psutil.Process, number: int, file: Path) -> None:
+    """Into a rank's outcome file, in what its run will end with."""
+    who = f"rank {number}" if process == rank else f"a helper of rank {number}"
+    reason = (
+        f"{who} (process {process.pid}) was stopped by a signal (SIGSTOP) and did not go on for "
+        f"{LOOKS * LOOKS_APART_SECONDS:.0f} s; the rank was ended"
+    )
+    with suppress(OSError):  # no room even in memory: the launcher then tells how the rank ended
+        RunOutcome(Status.FAILED, reason).write(file)

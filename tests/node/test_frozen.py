@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from setproctitle import setproctitle
@@ -96,7 +97,7 @@ def test_a_rank_that_goes_on_in_time_is_left_alone_however_often_it_stops(
     looks = []
     stopped = frozen._stopped
 
-    def look() -> list[tuple[int, tuple[object, str]]]:
+    def look() -> list[Any]:
         found = list(stopped())
         looks.append(len(found))
         turn = len(looks) % LOOKS  # stopped in all looks but one of LOOKS
