@@ -54,7 +54,7 @@ def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> Iterator[None]:
 
 
 def _stopped() -> Iterator[tuple[psutil.Process, psutil.Process, int]]:
-    """Each stopped process that is a rank of this process or a child of one, with its rank and the rank's number.
+    """Each stopped process that is a rank of this process or a child of one; its rank, and that one's number.
 
     Engines' servers are further down: who started them watches them.
     """
