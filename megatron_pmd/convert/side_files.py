@@ -37,6 +37,12 @@ def copy_side_files(
         _write(target / "tokenizer_config.json", tokenizer_of_both(tokenizer))
 
 
+FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+"""By model_type, what transformers' code of the family fixes and does not write; SGLang reads it."""
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -46,7 +52,8 @@ def in_both_words(config: dict[str, Any]) -> dict[str, Any]:
 
     Either version takes a missing setting for its default, without a word: rope_theta 10,000, 128 experts.
     """
-    return _rotary_in_both_words(config | _aliases(config))
+    fixed = FIXED.get(config.get("model_type", ""), {})
+    return _rotary_in_both_words(fixed | config | _aliases(config))
 
 
 def _aliases(config: dict[str, Any]) -> dict[str, Any]:

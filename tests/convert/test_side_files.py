@@ -92,3 +92,22 @@ def test_a_tokenizer_of_transformers_5_gets_the_name_that_both_know(tmp_path: Pa
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert read("a b <tool>").input_ids == tokenizer("a b <tool>").input_ids
     assert (read.eos_token, read.all_special_tokens) == (tokenizer.eos_token, tokenizer.all_special_tokens)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "moonlight"])
+def test_sglang_finds_what_transformers_fixes_for_a_family_and_does_not_write(
+    tmp_path: Path, family: str
+) -> None:
+    """It reads config.moe_layer_freq without a default (models/deepseek_v2.py, _is_layer_sparse)."""
+    config_of(family).save_pretrained(tmp_path / "source")
+    assert "moe_layer_freq" not in json.loads((tmp_path / "source" / "config.json").read_text())
+    exported(tmp_path / "source", tmp_path / "out")
+    read = get_config(str(tmp_path / "out"), trust_remote_code=False)
+    assert (read.moe_layer_freq, read.scoring_func, read.topk_method) == (1, "sigmoid", "noaux_tc")
+
+
+def test_what_a_source_says_of_its_scores_stays(tmp_path: Path) -> None:
+    config_of("deepseek").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scoring_func": "softmax"}))
+    assert exported(tmp_path / "source", tmp_path / "out")["scoring_func"] == "softmax"

@@ -1,4 +1,7 @@
-"""Exported folders read by a real transformers 4.57, which `make transformers-4` puts beside the stack."""
+"""Exported folders in the hands of what people read them with: transformers 4.57 and SGLang.
+
+`make transformers-4` puts the former beside the stack, and runs this.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tokenizers
 import torch
 import transformers
 
 from megatron_pmd.convert.side_files import copy_side_files
+from megatron_pmd.engine.sglang_server import EngineProcess
 from tests.actor.tiny_models import FAMILIES, write_model
 from tests.convert import transformers_4
 from tests.convert.transformers_4 import TEXT, TOKENS
+from tests.engine.live_engine import START_SECONDS, spec_for
 
 INSTALLED = os.environ.get("PMD_TRANSFORMERS_4")
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="`make transformers-4` installs it and runs this")
+
+SERVED_ON_A_CPU = [family for family in FAMILIES if family not in ("moonlight", "deepseek")]
+"""SGLang 0.5.23 has no latent attention there (layers/attention/torch_native_backend.py)."""
 
 
 def with_tokenizer(folder: Path) -> None:
@@ -93,3 +102,27 @@ def test_an_export_of_what_transformers_4_wrote_is_read_alike_by_5(
         for path in (folder / "of-4" / family, tmp_path / "export")
     )
     assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize("family", SERVED_ON_A_CPU)
+@pytest.mark.parametrize("written_by", ["source", "of-4"])
+def test_sglang_computes_of_an_export_what_transformers_computes_of_its_source(
+    read_by_4: tuple[Path, dict[str, Any]], tmp_path: Path, written_by: str, family: str
+) -> None:
+    """of-4: the source is one that transformers 4 wrote."""
+    folder, _ = read_by_4
+    export(folder / written_by / family, tmp_path / "export")
+    engine = EngineProcess(spec_for(tmp_path / "export", tmp_path, load_model_weights=True))
+    try:
+        engine.wait_ready(START_SECONDS)
+        request = {
+            "input_ids": TOKENS, "return_logprob": True, "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        }  # fmt: skip
+        reply = httpx.post(f"{engine.spec.url}/generate", json=request, timeout=60, trust_env=False)
+    finally:
+        engine.stop()
+    assert reply.status_code == 200, reply.text
+    found = [entry[0] for entry in reply.json()["meta_info"]["input_token_logprobs"][1:]]
+    expected = log_probs(folder / "source" / family)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
