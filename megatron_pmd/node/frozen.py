@@ -73,10 +73,10 @@ def _stopped() -> Iterator[tuple[psutil.Process, psutil.Process, int]]:
 
 def _note(process: psutil.Process, rank: psutil.Process, number: int, file: Path) -> None:
     """Into a rank's outcome file, in what its run will end with."""
-    who = f"rank {number}" if process == rank else f"a helper of rank {number}"
+    who = "it" if process == rank else "a process that it started"
     reason = (
-        f"{who} (process {process.pid}) was stopped by a signal (SIGSTOP) and did not go on for "
-        f"{LOOKS * LOOKS_APART_SECONDS:.0f} s; the rank was ended"
+        f"{who} (number {process.pid}) was stopped by a signal (SIGSTOP) and did not go on for "
+        f"{LOOKS * LOOKS_APART_SECONDS:.0f} s; rank {number} was ended"
     )
     with suppress(OSError):  # no room even in memory: the launcher then tells how the rank ended
         RunOutcome(Status.FAILED, reason).write(file)

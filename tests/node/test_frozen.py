@@ -77,7 +77,8 @@ def test_a_stopped_rank_is_ended_and_named_and_no_other(ranks: Ranks, spec: JobS
         assert ranks.processes[1].exitcode == -signal.SIGKILL
     outcome = RunOutcome.read(spec.outcome_file(1))
     assert outcome is not None and outcome.status is Status.FAILED
-    assert outcome.reason.startswith(f"rank 3 (process {ranks.processes[1].pid}) was stopped by a signal")
+    assert outcome.reason.startswith(f"it (number {ranks.processes[1].pid}) was stopped by a signal")
+    assert outcome.reason.endswith("rank 3 was ended")
     assert ranks.processes[0].is_alive() and not spec.outcome_file(0).exists()
 
 
@@ -88,7 +89,7 @@ def test_a_rank_whose_helper_is_stopped_is_ended_and_the_helper_named(ranks: Ran
         assert ranks.processes[0].exitcode == -signal.SIGKILL
     outcome = RunOutcome.read(spec.outcome_file(0))
     assert outcome is not None
-    assert outcome.reason.startswith(f"a helper of rank 2 (process {ranks.helpers[0]}) was stopped")
+    assert outcome.reason.startswith(f"a process that it started (number {ranks.helpers[0]}) was stopped")
 
 
 def test_a_rank_that_goes_on_in_time_is_left_alone_however_often_it_stops(
