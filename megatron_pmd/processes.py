@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
+import threading
+from collections.abc import Callable, Iterator
 
 SAVE = signal.SIGUSR1
 """What Slurm sends a run that it wants to end; the ranks then write a checkpoint (training/shutdown.py)."""
@@ -43,6 +46,19 @@ def hold_back(signal_number: int) -> None:
     # shells unblock all signals; set again it would drop one that waits
     if signal.getsignal(signal_number) is not signal.SIG_IGN:
         signal.signal(signal_number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[threading.Event], None], name: str) -> Iterator[None]:
+    """Run the work in a thread of this name beside the block, whose end sets the event that it is given."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def allow_many_files() -> None:

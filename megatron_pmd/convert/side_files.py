@@ -14,6 +14,10 @@ from megatron_pmd.hugging_face import WEIGHTS
 
 SKIPPED = (".index.json", "conversion.json")
 """Files that tell of one folder's weights alone."""
+FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+"""By model_type, what transformers' code of the family fixes and does not write; SGLang reads it."""
 
 
 def copy_side_files(
@@ -35,12 +39,6 @@ def copy_side_files(
     tokenizer = read_object(source / "tokenizer_config.json")
     if tokenizer is not None:
         _write(target / "tokenizer_config.json", tokenizer_of_both(tokenizer))
-
-
-FIXED: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-}
-"""By model_type, what transformers' code of the family fixes and does not write; SGLang reads it."""
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -10,13 +10,14 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import psutil
 
 from megatron_pmd.node.worker import PROCESS_TITLE, JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.processes import beside
 
 TITLE = rf"{PROCESS_TITLE} (\d+)"
 LOOKS_APART_SECONDS = 2.0
@@ -24,16 +25,14 @@ LOOKS = 30
 """In so many one after the other it was stopped. Of looks, not of seconds: Ctrl-Z stops this process too."""
 
 
-@contextmanager
-def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> Iterator[None]:
+def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> AbstractContextManager[None]:
     """Within it a rank of this process that is stopped for a minute, or a helper of which is, is killed.
 
     first_rank: of the ranks that this process starts. What was stopped stands in the rank's outcome file
     before the rank ends, so that it is the reason of the run's end.
     """
-    ended = threading.Event()
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         seen: dict[int, int] = {}
         while not ended.wait(LOOKS_APART_SECONDS):
             stopped = list(_stopped())
@@ -44,13 +43,7 @@ def ending_frozen_ranks(spec: JobSpec, first_rank: int) -> Iterator[None]:
                     with suppress(psutil.NoSuchProcess):
                         rank.kill()
 
-    thread = threading.Thread(target=look, name="frozen-ranks", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return beside(look, "frozen-ranks")
 
 
 def _stopped() -> Iterator[tuple[psutil.Process, psutil.Process, int]]:

@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from megatron_pmd.node.inputs import check_inputs
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
 from megatron_pmd.outcome import RunOutcome, Status
-from megatron_pmd.processes import SAVE
+from megatron_pmd.processes import SAVE, beside
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
 LISTENING_SECONDS = 0.2
@@ -120,7 +119,7 @@ def _run_ranks(
     for local_rank in range(nodes.ranks_per_node):
         spec.outcome_file(local_rank).unlink(missing_ok=True)  # of a start that was killed
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config, nodes))
-    # New memory in pages of 2 MB: making small ones takes most of a save's stall. torch reads this at its
+    # New memory in pages of 2 MB: making small ones takes much of a save's stall. torch reads this at its
     # first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     start_method = "spawn" if torch.cuda.is_available() else "fork"
@@ -152,16 +151,14 @@ def threads_per_rank(config: RunConfig, nodes: Nodes) -> int:
     return max(1, len(os.sched_getaffinity(0)) // nodes.ranks_per_node)
 
 
-@contextmanager
-def _passing_on_the_signal_to_save() -> Iterator[None]:
+def _passing_on_the_signal_to_save() -> AbstractContextManager[None]:
     """Send SIGUSR1, which this process holds back (processes.hold_back), on to its ranks while they run.
 
     Where Slurm tracks processes by cgroup it signals the direct child of its step alone. It may come before
     the ranks do: then each gets it when it starts.
     """
-    ended = threading.Event()
 
-    def pass_on() -> None:
+    def pass_on(ended: threading.Event) -> None:
         asked, told = False, set()
         while not ended.is_set():
             asked |= signal.sigtimedwait({SAVE}, LISTENING_SECONDS) is not None
@@ -171,13 +168,7 @@ def _passing_on_the_signal_to_save() -> Iterator[None]:
                         child.send_signal(SAVE)
                     told.add(child.pid)
 
-    thread = threading.Thread(target=pass_on, name="signal-to-save", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return beside(pass_on, "signal-to-save")
 
 
 def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: str) -> Any:
