@@ -13,8 +13,8 @@ from xdist.scheduler import LoadScopeScheduling
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
 
-TOGETHER = ("actor", "end_to_end")
-"""Folders whose files share what a session prepares: layouts trained, runs with engines."""
+TOGETHER = ("actor", "convert", "end_to_end")
+"""Folders whose files share what a session prepares: layouts trained, models converted, runs with engines."""
 CONTRACT = Path(__file__).parent / "gpu_contract"
 """Needs the CUDA packages, and makes torch believe in a GPU: an environment and processes of its own."""
 
