@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.errors import PmdError
+from megatron_pmd.heartbeat import Heartbeat
 
 T = TypeVar("T")
 PIECE_BYTES = 2**28
@@ -23,7 +24,9 @@ class Control:
     A rank that waits here blocks in the kernel; it does not spin on the GPU as NCCL would.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, heartbeat: Heartbeat | None = None) -> None:
+        """heartbeat: says of this rank when it waits here for others."""
+        self.heartbeat = heartbeat or Heartbeat()
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
@@ -36,12 +39,14 @@ class Control:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier(self._group)
+        with self.heartbeat.waiting():
+            dist.barrier(self._group)
 
     def from_driver(self, value: Any = None) -> Any:
         """The driver's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        with self.heartbeat.waiting():
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def on_driver(self, action: Callable[[], T]) -> T | None:
@@ -62,13 +67,15 @@ class Control:
 
         data: uint8 [bytes], contiguous.
         """
-        for piece in data.split(PIECE_BYTES):
-            dist.send(piece, rank, group=self._group)
+        with self.heartbeat.waiting():
+            for piece in data.split(PIECE_BYTES):
+                dist.send(piece, rank, group=self._group)
 
     def receive_bytes(self, data: torch.Tensor, rank: int) -> None:
         """Fill data, uint8 [bytes], contiguous, with as many bytes that the other rank sends."""
-        for piece in data.split(PIECE_BYTES):
-            dist.recv(piece, rank, group=self._group)
+        with self.heartbeat.waiting():
+            for piece in data.split(PIECE_BYTES):
+                dist.recv(piece, rank, group=self._group)
 
     def on_all(self, action: Callable[[], T]) -> list[T]:
         """Run the action on every rank; all get all results, in rank order, or the first rank's PmdError.
@@ -89,11 +96,13 @@ class Control:
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on the driver; None elsewhere."""
         values = [None] * self.world if self.is_driver else None
-        dist.gather_object(value, values, dst=0, group=self._group)
+        with self.heartbeat.waiting():
+            dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
+        with self.heartbeat.waiting():
+            dist.all_gather_object(values, value, group=self._group)
         return values

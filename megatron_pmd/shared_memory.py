@@ -47,6 +47,17 @@ def nameless_file(nbytes: int, folders: Sequence[Path]) -> tuple[IO[bytes], Path
     )
 
 
+def own_memory(name: str, count: int) -> tuple[str, ...]:
+    """So many empty files of this process, in memory and gone with it: where others of this user open them.
+
+    name: shown in /proc/PID/fd.
+    """
+    files = [os.memfd_create(name) for _ in range(count)]
+    for file in files:
+        os.fchmod(file, 0o600)
+    return tuple(f"/proc/{os.getpid()}/fd/{file}" for file in files)
+
+
 def path_to(file: IO[bytes]) -> Path:
     """Where other processes of this user on this node open the file."""
     return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")

@@ -289,7 +289,8 @@ class Actor:
         replay = self._replay if batch.tokens.routed_experts is not None else None
         run_schedule(
             self.chunks, batch, microbatches, self._row, on_logits,
-            forward_only=forward_only, examples=examples, replay=replay,
+            forward_only=forward_only, on_microbatch=self._control.heartbeat.beat, examples=examples,
+            replay=replay,
         )  # fmt: skip
 
     def _token_log_probs(

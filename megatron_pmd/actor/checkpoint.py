@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import zipfile
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
@@ -35,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from setproctitle import setproctitle
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.checkpoint_folders import FILES, STATE_FILE, complete, latest, sizes
@@ -65,9 +65,16 @@ def _writers_queue_that_dies_with_us() -> None:
     manager it starts but this process's orderly exit. Tested by killing a run, in tests/end_to_end.
     """
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(die_with_parent, (signal.SIGKILL, os.getpid()))
+        # without a name in the file system: a folder for it would outlive a killed rank
+        address = f"\0megatron-pmd-checkpoint-results-{os.getpid()}"
+        manager = SyncManager(address, ctx=multiprocessing.get_context("spawn"))
+        manager.start(_become_server_of_results, (os.getpid(),))
         filesystem_async._results_queue = _PickledResults(manager.Queue())
+
+
+def _become_server_of_results(parent: int) -> None:
+    setproctitle("megatron-pmd checkpoint results")
+    die_with_parent(parent=parent)
 
 
 class _PickledResults:
@@ -200,6 +207,7 @@ def _write_in_background(parent: int, write: Callable[..., None], *arguments: An
 
     A writer that outlived a killed rank would write into the folder that the next run deletes.
     """
+    setproctitle("megatron-pmd checkpoint writer")
     die_with_parent(parent=parent)
     os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
     os.nice(10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ def logits_of_rows(
     return logits.transpose(0, 1)
 
 
+def _packed(
+    batch: RolloutBatch, work: Sequence[tuple[list[int], bool]], row: Row
+) -> Iterator[PackedMicrobatch]:
+    """Each of the micro-batches, samples and whether they are supervised, when it is asked for."""
+    device = current_device()
+    for samples, supervised in work:
+        yield pack_microbatch(batch, samples, row, device, supervised=supervised)
+
+
 def run_schedule(
     chunks: list[Any],
     batch: RolloutBatch,
@@ -51,6 +60,7 @@ def run_schedule(
     on_logits: Callable[[PackedMicrobatch, torch.Tensor], Any],
     *,
     forward_only: bool,
+    on_microbatch: Callable[[], None],
     examples: Microbatches | None = None,
     replay: RoutingReplay | None = None,
 ) -> list[Any]:
@@ -59,20 +69,17 @@ def run_schedule(
     examples: micro-batches of supervised examples, which come after those of responses.
     on_logits(microbatch, logits [response tokens here, vocabulary slice]) runs on the last stage. With
     forward_only it returns anything, which comes back as a list; otherwise (summed loss, count, anything),
-    and gradients are divided by the global count. replay: routers choose the experts that the batch has
-    recorded.
+    and gradients are divided by the global count. on_microbatch() is called before each, on every stage.
+    replay: routers choose the experts that the batch has recorded.
     """
     # else Float16Module hands on an fp32 copy of all logits
     as_computed = {"fp32_output": False} if get_model_config(chunks[0]).bf16 else {}
     work = [(samples, False) for samples in microbatches] + [(samples, True) for samples in examples or []]
-    device = current_device()
     # every chunk of an interleaved pipeline reads the micro-batches by itself
-    packed = [
-        (pack_microbatch(batch, samples, row, device, supervised=supervised) for samples, supervised in work)
-        for _ in chunks
-    ]
+    packed = [_packed(batch, work, row) for _ in chunks]
 
     def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable]:
+        on_microbatch()
         microbatch = next(iterator)
         if replay:
             layers = get_model_config(model).num_layers

@@ -127,6 +127,12 @@ class RunConfig(Frozen):
         return rounds * sampling.request_timeout_seconds * (sampling.retries + 1)
 
     @property
+    def longest_silence_seconds(self) -> float:
+        """How long a rank may give no sign of life where it computes nothing: an engine may be starting."""
+        starts = self.rollout.start_timeout_seconds * (self.rollout.restarts + 1)
+        return max(starts, self.rollout.cold_start_timeout_seconds) + self.actor.timeout_seconds
+
+    @property
     def engines(self) -> int:
         return self.layout.ranks // self.ranks_per_engine
 

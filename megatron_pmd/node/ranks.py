@@ -20,13 +20,13 @@ from megatron_pmd.errors import DamagedCheckpoint, DataError, Interrupted
 from megatron_pmd.files import full_disk
 from megatron_pmd.lock import locked
 from megatron_pmd.node import worker
-from megatron_pmd.node.frozen import ending_frozen_ranks
 from megatron_pmd.node.inputs import check_inputs
+from megatron_pmd.node.watch import ending_ranks_that_stand_still
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.observe.summary import outcome_of, write_summary
 from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.processes import SAVE, beside
-from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, own_memory, shared_memory_key
 
 LISTENING_SECONDS = 0.2
 ASKED_TO_END = ("SIGTERM", "SIGINT")
@@ -113,6 +113,8 @@ def _run_ranks(
         folder=str(folder),
         # in memory: a run that ends because its disk is full must be able to say so
         outcomes=str(SHARED_MEMORY / f"{PREFIX}{key}-outcome-{nodes.rank}"),
+        heartbeats=own_memory("heartbeat", nodes.ranks_per_node),
+        stacks=own_memory("stacks", nodes.ranks_per_node),
         replay=str(replay.resolve()) if replay else None,
         stop_after=stop_after,
     )
@@ -127,10 +129,10 @@ def _run_ranks(
         if start_method == "fork":
             worker.import_what_ranks_need()
         first_rank = nodes.rank * nodes.ranks_per_node
-        with _passing_on_the_signal_to_save(), ending_frozen_ranks(spec, first_rank):
+        with _passing_on_the_signal_to_save(), ending_ranks_that_stand_still(spec, first_rank):
             elastic_launch(_launch_config(config, nodes, logs, start_method), worker.run_rank)(spec)
     except ChildFailedError as failed:
-        return _ended(folder, nodes, _of_first_failure(failed, spec, logs))
+        return _ended(folder, nodes, _of_first_failure(failed, spec, logs, nodes))
     except (KeyboardInterrupt, SignalException):
         reason = f"{folder}: interrupted; the same command resumes it from its last checkpoint"
         return _ended(folder, nodes, RunOutcome.of(Interrupted(reason)))
@@ -200,22 +202,28 @@ def _launch_config(config: RunConfig, nodes: Nodes, logs: Path, start_method: st
     )
 
 
-def _of_first_failure(failed: Any, spec: JobSpec, logs: Path) -> RunOutcome:
+def _of_first_failure(failed: Any, spec: JobSpec, logs: Path, nodes: Nodes) -> RunOutcome:
     """What the rank that failed first has noted, or how the system ended it."""
-    # torch's account has no times: one that was killed, and could note nothing, is the reason of the others
-    noted = {rank: spec.outcome_file(failure.local_rank) for rank, failure in failed.failures.items()}
+    # torch's account has no times: one that was killed, and could note nothing, is the reason of the others.
+    # It may lack a rank that node/watch.py has ended, if the others met its end before torch did.
+    first_rank = nodes.rank * nodes.ranks_per_node
+    files = {first_rank + local: spec.outcome_file(local) for local in range(nodes.ranks_per_node)}
+    noted = {rank: files[rank] for rank in files if rank in failed.failures or files[rank].exists()}
     rank = min(noted, key=lambda rank: noted[rank].stat().st_mtime_ns if noted[rank].exists() else 0)
-    failure, outcome = failed.failures[rank], RunOutcome.read(noted[rank])
-    if outcome is None and failure.signal_name() in ASKED_TO_END:
-        # Slurm's signal may reach a rank before the agent, which would have said the same
-        outcome = RunOutcome.of(Interrupted(f"rank {rank} was ended by {failure.signal_name()}"))
-    elif outcome is None:
-        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        outcome = RunOutcome(Status.FAILED, f"it ended with {how}")
+    outcome = RunOutcome.read(noted[rank]) or _of_the_system(rank, failed.failures[rank])
     # A PmdError of one rank is raised on all (Control.on_driver), and any can be the first to end.
     who = "" if hasattr(errors, outcome.error or "") else f"rank {rank} failed: "
     full = full_disk(Path(spec.folder))
     return replace(outcome, reason=f"{who}{outcome.reason}{full}; logs: {logs}")
+
+
+def _of_the_system(rank: int, failure: Any) -> RunOutcome:
+    """How a rank ended that could note nothing."""
+    if failure.signal_name() in ASKED_TO_END:
+        # Slurm's signal may reach a rank before the agent, which would have said the same
+        return RunOutcome.of(Interrupted(f"rank {rank} was ended by {failure.signal_name()}"))
+    how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return RunOutcome(Status.FAILED, f"it ended with {how}")
 
 
 def _ended(folder: Path, nodes: Nodes, outcome: RunOutcome) -> RunOutcome:

@@ -19,6 +19,7 @@ from setproctitle import getproctitle, setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
 from megatron_pmd.errors import PmdError
+from megatron_pmd.heartbeat import Heartbeat
 from megatron_pmd.lock import locked
 from megatron_pmd.node.inputs import model_to_make
 from megatron_pmd.node.preflight import refuse_gpu_node
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
 PROCESS_TITLE = "megatron-pmd rank"
 """What `ps` calls a rank's process, before its number."""
 getproctitle()  # finds the title's place, which it cannot once the environment is changed
+TELL_WHERE = signal.SIGUSR2
+"""A rank that gets it writes where each of its threads stands (JobSpec.stacks_file)."""
 PREPARING_SECONDS = 600.0
 """For another run that makes the model's folder."""
 
@@ -51,6 +54,10 @@ class JobSpec:
     folder: str
     outcomes: str
     """Start of the names of the files in which failing ranks say why."""
+    heartbeats: tuple[str, ...]
+    """By local rank, its launcher's memory in which it says what it does."""
+    stacks: tuple[str, ...]
+    """And in which functions its threads are, when it is sent TELL_WHERE."""
     replay: str | None = None
     """Rollout file or folder to train on instead of engines."""
     stop_after: StopAfter | None = None
@@ -84,11 +91,13 @@ def main(spec: JobSpec) -> None:
     from megatron_pmd.distributed import Control
     from megatron_pmd.node.bandwidth import check_bandwidth
 
+    heartbeat = Heartbeat(Path(spec.heartbeats[int(os.environ["LOCAL_RANK"])]))
+    heartbeat.enter("start", 0, patience_seconds=config.longest_silence_seconds)
     parallel.initialize(config.layout, seed=config.seed, timeout_seconds=config.actor.timeout_seconds)
     # the driver may take this long in a rollout, or a rank in an engine's start, while the others wait for it
     longest = max(config.longest_rollout_seconds, config.rollout.cold_start_timeout_seconds)
     waiting = longest + config.actor.timeout_seconds
-    control = Control(waiting)
+    control = Control(waiting, heartbeat)
     try:
         check_bandwidth(control)
         _train(_Start(config, spec, control, shutdown, cpu))
@@ -279,6 +288,8 @@ def _problems(
 def run_rank(spec: JobSpec) -> None:
     """The function of each rank's process: main(), leaving a file that says how a failing rank ended."""
     faulthandler.enable()
+    stacks = os.open(spec.stacks[int(os.environ["LOCAL_RANK"])], os.O_WRONLY | os.O_APPEND)
+    faulthandler.register(TELL_WHERE, stacks)
     # Where torch would write what a rank raises: on a full disk a file that its agent fails to read, and the
     # run would end with the traceback of that.
     os.environ.pop("TORCHELASTIC_ERROR_FILE", None)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pebble
+from setproctitle import setproctitle
 
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
@@ -242,6 +243,7 @@ _half_full = math.inf
 def _prepare(reward: Reward, parent: int) -> None:
     """Load the reward before any sample's clock runs."""
     global _grade, _failure, _memory_gigabytes, _half_full
+    setproctitle("megatron-pmd reward worker")
     die_with_parent(parent=parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # pebble's handler needs the interpreter: a reward that hangs in C code would stall all workers for 3 s

@@ -120,7 +120,7 @@ class LiveEngines:
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
             function=self._function,
-            interrupted=self._interrupted,
+            interrupted=self._asked_meanwhile,
         )
         try:
             with self._console.progress(title, rollout.total - rollout.finished) as advance:
@@ -134,6 +134,11 @@ class LiveEngines:
                 f"were dropped for it, in whole groups. The first reason: {accounts.first_refusal}"
             )
         return None
+
+    def _asked_meanwhile(self) -> bool:
+        """Whether the rollout must end; asked all the time, which shows that its event loop turns."""
+        self._control.heartbeat.beat()
+        return self._interrupted()
 
     def _tell_of_few_files(self, rollout: RolloutGroups) -> None:
         possible, wanted = connections_possible(), rollout.total - rollout.finished

@@ -24,6 +24,9 @@ from megatron_pmd.training.run_log import RunLog
 from megatron_pmd.training.shutdown import CHECKED, Shutdown
 from megatron_pmd.training.state import Iteration, RunState
 
+COMPUTES = {"anchor", "update"}
+"""Phases in which every micro-batch is a sign of life of its rank."""
+
 
 @dataclass
 class Trainer:
@@ -75,6 +78,9 @@ class Trainer:
         """Time a phase, note what is in memory at its end. Raises RunEnds if the run must end before it."""
         if name in CHECKED:
             self._end_if_it_must(name)
+        config = self.config
+        patience = config.actor.timeout_seconds if name in COMPUTES else config.longest_silence_seconds
+        self.control.heartbeat.enter(name, self.state.completed, patience_seconds=patience)
         with self.log.phase(name) as record:
             yield record
             self.checkpoints.publish(wait=False)

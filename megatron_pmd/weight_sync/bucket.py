@@ -31,7 +31,7 @@ MADV_POPULATE_WRITE = 23
 
 
 def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """Remove the buckets that killed runs of this user have left; returns them.
+    """Remove the links that killed runs of this user have left; returns them.
 
     A living owner holds a lock on its bucket; the kernel gives it back however the owner ends.
     """
@@ -41,7 +41,7 @@ def sweep(folder: Path = SHARED_MEMORY) -> list[Path]:
             if time.time() - path.lstat().st_mtime < NEW_SECONDS:
                 continue  # it may not be locked yet
             with contextlib.ExitStack() as held:
-                if path.exists():  # else a link to memory that went with its owner
+                if path.exists():  # else its memory went with its owner
                     file = held.enter_context(path.open("rb"))
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -112,10 +112,11 @@ class Bucket:
 
 
 class SharedBucket(Bucket):
-    """A bucket in memory that only this user can open, by a file under /dev/shm; it serves all iterations.
+    """A bucket in memory that only this user can open, by a link under /dev/shm; it serves all iterations.
 
-    Its owner makes the file and removes it, by close() or at the exit of its process; the other ranks of the
-    node open it to write their parts: what one has written is there for all.
+    Its owner makes the link and removes it, by close() or at the exit of its process; the other ranks of the
+    node open it to write their parts: what one has written is there for all. The memory goes with the owner,
+    however that ends.
     """
 
     def __init__(self, key: str, capacity: int, folder: Path = SHARED_MEMORY, *, owner: bool = True) -> None:
@@ -146,27 +147,21 @@ class SharedBucket(Bucket):
         return descriptor
 
     def _reserved(self, folder: Path) -> int:
-        """A file of this capacity; where the folder has no room for it, a link to memory outside of it."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            # Reserves the pages: after a mere truncate, a full /dev/shm would be a SIGBUS in the middle of a
-            # sync.
-            os.posix_fallocate(descriptor, 0, self.capacity)
-            return descriptor
-        except OSError as error:
-            os.close(descriptor)
-            self.path.unlink()
-            free = psutil.virtual_memory().available
-            if free < self.capacity:
-                raise ModelError(
-                    f"no memory for a weight bucket of {self.capacity:,} bytes: {folder} cannot hold it "
-                    f"({error.strerror}), and the machine has {free:,} bytes free; lower "
-                    "sync.bucket_megabytes, or use a machine with more memory"
-                ) from None
-        # A container's /dev/shm has 64 MB; the kernel's own file system in memory has no such limit.
+        """Memory of this capacity, and a link to it in the folder.
+
+        Not a file there: it would keep its memory when this process is killed, and a container's /dev/shm has
+        64 MB.
+        """
+        free = psutil.virtual_memory().available
+        if free < self.capacity:
+            raise ModelError(
+                f"no memory for a weight bucket of {self.capacity:,} bytes: the machine has {free:,} bytes "
+                "free; lower sync.bucket_megabytes, or use a machine with more memory"
+            )
         descriptor = os.memfd_create(self.path.name)
+        os.fchmod(descriptor, 0o600)
         os.posix_fallocate(descriptor, 0, self.capacity)
-        self.path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")  # this user's processes alone open it
+        self.path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
         return descriptor
 
     def _open(self) -> int:
@@ -176,7 +171,7 @@ class SharedBucket(Bucket):
             raise ModelError(f"weight bucket {self.path}: cannot be opened: {error.strerror}") from None
 
     def close(self) -> None:
-        """Remove the file, if it is ours; the memory goes when the last process has unmapped it."""
+        """Remove the link, if it is ours; the memory goes when the last process has unmapped it."""
         if not self._owner:
             return
         self.path.unlink(missing_ok=True)

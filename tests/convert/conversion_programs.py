@@ -37,22 +37,25 @@ def _message(action: Any) -> tuple[str, str]:
 
 
 def round_trips(
-    control: Any, cases: list[tuple[Path, Path, Any]], verified: list[str]
+    control: Any, cases: list[tuple[Path, Path, Any]], verified: tuple[list[str], list[str]]
 ) -> dict[str, tuple[dict, dict]]:
-    """(model, folder, dtype) → folder/megatron, folder/hf; both manifests, by the folder's name."""
+    """(model, folder, dtype) → folder/megatron, folder/hf; both manifests, by the folder's name.
+
+    verified: those whose logits are compared on the way there, and on the way back.
+    """
     from megatron_pmd.convert.to_hugging_face import megatron_to_hf
     from megatron_pmd.convert.to_megatron import hf_to_megatron
 
     manifests = {}
     for model, folder, dtype in cases:
         folder.mkdir(parents=True)
-        check = folder.name in verified
+        check_there, check_back = (folder.name in names for names in verified)
         there = hf_to_megatron(
-            model, folder / "megatron", control, dtype=dtype, part_bytes=PART_BYTES, verified=check
+            model, folder / "megatron", control, dtype=dtype, part_bytes=PART_BYTES, verified=check_there
         )
         back = megatron_to_hf(
             folder / "megatron", folder / "megatron/hf", folder / "hf", control,
-            shard_bytes=PART_BYTES, verified=check,
+            shard_bytes=PART_BYTES, verified=check_back,
         )  # fmt: skip
         manifests[folder.name] = there, back
     return manifests

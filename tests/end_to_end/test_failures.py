@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -139,3 +140,15 @@ def test_a_run_started_twice_goes_on_and_a_killed_rank_ends_it_and_is_named(
     assert "rank 1 failed: it ended with SIGKILL" in output
     assert "SIGKILL" in command_line.summary("rank_killed")["reason"], "also where the driver saw no more"
     assert still_there(started) == []
+
+
+def test_a_rank_that_does_not_get_on_in_an_update_is_named_with_its_place_and_not_the_one_that_waits(
+    live: Path, command_line: CommandLine
+) -> None:
+    words = ["algorithm.objective.name=tests.end_to_end.objectives:Hanging", "actor.timeout_seconds=6"]
+    output = command_line.run("hanging", "--replay", str(live / "rollouts"), *words, expect=1)
+    assert "rank 1 failed: it gave no sign of life for 6 s in update of iteration 0" in output
+    reason = command_line.summary("hanging")["reason"]
+    assert re.search(r"it stood at \S+tests/end_to_end/objectives.py:\d+ in loss; rank 1 was ended", reason)
+    threads = (command_line.path("hanging") / "logs/where-rank-1-stood.txt").read_text()
+    assert "forward.py" in threads, "how it came there"

@@ -30,6 +30,7 @@ from megatron_pmd.node.preflight import (
 )
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.shared_memory import own_memory
 from recipes import recipe
 
 SOFTWARE = {"python": "3.11.7", "packages": {"torch": "2.13.0", "sglang": "0.5.21"}, "commit": "abc"}
@@ -173,7 +174,13 @@ def test_a_node_whose_gpus_answer_but_whose_cuda_does_not_start_is_named_and_lef
 
 def test_a_rank_without_cuda_on_a_gpu_node_is_not_taken_for_one_on_a_cpu(gpu_node: Path) -> None:
     config = recipe("tiny_moe_cpu").model_dump(mode="json")
-    spec = JobSpec(config=config, folder=str(gpu_node), outcomes=str(gpu_node / "outcome"))
+    spec = JobSpec(
+        config=config,
+        folder=str(gpu_node),
+        outcomes=str(gpu_node / "outcome"),
+        heartbeats=own_memory("heartbeat", 2),
+        stacks=own_memory("stacks", 2),
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"from megatron_pmd.node.worker import JobSpec, run_rank; run_rank({spec!r})"],
         env=os.environ | {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},

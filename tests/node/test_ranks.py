@@ -20,6 +20,7 @@ from megatron_pmd.node import ranks, worker
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
 from megatron_pmd.node.worker import JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.shared_memory import own_memory
 from recipes import recipe
 
 
@@ -48,9 +49,18 @@ def test_ranks_that_find_their_checkpoint_damaged_are_started_again(
     assert damaged.may_start_again, "on Slurm the job is requeued"
 
 
+TWO_RANKS = Nodes(1, 0, 2, "localhost:0")
+
+
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
-    return JobSpec(config={}, folder=str(tmp_path), outcomes=str(tmp_path / "outcome"))
+    return JobSpec(
+        config={},
+        folder=str(tmp_path),
+        outcomes=str(tmp_path / "outcome"),
+        heartbeats=own_memory("heartbeat", 2),
+        stacks=own_memory("stacks", 2),
+    )
 
 
 def ended(*exit_codes: int) -> ChildFailedError:
@@ -64,21 +74,36 @@ def test_of_several_failed_ranks_the_first_to_say_why_is_named(spec: JobSpec, tm
     for rank, reason in ((1, "no such tensor"), (0, "gloo: connection closed by peer")):
         RunOutcome(Status.FAILED, reason, "RuntimeError").write(spec.outcome_file(rank))
         os.utime(spec.outcome_file(rank), (time.time() + 10 * (1 - rank),) * 2)
-    outcome = ranks._of_first_failure(ended(1, 1), spec, tmp_path / "logs")
+    outcome = ranks._of_first_failure(ended(1, 1), spec, tmp_path / "logs", TWO_RANKS)
     assert outcome.reason == f"rank 1 failed: no such tensor; logs: {tmp_path / 'logs'}"
+
+
+def test_a_rank_that_was_ended_for_standing_still_is_named_though_torch_only_saw_those_that_lost_it(
+    spec: JobSpec, tmp_path: Path
+) -> None:
+    RunOutcome(Status.FAILED, "it gave no sign of life").write(spec.outcome_file(1))
+    RunOutcome(Status.FAILED, "gloo: connection closed by peer", "RuntimeError").write(spec.outcome_file(0))
+    outcome = ranks._of_first_failure(ended(1), spec, tmp_path / "logs", TWO_RANKS)
+    assert outcome.reason.startswith("rank 1 failed: it gave no sign of life; logs:")
 
 
 def test_a_killed_rank_is_named_before_those_that_lost_it(spec: JobSpec, tmp_path: Path) -> None:
     RunOutcome(Status.FAILED, "gloo: connection closed by peer", "RuntimeError").write(spec.outcome_file(0))
-    outcome = ranks._of_first_failure(ended(1, -9), spec, tmp_path / "logs")
+    outcome = ranks._of_first_failure(ended(1, -9), spec, tmp_path / "logs", TWO_RANKS)
     assert outcome.reason.startswith("rank 1 failed: it ended with SIGKILL; logs:")
 
 
 def test_a_failure_on_a_full_disk_says_so_whatever_else_it_says(spec: JobSpec, tmp_path: Path) -> None:
     """/proc is a file system without room."""
     assert files.full_disk(Path("/proc")) and not files.full_disk(tmp_path)
-    spec = JobSpec(config={}, folder="/proc", outcomes=spec.outcomes)
-    outcome = ranks._of_first_failure(ended(1), spec, tmp_path / "logs")
+    spec = JobSpec(
+        config={},
+        folder="/proc",
+        outcomes=spec.outcomes,
+        heartbeats=own_memory("heartbeat", 2),
+        stacks=own_memory("stacks", 2),
+    )
+    outcome = ranks._of_first_failure(ended(1), spec, tmp_path / "logs", TWO_RANKS)
     assert outcome.reason.startswith(
         "rank 0 failed: it ended with exit code 1; the disk of /proc is full: make room, the same command"
     )
@@ -107,7 +132,7 @@ def test_a_summary_that_has_no_room_does_not_hide_the_failure(
 def test_a_rank_that_the_signal_of_a_cancelled_job_reached_first_has_not_failed(
     spec: JobSpec, tmp_path: Path, number: signal.Signals, status: Status
 ) -> None:
-    outcome = ranks._of_first_failure(ended(-number), spec, tmp_path)
+    outcome = ranks._of_first_failure(ended(-number), spec, tmp_path, TWO_RANKS)
     assert outcome.status is status and number.name in outcome.reason
 
 
@@ -136,7 +161,8 @@ def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read
     for name in ("die_with_parent", "setproctitle", "allow_many_files"):  # of this process they are not to be
         monkeypatch.setattr(worker, name, lambda *words, **options: None)
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(worker.faulthandler, "enable", lambda **options: None)
+    for name in ("enable", "register"):
+        monkeypatch.setattr(worker.faulthandler, name, lambda *words, **options: None)
     monkeypatch.setattr(worker, "main", fail)
     full = io.StringIO()
     monkeypatch.setattr(full, "write", no_room)

@@ -293,7 +293,7 @@ def test_a_killed_processs_bucket_is_swept_and_a_living_ones_is_not(tmp_path, bu
     assert {p.name for p in tmp_path.iterdir()} == {"megatron-pmd-killed", "megatron-pmd-test"}
     assert sweep(tmp_path) == []  # another process may have made it just now, and not have locked it yet
     for path in tmp_path.iterdir():
-        os.utime(path, (0, 0))
+        os.utime(path, (0, 0), follow_symlinks=False)
     assert sweep(tmp_path) == [tmp_path / "megatron-pmd-killed"]
     assert [p.name for p in tmp_path.iterdir()] == ["megatron-pmd-test"]
 
