@@ -103,8 +103,8 @@ def machine_checks() -> list[Check]:
 
 
 def shared_memory_check(path: str = "/dev/shm") -> Check:
-    """On a CPU weights pass through it, two buckets of sync.bucket_megabytes for each node, or through other
-    memory where it is too small; on GPUs NCCL and SGLang use it.
+    """The ranks' shares of a rollout lie there, or in a file where it is too small; on GPUs NCCL and SGLang
+    use it, too.
     """
     fix = "mount -o remount,size=8G /dev/shm; in Docker: --shm-size=8g"
     try:

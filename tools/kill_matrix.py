@@ -59,8 +59,9 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "launcher": lambda command: False,  # the process that was started: it is known
     "rank 0": lambda command: command == f"{PROCESS_TITLE} 0",
     "rank 1": lambda command: command == f"{PROCESS_TITLE} 1",
-    "engine's supervisor": lambda command: "engine.supervisor" in command,
-    "engine's server": lambda command: "sglang.launch_server" in command,
+    "engine's supervisor": lambda command: "supervisor.py" in command and "launch_server" in command,
+    "router's supervisor": lambda command: "supervisor.py" in command and "launch_server" not in command,
+    "engine's server": lambda command: "launch_server" in command and "supervisor.py" not in command,
     "engine's scheduler": lambda command: command.startswith("sglang::scheduler"),
     "engine's detokenizer": lambda command: command.startswith("sglang::detokenizer"),
     "router": lambda command: command.startswith("sglang::router"),
@@ -151,6 +152,12 @@ class Run:
             if KINDS[kind](command):
                 found.append(process)
         return found
+
+    def kill(self) -> None:
+        """All of this start at once."""
+        if self.launcher is not None and self.runs_now:
+            os.killpg(self.launcher.pid, signal.SIGKILL)
+            wait(lambda: not self.runs_now, 60)
 
     def reason(self) -> str:
         file = self.runs / "summary.json"
@@ -265,9 +272,8 @@ class Matrix:
         """Let a stopped process go on, whatever the run makes of it; end a run that hangs."""
         with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(signal.SIGCONT)
-        if end and self.run.launcher:
-            os.killpg(self.run.launcher.pid, signal.SIGKILL)
-            wait(lambda: not self.run.runs_now, 60)
+        if end:
+            self.run.kill()
 
     def _left(self, there: list[psutil.Process]) -> tuple[str, ...]:
         """Processes that do not end, and files that are there and were not, after a start has ended."""
@@ -336,15 +342,18 @@ def main(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     matrix = Matrix(out.resolve(), seed)
-    for kind, number, phase in plan(trials, seed):
-        trial = matrix.one(kind, number, phase)
-        print(
-            f"{trial.number:3} {kind:22} {trial.signal} in {trial.phase:8} {trial.outcome:12} "
-            f"{trial.seconds:6.1f} s  {trial.said[:200]}  {' '.join(trial.left)}",
-            flush=True,
-        )
-        (out / "trials.md").write_text(table(matrix.trials))
-    differences = matrix.finish()
+    try:
+        for kind, number, phase in plan(trials, seed):
+            trial = matrix.one(kind, number, phase)
+            print(
+                f"{trial.number:3} {kind:22} {trial.signal} in {trial.phase:8} {trial.outcome:12} "
+                f"{trial.seconds:6.1f} s  {trial.said[:200]}  {' '.join(trial.left)}",
+                flush=True,
+            )
+            (out / "trials.md").write_text(table(matrix.trials))
+        differences = matrix.finish()
+    finally:
+        matrix.run.kill()
     print(differences or "the metrics of all steps are those of an undisturbed run")
     sys.exit(bool(differences))
 
