@@ -307,14 +307,16 @@ class Actor:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's tensors under their Hugging Face names, whole, on every rank; all iterate together.
 
+        Adapters are merged into what they belong to, in fp32.
         Megatron-Bridge's way, for who needs them so; engines get shards() through buckets.
 
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """
         waiting = set(self.shapes)
         for name, tensor in self.bridge.export_hf_weights(
-            self.chunks, cpu=False, show_progress=False, merge_adapter_weights=False
-        ):
+            self.chunks, cpu=False, show_progress=False,
+            merge_adapter_weights=self.config.actor.lora is not None,
+        ):  # fmt: skip
             if name not in waiting:
                 raise ModelError(f"tensor {name} was exported twice, or is not in {self.config.model.path}")
             waiting.remove(name)

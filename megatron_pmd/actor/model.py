@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
-from megatron_pmd.actor import settings
+from megatron_pmd.actor import lora, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
@@ -146,6 +146,8 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
         for stage in range(virtual)
     ]
     load_weights(bridge, chunks, Path(config.model.path))
+    if config.actor.lora:
+        lora.add_adapters(chunks, provider, config)
     ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
     wrapped = []
     for chunk in chunks:

@@ -309,6 +309,19 @@ def check_device(config: RunConfig) -> None:
         )
 
 
+def lora_targets(provider: Any, config: RunConfig) -> list[str]:
+    """Lora.targets_in of a model's Megatron configuration."""
+    latent = getattr(provider, "multi_latent_attention", False)
+    assert config.actor.lora is not None
+    return config.actor.lora.targets_in(
+        config.model.path,
+        config.layout,
+        latent=latent,
+        compressed_queries=bool(latent and provider.q_lora_rank),
+        experts=provider.num_moe_experts,
+    )
+
+
 def check_model(provider: Any, config: RunConfig) -> None:
     """Raise LayoutError (Layout.check_model) or ConfigError where layout or settings do not fit the model."""
     layout, path, actor = config.layout, config.model.path, config.actor
@@ -337,6 +350,8 @@ def check_model(provider: Any, config: RunConfig) -> None:
             f"actor.experts.bias_update_rate={actor.experts.bias_update_rate:g}, but the router of {path} "
             "has no expert bias (models of the DeepSeek-V3 family have one)"
         )
+    if actor.lora:
+        lora_targets(provider, config)
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}
         there["shared_experts"] = provider.moe_shared_expert_intermediate_size

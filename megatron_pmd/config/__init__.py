@@ -1,6 +1,6 @@
 """The run as one tree of frozen, validated models. Imports no torch: a login node can plan and launch."""
 
-from megatron_pmd.config.actor import Actor, Experts, Fp8, Model, Optimizer, Precision
+from megatron_pmd.config.actor import Actor, Experts, Fp8, Lora, Model, Optimizer, Precision
 from megatron_pmd.config.algorithm import (
     OBJECTIVES,
     Alarm,
@@ -67,6 +67,7 @@ __all__ = [
     "GroupFilter",
     "Layout",
     "LengthReward",
+    "Lora",
     "MismatchWeight",
     "Model",
     "Objective",

@@ -7,11 +7,16 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.frozen import Frozen
-from megatron_pmd.errors import ConfigError
+from megatron_pmd.config.layout import Layout
+from megatron_pmd.errors import ConfigError, LayoutError
 
 Precision = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 RecomputedModule = Literal["core_attn", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"]
+LoraTarget = Literal[
+    "linear_qkv", "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1",
+    "linear_fc2",
+]  # fmt: skip
 
 
 class Model(Frozen):
@@ -92,6 +97,48 @@ class Experts(Frozen):
     that got fewer tokens than the mean rises by this, of one that got more falls. 0: they stay as loaded."""
 
 
+class Lora(Frozen):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the model's weights stay as loaded, and a target's output
+    gets `alpha / rank · B A x` added, of which A and B are trained."""
+
+    rank: PositiveInt
+    """Columns of B and rows of A; layout.tensor divides it."""
+    alpha: PositiveInt
+    targets: list[LoraTarget] = []
+    """Linear layers that get an adapter, in megatron-core's words; empty: all of these that the model has.
+    `linear_fc1` and `linear_fc2` are those of dense layers, of shared experts, and of every expert, each with
+    an adapter of its own."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of the adapters' inputs, in update passes."""
+
+    def targets_in(
+        self, model: str, layout: Layout, *, latent: bool, compressed_queries: bool, experts: int | None
+    ) -> list[str]:
+        """The linear layers of a model that get an adapter.
+
+        latent: it has latent attention; compressed_queries: also of queries. experts: None or 0 for none.
+        Raises ConfigError for a target that the model lacks, LayoutError for a layout under which adapters
+        would be trained wrongly.
+        """
+        queries = ["linear_q_up_proj" if compressed_queries else "linear_q_proj", "linear_kv_up_proj"]
+        there = [*(queries if latent else ["linear_qkv"]), "linear_proj", "linear_fc1", "linear_fc2"]
+        for target in self.targets:
+            if target not in there:
+                raise ConfigError(f"actor.lora.targets: {model} has no {target}; it has {', '.join(there)}")
+        if self.rank % layout.tensor:
+            raise LayoutError(f"layout.tensor={layout.tensor} does not divide actor.lora.rank={self.rank}")
+        chosen = [name for name in there if name in (self.targets or there)]
+        # Megatron-Bridge 0.6.2, peft/utils.py, GroupedExpertLinearAdapter: it gathers by torch's all_gather,
+        # which no gradient passes, and does not sum the parts of A x that row-parallel ranks compute
+        if experts and layout.experts_tensor > 1 and {"linear_fc1", "linear_fc2"} & {*chosen}:
+            raise LayoutError(
+                f"layout: {layout.experts_tensor} tensor-parallel ranks inside an expert cannot train its "
+                "adapters; set layout.expert > 1 and layout.expert_tensor=1, or name layers of attention "
+                "alone in actor.lora.targets"
+            )
+        return chosen
+
+
 class Actor(Frozen):
     threads_per_rank: PositiveInt = 1
     """CPU only: OpenMP threads of each actor rank."""
@@ -103,6 +150,7 @@ class Actor(Frozen):
     """With `full`: only the first so many layers of each pipeline stage's chunk; null: all."""
     fp8: Fp8 | None = None
     experts: Experts = Experts()
+    lora: Lora | None = None
     log_prob_chunk_tokens: PositiveInt = 1024
     """Tokens whose vocabulary-wide fp32 logits exist at one time."""
     timeout_seconds: PositiveFloat = 600.0
@@ -126,5 +174,20 @@ class Actor(Frozen):
             raise ConfigError(
                 "actor.recompute_modules: moe_act cannot be recomputed under actor.fp8.recipe=delayed: the "
                 "second forward pass would add to the history of maxima"
+            )
+        if self.lora and self.fp8 and self.fp8.parameter_gather:
+            raise ConfigError(
+                "actor.lora with actor.fp8.parameter_gather: frozen weights are gathered from nobody; leave "
+                "parameter_gather off, and the base is held in bf16 and multiplied in FP8"
+            )
+        if self.lora and self.fp8 and self.fp8.recipe == "delayed":
+            raise ConfigError(
+                "actor.lora with actor.fp8.recipe=delayed: a checkpoint holds adapters alone, and the base's "
+                "history of maxima would be lost; use tensorwise, blockwise or mxfp8"
+            )
+        if self.lora and self.experts.bias_update_rate:
+            raise ConfigError(
+                f"actor.lora with actor.experts.bias_update_rate={self.experts.bias_update_rate:g}: the "
+                "routers' biases belong to the base, which stays as loaded; set it to 0"
             )
         return self

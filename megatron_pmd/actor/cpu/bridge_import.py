@@ -50,3 +50,21 @@ def import_bridge() -> None:
     finally:
         for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
             del sys.modules[name]
+    classes_with_adapters()
+
+
+def classes_with_adapters() -> None:
+    """Let Megatron-Bridge's adapters know the modules that stand in Transformer Engine's place.
+
+    megatron/bridge/peft/utils.py, get_adapter_attributes_from_linear, asks a linear's class how it is
+    sharded, and refuses what it does not know. tests/actor/test_lora.py fails when it needs no help.
+    """
+    from megatron.bridge.peft import utils
+
+    from megatron_pmd.actor.cpu import modules
+
+    utils.HAVE_TE = True
+    utils.TELayerNormColumnParallelLinear = modules.TELayerNormColumnParallelLinear
+    utils.TECL = (modules.TELayerNormColumnParallelLinear, modules.TEColumnParallelGroupedLinear)
+    utils.TERL = (modules.TERowParallelGroupedLinear,)
+    utils.TELinear = modules.TELinear

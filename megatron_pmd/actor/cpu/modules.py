@@ -133,16 +133,22 @@ class PackedAttention(MegatronModule):
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
     """RMSNorm and a column-parallel linear in one module, as TE fuses them."""
 
+    return_layernorm_output = False
+    """An adapter, whose input is the norm's output, sets it."""
+    ub_overlap_ag = True
+    """To Megatron-Bridge's adapters: what is returned is this rank's tokens alone."""
+
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
+        self.in_features, self.out_features = input_size, self.output_size_per_partition
         self.eps = config.layernorm_epsilon
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(
-            F.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps), *args, **kwargs
-        )
+        normed = F.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps)
+        output, bias = super().forward(normed, *args, **kwargs)
+        return ((output, normed) if self.return_layernorm_output else output), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
@@ -199,9 +205,10 @@ class _GroupedLinear(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.num_gemms, self.groups = num_gemms, pg_collection
+        self.num_gemms, self.groups, self.config = num_gemms, pg_collection, config
         shape = [output_size, input_size]
         shape[self.parallel_dimension] //= pg_collection.expt_tp.size()
+        self.out_features, self.in_features = shape
         for i in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             init_method(weight)

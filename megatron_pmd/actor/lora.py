@@ -1,0 +1,64 @@
+"""LoRA: Megatron-Bridge's low-rank adapters beside the weights of a model, which no step changes then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_pmd.actor.settings import lora_targets
+from megatron_pmd.config import RunConfig
+
+ADAPTER = ".adapter."
+"""In the name of every parameter and every checkpoint's tensor that belongs to an adapter, and in no other."""
+
+
+def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
+    """Freeze the modules' weights and give every target its adapter: A random, B zero.
+
+    Collective: replicas start from the same A.
+    """
+    # can be imported only once model.load_bridge has prepared for it
+    from megatron.bridge.peft.lora import LoRA
+
+    settings = config.actor.lora
+    assert settings is not None
+    lora = LoRA(
+        target_modules=lora_targets(provider, config),
+        dim=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        share_expert_adapters=False,
+    )
+    lora(chunks)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                _same_on_replicas(parameter)
+        if provider.recompute_granularity == "selective" and chunk.pre_process:
+            # A module that is computed again gets its gradient only if its input asks for one, and the output
+            # of a frozen embedding does not. For whole layers Megatron-Bridge sees to it (peft/recompute.py).
+            chunk.embedding.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+
+
+def _same_on_replicas(parameter: torch.nn.Parameter) -> None:
+    if getattr(parameter, "allreduce", True):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    else:
+        group = parallel_state.get_expert_data_parallel_group()
+    dist.broadcast(parameter.data, group=group, group_src=0)
+
+
+def description(chunks: list[Any]) -> dict[str, Any] | None:
+    """What adapters must have in common with those of a checkpoint, beside their shapes; None: there are none."""
+    adapters = (module.adapter for chunk in chunks for module in chunk.modules() if hasattr(module, "to_wrap"))
+    adapter = next(adapters, None)
+    return None if adapter is None else {"rank": adapter.dim, "alpha": adapter.alpha}
+
+
+def adapters_alone(state: dict[str, Any]) -> dict[str, Any]:
+    """Those entries of a module's state that belong to adapters; of one without adapters, all."""
+    adapters = {name: value for name, value in state.items() if ADAPTER in name}
+    return adapters or state
