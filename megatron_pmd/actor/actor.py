@@ -143,6 +143,7 @@ class Actor:
         self.chunks = model.build(self.bridge, config)
         self.optimizer = optimizer.build(self.chunks, config)
         self._states = residency.OptimizerStates(self.chunks, self.optimizer)
+        self._frozen = residency.FrozenWeights(self.chunks)
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
@@ -324,10 +325,14 @@ class Actor:
         if waiting:
             raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
 
+    def export_adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The adapters under the names that peft gives those of the Hugging Face model; otherwise as export()."""
+        yield from self.bridge.export_adapter_weights(self.chunks, cpu=False, show_progress=False)
+
     def wake(self) -> None:
         """Take the device back from the engines."""
         self._device.take("parameters", "optimizer")
-        residency.wake(self.chunks, self._states)
+        residency.wake(self.chunks, self._states, self._frozen)
 
     def release_optimizer(self) -> None:
         """Make room for the engines' weights; the parameters stay, to be exported."""
@@ -337,11 +342,11 @@ class Actor:
     def wake_parameters(self) -> None:
         """Parameters alone, to be exported while engines are started again."""
         self._device.take("parameters")
-        residency.wake_parameters(self.chunks)
+        residency.wake_parameters(self.chunks, self._frozen)
 
     def release_parameters(self) -> None:
         """Make room for the engines' KV cache."""
-        residency.release_parameters(self.chunks)
+        residency.release_parameters(self.chunks, self._frozen)
         self._device.leave("parameters")
 
     def save(

@@ -37,6 +37,7 @@ from megatron.core.utils import unwrap_model
 from setproctitle import setproctitle
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_pmd.actor import lora
 from megatron_pmd.actor.checkpoint_folders import FILES, STATE_FILE, complete, latest, sizes
 from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.actor.optimizer_state import (
@@ -236,33 +237,61 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     Raises DamagedCheckpoint for contents that are not what was written, else CheckpointError.
     """
     state = _sharded_state(chunks, optimizer, is_loading=True)
-    try:
+    with _reading(checkpoint):
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    _check_adapters(checkpoint, common.get("adapters"), state["adapters"])
+    same_layout = common["layout"] == state["layout"]
+    if not same_layout:  # a rank's own state has no meaning where another rank holds its part
+        del state["rank"]
+    with _reading(checkpoint):
         # the replicas need the same tensors: each reads its share of them, and sends it to the others
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(checkpoint)),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
-        same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
-        if not same_layout:  # a rank's own state has no meaning where another rank holds its part
-            del state["rank"]
         loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
-    except FAILURES as error:
-        kind = DamagedCheckpoint if _is_damage(error) else CheckpointError
-        raise kind(f"{checkpoint}: cannot be read: {_reason(error)}") from error
     for name, chunk in _named(chunks).items():
-        chunk.load_state_dict(loaded["model"][name], strict=True)
+        # beside adapters the base is missing, which stays as loaded from the model folder
+        found = chunk.load_state_dict(loaded["model"][name], strict=state["adapters"] is None)
+        assert not found.unexpected_keys and not any(lora.ADAPTER in key for key in found.missing_keys)
     optimizer.load_state_dict(regrouped(loaded["optimizer"], optimizer))
     own_memory(optimizer)
     if any(is_float8tensor(p) for chunk in chunks for p in chunk.parameters()):
         quantize_anew(chunks, optimizer)
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
+        if state["adapters"] and _digest(chunks, trained=False) != loaded["rank"]["base"]:
+            raise CheckpointError(
+                f"{checkpoint}: its adapters belong to another base: rank {dist.get_rank()} holds other "
+                "weights beside them; model.path must name the model that the run began with"
+            )
         if _digest(chunks) != loaded["rank"]["digest"]:
             raise DamagedCheckpoint(
                 f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved: a file has "
                 "changed, or this layout of this model cannot be resumed "
                 "(megatron-core 0.19.2 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        kind = DamagedCheckpoint if _is_damage(error) else CheckpointError
+        raise kind(f"{checkpoint}: cannot be read: {_reason(error)}") from error
+
+
+def _check_adapters(checkpoint: Path, saved: dict[str, int] | None, own: dict[str, int] | None) -> None:
+    """Raise CheckpointError where this run's adapters would not do what the saved ones did."""
+    if saved == own:
+        return
+    words = [
+        f"adapters of rank {a['rank']} and alpha {a['alpha']}" if a else "no adapters" for a in (saved, own)
+    ]
+    raise CheckpointError(
+        f"{checkpoint}: it holds {words[0]}, this run has {words[1]} (actor.lora); set what the run began with"
+    )
 
 
 def _is_damage(error: BaseException) -> bool:
@@ -285,7 +314,10 @@ def _sharded_state(
     chunks: list[Any], optimizer: Any, *, is_loading: bool, by_hosts: bool = False
 ) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    tensors = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
+    tensors = {
+        name: lora.adapters_alone(chunk.sharded_state_dict(metadata=metadata))
+        for name, chunk in _named(chunks).items()
+    }
     rank, world = dist.get_rank(), dist.get_world_size()
     form = OPTIMIZER_FORMAT | {"distrib_optim_fully_reshardable_mem_efficient": by_hosts}
     states = optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=form)
@@ -296,8 +328,16 @@ def _sharded_state(
         "model": tensors,
         "optimizer": states,
         "rank": ShardedObject(
-            "rank", {"random": _random_state(), "digest": _digest(chunks)}, (world,), (rank,)
+            "rank",
+            {
+                "random": _random_state(),
+                "digest": _digest(chunks),
+                "base": _digest(chunks, trained=False),
+            },
+            (world,),
+            (rank,),
         ),
+        "adapters": lora.description(chunks),
         "layout": {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "context": parallel_state.get_context_parallel_world_size(),
@@ -315,16 +355,18 @@ def _named(chunks: list[Any]) -> dict[str, Any]:
     return {str(i): unwrap_model(chunk) for i, chunk in enumerate(chunks)}
 
 
-def _digest(chunks: list[Any]) -> int:
-    """Sum of all bits of parameters and expert biases: a wrong byte anywhere changes it.
+def _digest(chunks: list[Any], *, trained: bool = True) -> int:
+    """Sum of all bits of what is trained, or of the rest: a wrong byte anywhere changes it.
 
+    Expert biases are trained where there are no adapters.
     Of an FP8 parameter those of the numbers it stands for: its bytes cannot be viewed, and the copy by column
     is there or not.
     """
     integers = {4: torch.int32, 2: torch.int16}
     total = torch.zeros((), dtype=torch.int64, device=current_device())
     for chunk in chunks:
-        for p in (*chunk.parameters(), *expert_biases(chunk).values()):
+        biases = expert_biases(chunk).values() if trained == (lora.description(chunks) is None) else ()
+        for p in (*(p for p in chunk.parameters() if p.requires_grad == trained), *biases):
             plain = p.detach().dequantize() if is_float8tensor(p) else p.detach()
             total += plain.view(integers[plain.element_size()]).sum(dtype=torch.int64)
     return int(total)

@@ -51,7 +51,7 @@ def _same_on_replicas(parameter: torch.nn.Parameter) -> None:
     dist.broadcast(parameter.data, group=group, group_src=0)
 
 
-def description(chunks: list[Any]) -> dict[str, Any] | None:
+def description(chunks: list[Any]) -> dict[str, int] | None:
     """What adapters must have in common with those of a checkpoint, beside their shapes; None: there are none."""
     adapters = (module.adapter for chunk in chunks for module in chunk.modules() if hasattr(module, "to_wrap"))
     adapter = next(adapters, None)

@@ -84,6 +84,32 @@ class OptimizerStates:
                 yield from (entry for entry in found if entry[1].untyped_storage().data_ptr() not in models)
 
 
+class FrozenWeights:
+    """The weights beside adapters: no step changes them, and megatron-core's buffers do not hold them.
+
+    So the host's copy is made once.
+    """
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self._frozen = [p for chunk in chunks for p in chunk.parameters() if not p.requires_grad]
+        self._host: dict[int, torch.Tensor] = {}
+
+    def leave(self, device: torch.device) -> None:
+        """From the device to the host; what is there already stays."""
+        for parameter in self._frozen:
+            if id(parameter) not in self._host:
+                pinned = torch.empty_like(parameter.data, device="cpu", pin_memory=device.type == "cuda")
+                self._host[id(parameter)] = pinned.copy_(parameter.data)
+            parameter.data = self._host[id(parameter)]
+
+    def come_back(self, device: torch.device) -> None:
+        """To the device what has left it."""
+        for parameter in self._frozen:
+            host = self._host.get(id(parameter))
+            if host is not None and parameter.data_ptr() == host.data_ptr():
+                parameter.data = host.to(device, copy=True, non_blocking=True)
+
+
 def release_optimizer(states: OptimizerStates) -> None:
     """After the last optimizer step of an iteration: its states leave before the weights are exported."""
     if torch.cuda.is_available():
@@ -91,12 +117,13 @@ def release_optimizer(states: OptimizerStates) -> None:
     return_freed_memory()
 
 
-def release_parameters(chunks: list[Any]) -> None:
+def release_parameters(chunks: list[Any], frozen: FrozenWeights) -> None:
     """After the export: parameters and gradient buffers leave, and the device belongs to the engines."""
     if torch.cuda.is_available():
         drop_quantized_copies(chunks)
         for buffer in _buffers(chunks):
             buffer.offload_to_cpu(move_params=True, move_grads=True)
+        frozen.leave(torch.device("cuda"))
         return_freed_memory()
 
 
@@ -117,20 +144,22 @@ def drop_quantized_copies(chunks: list[Any]) -> None:
                 parameter.update_usage(rowwise_usage=True, columnwise_usage=False)
 
 
-def wake_parameters(chunks: list[Any]) -> None:
+def wake_parameters(chunks: list[Any], frozen: FrozenWeights) -> None:
     """Parameters back on the device, without their gradients."""
     if torch.cuda.is_available():
         for buffer in _buffers(chunks):
             buffer.reload_from_cpu(move_params=True, move_grads=False)
+        frozen.come_back(torch.device("cuda"))
 
 
 def _buffers(chunks: list[Any]) -> list[Any]:
     return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
-def wake(chunks: list[Any], states: OptimizerStates) -> None:
+def wake(chunks: list[Any], states: OptimizerStates, frozen: FrozenWeights) -> None:
     """Everything back on the device, after the engines have released it."""
     if torch.cuda.is_available():
         for buffer in _buffers(chunks):
             buffer.reload_from_cpu(move_params=True, move_grads=True)
+        frozen.come_back(torch.device("cuda"))
         states.come_back(torch.device("cuda"))

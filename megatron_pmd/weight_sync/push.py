@@ -93,6 +93,7 @@ class WeightPush:
         plan = self._plan
         if self._on_device and not self._handles:
             self._make_device_buckets()
+        export.begin()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
         with self._clock("begin", memory=False):
             self._control.on_all(self.transport.begin)

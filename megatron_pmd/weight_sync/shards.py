@@ -25,6 +25,7 @@ from megatron_pmd.fp8 import (
     quantize,
     quantized,
 )
+from megatron_pmd.weight_sync.adapters import Adapters
 from megatron_pmd.weight_sync.plan import Region
 
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -61,8 +62,9 @@ class ShardExport:
         Raises ModelError for a tensor of the folder that no parameter becomes, on all ranks.
         """
         self._bridge, self._models, self._fp8 = bridge, models, fp8
+        self._adapters = Adapters(models)
         tasks = bridge.get_conversion_tasks(models)
-        shards = [_shards(task, shapes) for task in tasks]
+        shards = [_shards(task, shapes, self._adapters) for task in tasks]
         if not _only_renames(bridge):
             shards = [None] * len(tasks)
         irregular = {i for i, found in enumerate(shards) if found is None}
@@ -86,6 +88,10 @@ class ShardExport:
         """Tensors that every rank gets whole, in the order of irregular_tensors()."""
         self._check_complete(control, shapes)
 
+    def begin(self) -> None:
+        """Collective: the weights have changed, and are about to be read."""
+        self._adapters.gather()
+
     @property
     def regions(self) -> list[Region]:
         """Everything this rank holds, the irregular last."""
@@ -97,7 +103,7 @@ class ShardExport:
             return
         tensors = self._bridge.export_hf_weights(
             self._models, cpu=False, show_progress=False, conversion_tasks=self._irregular_tasks,
-            merge_adapter_weights=False,
+            merge_adapter_weights=bool(self._adapters),
         )  # fmt: skip
         yield from quantized(tensors) if self._fp8 else tensors
 
@@ -137,8 +143,11 @@ def _only_renames(bridge: Any) -> bool:
     return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge", "LlamaBridge")
 
 
-def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:
-    """What this rank's part of a parameter becomes; None if that is more than cutting it up."""
+def _shards(task: Any, shapes: Shapes, adapters: Adapters) -> list[Shard] | None:
+    """What this rank's part of a parameter becomes; None if that is more than cutting it up.
+
+    With an adapter: base + alpha / rank · B A, in the parameter's dtype.
+    """
     if task.param_weight is None:
         return []
     mapping, parameter, kind_of_mapping = task.mapping, task.param_weight, type(task.mapping).__name__
@@ -156,15 +165,21 @@ def _shards(task: Any, shapes: Shapes) -> list[Shard] | None:
     if cuts is None:
         return None
     dtype = str(parameter.dtype).removeprefix("torch.")
+    adapted = adapters.of(task)
 
-    def reader(view: View) -> Callable[[], torch.Tensor]:
-        return lambda: view(mapping.maybe_dequantize(parameter.detach()))
+    def read(view: View) -> torch.Tensor:
+        base = view(mapping.maybe_dequantize(parameter.detach()))
+        if adapted is None:
+            return base
+        adapter, expert = adapted
+        return (base.float() + adapter.added(view, expert)).to(base.dtype)
 
     return [
         Shard(
             Region(str(names[kind]), dtype, whole[kind], dim, start, length),
-            reader(view),
-            partial(blocks_held, parameter, view),
+            partial(read, view),
+            # an adapter's share is not in the blocks
+            partial(blocks_held, parameter, view) if adapted is None else lambda: None,
         )
         for kind, dim, start, length, view in cuts
     ]

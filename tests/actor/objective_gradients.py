@@ -72,12 +72,8 @@ def _gradient(
     return loss, whole_gradient(actor)
 
 
-def whole_gradient(actor: Actor) -> dict[str, torch.Tensor]:
-    """The gradient that lies reduced in the ranks' buffers, whole, by Hugging Face name. Collective.
-
-    It passes through the export, in the weights' place; they are put back. Buffers of routers come as they
-    are.
-    """
+def gather_shards(actor: Actor) -> None:
+    """Collective: every replica's gradient buffers get the whole of the reduced gradient."""
     for chunk in actor.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             for bucket in buffer.buckets:
@@ -85,6 +81,15 @@ def whole_gradient(actor: Actor) -> dict[str, torch.Tensor]:
                 group = buffer.data_parallel_group
                 shards = list(bucket.grad_data.chunk(group.size()))
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+
+
+def whole_gradient(actor: Actor) -> dict[str, torch.Tensor]:
+    """The gradient that lies reduced in the ranks' buffers, whole, by Hugging Face name. Collective.
+
+    It passes through the export, in the weights' place; they are put back. Buffers of routers come as they
+    are.
+    """
+    gather_shards(actor)
     parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
     weights = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:

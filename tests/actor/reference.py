@@ -54,9 +54,9 @@ def compute(model_folder: Path) -> Reference:
     entropy_sum = 0.0
     for sample in samples:
         with torch.no_grad():
-            distribution = _log_softmax(model, sample)
+            distribution = log_softmax(model, sample)
         entropy_sum -= float((distribution.exp() * distribution)[_counted(sample)].sum())
-        sample.engine_log_probs = _given(distribution, sample).numpy()
+        sample.engine_log_probs = given(distribution, sample).numpy()
     noise = torch.Generator().manual_seed(1)
     # an anchor that differs from the policy: the squared term of the loss counts from the first step on
     anchors = [
@@ -72,14 +72,14 @@ def compute(model_folder: Path) -> Reference:
     return Reference(samples, entropy_sum, anchor, steps)
 
 
-def _log_softmax(model: Any, sample: Sample) -> torch.Tensor:
+def log_softmax(model: Any, sample: Sample) -> torch.Tensor:
     """[response tokens, vocabulary] log π at the sampling temperature."""
     tokens = torch.from_numpy(sample.tokens)[None].long()
     logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def _given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
+def given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
     return distribution.gather(1, torch.from_numpy(sample.response_tokens).long()[:, None])[:, 0]
 
 
@@ -96,20 +96,26 @@ def _step(
     Σ and |y| are over the tokens that count.
     """
     model.zero_grad()
-    losses, entropies = [], []
-    for i in indices:
-        counted = _counted(samples[i])
-        distribution = _log_softmax(model, samples[i])
-        entropies.append(-(distribution.exp() * distribution).sum(-1)[counted].detach())
-        log_probs = _given(distribution, samples[i])
-        s = (log_probs - anchors[i].double())[counted].sum()
-        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
-    loss = torch.stack(losses).mean()
+    loss, entropy = loss_of(model, samples, anchors, indices)
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = optimizer.step()
-    entropy = float(torch.cat(entropies).mean())
-    return Step(float(loss.detach()), norm, _as_in_files(gradient), _as_in_files(model.state_dict()), entropy)
+    return Step(float(loss.detach()), norm, as_in_files(gradient), as_in_files(model.state_dict()), entropy)
+
+
+def loss_of(
+    model: Any, samples: list[Sample], anchors: list[torch.Tensor], indices: list[int]
+) -> tuple[torch.Tensor, float]:
+    """The loss above, and the mean entropy of the tokens that count, nats."""
+    losses, entropies = [], []
+    for i in indices:
+        counted = _counted(samples[i])
+        distribution = log_softmax(model, samples[i])
+        entropies.append(-(distribution.exp() * distribution).sum(-1)[counted].detach())
+        log_probs = given(distribution, samples[i])
+        s = (log_probs - anchors[i].double())[counted].sum()
+        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
+    return torch.stack(losses).mean(), float(torch.cat(entropies).mean())
 
 
 class AdamW:
@@ -137,7 +143,7 @@ class AdamW:
         return norm
 
 
-def _as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One tensor an expert; transformers 5 holds a layer's experts in one, gate above up."""
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,0 +1,136 @@
+"""What an actor with adapters must compute, by the library peft, autograd and reference.AdamW, in float64.
+
+peft holds A of q, k and v, and of gate and up, once for each; Megatron-Bridge has one for its fused layer. Here
+they are one parameter. Experts, which transformers 5 holds in one tensor a layer, are peft's target_parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_pmd.batch import Sample
+from tests.actor.reference import AdamW, Reference, as_in_files, given, log_softmax, loss_of
+from tests.actor.tiny_models import STEPS
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Adapted:
+    log_probs: torch.Tensor
+    """float64 [tokens of the rollout], NaN at prompt tokens."""
+    folder_log_probs: torch.Tensor
+    """The same of the folder as PeftModel.from_pretrained reads it."""
+    merged: dict[str, torch.Tensor]
+    """The weights of merge_and_unload, as files hold them."""
+    losses: list[float]
+    gradient_norms: list[float]
+    gradient: dict[str, torch.Tensor]
+    """Of the first step, by the adapters' names."""
+    weights: dict[str, torch.Tensor]
+    """Adapters after two steps."""
+
+
+def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict[str, Any]) -> Adapted:
+    torch.set_num_threads(1)
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+
+    read = PeftModel.from_pretrained(base(), adapters).double()
+    folder_log_probs = _log_probs(read, reference.samples)
+    merged = as_in_files(read.merge_and_unload().state_dict())
+
+    tensors = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in load_file(adapters / "adapter_model.safetensors").items()
+    }
+    modules = sorted({name.split(".lora_")[0] for name in tensors if ".experts." not in name})
+    experts = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
+        target_parameters=experts if any(".experts." in name for name in tensors) else None,
+    )  # fmt: skip
+    model = get_peft_model(base(), config).double()
+    _tie(model)
+    places = dict(_places(model))
+    assert places.keys() == tensors.keys()
+    with torch.no_grad():
+        for name, (parameter, view) in places.items():
+            view(parameter).copy_(tensors[name])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
+    anchors = list(reference.anchor.split([len(s.tokens) for s in reference.samples]))
+    anchors = [a[len(s.prompt_tokens) :] for a, s in zip(anchors, reference.samples, strict=True)]
+    log_probs = _log_probs(model, reference.samples)
+    losses, norms, gradients = [], [], []
+    for indices in STEPS[:2]:
+        model.zero_grad()
+        loss, _ = loss_of(model, reference.samples, anchors, indices)
+        loss.backward()
+        gradients.append({name: view(p.grad).clone() for name, (p, view) in places.items()})
+        norms.append(optimizer.step())
+        losses.append(float(loss.detach()))
+    weights = {name: view(p).detach().clone() for name, (p, view) in places.items()}
+    return Adapted(log_probs, folder_log_probs, merged, losses, norms, gradients[0], weights)
+
+
+@torch.no_grad()
+def _log_probs(model: Any, samples: list[Sample]) -> torch.Tensor:
+    parts = []
+    for sample in samples:
+        nothing = torch.full((len(sample.prompt_tokens),), torch.nan, dtype=torch.float64)
+        parts += [nothing, given(log_softmax(model, sample), sample)]
+    return torch.cat(parts)
+
+
+def _tie(model: Any) -> None:
+    for module in list(model.modules()):
+        for names in FUSED:
+            there = [getattr(module, name) for name in names if hasattr(getattr(module, name, None), "lora_A")]
+            for other in there[1:]:
+                other.lora_A["default"].weight = there[0].lora_A["default"].weight
+
+
+def _places(model: Any) -> Iterator[tuple[str, tuple[torch.nn.Parameter, Any]]]:
+    """Each adapter tensor's name, and where it lies: a parameter, and the view of it, or of its gradient."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        plain = name.removeprefix(PREFIX).replace(".default", "")
+        layer, matrix, _ = plain.rsplit(".", 2)
+        if not layer.removesuffix(".base_layer").endswith(".experts"):
+            yield plain, (parameter, lambda p: p)
+            continue
+        # peft wraps once for each of the two parameters
+        layer = layer.removesuffix(".base_layer")
+        wrapper = model.get_submodule(name.rsplit(".lora_", 1)[0])
+        for expert in range(wrapper.num_experts):
+            view = _of_expert(matrix, expert, wrapper.num_experts)
+            gate_up = wrapper.parameter_name == "gate_up_proj"
+            for i, projection in enumerate(("gate_proj", "up_proj") if gate_up else ("down_proj",)):
+                half = _half(view, i) if gate_up and matrix == "lora_B" else view
+                yield f"{layer}.{expert}.{projection}.{matrix}.weight", (parameter, half)
+
+
+def _of_expert(matrix: str, expert: int, experts: int) -> Any:
+    """A is [experts · rank, in], B [out, rank · experts] (peft's ParamWrapper.get_delta_weight)."""
+    if matrix == "lora_A":
+        return lambda p: p.reshape(experts, -1, p.shape[-1])[expert]
+    return lambda p: p.reshape(p.shape[0], -1, experts)[:, :, expert]
+
+
+def _half(view: Any, i: int) -> Any:
+    return lambda p: view(p).chunk(2)[i]

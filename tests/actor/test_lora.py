@@ -1,0 +1,134 @@
+"""Adapters beside frozen weights: what the library peft computes with the same, under every kind of layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor.adapted_reference import Adapted, compute
+from tests.actor.launch import launch
+from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE
+
+pytestmark = pytest.mark.slow
+
+LORA = dict(rank=4, alpha=6)
+FAMILIES = ("qwen2", "qwen3moe", "deepseek")
+LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, tensor=2": ("qwen2", dict(tensor=2)),
+    "dense, pipeline=2": ("qwen2", dict(pipeline=2)),
+    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+}
+CASES = (*FAMILIES, *LAYOUTS)
+"""The families in one process, then the layouts."""
+
+
+def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
+    return launch(name, ranks=ranks, module="tests.actor.lora_programs", **arguments)
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory) -> dict[str, Any]:
+    paths = [models / family for family in FAMILIES]
+    return program("begin", paths=paths, folder=tmp_path_factory.mktemp("adapters"))[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(models, one_process):
+    """Every rank's results of one of CASES."""
+    cases = {name: (models / f, layout, one_process[f]["saved"]) for name, (f, layout) in LAYOUTS.items()}
+    two = program("layouts", ranks=2, cases=cases)
+    return lambda name: [one_process[name]] if name in FAMILIES else [rank[name] for rank in two]
+
+
+@pytest.fixture(scope="module")
+def expected(models, reference, one_process):
+    done: dict[str, Adapted] = {}
+
+    def of(family: str) -> Adapted:
+        if family not in done:
+            folder = one_process[family]["adapters"]
+            done[family] = compute(models / family, folder, reference(family), LORA)
+        return done[family]
+
+    return of
+
+
+@pytest.fixture(params=CASES)
+def case(request, ranks, expected) -> tuple[list[dict[str, Any]], Adapted]:
+    family = LAYOUTS[request.param][0] if request.param in LAYOUTS else request.param
+    return ranks(request.param), expected(family)
+
+
+def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name]).abs().max()) for name in ours)
+
+
+def test_log_probs_equal_pefts_on_the_same_adapters(case):
+    found, peft = case
+    whole = torch.full_like(found[0]["log_probs"], torch.nan)
+    for rank in found:
+        own = ~rank["log_probs"].isnan()
+        whole[own] = rank["log_probs"][own]
+    torch.testing.assert_close(whole.double(), peft.log_probs, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_whole_gradients_of_adapters_equal_pefts(case):
+    found, peft = case
+    gradient = found[0]["gradient"]
+    assert gradient.keys() == peft.gradient.keys()
+    errors = {
+        name: float((gradient[name].double() - own).norm() / own.norm()) for name, own in peft.gradient.items()
+    }
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_losses_gradient_norms_and_adapters_after_two_steps_equal_pefts(case):
+    found, peft = case
+    for k, samples in enumerate(STEPS[:2]):
+        steps = [rank["steps"][k] for rank in found]
+        loss, count = (sum(step[i] for step in steps) for i in (0, 1))
+        assert count == len(samples) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
+        assert {norm for *_, norm in steps} == {pytest.approx(peft.gradient_norms[k], rel=1e-5)}
+    assert largest(found[0]["weights"], peft.weights) < WEIGHT_TOLERANCE
+
+
+def test_no_step_changes_the_base_and_gradients_are_held_of_adapters_alone(case):
+    for rank in case[0]:
+        assert rank["base is as loaded"]
+        assert rank["gradients"] == rank["trained"] > 0
+
+
+def test_shards_for_the_engines_are_the_merged_weights(case):
+    assert all(rank["shards"] < 1e-6 for rank in case[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_adapters_change_nothing(family, one_process, reference):
+    fresh = one_process[family]["fresh"]
+    torch.testing.assert_close(fresh, ranks_of_base(reference(family)), rtol=0, atol=1e-5, equal_nan=True)
+
+
+def ranks_of_base(reference) -> torch.Tensor:
+    parts = [[torch.nan] * len(s.prompt_tokens) + s.engine_log_probs.tolist() for s in reference.samples]
+    return torch.tensor([value for part in parts for value in part])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_the_adapters_folder_and_merges_to_the_same_weights(family, one_process, expected):
+    peft = expected(family)
+    torch.testing.assert_close(peft.folder_log_probs, peft.log_probs, rtol=0, atol=1e-6, equal_nan=True)
+    merged = one_process[family]["merged"]
+    assert largest(merged, {name: peft.merged[name] for name in merged}) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_holds_adapters_alone_and_the_step_after_loading_it_is_bit_equal(family, one_process):
+    result = one_process[family]
+    assert result["keys"] and all(".adapter." in key for key in result["keys"])
+    (step, weights), (step_resumed, weights_resumed) = result["third"], result["third_resumed"]
+    assert step == step_resumed and largest(weights, weights_resumed) == 0
