@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
+from megatron_pmd.actor import batching, checkpoint, lora, model, optimizer, residency, settings
 from megatron_pmd.actor.expert_load import ExpertLoad, ExpertTokens
 from megatron_pmd.actor.forward import run_schedule
 from megatron_pmd.actor.log_probs import microbatch_log_probs
@@ -197,7 +197,7 @@ class Actor:
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
             parts.append((microbatch.source, *self._token_log_probs(batch, microbatch, logits)))
 
-        with self._expert_load.counting() as expert_tokens:
+        with self._expert_load.counting() as expert_tokens, lora.without_dropout(self.chunks):
             self._run(batch, microbatches, keep, forward_only=True)
         for source, log_probs, entropy in parts:
             result[source] = log_probs.cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,10 +53,25 @@ def _same_on_replicas(parameter: torch.nn.Parameter) -> None:
     dist.broadcast(parameter.data, group=group, group_src=0)
 
 
+def _adapters(chunks: list[Any]) -> Iterator[Any]:
+    return (module.adapter for chunk in chunks for module in chunk.modules() if hasattr(module, "to_wrap"))
+
+
+@contextlib.contextmanager
+def without_dropout(chunks: list[Any]) -> Iterator[None]:
+    """Within it the policy is the one that engines sample from."""
+    for adapter in _adapters(chunks):
+        adapter.dropout.eval()
+    try:
+        yield
+    finally:
+        for adapter in _adapters(chunks):
+            adapter.dropout.train()
+
+
 def description(chunks: list[Any]) -> dict[str, int] | None:
     """What adapters must have in common with those of a checkpoint, beside their shapes; None: there are none."""
-    adapters = (module.adapter for chunk in chunks for module in chunk.modules() if hasattr(module, "to_wrap"))
-    adapter = next(adapters, None)
+    adapter = next(_adapters(chunks), None)
     return None if adapter is None else {"rank": adapter.dim, "alpha": adapter.alpha}
 
 

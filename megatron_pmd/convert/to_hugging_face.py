@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_pmd.actor.lora import ADAPTER
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import precision
 from megatron_pmd.convert.parts import (
@@ -53,6 +54,11 @@ def megatron_to_hf(
     if not (model_folder / "config.json").is_file():
         raise ConfigError(f"{model_folder}: no config.json; --model names the model's Hugging Face folder")
     reader = ShardedReader(checkpoint)
+    if any(ADAPTER in key for key in reader.tensors):
+        raise CheckpointError(
+            f"{checkpoint}: it holds adapters alone (actor.lora), no model. The run writes both as folders, "
+            "hf/iteration-N merged and adapters/iteration-N for peft: checkpoint.hf_export_every"
+        )
     model = model_of(model_folder, reader.tensors)
     padding = padding_rows(reader, model)
     parts = divide(((p, _bytes(p, reader, dtype)) for p in model.parameters), shard_bytes)

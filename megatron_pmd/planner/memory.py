@@ -13,7 +13,7 @@ from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_sta
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
-from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage
+from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage, adapters_of_layers
 
 Owners = dict[str, float]
 """Bytes by owner."""
@@ -297,4 +297,7 @@ def host_phases(
 
 def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
     """One sharded checkpoint: weights, and the optimizer's moments with its fp32 main parameters."""
-    return shape.total * (BYTES[config.model.precision] + STATE_BYTES)
+    saved = shape.total
+    if config.actor.lora:
+        saved = sum(adapters_of_layers(shape, config, range(shape.layers)))
+    return saved * (BYTES[config.model.precision] + STATE_BYTES)

@@ -58,8 +58,9 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     device = gathered = copies = 0.0
     written, copied = ranks * weights, weights
     for kind, parameters, shards in (
-        ("dense", stage.dense, stage.dense_shards), ("experts", stage.experts, stage.expert_shards),
-    ):  # fmt: skip
+        ("dense", stage.trained_dense, stage.dense_shards),
+        ("experts", stage.trained_experts, stage.expert_shards),
+    ):
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
         device = max(device, 4 * (bucket + share))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ModelError
 from megatron_pmd.files import read_object
 
@@ -37,6 +38,8 @@ class Attention:
     heads: int
     key_value_heads: int | None
     """None for latent attention, whose heads share one."""
+    linears: dict[str, tuple[int, int]]
+    """Widths of input and output of those linear layers that an adapter can have, by megatron-core's names."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,31 @@ class Shape:
         if layer < part.dense_layers:
             return 3 * self.hidden * part.dense_intermediate, 0, 0
         return 3 * self.hidden * part.shared_intermediate, self.hidden * part.experts, self.routed
+
+    def adapters(self, layer: int, rank: int, targets: list[str]) -> tuple[int, int]:
+        """(dense, routed experts') parameters of a layer's adapters; tensor parallelism divides all of them."""
+        part = self.feed_forward
+        dense = sum(sum(widths) for name, widths in self.attention.linears.items() if name in targets)
+        width = part.dense_intermediate if layer < part.dense_layers else part.shared_intermediate
+
+        def both(width: int) -> int:
+            """Of gate and up, one linear layer, and of the one behind them."""
+            first, second = self.hidden + 2 * width, width + self.hidden
+            return ("linear_fc1" in targets) * first + ("linear_fc2" in targets) * second
+
+        experts = part.experts if layer >= part.dense_layers else 0
+        return rank * (dense + (both(width) if width else 0)), rank * experts * both(part.expert_intermediate)
+
+    def targets(self, config: RunConfig) -> list[str]:
+        """Lora.targets_in of this model."""
+        assert config.actor.lora is not None
+        return config.actor.lora.targets_in(
+            self.name,
+            config.layout,
+            latent=self.attention.key_value_heads is None,
+            compressed_queries="linear_q_up_proj" in self.attention.linears,
+            experts=self.feed_forward.experts,
+        )
 
     @property
     def routed(self) -> int:
@@ -178,6 +206,10 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
         score_width=2 * heads * width,
         heads=heads,
         key_value_heads=groups,
+        linears={
+            "linear_qkv": (hidden, width * (heads + 2 * groups)),
+            "linear_proj": (heads * width, hidden),
+        },
     )
 
 
@@ -186,7 +218,8 @@ def _latent_attention(config: dict[str, Any]) -> Attention:
     key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     latent, compressed = config["kv_lora_rank"], config.get("q_lora_rank")
     down = hidden * (latent + config["qk_rope_head_dim"])
-    up = latent * heads * (config["qk_nope_head_dim"] + config["v_head_dim"])
+    up_width = heads * (config["qk_nope_head_dim"] + config["v_head_dim"])
+    up = latent * up_width
     out = heads * config["v_head_dim"] * hidden
     if compressed:
         query_split, query_replicated = compressed * heads * key, hidden * compressed + compressed
@@ -201,4 +234,9 @@ def _latent_attention(config: dict[str, Any]) -> Attention:
         score_width=heads * (key + config["v_head_dim"]),
         heads=heads,
         key_value_heads=None,
+        linears={
+            "linear_q_up_proj" if compressed else "linear_q_proj": (compressed or hidden, heads * key),
+            "linear_kv_up_proj": (latent, up_width),
+            "linear_proj": (heads * config["v_head_dim"], hidden),
+        },
     )

@@ -37,6 +37,9 @@ class Stage:
     """Parameters outside routed experts on one rank."""
     experts: int
     """Parameters of routed experts on one rank."""
+    trained_dense: int
+    """Those of `dense` that are trained: all, or those of adapters."""
+    trained_experts: int
     dense_shards: int
     """Ranks that share out the optimizer state of the dense parameters."""
     expert_shards: int
@@ -52,7 +55,7 @@ class Stage:
     @property
     def share(self) -> float:
         """Parameters of which this rank holds the optimizer state, and writes the weights."""
-        return self.dense / self.dense_shards + self.experts / self.expert_shards
+        return self.trained_dense / self.dense_shards + self.trained_experts / self.expert_shards
 
     @property
     def weight_bytes(self) -> int:
@@ -60,7 +63,7 @@ class Stage:
 
     @property
     def gradient_bytes(self) -> int:
-        return self.parameters * GRADIENT_BYTES
+        return (self.trained_dense + self.trained_experts) * GRADIENT_BYTES
 
     @property
     def optimizer_bytes(self) -> float:
@@ -102,7 +105,17 @@ def check_divides(shape: Shape, config: RunConfig) -> None:
         key_value_heads=shape.attention.key_value_heads,
         experts=shape.feed_forward.experts,
     )
+    if config.actor.lora:
+        shape.targets(config)
     layers_of_stages(shape.layers, config)
+
+
+def adapters_of_layers(shape: Shape, config: RunConfig, layers: range) -> tuple[int, int]:
+    """(dense, routed experts') parameters of their adapters, over all ranks."""
+    assert config.actor.lora is not None
+    targets = shape.targets(config)
+    counts = [shape.adapters(layer, config.actor.lora.rank, targets) for layer in layers]
+    return sum(dense for dense, _ in counts), sum(routed for _, routed in counts)
 
 
 def stages(shape: Shape, config: RunConfig) -> list[Stage]:
@@ -119,12 +132,22 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         for layer in layers:
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
+        dense = split // layout.tensor + replicated
+        experts = routed // (layout.expert * layout.experts_tensor)
+        trained_dense, trained_experts = dense, experts
+        if config.actor.lora:
+            counts = adapters_of_layers(shape, config, layers)
+            trained_dense = counts[0] // layout.tensor
+            trained_experts = counts[1] // (layout.expert * layout.experts_tensor)
+            dense, experts = dense + trained_dense, experts + trained_experts
         result.append(
             Stage(
                 number=number,
                 layers=layers,
-                dense=split // layout.tensor + replicated,
-                experts=routed // (layout.expert * layout.experts_tensor),
+                dense=dense,
+                experts=experts,
+                trained_dense=trained_dense,
+                trained_experts=trained_experts,
                 dense_shards=layout.ranks // (layout.pipeline * layout.tensor),
                 expert_shards=layout.ranks // (layout.pipeline * layout.expert * layout.experts_tensor),
                 holds_logits=last,

@@ -16,6 +16,7 @@ from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import over_iteration
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.convert.live import write_policy
+from megatron_pmd.convert.peft_folder import write_adapters
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.device import describe_left_overs, device_memory
 from megatron_pmd.errors import StaleWeights
@@ -310,10 +311,14 @@ def export_is_due(run: Trainer, completed: int) -> bool:
 
 
 def export(run: Trainer, completed: int) -> None:
-    """Write the policy after so many iterations as a Hugging Face folder."""
+    """Write the policy after so many iterations as a Hugging Face folder, and its adapters as one of peft's."""
     folder = run.folder / "hf" / f"iteration-{completed}"
     tensors, names = run.actor.export(), run.actor.shapes.keys()
-    write_policy(tensors, names, Path(run.config.model.path), folder, run.control)
+    model = Path(run.config.model.path)
+    write_policy(tensors, names, model, folder, run.control)
+    if lora := run.config.actor.lora:
+        adapters = run.folder / "adapters" / folder.name
+        write_adapters(run.actor.export_adapters(), lora, model, adapters, run.control)
 
 
 def finish(run: Trainer) -> None:

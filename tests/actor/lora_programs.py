@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from unittest import mock
+
 import numpy as np
 import torch
+from megatron.bridge.peft import utils
 from megatron.core import dist_checkpointing
 
 from megatron_pmd.actor.parallel import holds_logits
+from megatron_pmd.actor.residency import FrozenWeights
 from megatron_pmd.convert.peft_folder import write_adapters
 from megatron_pmd.weight_sync.shards import ShardExport
-from tests.actor.actor_programs import Trial, message_of, start
+from tests.actor.actor_programs import Trial, message_of
 from tests.actor.objective_gradients import gather_shards
 from tests.actor.tiny_models import STEPS, config_for
 
@@ -70,6 +74,8 @@ def measure(trial: Trial) -> dict[str, Any]:
         "log_probs": report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "gradients": sum(buffer.numel_unpadded for buffer in _buffers(actor)),
+        "held": sum(p.numel() for p in parameters),
+        "states": sum(p.numel() for group in actor.optimizer.param_groups for p in group["params"]),
         "shards": shard_errors(trial),
     }
     step = actor.optimizer.step
@@ -101,12 +107,12 @@ def adapters_of(trial: Trial) -> dict[str, torch.Tensor]:
 def gradient_of(actor: Any) -> dict[str, torch.Tensor]:
     """The adapters' whole gradient by peft's names: it passes through the export, in their place."""
     gather_shards(actor)
-    trained = [p for chunk in actor.chunks for p in chunk.parameters() if p.requires_grad]
-    weights = [p.detach().clone() for p in trained]
-    for parameter in trained:
+    parameters = [p for chunk in actor.chunks for p in chunk.parameters() if p.requires_grad]
+    weights = [p.detach().clone() for p in parameters]
+    for parameter in parameters:
         parameter.data.copy_(parameter.main_grad)
     gradient = {name: tensor.detach().clone() for name, tensor in actor.export_adapters()}
-    for parameter, weight in zip(trained, weights, strict=True):
+    for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data.copy_(weight)
     return gradient
 
@@ -128,11 +134,56 @@ def shard_errors(trial: Trial) -> float:
     return max(errors)
 
 
-def refusals(cases: dict[str, tuple[Path, Path, dict[str, Any]]]) -> dict[str, tuple[str, str]]:
-    """(model, checkpoint, settings of the adapters) -> the error of loading the checkpoint."""
-    start(lora_trial(next(iter(cases.values()))[0]).actor.config.layout)
-    found = {}
-    for name, (path, saved, lora) in cases.items():
-        trial = lora_trial(path, **lora) if lora else Trial(config_for(path))
-        found[name] = message_of(lambda trial=trial, saved=saved: trial.actor.load(saved))
-    return found
+def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any]:
+    """What one process does beside the above: see the tests. saved: a checkpoint of dense's adapters."""
+    result: dict[str, Any] = {}
+    for name, actor in {
+        "none": {},
+        "full": {"recompute": "full"},
+        "selective": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    }.items():
+        trial = Trial(config_for(dense, actor={"lora": LORA | {"targets": ["linear_fc2"]}} | actor))
+        torch.manual_seed(1)
+        for parameter in trained(trial):
+            parameter.data.normal_(std=0.1)
+        result[f"recompute {name}"] = trial.step(STEPS[0])
+
+    dropping = lora_trial(dense, dropout=0.5)
+    dropping.actor.load(saved)
+    once, twice = (dropping.actor.log_probs(dropping.batch, [list(range(16))]).log_probs for _ in range(2))
+    result["anchors with dropout"] = [once, twice]
+    result["losses with dropout"] = [dropping.step(STEPS[0], rate=0.0)[0] for _ in range(2)]
+
+    alone = lora_trial(dense)
+    alone.actor.load(saved)
+    frozen, cpu = FrozenWeights(alone.actor.chunks), torch.device("cpu")
+    steps = []
+    for samples in STEPS[:2]:
+        steps.append(alone.step(samples))
+        frozen.leave(cpu)
+        frozen.come_back(cpu)
+        for host in frozen._host.values():
+            host.fill_(torch.nan)  # whoever still uses the copy shows
+        frozen._host.clear()
+    result["steps between which the base left"] = steps
+
+    full = Trial(config_for(dense))
+    result["errors"] = {
+        "another alpha": message_of(lambda: lora_trial(dense, alpha=7).actor.load(saved)),
+        "no adapters": message_of(lambda: full.actor.load(saved)),
+        "adapters, of a model": message_of(lambda: alone.actor.load(full.save(folder))),
+        "another base": message_of(lambda: _on_another_base(dense, saved)),
+    }
+    with mock.patch.object(utils, "HAVE_TE", False):
+        result["unknown linear"] = message_of(lambda: lora_trial(moe))
+    return result
+
+
+def _on_another_base(path: Path, saved: Path) -> None:
+    trial = lora_trial(path)
+    next(p for p in trial.actor.chunks[0].parameters() if not p.requires_grad).data[0] += 1
+    trial.actor.load(saved)
+
+
+def trained(trial: Trial) -> list[torch.nn.Parameter]:
+    return [p for chunk in trial.actor.chunks for p in chunk.parameters() if p.requires_grad]
