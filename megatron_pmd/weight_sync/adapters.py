@@ -60,7 +60,9 @@ class Adapters:
     """Those of a rank's model chunks."""
 
     def __init__(self, models: list[Any]) -> None:
-        found = [m for model in models for m in model.modules() if hasattr(m, "to_wrap") and hasattr(m, "adapter")]
+        found = [
+            m for model in models for m in model.modules() if hasattr(m, "to_wrap") and hasattr(m, "adapter")
+        ]
         self._of_base = {id(module.to_wrap): Adapter(module) for module in found}
 
     def __bool__(self) -> bool:

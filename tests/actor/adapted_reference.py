@@ -6,11 +6,13 @@ they are one parameter. Experts, which transformers 5 holds in one tensor a laye
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -27,8 +29,6 @@ PREFIX = "base_model.model."
 class Adapted:
     log_probs: torch.Tensor
     """float64 [tokens of the rollout], NaN at prompt tokens."""
-    folder_log_probs: torch.Tensor
-    """The same of the folder as PeftModel.from_pretrained reads it."""
     merged: dict[str, torch.Tensor]
     """The weights of merge_and_unload, as files hold them."""
     losses: list[float]
@@ -41,17 +41,8 @@ class Adapted:
 
 def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict[str, Any]) -> Adapted:
     torch.set_num_threads(1)
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-        )
-
-    read = PeftModel.from_pretrained(base(), adapters).double()
-    folder_log_probs = _log_probs(read, reference.samples)
-    merged = as_in_files(read.merge_and_unload().state_dict())
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import transformers_weight_conversion
 
     tensors = {
         name.removeprefix(PREFIX): tensor
@@ -63,13 +54,16 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
         target_parameters=experts if any(".experts." in name for name in tensors) else None,
     )  # fmt: skip
-    model = get_peft_model(base(), config).double()
+    # see folder_log_probs
+    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
+        model = get_peft_model(_base(model_folder), config).double()
     _tie(model)
     places = dict(_places(model))
     assert places.keys() == tensors.keys()
     with torch.no_grad():
         for name, (parameter, view) in places.items():
             view(parameter).copy_(tensors[name])
+    merged = as_in_files(copy.deepcopy(model).merge_and_unload().state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
     anchors = list(reference.anchor.split([len(s.tokens) for s in reference.samples]))
@@ -84,7 +78,27 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
         norms.append(optimizer.step())
         losses.append(float(loss.detach()))
     weights = {name: view(p).detach().clone() for name, (p, view) in places.items()}
-    return Adapted(log_probs, folder_log_probs, merged, losses, norms, gradients[0], weights)
+    return Adapted(log_probs, merged, losses, norms, gradients[0], weights)
+
+
+def folder_log_probs(model_folder: Path, adapters: Path, samples: list[Sample]) -> torch.Tensor:
+    """As Adapted.log_probs, of the folder as PeftModel.from_pretrained reads it.
+
+    peft 0.21.2 takes every target called gate_proj, up_proj or down_proj for one of experts where transformers
+    5 has the model's experts in one tensor (utils/transformers_weight_conversion.py): of the DeepSeek-V3
+    family it drops the adapters of dense layers and shared experts.
+    """
+    from peft import PeftModel
+
+    return _log_probs(PeftModel.from_pretrained(_base(model_folder), adapters).double(), samples)
+
+
+def _base(model_folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 @torch.no_grad()
@@ -99,7 +113,9 @@ def _log_probs(model: Any, samples: list[Sample]) -> torch.Tensor:
 def _tie(model: Any) -> None:
     for module in list(model.modules()):
         for names in FUSED:
-            there = [getattr(module, name) for name in names if hasattr(getattr(module, name, None), "lora_A")]
+            there = [
+                getattr(module, name) for name in names if hasattr(getattr(module, name, None), "lora_A")
+            ]
             for other in there[1:]:
                 other.lora_A["default"].weight = there[0].lora_A["default"].weight
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
 from unittest import mock
 
 import numpy as np
 import torch
-from megatron.bridge.peft import utils
 from megatron.core import dist_checkpointing
 
+from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.actor.parallel import holds_logits
 from megatron_pmd.actor.residency import FrozenWeights
 from megatron_pmd.convert.peft_folder import write_adapters
@@ -73,7 +72,7 @@ def measure(trial: Trial) -> dict[str, Any]:
     result: dict[str, Any] = {
         "log_probs": report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
-        "gradients": sum(buffer.numel_unpadded for buffer in _buffers(actor)),
+        "gradients": sum(p.main_grad.numel() for p in parameters if hasattr(p, "main_grad")),
         "held": sum(p.numel() for p in parameters),
         "states": sum(p.numel() for group in actor.optimizer.param_groups for p in group["params"]),
         "shards": shard_errors(trial),
@@ -92,10 +91,6 @@ def measure(trial: Trial) -> dict[str, Any]:
     after = [p.detach() for p in parameters if not p.requires_grad]
     result["base is as loaded"] = all(map(torch.equal, base, after))
     return result
-
-
-def _buffers(actor: Any) -> list[Any]:
-    return [b for chunk in actor.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def adapters_of(trial: Trial) -> dict[str, torch.Tensor]:
@@ -136,6 +131,8 @@ def shard_errors(trial: Trial) -> float:
 
 def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any]:
     """What one process does beside the above: see the tests. saved: a checkpoint of dense's adapters."""
+    from megatron.bridge.peft import utils  # importable only once an actor has been built
+
     result: dict[str, Any] = {}
     for name, actor in {
         "none": {},
@@ -174,7 +171,10 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         "adapters, of a model": message_of(lambda: alone.actor.load(full.save(folder))),
         "another base": message_of(lambda: _on_another_base(dense, saved)),
     }
-    with mock.patch.object(utils, "HAVE_TE", False):
+    with (
+        mock.patch.object(bridge_import, "classes_with_adapters"),
+        mock.patch.object(utils, "HAVE_TE", False),
+    ):
         result["unknown linear"] = message_of(lambda: lora_trial(moe))
     return result
 

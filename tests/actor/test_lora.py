@@ -10,7 +10,7 @@ import torch
 from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
-from tests.actor.adapted_reference import Adapted, compute
+from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
 from tests.actor.launch import launch
 from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
 
@@ -93,7 +93,8 @@ def test_whole_gradients_of_adapters_equal_pefts(case):
     gradient = found[0]["gradient"]
     assert gradient.keys() == peft.gradient.keys()
     errors = {
-        name: float((gradient[name].double() - own).norm() / own.norm()) for name, own in peft.gradient.items()
+        name: float((gradient[name].double() - own).norm() / own.norm())
+        for name, own in peft.gradient.items()
     }
     assert max(errors.values()) < 1e-5, errors
 
@@ -131,11 +132,19 @@ def ranks_of_base(reference) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_the_adapters_folder_and_merges_to_the_same_weights(family, one_process, expected):
-    peft = expected(family)
-    torch.testing.assert_close(peft.folder_log_probs, peft.log_probs, rtol=0, atol=1e-6, equal_nan=True)
-    merged = one_process[family]["merged"]
-    assert largest(merged, {name: peft.merged[name] for name in merged}) < 1e-6
+def test_merged_weights_are_those_that_peft_merges(family, one_process, expected):
+    merged, peft = one_process[family]["merged"], expected(family).merged
+    assert largest(merged, {name: peft[name] for name in merged}) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_the_adapters_folder_but_not_all_of_the_deepseek_familys(
+    family, models, reference, one_process, expected
+):
+    """Once peft reads the latter, docs/lora.md has a sentence too much."""
+    read = folder_log_probs(models / family, one_process[family]["adapters"], reference(family).samples)
+    difference = float((read - expected(family).log_probs).nan_to_num().abs().max())
+    assert difference < 1e-6 if family != "deepseek" else difference > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +161,9 @@ def test_a_plan_counts_what_the_ranks_hold(models, ranks):
         config = config_for(models / family, layout, actor={"lora": LORA})
         planned = stages(shape_of(config.model.path), config)
         found = ranks(name)
-        of_stage = [found[i * len(found) // len(planned) :][: len(found) // len(planned)] for i in range(len(planned))]
+        of_stage = [
+            found[i * len(found) // len(planned) :][: len(found) // len(planned)] for i in range(len(planned))
+        ]
         for stage, own in zip(planned, of_stage, strict=True):
             for rank in own:
                 assert 4 * rank["held"] == stage.weight_bytes
@@ -182,7 +193,10 @@ def test_a_base_that_left_the_device_between_steps_comes_back_the_same(variants,
 @pytest.mark.parametrize(
     ("which", "words"),
     [
-        ("another alpha", "it holds adapters of rank 4 and alpha 6, this run has adapters of rank 4 and alpha 7"),
+        (
+            "another alpha",
+            "it holds adapters of rank 4 and alpha 6, this run has adapters of rank 4 and alpha 7",
+        ),
         ("no adapters", "it holds adapters of rank 4 and alpha 6, this run has no adapters"),
         ("adapters, of a model", "it holds no adapters, this run has adapters of rank 4"),
         ("another base", "its adapters belong to another base"),
