@@ -326,7 +326,7 @@ class Actor:
             raise ModelError(f"tensor {min(waiting)} was not exported ({len(waiting)} missing in all)")
 
     def export_adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The adapters under the names that peft gives those of the Hugging Face model; otherwise as export()."""
+        """The adapters, by the names of what they belong to in the Hugging Face model; as export()."""
         yield from self.bridge.export_adapter_weights(self.chunks, cpu=False, show_progress=False)
 
     def wake(self) -> None:

@@ -290,7 +290,7 @@ def _check_adapters(checkpoint: Path, saved: dict[str, int] | None, own: dict[st
         f"adapters of rank {a['rank']} and alpha {a['alpha']}" if a else "no adapters" for a in (saved, own)
     ]
     raise CheckpointError(
-        f"{checkpoint}: it holds {words[0]}, this run has {words[1]} (actor.lora); set what the run began with"
+        f"{checkpoint}: it holds {words[0]}, this run has {words[1]}; set actor.lora as the run began with it"
     )
 
 

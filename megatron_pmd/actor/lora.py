@@ -14,7 +14,7 @@ from megatron_pmd.actor.settings import lora_targets
 from megatron_pmd.config import RunConfig
 
 ADAPTER = ".adapter."
-"""In the name of every parameter and every checkpoint's tensor that belongs to an adapter, and in no other."""
+"""In the name of each parameter, and of each tensor of a checkpoint, that belongs to an adapter."""
 
 
 def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
@@ -70,7 +70,7 @@ def without_dropout(chunks: list[Any]) -> Iterator[None]:
 
 
 def description(chunks: list[Any]) -> dict[str, int] | None:
-    """What adapters must have in common with those of a checkpoint, beside their shapes; None: there are none."""
+    """What adapters must have in common with a checkpoint's, beside their shapes; None: there are none."""
     adapter = next(_adapters(chunks), None)
     return None if adapter is None else {"rank": adapter.dim, "alpha": adapter.alpha}
 

@@ -146,13 +146,14 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
         for stage in range(virtual)
     ]
     load_weights(bridge, chunks, Path(config.model.path))
+    if torch.cuda.is_available():
+        for chunk in chunks:
+            chunk.cuda()
     if config.actor.lora:
         lora.add_adapters(chunks, provider, config)
     ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
     wrapped = []
     for chunk in chunks:
-        if torch.cuda.is_available():
-            chunk.cuda()
         biases = {name: bias.clone() for name, bias in expert_biases(chunk).items()}
         module = Float16Module(provider, chunk) if provider.bf16 else chunk
         for name, bias in expert_biases(chunk).items():

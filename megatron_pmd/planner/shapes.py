@@ -39,7 +39,7 @@ class Attention:
     key_value_heads: int | None
     """None for latent attention, whose heads share one."""
     linears: dict[str, tuple[int, int]]
-    """Widths of input and output of those linear layers that an adapter can have, by megatron-core's names."""
+    """Widths of input and output of the linear layers that can have an adapter, by megatron-core's names."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Shape:
         return 3 * self.hidden * part.shared_intermediate, self.hidden * part.experts, self.routed
 
     def adapters(self, layer: int, rank: int, targets: list[str]) -> tuple[int, int]:
-        """(dense, routed experts') parameters of a layer's adapters; tensor parallelism divides all of them."""
+        """(dense, routed experts') parameters of a layer's adapters; tensor parallelism divides them all."""
         part = self.feed_forward
         dense = sum(sum(widths) for name, widths in self.attention.linears.items() if name in targets)
         width = part.dense_intermediate if layer < part.dense_layers else part.shared_intermediate

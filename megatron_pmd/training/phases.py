@@ -311,7 +311,7 @@ def export_is_due(run: Trainer, completed: int) -> bool:
 
 
 def export(run: Trainer, completed: int) -> None:
-    """Write the policy after so many iterations as a Hugging Face folder, and its adapters as one of peft's."""
+    """Write the policy after so many iterations as a Hugging Face folder; its adapters as one of peft's."""
     folder = run.folder / "hf" / f"iteration-{completed}"
     tensors, names = run.actor.export(), run.actor.shapes.keys()
     model = Path(run.config.model.path)

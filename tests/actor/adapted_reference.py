@@ -1,7 +1,8 @@
 """What an actor with adapters must compute, by the library peft, autograd and reference.AdamW, in float64.
 
-peft holds A of q, k and v, and of gate and up, once for each; Megatron-Bridge has one for its fused layer. Here
-they are one parameter. Experts, which transformers 5 holds in one tensor a layer, are peft's target_parameters.
+peft has an A each for q, k and v, and for gate and up; Megatron-Bridge has one for its fused layer. Here they
+are one parameter. Experts, of which transformers 5 holds a layer's in one tensor, are peft's
+target_parameters.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
 def folder_log_probs(model_folder: Path, adapters: Path, samples: list[Sample]) -> torch.Tensor:
     """As Adapted.log_probs, of the folder as PeftModel.from_pretrained reads it.
 
-    peft 0.21.2 takes every target called gate_proj, up_proj or down_proj for one of experts where transformers
+    peft 0.21.2 takes each target called gate_proj, up_proj or down_proj for one of experts where transformers
     5 has the model's experts in one tensor (utils/transformers_weight_conversion.py): of the DeepSeek-V3
     family it drops the adapters of dense layers and shared experts.
     """

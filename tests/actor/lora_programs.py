@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.actor.parallel import holds_logits
 from megatron_pmd.actor.residency import FrozenWeights
+from megatron_pmd.config import Lora
 from megatron_pmd.convert.peft_folder import write_adapters
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial, message_of
@@ -39,8 +40,7 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
                 parameter.data.normal_(std=0.1)
         trial.actor.optimizer.reload_model_params()
         saved = trial.save(own, 1)
-        lora = trial.actor.config.actor.lora
-        write_adapters(trial.actor.export_adapters(), lora, path, own / "adapters", trial.control)
+        write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, own / "adapters", trial.control)
         merged = trial.weights()
         result = measure(trial)
         result |= {"fresh": fresh, "saved": saved, "adapters": own / "adapters", "merged": merged}
@@ -134,12 +134,13 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
     from megatron.bridge.peft import utils  # importable only once an actor has been built
 
     result: dict[str, Any] = {}
-    for name, actor in {
+    recomputed: dict[str, dict[str, Any]] = {
         "none": {},
         "full": {"recompute": "full"},
         "selective": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]},
-    }.items():
-        trial = Trial(config_for(dense, actor={"lora": LORA | {"targets": ["linear_fc2"]}} | actor))
+    }
+    for name, actor in recomputed.items():
+        trial = Trial(config_for(dense, actor={"lora": LORA | {"targets": ["linear_fc2"]}, **actor}))
         torch.manual_seed(1)
         for parameter in trained(trial):
             parameter.data.normal_(std=0.1)
@@ -159,9 +160,6 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         steps.append(alone.step(samples))
         frozen.leave(cpu)
         frozen.come_back(cpu)
-        for host in frozen._host.values():
-            host.fill_(torch.nan)  # whoever still uses the copy shows
-        frozen._host.clear()
     result["steps between which the base left"] = steps
 
     full = Trial(config_for(dense))

@@ -12,7 +12,7 @@ from megatron_pmd.actor import settings
 from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError
 from tests.actor.launch import launch
-from tests.actor.reference import _as_in_files
+from tests.actor.reference import as_in_files
 from tests.actor.tiny_models import config_for, rollout
 
 AUXILIARY, Z = 0.5, 0.25
@@ -70,7 +70,7 @@ def expected_gradient(path: Path, rows: list[tuple[list[int], int]]) -> dict[str
         tokens += sum(len(sequence) for sequence in sequences) + padding
     (total / tokens).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return _as_in_files(found)
+    return as_in_files(found)
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
