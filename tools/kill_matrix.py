@@ -6,8 +6,7 @@ One run of two ranks and an engine goes through all trials: a start that has end
 which goes on from the checkpoint. In the end all rollouts that the run drew are trained on once more by a run
 that nothing happens to; the metrics of every step must be equal. OUT gets a line for each trial in
 trials.jsonl, a table in trials.md, and the runs. What stays behind of a start that has ended, processes (and
-with them ports) or files in /tmp and /dev/shm, is an outcome of its trial, too. Nothing else may make files
-there meanwhile.
+with them ports) or files in its TMPDIR and in /dev/shm, is an outcome of its trial, too.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import typer
 
 from megatron_pmd.heartbeat import Beat
 from megatron_pmd.node.worker import PROCESS_TITLE
-from megatron_pmd.shared_memory import SHARED_MEMORY
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
 PROJECT = Path(__file__).parents[1]
 NAME = "kill-matrix"
@@ -100,14 +99,17 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs" / NAME
-        self._output = folder / "console.txt"
+        self.temporary, self._output = folder / "tmp", folder / "console.txt"
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self.launcher: psutil.Process | None = None
 
     def start(self, *words: str) -> None:
         command = [sys.executable, "-m", "megatron_pmd.cli.main", "train", "tiny_moe_cpu", *RUN, *words]
-        environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(PROJECT)}
+        self.temporary.mkdir(exist_ok=True)
+        environment = os.environ | {
+            "COLUMNS": "200", "PYTHONPATH": str(PROJECT), "TMPDIR": str(self.temporary),
+        }  # fmt: skip
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output,
@@ -185,11 +187,6 @@ def wait(condition: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def files_there() -> set[str]:
-    folders = (Path("/tmp"), SHARED_MEMORY)
-    return {str(path) for folder in folders for path in folder.iterdir()}
-
-
 def plan(trials: int, seed: int) -> Iterator[tuple[str, signal.Signals, str]]:
     """Every pair of a kind and a signal in turn, each in a phase that it was not sent in before."""
     chance = random.Random(seed)
@@ -214,7 +211,7 @@ class Matrix:
     def one(self, kind: str, number: signal.Signals, phase: str) -> Trial:
         """Send a signal to a process of a kind, at a random moment of a phase, and see what comes of it."""
         if not self.run.runs_now:
-            self._before = files_there()
+            self._before = self._files()
             self.run.start()
         target = self._at_a_random_moment(kind, phase)
         beat = self.run.beat()
@@ -286,7 +283,16 @@ class Matrix:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
-        return (*left, *sorted(files_there() - self._before))
+        return (*left, *sorted(self._files() - self._before))
+
+    def _files(self) -> set[str]:
+        """What may be of this run: not of another run of this program."""
+        ours = f"{PREFIX}{shared_memory_key(self.run.runs)}"
+        memory = [
+            p for p in SHARED_MEMORY.iterdir() if not p.name.startswith(PREFIX) or p.name.startswith(ours)
+        ]
+        files = [*self.run.temporary.iterdir(), *memory] if self.run.temporary.exists() else memory
+        return {f"{path} (a link without memory)" if not path.exists() else str(path) for path in files}
 
     def finish(self) -> list[str]:
         """Replay what was drawn without any trouble; the differences between the metrics of both runs."""

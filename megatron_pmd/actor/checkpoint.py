@@ -34,7 +34,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
-from setproctitle import setproctitle
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor.checkpoint_folders import FILES, STATE_FILE, complete, latest, sizes
@@ -50,7 +49,7 @@ from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, DamagedCheckpoint
 from megatron_pmd.files import write_whole
-from megatron_pmd.processes import die_with_parent
+from megatron_pmd.processes import become_helper, die_with_parent
 
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
@@ -68,13 +67,8 @@ def _writers_queue_that_dies_with_us() -> None:
         # without a name in the file system: a folder for it would outlive a killed rank
         address = f"\0megatron-pmd-checkpoint-results-{os.getpid()}"
         manager = SyncManager(address, ctx=multiprocessing.get_context("spawn"))
-        manager.start(_become_server_of_results, (os.getpid(),))
+        manager.start(become_helper, ("checkpoint results", os.getpid()))
         filesystem_async._results_queue = _PickledResults(manager.Queue())
-
-
-def _become_server_of_results(parent: int) -> None:
-    setproctitle("megatron-pmd checkpoint results")
-    die_with_parent(parent=parent)
 
 
 class _PickledResults:
@@ -207,8 +201,7 @@ def _write_in_background(parent: int, write: Callable[..., None], *arguments: An
 
     A writer that outlived a killed rank would write into the folder that the next run deletes.
     """
-    setproctitle("megatron-pmd checkpoint writer")
-    die_with_parent(parent=parent)
+    become_helper("checkpoint writer", parent)
     os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
     os.nice(10)
     torch.set_num_threads(1)  # OpenMP's threads are not in a forked process: it would wait for them for ever
