@@ -13,7 +13,6 @@ from scipy.special import lambertw, wrightomega
 
 from megatron_pmd.algorithm.closed_form import Floats, checked
 
-
 END_OF_BRANCH = float(np.nextafter(-np.exp(-1.0), 0.0))
 """The least argument for which W is real, where both of its branches end; scipy's is NaN one digit below."""
 

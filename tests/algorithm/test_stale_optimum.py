@@ -105,7 +105,7 @@ def test_an_outcome_that_one_of_the_policies_never_draws_is_refused():
 
 
 def test_iterations_with_a_lag_end_where_the_reference_does():
-    """From p = 0.05 at τ = 1, success after 6 iterations, the anchor recomputed, samples `lag` iterations old."""
+    """From p = 0.05 at τ = 1: success after 6 iterations on samples that are `lag` iterations old."""
     for lag, expected in {0: 0.934, 1: 0.838, 2: 0.723, 4: 0.543, 8: 0.493}.items():
         success = [0.05]
         for t in range(6):
