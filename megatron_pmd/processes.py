@@ -36,13 +36,13 @@ def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
 def become_helper(title: str, parent: int) -> None:
     """First of all in a process that another one, whose number is given, starts to work for it.
 
-    It ends with its parent, and `ps` shows it as `megatron-pmd TITLE`. Imports little: a spawned process that
+    It ends with its parent, and `ps` shows it under the title. Imports little: a spawned process that
     only holds bytes is not to import torch for it.
     """
     from setproctitle import setproctitle  # which a login node has not
 
     die_with_parent(parent=parent)
-    setproctitle(f"megatron-pmd {title}")
+    setproctitle(title)
 
 
 def hold_back(signal_number: int) -> None:

@@ -242,7 +242,7 @@ _half_full = math.inf
 def _prepare(reward: Reward, parent: int) -> None:
     """Load the reward before any sample's clock runs."""
     global _grade, _failure, _memory_gigabytes, _half_full
-    become_helper("reward worker", parent)
+    become_helper("megatron-pmd reward worker", parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # pebble's handler needs the interpreter: a reward that hangs in C code would stall all workers for 3 s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
