@@ -92,8 +92,8 @@ def save_and_kill(trial: Trial, folder: Path, title: str) -> None:
     """A checkpoint whose writer is stopped until the process of this title is killed."""
     become = checkpoint_writer.become_helper
 
-    def become_and_stop(*arguments: Any) -> None:
-        become(*arguments)
+    def become_and_stop(title: str, parent: int) -> None:
+        become(title, parent)
         os.kill(os.getpid(), signal.SIGSTOP)
 
     checkpoint_writer.become_helper = become_and_stop
