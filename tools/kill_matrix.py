@@ -226,7 +226,7 @@ class Matrix:
             trial.left = self._left(there)
         else:
             trial.outcome = "went on" if done else "HUNG"
-            trial.said = _last_line(self.run.said_since(position))
+            trial.said = _what_was_mended(self.run.said_since(position))
             self._tidy_up(target, end=not done)
         self.trials.append(trial)
         with (self.folder / "trials.jsonl").open("a") as lines:
@@ -292,7 +292,12 @@ class Matrix:
             p for p in SHARED_MEMORY.iterdir() if not p.name.startswith(PREFIX) or p.name.startswith(ours)
         ]
         files = [*self.run.temporary.iterdir(), *memory] if self.run.temporary.exists() else memory
-        return {f"{path} (a link without memory)" if not path.exists() else str(path) for path in files}
+        kept = "torchinductor"  # torch's cache of compiled code is to outlive a run
+        return {
+            f"{path} (a link without memory)" if not path.exists() else str(path)
+            for path in files
+            if not path.name.startswith(kept)
+        }
 
     def finish(self) -> list[str]:
         """Replay what was drawn without any trouble; the differences between the metrics of both runs."""
@@ -322,10 +327,10 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "step"]
 
 
-def _last_line(text: str) -> str:
-    """The last that the console said of something unusual."""
-    unusual = [line.strip() for line in text.splitlines() if re.search("engine|died|stuck|given up", line)]
-    return unusual[-1] if unusual else ""
+def _what_was_mended(text: str) -> str:
+    """The line in which the console tells of it."""
+    lines = [line.strip() for line in text.splitlines() if re.search("started again|given up|retried", line)]
+    return lines[0] if lines else ""
 
 
 def table(trials: list[Trial]) -> str:
