@@ -27,7 +27,6 @@ ENDS_WITH = {
     "distributed.py: dist.recv(piece, rank, group=self._group)": GROUP,
     "engine/health.py: self.join()": TOLD,
     "engine/server.py: self._process.wait()": KILLED,
-    "engine/supervisor.py: server.wait()": "the engine, which the supervisor is there to wait for",
     "processes.py: thread.join()": TOLD,
     "rewards/pool.py: pool.join()": KILLED,
     "rewards/pool.py: self._keeper.join()": TOLD,

@@ -283,6 +283,8 @@ class Matrix:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
+        # those of a start that was begun after the signal end a moment later
+        wait(lambda: not self._files() - self._before, 20)
         return (*left, *sorted(self._files() - self._before))
 
     def _files(self) -> set[str]:
