@@ -33,6 +33,18 @@ def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         os.kill(os.getpid(), signal_number)
 
 
+def become_helper(title: str, parent: int) -> None:
+    """First of all in a process that another one, whose number is given, starts to work for it.
+
+    It ends with its parent, and `ps` shows it under the title. Imports little: a spawned process that
+    only holds bytes is not to import torch for it.
+    """
+    from setproctitle import setproctitle  # which a login node has not
+
+    die_with_parent(parent=parent)
+    setproctitle(title)
+
+
 def hold_back(signal_number: int) -> None:
     """Keep a signal for sigwait in this process, and harmless in all that it starts.
 

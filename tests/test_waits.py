@@ -20,13 +20,13 @@ GROUP = "the process group's deadline"
 TOLD = "a thread that has just been told to end"
 
 ENDS_WITH = {
+    "actor/checkpoint.py: self._writer.wait()": "the process that writes; else node/watch.py ends this rank",
     "convert/parts.py: self._last.result()": WORK_OF_ITS_OWN,
     "convert/parts.py: future.result()": WORK_OF_ITS_OWN,
     "convert/sharded.py: writer.write_data(plan, _Source(resolve)).wait()": WORK_OF_ITS_OWN,
     "distributed.py: dist.recv(piece, rank, group=self._group)": GROUP,
     "engine/health.py: self.join()": TOLD,
     "engine/server.py: self._process.wait()": KILLED,
-    "engine/supervisor.py: server.wait()": "the engine, which the supervisor is there to wait for",
     "processes.py: thread.join()": TOLD,
     "rewards/pool.py: pool.join()": KILLED,
     "rewards/pool.py: self._keeper.join()": TOLD,

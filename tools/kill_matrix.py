@@ -6,8 +6,7 @@ One run of two ranks and an engine goes through all trials: a start that has end
 which goes on from the checkpoint. In the end all rollouts that the run drew are trained on once more by a run
 that nothing happens to; the metrics of every step must be equal. OUT gets a line for each trial in
 trials.jsonl, a table in trials.md, and the runs. What stays behind of a start that has ended, processes (and
-with them ports) or files in /tmp and /dev/shm, is an outcome of its trial, too. Nothing else may make files
-there meanwhile.
+with them ports) or files in its TMPDIR and in /dev/shm, is an outcome of its trial, too.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import typer
 
 from megatron_pmd.heartbeat import Beat
 from megatron_pmd.node.worker import PROCESS_TITLE
-from megatron_pmd.shared_memory import SHARED_MEMORY
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
 
 PROJECT = Path(__file__).parents[1]
 NAME = "kill-matrix"
@@ -100,14 +99,17 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs" / NAME
-        self._output = folder / "console.txt"
+        self.temporary, self._output = folder / "tmp", folder / "console.txt"
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self.launcher: psutil.Process | None = None
 
     def start(self, *words: str) -> None:
         command = [sys.executable, "-m", "megatron_pmd.cli.main", "train", "tiny_moe_cpu", *RUN, *words]
-        environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(PROJECT)}
+        self.temporary.mkdir(exist_ok=True)
+        environment = os.environ | {
+            "COLUMNS": "200", "PYTHONPATH": str(PROJECT), "TMPDIR": str(self.temporary),
+        }  # fmt: skip
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output,
@@ -185,11 +187,6 @@ def wait(condition: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def files_there() -> set[str]:
-    folders = (Path("/tmp"), SHARED_MEMORY)
-    return {str(path) for folder in folders for path in folder.iterdir()}
-
-
 def plan(trials: int, seed: int) -> Iterator[tuple[str, signal.Signals, str]]:
     """Every pair of a kind and a signal in turn, each in a phase that it was not sent in before."""
     chance = random.Random(seed)
@@ -214,7 +211,7 @@ class Matrix:
     def one(self, kind: str, number: signal.Signals, phase: str) -> Trial:
         """Send a signal to a process of a kind, at a random moment of a phase, and see what comes of it."""
         if not self.run.runs_now:
-            self._before = files_there()
+            self._before = self._files()
             self.run.start()
         target = self._at_a_random_moment(kind, phase)
         beat = self.run.beat()
@@ -229,7 +226,7 @@ class Matrix:
             trial.left = self._left(there)
         else:
             trial.outcome = "went on" if done else "HUNG"
-            trial.said = _last_line(self.run.said_since(position))
+            trial.said = _what_was_mended(self.run.said_since(position))
             self._tidy_up(target, end=not done)
         self.trials.append(trial)
         with (self.folder / "trials.jsonl").open("a") as lines:
@@ -286,7 +283,23 @@ class Matrix:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
-        return (*left, *sorted(files_there() - self._before))
+        # those of a start that was begun after the signal end a moment later
+        wait(lambda: not self._files() - self._before, 20)
+        return (*left, *sorted(self._files() - self._before))
+
+    def _files(self) -> set[str]:
+        """What may be of this run: not of another run of this program."""
+        ours = f"{PREFIX}{shared_memory_key(self.run.runs)}"
+        memory = [
+            p for p in SHARED_MEMORY.iterdir() if not p.name.startswith(PREFIX) or p.name.startswith(ours)
+        ]
+        files = [*self.run.temporary.iterdir(), *memory] if self.run.temporary.exists() else memory
+        kept = "torchinductor"  # torch's cache of compiled code is to outlive a run
+        return {
+            f"{path} (a link without memory)" if not path.exists() else str(path)
+            for path in files
+            if not path.name.startswith(kept)
+        }
 
     def finish(self) -> list[str]:
         """Replay what was drawn without any trouble; the differences between the metrics of both runs."""
@@ -316,10 +329,10 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "step"]
 
 
-def _last_line(text: str) -> str:
-    """The last that the console said of something unusual."""
-    unusual = [line.strip() for line in text.splitlines() if re.search("engine|died|stuck|given up", line)]
-    return unusual[-1] if unusual else ""
+def _what_was_mended(text: str) -> str:
+    """The line in which the console tells of it."""
+    lines = [line.strip() for line in text.splitlines() if re.search("started again|given up|retried", line)]
+    return lines[0] if lines else ""
 
 
 def table(trials: list[Trial]) -> str:

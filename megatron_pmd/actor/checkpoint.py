@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -34,11 +30,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
-from setproctitle import setproctitle
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pmd.actor import lora
 from megatron_pmd.actor.checkpoint_folders import FILES, STATE_FILE, complete, latest, sizes
+from megatron_pmd.actor.checkpoint_writer import HelperEnded, Writer, serve_results
 from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.actor.optimizer_state import (
     OPTIMIZER_FORMAT,
@@ -51,47 +47,11 @@ from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, DamagedCheckpoint
 from megatron_pmd.files import write_whole
-from megatron_pmd.processes import die_with_parent
 
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError)
 """What torch raises of a file whose bytes are not those it wrote, beside RuntimeErrors of its reader."""
-
-
-def _writers_queue_that_dies_with_us() -> None:
-    """Give megatron-core's writers a results queue: the server of its own outlives a killed rank for ever.
-
-    Answers dist_checkpointing/strategies/filesystem_async.py, _get_write_results_queue: nothing ends the
-    manager it starts but this process's orderly exit. Tested by killing a run, in tests/end_to_end.
-    """
-    if filesystem_async._results_queue is None:
-        # without a name in the file system: a folder for it would outlive a killed rank
-        address = f"\0megatron-pmd-checkpoint-results-{os.getpid()}"
-        manager = SyncManager(address, ctx=multiprocessing.get_context("spawn"))
-        manager.start(_become_server_of_results, (os.getpid(),))
-        filesystem_async._results_queue = _PickledResults(manager.Queue())
-
-
-def _become_server_of_results(parent: int) -> None:
-    setproctitle("megatron-pmd checkpoint results")
-    die_with_parent(parent=parent)
-
-
-class _PickledResults:
-    """A queue of the server above that hands on bytes: to hold writers' results it would import torch.
-
-    That takes 3 s of a core and 400 MB beside each rank. megatron-core asks for these two methods.
-    """
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def put(self, results: Any) -> None:
-        self._queue.put(pickle.dumps(results))
-
-    def get_nowait(self) -> Any:
-        return pickle.loads(self._queue.get_nowait())
 
 
 class Saver:
@@ -107,6 +67,7 @@ class Saver:
         self._by_hosts = by_hosts
         self._queue = AsyncCallsQueue()
         self._pending: tuple[Path, dict[str, Any]] | None = None
+        self._writer: Writer | None = None
 
     def save(
         self,
@@ -130,7 +91,8 @@ class Saver:
                 shutil.rmtree(stale)
             partial.mkdir(parents=True)
         self._control.barrier()
-        _writers_queue_that_dies_with_us()
+        serve_results()
+        self._writer = None
         # the replicas hold the same tensors: each writes its share of them
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(),
@@ -149,10 +111,12 @@ class Saver:
             raise _not_written(partial, error) from error
         self._control.on_driver(lambda: _written(partial, write_more))
         if request.async_fn is not None:
-            write = functools.partial(_write_in_background, os.getpid(), request.async_fn)
-            request = request._replace(async_fn=write)
+            self._writer = Writer()
+            request = request._replace(async_fn=self._writer.process(request.async_fn))
         # fork: the writer sees the tensors as they are now, whatever training does to them
         self._queue.schedule_async_request(request)
+        if self._writer is not None:
+            self._writer.has_started()
         self._pending = final, run_state
         if not self._asynchronous:
             self.publish(wait=True)
@@ -168,13 +132,25 @@ class Saver:
         final, run_state = self._pending
         partial = final.with_suffix(".partial")
         try:
+            self._control.on_all(lambda: self._check_writer(partial, wait=wait))
             if not self._queue.maybe_finalize_async_calls(blocking=wait):
                 return
         except FAILURES as error:
             self._pending = None
-            raise _not_written(partial, error) from error
+            raise error if isinstance(error, CheckpointError) else _not_written(partial, error) from error
         self._pending = None
         self._control.on_driver(lambda: self._rename(partial, final, run_state))
+
+    def _check_writer(self, partial: Path, *, wait: bool) -> None:
+        """CheckpointError if this rank's was killed. megatron-core would blame another rank, or nobody."""
+        if self._writer is None:
+            return
+        if wait:
+            self._writer.wait()
+        try:
+            self._writer.check()
+        except HelperEnded as ended:
+            raise _not_written(partial, ended) from ended
 
     def _rename(self, partial: Path, final: Path, run_state: dict[str, Any]) -> None:
         try:
@@ -203,19 +179,6 @@ def _all_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_in_background(parent: int, write: Callable[..., None], *arguments: Any) -> None:
-    """Run megatron-core's writer, a forked process, so that it yields to training and ends with its rank.
-
-    A writer that outlived a killed rank would write into the folder that the next run deletes.
-    """
-    setproctitle("megatron-pmd checkpoint writer")
-    die_with_parent(parent=parent)
-    os.register_at_fork(after_in_child=functools.partial(die_with_parent, parent=os.getpid()))
-    os.nice(10)
-    torch.set_num_threads(1)  # OpenMP's threads are not in a forked process: it would wait for them for ever
-    write(*arguments)
-
-
 def _written(partial: Path, write_more: Callable[[Path], None]) -> None:
     try:
         write_more(partial)
@@ -225,8 +188,10 @@ def _written(partial: Path, write_more: Callable[[Path], None]) -> None:
 
 def _not_written(partial: Path, error: BaseException) -> CheckpointError:
     kept = latest(partial.parent)
+    # torch hides what the system said of a write that it refused
+    why = f": {error}" if isinstance(error, HelperEnded) else f" (is the disk full?): {_reason(error)}"
     return CheckpointError(
-        f"{partial}: could not be written (is the disk full?): {_reason(error)}; "
+        f"{partial}: could not be written{why}; "
         + (f"{kept} is complete and will be resumed from" if kept else "there is no earlier checkpoint")
     )
 

@@ -23,13 +23,13 @@ def optimum_partition(rewards: ArrayLike, probabilities: ArrayLike, tau: float) 
 
     Returns log ρ* [outcomes], in nats. Raises ValueError for values outside these ranges.
     """
-    r, p = _checked(rewards, probabilities, tau)
+    r, p = checked(rewards, probabilities, tau)
     return (r - log_partition(r, p, tau)) / tau
 
 
 def log_partition(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> float:
     """τ log Z = τ log E_{π_t}[exp(r/τ)], in reward units; arguments as for `optimum_partition`."""
-    r, p = _checked(rewards, probabilities, tau)
+    r, p = checked(rewards, probabilities, tau)
     top = r[p > 0].max()
     return float(top + tau * logsumexp((r - top)[p > 0] / tau, b=p[p > 0]))
 
@@ -45,7 +45,7 @@ def optimum_mean(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> tu
     """
     from scipy.optimize import brentq  # half a second of imports that only the driver needs
 
-    r, p = _checked(rewards, probabilities, tau)
+    r, p = checked(rewards, probabilities, tau)
     support = p > 0
     p_s, r_s = p[support], r[support]
     centre = r_s.max() + p_s @ (r_s - r_s.max())
@@ -91,7 +91,7 @@ def mixed_objective(
     With λ from `optimum_mean` its maximiser over the simplex is the ρ* of `optimum_mean`; with λ = 0 it is
     that of `optimum_partition`, and the maximum is τ log Z.
     """
-    r, p = _checked(rewards, probabilities, tau)
+    r, p = checked(rewards, probabilities, tau)
     gain = float(p @ (np.exp(np.asarray(log_rho, np.float64)) * r))
     return gain - tau * kl(log_rho, p) - 0.5 * chi2_weight * tau * chi2(log_rho, p)
 
@@ -120,7 +120,8 @@ def _log_sum(terms: Floats) -> float:
     return float(top + np.log(np.exp(terms - top).sum()))
 
 
-def _checked(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> tuple[Floats, Floats]:
+def checked(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> tuple[Floats, Floats]:
+    """Both as float64 [outcomes], probabilities summing to 1 to the last digit; ValueError out of range."""
     r, p = np.asarray(rewards, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
     if r.ndim != 1 or r.shape != p.shape or not r.size:
         raise ValueError(f"rewards {r.shape} and probabilities {p.shape}: one of each for every outcome")

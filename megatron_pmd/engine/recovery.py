@@ -11,10 +11,9 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.own import OwnEngine
+from megatron_pmd.engine.server import port_was_taken
 from megatron_pmd.errors import EngineError, EngineRefused
 
-PORT_TAKEN = ("address already in use", "is not available in 30 seconds")
-"""How the system says so, and how SGLang does of a port that follows from another."""
 REFUSES = re.compile(
     # 137: SGLang's server kills itself when its scheduler raises
     r"exited with status (1|2|137) at start;.*^("
@@ -43,7 +42,7 @@ class Recovery:
         failures = self._failures_at_start(self._fleet.engines)
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
-            if not any(words in failure.lower() for words in PORT_TAKEN):
+            if not port_was_taken(failure):
                 raise (EngineRefused if REFUSES.search(failure) else EngineError)(failure)
         if failures:
             self._replace(failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from megatron_pmd.engine.server import (
     answers,
     free_port,
     inherited_environment,
+    port_was_taken,
     write_arguments,
 )
+from megatron_pmd.errors import EngineError
 
 MARGIN_SECONDS = 60
 """By which the router's deadline for a request is longer than the clients'."""
@@ -110,16 +113,22 @@ class Router:
             if answers(f"{self.url}/liveness", ANSWER_SECONDS):
                 return
             self.stop()
-        spec = RouterSpec(
-            engines=engines,
-            port=free_port(),
-            log=self._log,
-            request_timeout_seconds=self._rollout.request_timeout_seconds,
-            api_key=self._api_key,
-            policy=self._rollout.router_policy,
-        )
-        self.process = RouterProcess(spec)
-        self.process.wait_ready(self._rollout.start_timeout_seconds)
+        for attempt in itertools.count():
+            spec = RouterSpec(
+                engines=engines,
+                port=free_port(),
+                log=self._log,
+                request_timeout_seconds=self._rollout.request_timeout_seconds,
+                api_key=self._api_key,
+                policy=self._rollout.router_policy,
+            )
+            self.process = RouterProcess(spec)
+            try:
+                return self.process.wait_ready(self._rollout.start_timeout_seconds)
+            except EngineError as error:
+                self.stop()
+                if attempt == self._rollout.restarts or not port_was_taken(str(error)):
+                    raise
 
     def reaches(self, engines: Sequence[str]) -> bool:
         """Whether it runs and the server of at least one of these engines answers."""

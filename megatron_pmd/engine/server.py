@@ -32,6 +32,15 @@ TORCHRUN_VARIABLES = (
 )  # fmt: skip
 
 
+PORT_TAKEN = ("address already in use", "is not available in 30 seconds")
+"""How the system says so, and how SGLang does of a port that follows from another."""
+
+
+def port_was_taken(failure: str) -> bool:
+    """Whether a server did not come up because another had its port by then (free_port)."""
+    return any(words in failure.lower() for words in PORT_TAKEN)
+
+
 def free_port(host: str = LOOPBACK) -> int:
     """A TCP port nobody listens on now; another process can still take it before the server does."""
     with socket.socket() as listener:

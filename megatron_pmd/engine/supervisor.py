@@ -32,12 +32,15 @@ PARENT_DIED = signal.SIGUSR2
 PREFIX = "megatron-pmd-engine-"
 LONGEST_BASE = 50
 NEW_SECONDS = 60.0
+FIRST_LOOK_SECONDS = 2.0
+"""At what the server has made in shared memory; each further look comes after twice the time."""
 SGLANG_FILES = ("sglang_", "sgl_shm_", "sem.mp-")
 
 
 def main(parent: int, command: list[str]) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     server: subprocess.Popen[bytes] | None = None
+    shared: set[Path] = set()
     stopped = False
 
     def kill_group(signum: int, frame: FrameType | None) -> None:
@@ -48,7 +51,7 @@ def main(parent: int, command: list[str]) -> int:
             return
         stopped = True
         if server is not None:
-            _kill(server.pid)
+            _kill(server.pid, shared)
 
     signal.signal(PARENT_DIED, kill_group)
     signal.signal(signal.SIGTERM, kill_group)
@@ -73,9 +76,15 @@ def main(parent: int, command: list[str]) -> int:
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
         server = subprocess.Popen(command, process_group=0, preexec_fn=prepare, env=environment)
         if stopped:  # the signal came while the server was being started
-            _kill(server.pid)
-        status = server.wait()
-        _kill(server.pid)  # children that survived a crashed server
+            _kill(server.pid, shared)
+        pause, status = FIRST_LOOK_SECONDS, None
+        while status is None:
+            try:
+                status = server.wait(pause)
+            except subprocess.TimeoutExpired:  # what a process has made that is killed cannot be seen later
+                shared |= _shared_memory(server.pid)
+                pause = min(2 * pause, NEW_SECONDS)
+        _kill(server.pid, shared)  # children that survived a crashed server
     return status if status >= 0 else 128 - status
 
 
@@ -111,8 +120,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _kill(group: int) -> None:
-    leftovers = _shared_memory(group)
+def _kill(group: int, seen: set[Path]) -> None:
+    leftovers = seen | _shared_memory(group)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     for path in leftovers:

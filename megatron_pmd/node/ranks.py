@@ -162,8 +162,9 @@ def _passing_on_the_signal_to_save() -> AbstractContextManager[None]:
 
     def pass_on(ended: threading.Event) -> None:
         asked, told = False, set()
-        while not ended.is_set():
-            asked |= signal.sigtimedwait({SAVE}, LISTENING_SECONDS) is not None
+        while not ended.wait(LISTENING_SECONDS):
+            # not sigtimedwait: CPython 3.12's returns a signal that never came when Ctrl-Z has stopped it
+            asked |= SAVE in signal.sigpending()
             for child in psutil.Process().children() if asked else ():
                 if child.pid not in told:
                     with suppress(psutil.NoSuchProcess):

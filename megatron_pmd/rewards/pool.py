@@ -18,12 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import pebble
-from setproctitle import setproctitle
 
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
-from megatron_pmd.processes import data_bytes, die_with_parent, limit_further_memory
+from megatron_pmd.processes import become_helper, data_bytes, limit_further_memory
 from megatron_pmd.rewards.graders import Grader, grader
 
 START_SECONDS = 180.0
@@ -243,8 +242,7 @@ _half_full = math.inf
 def _prepare(reward: Reward, parent: int) -> None:
     """Load the reward before any sample's clock runs."""
     global _grade, _failure, _memory_gigabytes, _half_full
-    setproctitle("megatron-pmd reward worker")
-    die_with_parent(parent=parent)
+    become_helper("megatron-pmd reward worker", parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # pebble's handler needs the interpreter: a reward that hangs in C code would stall all workers for 3 s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

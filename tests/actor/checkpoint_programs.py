@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from megatron_pmd.actor import checkpoint
+from megatron_pmd.actor import checkpoint, checkpoint_writer
 from megatron_pmd.actor.checkpoint_folders import STATE_FILE, latest, read_run_state
 from tests.actor.actor_programs import Trial, message_of
 from tests.actor.tiny_models import STEPS, config_for
@@ -24,7 +24,7 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
     trial = Trial(config_for(path))
     result: dict[str, Any] = {}
     complete = trial.save(folder, 1)
-    servers = [p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    servers = [p.pid for p in children_called(checkpoint_writer.RESULTS)]
     result["servers of queues"] = ["libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in servers]
     save = checkpoint.dist_checkpointing.save
 
@@ -76,20 +76,51 @@ def checkpoint_faults(path: Path, folder: Path) -> dict[str, Any]:
         os.truncate(shard, shard.stat().st_size // 2)
     result["truncated"] = message_of(lambda: trial.actor.load(folder / "iteration-10"))
     result["missing"] = message_of(lambda: trial.actor.load(folder / "iteration-77"))
+    for name, title in (
+        ("writer killed", checkpoint_writer.WRITER),
+        ("results killed", checkpoint_writer.RESULTS),
+    ):
+        result[name] = message_of(lambda title=title: save_and_kill(trial, folder, title))
     return result
+
+
+def children_called(title: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if " ".join(p.cmdline()).strip() == title]
+
+
+def save_and_kill(trial: Trial, folder: Path, title: str) -> None:
+    """A checkpoint whose writer is stopped until the process of this title is killed."""
+    become = checkpoint_writer.become_helper
+
+    def become_and_stop(title: str, parent: int) -> None:
+        become(title, parent)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    checkpoint_writer.become_helper = become_and_stop
+    trial.actor.save(folder, 11, {"iteration": 11})
+    checkpoint_writer.become_helper = become
+    while True:
+        writers = children_called(checkpoint_writer.WRITER)
+        if writers and writers[0].status() == psutil.STATUS_STOPPED:
+            break
+        time.sleep(0.01)
+    for process in children_called(title):
+        process.kill()
+    writers[0].resume()
+    trial.actor.publish_checkpoint(wait=True)
 
 
 def killed_while_saving(path: Path, folder: Path, pids: Path) -> None:
     """One complete checkpoint, a second begun, and the end of this process by SIGKILL."""
     trial = Trial(config_for(path))
     trial.save(folder, 1)
-    write = checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    write = checkpoint_writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data
 
     def never_done(*arguments: Any, **options: Any) -> None:
         time.sleep(600)
         write(*arguments, **options)
 
-    checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(never_done)
+    checkpoint_writer.filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(never_done)
     trial.actor.save(folder, 2, {"iteration": 2})
     trial.actor.publish_checkpoint(wait=False)
     time.sleep(2)

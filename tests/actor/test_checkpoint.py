@@ -94,6 +94,20 @@ def test_the_server_of_the_writers_queue_does_not_import_torch(faults):
     assert faults["servers of queues"] == [False], "one process, and it holds bytes"
 
 
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        ("writer", "`megatron-pmd checkpoint writer` of rank 0 ended before it was done: was it killed?"),
+        ("results", "`megatron-pmd checkpoint results` of rank 0 has ended: was it killed?"),
+    ],
+)
+def test_a_helper_that_was_killed_is_named_and_not_the_disk(faults, who, words):
+    kind, message = faults[f"{who} killed"]
+    assert kind == "CheckpointError" and words in message
+    assert "iteration-11.partial: could not be written: the process" in message
+    assert "is the disk full?" not in message and "will be resumed from" in message
+
+
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_no_other(faults):
     kind, message = faults["disk full, first"]
     assert kind == "CheckpointError" and "there is no earlier checkpoint" in message

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.engine import router
-from megatron_pmd.engine.router import Router
+from megatron_pmd.engine.router import Router, RouterSpec
+from megatron_pmd.errors import EngineError
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,39 @@ def test_a_router_that_does_not_answer_is_replaced_though_its_supervisor_lives(
     own.start([])
     own.start([])
     assert len(started) == starts
+
+
+@pytest.mark.parametrize(
+    ("failures", "starts"),
+    [
+        (['FailedToCreateHTTPListener("Address already in use (os error 98)")'], 2),
+        (["no such option: --prometheus-host"], 1),
+    ],
+)
+def test_a_router_whose_port_another_process_took_meanwhile_is_started_on_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failures: list[str], starts: int
+) -> None:
+    ports: list[int] = []
+    left = list(failures)
+
+    class Process:
+        def __init__(self, spec: RouterSpec) -> None:
+            ports.append(spec.port)
+
+        def wait_ready(self, seconds: float) -> None:
+            if left:
+                raise EngineError(
+                    f"router exited with status 1 at start; log: router.log, which ends:\n{left.pop()}"
+                )
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(router, "RouterProcess", Process)
+    own = Router(Rollout(), tmp_path / "router.log", None)
+    if starts == 1:
+        with pytest.raises(EngineError, match="no such option"):
+            own.start([])
+    else:
+        own.start([])
+    assert len(ports) == len(set(ports)) == starts

@@ -19,6 +19,7 @@ from megatron_pmd.engine.server import (
     inherited_environment,
     node_address,
 )
+from megatron_pmd.engine.supervisor import FIRST_LOOK_SECONDS
 from megatron_pmd.errors import EngineError
 
 
@@ -128,3 +129,30 @@ def test_what_a_killed_supervisor_left_is_removed_at_the_next_start_and_nothing_
         os.utime(folder, (0, 0))
     _, new = start()
     assert not left.exists() and kept.exists() and new.exists()
+
+
+MAPS_MEMORY = """
+import mmap, os, time
+path = f"/dev/shm/sgl_shm_{os.getpid()}"
+with open(path, "w+b") as file:
+    file.truncate(4096)
+    memory = mmap.mmap(file.fileno(), 4096)
+print(path, flush=True)
+time.sleep(120)
+"""
+
+
+def test_what_a_server_has_in_shared_memory_goes_also_when_the_server_is_killed(tmp_path):
+    """When the supervisor notices, no process maps it any more: it has looked before."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", MAPS_MEMORY]
+    server = ServerProcess("server", command, os.environ, f"http://{LOOPBACK}:9", "/", log)
+    supervisor = psutil.Process(server.pid)
+    while not log.read_text().endswith("\n"):
+        time.sleep(0.01)
+    time.sleep(FIRST_LOOK_SECONDS + 1)
+    assert Path(log.read_text().strip()).exists()
+    for process in supervisor.children():
+        process.kill()
+    psutil.wait_procs([supervisor], timeout=20)
+    assert not Path(log.read_text().strip()).exists()

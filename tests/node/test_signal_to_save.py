@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.launch.script import TEMPLATE
+from megatron_pmd.node.ranks import LISTENING_SECONDS
 from megatron_pmd.outcome import RunOutcome, Status
 
 PROJECT = Path(__file__).parents[2]
@@ -70,3 +71,52 @@ def test_the_direct_child_alone_is_told_to_save_and_all_ranks_do(
     outcome = RunOutcome.read(run / "launch" / "outcome.json")
     assert outcome == RunOutcome(Status.SAVED, "was told to save (SIGUSR1)")
     assert (run / "saved-0").exists() and (run / "saved-1").exists()
+
+
+LAUNCHER = """
+import subprocess, sys
+from megatron_pmd.node import ranks
+from megatron_pmd.processes import SAVE, hold_back
+hold_back(SAVE)
+program = '''
+import signal
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+print("runs", flush=True)
+input()
+'''
+rank = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+with ranks._passing_on_the_signal_to_save():
+    for line in sys.stdin:
+        print("alive" if rank.poll() is None else "told to save", flush=True)
+"""
+
+
+def test_a_launcher_that_was_stopped_for_a_while_tells_its_ranks_nothing_until_it_is_told() -> None:
+    """As by Ctrl-Z and `fg`."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+    assert launcher.stdin is not None and launcher.stdout is not None
+    assert launcher.stdout.readline() == "runs\n"
+
+    def asked() -> str:
+        assert launcher.stdin is not None and launcher.stdout is not None
+        launcher.stdin.write("\n")
+        launcher.stdin.flush()
+        return launcher.stdout.readline()
+
+    launcher.send_signal(signal.SIGSTOP)
+    time.sleep(3 * LISTENING_SECONDS)
+    launcher.send_signal(signal.SIGCONT)
+    time.sleep(3 * LISTENING_SECONDS)
+    assert asked() == "alive\n"
+    launcher.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 30
+    while asked() != "told to save\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.stdin.close()
+    launcher.wait(30)
+    launcher.stdout.close()

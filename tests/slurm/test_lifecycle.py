@@ -123,8 +123,10 @@ def test_cancelling_leaves_no_process_on_any_node(cluster: Cluster, live: str) -
     assert "attempt 1 ended: interrupted" in status and "failed" not in status
 
 
-def test_a_lost_node_is_replaced_and_the_run_goes_on_in_containers(cluster: Cluster, live: str) -> None:
-    """Its second node loses power; the third takes its place; the metrics are those of the other run."""
+def test_nodes_lost_in_an_update_and_in_a_save_are_replaced_and_the_run_goes_on_in_containers(
+    cluster: Cluster, live: str
+) -> None:
+    """Twice the second node loses power, and another takes its place; the metrics are those of `live`."""
     only_inside = cluster.folder / "only_inside"
     only_inside.mkdir()
     container = (
@@ -136,17 +138,34 @@ def test_a_lost_node_is_replaced_and_the_run_goes_on_in_containers(cluster: Clus
     words = ("--replay", str(cluster.run("live") / "rollouts"), "checkpoint.every=1")
     number = cluster.launch("lost", profile, *words)
     checkpoints = cluster.run("lost") / "checkpoints"
-    # written beside training: the node must not be lost before there is one
-    cluster.wait(lambda: any(not p.suffix for p in checkpoints.glob("iteration-*")), "a checkpoint", "lost")
-    nodes = slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
-    cluster.lab("crash", nodes[1])
-    try:
-        assert cluster.wait_for_end(number, "lost") == "COMPLETED", cluster.log("lost")
-    finally:
-        cluster.lab("start", nodes[1])
-    assert any(f"resuming after {done} iterations" in cluster.log("lost") for done in (1, 2, 3))
+
+    def saved() -> int:
+        """Iterations of the newest checkpoint: written beside training, it may not be there yet."""
+        return max((int(p.name[-1]) for p in checkpoints.glob("iteration-?")), default=0)
+
+    def updates() -> bool:
+        return bool(saved()) and cluster.phases("lost")[-1][1] == "anchor"
+
+    def saves() -> bool:
+        return saved() > resumed and any(checkpoints.glob("*.partial"))
+
+    for begun, what in ((updates, "an update"), (saves, "a save")):
+        resumed = saved()
+        cluster.wait(begun, what, "lost")
+        lost = nodes_of(cluster, number)[1]
+        cluster.lab("crash", lost)
+        try:
+            cluster.wait(lambda: lost not in nodes_of(cluster, number), f"another node than {lost}", "lost")  # noqa: B023
+        finally:
+            cluster.lab("start", lost)
+    assert cluster.wait_for_end(number, "lost") == "COMPLETED", cluster.log("lost")
+    assert len(cluster.begun("lost")) == 3
     assert cluster.steps("lost") == cluster.steps("live")
-    assert nodes[1] not in slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
+
+
+def nodes_of(cluster: Cluster, number: str) -> list[str]:
+    """Of a job; none while it is requeued."""
+    return slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
 
 
 def test_a_node_that_fails_the_preflight_is_named_and_left_out(cluster: Cluster, live: str) -> None:

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+
+from megatron_pmd.algorithm.closed_form import optimum_mean
+from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
+
+# (p under a, q under b, τ): ν, and the success probability after the update. Reward 1 or 0.
+REFERENCE = {
+    (0.3, 0.1, 0.1): (1.009068, 0.795295),
+    (0.3, 0.1, 1.0): (0.134749, 0.419352),
+    (0.1, 0.3, 0.1): (1.482709, 0.958925),
+    (0.5, 0.05, 0.1): (0.612606, 0.743043),
+    (0.6, 0.1, 0.5): (0.236463, 0.697526),
+}
+
+
+@st.composite
+def policies(draw):
+    """Rewards of 2 to 5 outcomes, and two policies with probabilities down to some 1e-4."""
+    size = draw(st.integers(2, 5))
+    rewards = draw(st.lists(st.floats(-2, 2), min_size=size, max_size=size))
+    b, a = (
+        np.exp(log_softmax(draw(st.lists(st.floats(-8, 0), min_size=size, max_size=size)))) for _ in range(2)
+    )
+    return np.array(rewards), b, a
+
+
+taus = st.floats(-1, 1).map(lambda exponent: 10.0**exponent)
+
+
+@pytest.mark.parametrize(("p", "q", "tau"), REFERENCE)
+def test_a_binary_reward_gives_the_reference_values(p, q, tau):
+    log_rho, nu = optimum_of_stale_samples([1.0, 0.0], [q, 1 - q], [p, 1 - p], tau)
+    assert (nu, p * np.exp(log_rho[0])) == pytest.approx(REFERENCE[p, q, tau], abs=1e-6)
+
+
+@given(policies(), taus)
+def test_it_is_stationary_and_a_distribution_and_nu_is_the_difference_of_divergences(case, tau):
+    rewards, b, a = case
+    log_rho, nu = optimum_of_stale_samples(rewards, b, a, tau)
+    rho = np.exp(log_rho)
+    assert a @ rho == pytest.approx(1, abs=1e-8)
+    advantage = rewards - b @ rewards
+    assert log_rho + nu * a / b * rho == pytest.approx(advantage / tau, rel=1e-6, abs=1e-6)
+    pi = a * rho
+    # KL(b ‖ π) − KL(b ‖ a)
+    assert nu == pytest.approx(b @ (np.log(b) - np.log(pi)) - b @ (np.log(b) - np.log(a)), abs=1e-6)
+
+
+@given(policies(), taus)
+def test_with_fresh_samples_it_is_the_fresh_optimum_and_nu_its_lambda(case, tau):
+    rewards, _, a = case
+    log_rho, nu = optimum_of_stale_samples(rewards, a, a, tau)
+    fresh, weight = optimum_mean(rewards, a, tau)
+    assert log_rho == pytest.approx(fresh, abs=1e-6) and nu == pytest.approx(weight, abs=1e-6)
+
+
+@settings(max_examples=20)
+@given(policies(), st.floats(-0.5, 1).map(lambda exponent: 10.0**exponent))
+def test_no_minimiser_finds_a_smaller_loss(case, tau):
+    """BFGS over the logits, from the anchor and from the solution."""
+    rewards, b, a = case
+    assume(np.abs(rewards - b @ rewards).max() > 1e-3)
+    target = (rewards - b @ rewards) / tau
+
+    def loss(logits):
+        return 0.5 * b @ (log_softmax(logits) - np.log(a) - target) ** 2
+
+    log_rho, _ = optimum_of_stale_samples(rewards, b, a, tau)
+    found = loss(log_rho + np.log(a))
+    for start in (np.log(a), log_rho + np.log(a)):
+        assert minimize(loss, start, method="BFGS", options={"gtol": 1e-9}).fun >= found - 1e-7
+
+
+@given(policies(), taus, st.integers(0, 2**32 - 1))
+def test_it_maximises_the_reward_with_a_penalty_towards_the_policy_that_sampled(case, tau, seed):
+    """E_π[r] − τ KL(π ‖ a) − (ντ/2) χ²(π ‖ b), which is concave for ν ≥ 0: no mixture with it is better."""
+    rewards, b, a = case
+    log_rho, nu = optimum_of_stale_samples(rewards, b, a, tau)
+    assume(nu >= 0)
+
+    def objective(pi):
+        return pi @ rewards - tau * pi @ np.log(pi / a) - nu * tau / 2 * b @ (pi / b - 1) ** 2
+
+    pi = a * np.exp(log_rho)
+    other = np.random.default_rng(seed).dirichlet(np.ones(len(pi)))
+    for share in (1e-3, 0.1, 0.9):
+        assert objective((1 - share) * pi + share * other) <= objective(pi) + 1e-9
+
+
+def test_where_a_better_policy_sampled_and_the_update_is_gentle_nu_is_negative():
+    _, nu = optimum_of_stale_samples([1.0, 0.0], [0.99, 0.01], [0.01, 0.99], 0.5)
+    assert nu < 0
+
+
+def test_an_outcome_that_one_of_the_policies_never_draws_is_refused():
+    with pytest.raises(ValueError, match="probability 0"):
+        optimum_of_stale_samples([1.0, 0.0], [1.0, 0.0], [0.5, 0.5], 1.0)
+
+
+def test_iterations_with_a_lag_end_where_the_reference_does():
+    """From p = 0.05 at τ = 1: success after 6 iterations on samples that are `lag` iterations old."""
+    for lag, expected in {0: 0.934, 1: 0.838, 2: 0.723, 4: 0.543, 8: 0.493}.items():
+        success = [0.05]
+        for t in range(6):
+            p, q = success[t], success[max(0, t - lag)]
+            log_rho, _ = optimum_of_stale_samples([1.0, 0.0], [q, 1 - q], [p, 1 - p], 1.0)
+            success.append(p * float(np.exp(log_rho[0])))
+        assert success[-1] == pytest.approx(expected, abs=6e-4), lag
