@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_pmd.actor import muon
 from megatron_pmd.config import Actor, Experts, RunConfig
 from megatron_pmd.errors import ConfigError
 
@@ -251,6 +252,8 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=True,
     )
+    if settings.name == "muon":
+        fields.update(muon.fields(config))
     if actor.fp8:
         fields.update(
             fp8_recipe=actor.fp8.recipe,

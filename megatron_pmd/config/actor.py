@@ -27,12 +27,18 @@ class Model(Frozen):
 
 
 class Optimizer(Frozen):
+    name: Literal["adam", "muon"] = "adam"
+    """`muon` updates the matrices of attention, dense layers and experts by Muon, as Kimi K2 was trained, and
+    embeddings, output layer, norms and biases by Adam; both at `learning_rate`."""
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0; constant afterwards."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-8
+    """This and the betas are Adam's, beside Muon too."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of `muon`."""
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
