@@ -158,7 +158,7 @@ class Actor:
             control,
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,
-            by_hosts=config.layout.hosts_gather_states,
+            by_hosts=config.hosts_gather_states,
         )
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:

@@ -101,7 +101,7 @@ class Saver:
     """
 
     def __init__(self, control: Control, *, keep: int, asynchronous: bool, by_hosts: bool) -> None:
-        """by_hosts: the hosts gather the optimizer's states (Layout.hosts_gather_states), not the devices."""
+        """by_hosts: the hosts gather the optimizer's states (RunConfig.hosts_gather_states), not the devices."""
         self._control, self._keep, self._asynchronous = control, keep, asynchronous
         self._by_hosts = by_hosts
         self._queue = AsyncCallsQueue()

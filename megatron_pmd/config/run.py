@@ -137,6 +137,17 @@ class RunConfig(Frozen):
         return self.layout.ranks // self.ranks_per_engine
 
     @property
+    def hosts_gather_states(self) -> bool:
+        """Whether a checkpoint's states of Adam pass from host to host, not from device to device.
+
+        megatron-core gathers a bucket at a time. Without a pipeline one has some 40 million parameters.
+        Behind a pipeline's first stage it is the whole stage: 4 bytes a parameter of it, and of a rank's
+        share in it, would come to a device that the optimizer has not left. Beside Muon it is the embeddings
+        or the output layer, and megatron-core gives that Adam no group of hosts.
+        """
+        return self.layout.pipeline > 1 and self.optimizer.name == "adam"
+
+    @property
     def tokens_per_pass(self) -> int:
         """Tokens of one forward pass, over the ranks that share out its sequences."""
         return self.batch.max_tokens_per_microbatch * self.layout.context

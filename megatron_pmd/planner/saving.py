@@ -46,7 +46,7 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     By devices every rank of a stage has the gathered states; by hosts the first data-parallel rank alone, for
     dense parameters and for experts.
     """
-    layout, by_hosts = config.layout, config.layout.hosts_gather_states
+    layout, by_hosts = config.layout, config.hosts_gather_states
     whole = by_hosts or machines.shares_host_memory
     ranks = min(machines.devices_per_node, layout.ranks)
     per_stage = min(ranks, layout.ranks_per_stage)

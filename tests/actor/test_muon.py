@@ -1,0 +1,95 @@
+"""Muon takes the step that its definition, written out here in float64 on whole matrices, takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.actor.launch import launch
+from tests.actor.tiny_models import OPTIMIZER, WEIGHT_TOLERANCE
+
+MODULE = "tests.actor.muon_programs"
+MOMENTUM = 0.95
+ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
+ONE_PROCESS = {"llama": "dense", "qwen3moe": "experts", "deepseek": "latent attention"}
+LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, data=2": ("llama", dict(data=2)),
+    "dense, pipeline=2": ("llama", dict(pipeline=2)),
+    "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
+    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """programs.train on the driver, by family for one process, by layout for two."""
+    folder = tmp_path_factory.mktemp("muon")
+    one: dict[str, Any] = {family: (models / family, {}, folder / family) for family in ONE_PROCESS}
+    two = {name: (models / case[0], case[1], folder / str(i)) for i, (name, case) in enumerate(LAYOUTS.items())}
+    return {
+        **launch("train", module=MODULE, cases=one)[0],
+        **launch("train", ranks=2, module=MODULE, cases=two)[0],
+    }
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as Keller Jordan published it: five steps with one set of coefficients."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Definition:
+    """Muon and AdamW in float64, of whole tensors by Hugging Face name."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.moments = {name: torch.zeros(2, *w.shape, dtype=torch.float64) for name, w in weights.items()}
+        self.count = 0
+
+    def step(
+        self, weights: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], norm: float
+    ) -> dict[str, torch.Tensor]:
+        self.count += 1
+        scale = min(1.0, OPTIMIZER.gradient_clip / norm)
+        return {
+            name: self._moved(name, weight.double(), gradients[name].double() * scale)
+            for name, weight in weights.items()
+        }
+
+    def _moved(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        first, second = self.moments[name]
+        rate, b1, b2 = OPTIMIZER.learning_rate, OPTIMIZER.beta1, OPTIMIZER.beta2
+        decayed = weight if weight.dim() == 1 else weight * (1 - rate * OPTIMIZER.weight_decay)
+        if ADAMS.search(name):
+            first.mul_(b1).add_(gradient, alpha=1 - b1)
+            second.mul_(b2).add_(gradient.square(), alpha=1 - b2)
+            deviation = (second / (1 - b2**self.count)).sqrt() + OPTIMIZER.epsilon
+            return decayed - rate * first / (1 - b1**self.count) / deviation
+        # as published, momentum sums up gradients; the scale of what is orthogonalised means nothing
+        first.mul_(MOMENTUM).add_(gradient)
+        update = orthogonalized(gradient + MOMENTUM * first)
+        return decayed - rate * 0.2 * max(weight.shape) ** 0.5 * update
+
+
+def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert weights.keys() == others.keys()
+    return {name: float((w.double() - others[name].double()).abs().max()) for name, w in weights.items()}
+
+
+@pytest.mark.parametrize("name", [*ONE_PROCESS, *LAYOUTS])
+def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, name):
+    """Queries, keys, values, gate and up each alone, as the folder has them."""
+    before = {n: w for n, w in trained[name]["loaded"].items() if "correction_bias" not in n}
+    definition = Definition(before)
+    for step in trained[name]["steps"]:
+        after = {n: w for n, w in step["weights"].items() if n in before}
+        errors = difference(definition.step(before, step["gradient"], step["norm"]), after)
+        assert max(errors.values()) < WEIGHT_TOLERANCE, errors
+        before = after
