@@ -42,6 +42,8 @@ from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.actor.optimizer_state import (
     OPTIMIZER_FORMAT,
     groups_of,
+    leave_out_own_groups,
+    name_of,
     own_memory,
     quantize_anew,
     regrouped,
@@ -242,10 +244,14 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
             get_default_load_sharded_strategy(str(checkpoint)),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
-        same_layout = dist_checkpointing.load_common_state_dict(str(checkpoint))["layout"] == state["layout"]
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        _check_optimizer(checkpoint, common.get("optimizer_name", "adam"), state["optimizer_name"])
+        same_layout = common["layout"] == state["layout"]
         if not same_layout:  # a rank's own state has no meaning where another rank holds its part
             del state["rank"]
         loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
+    except CheckpointError:
+        raise
     except FAILURES as error:
         kind = DamagedCheckpoint if _is_damage(error) else CheckpointError
         raise kind(f"{checkpoint}: cannot be read: {_reason(error)}") from error
@@ -263,6 +269,15 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
                 "changed, or this layout of this model cannot be resumed "
                 "(megatron-core 0.19.2 loses tied embeddings of some vocabulary sizes over a pipeline)"
             )
+
+
+def _check_optimizer(checkpoint: Path, saved: str, own: str) -> None:
+    if saved != own:
+        raise CheckpointError(
+            f"{checkpoint}: was saved with optimizer.name={saved} and cannot be resumed with {own}, whose states "
+            f"it has not; set optimizer.name={saved}, or start from the policy as a Hugging Face folder "
+            "(megatron-pmd convert megatron-to-hf)"
+        )
 
 
 def _is_damage(error: BaseException) -> bool:
@@ -289,12 +304,15 @@ def _sharded_state(
     rank, world = dist.get_rank(), dist.get_world_size()
     form = OPTIMIZER_FORMAT | {"distrib_optim_fully_reshardable_mem_efficient": by_hosts}
     states = optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=form)
+    if is_loading:
+        leave_out_own_groups(states, optimizer)
     for group in groups_of(states):
         for name in [name for name, value in group.items() if isinstance(value, type)]:
             del group[name]  # HybridDeviceOptimizer notes its classes there, which loading refuses
     return {
         "model": tensors,
         "optimizer": states,
+        "optimizer_name": name_of(optimizer),
         "rank": ShardedObject(
             "rank", {"random": _random_state(), "digest": _digest(chunks)}, (world,), (rank,)
         ),

@@ -93,3 +93,49 @@ def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, 
         errors = difference(definition.step(before, step["gradient"], step["norm"]), after)
         assert max(errors.values()) < WEIGHT_TOLERANCE, errors
         before = after
+
+
+@pytest.mark.parametrize("name", [*ONE_PROCESS, *LAYOUTS])
+def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
+    (step, weights), (resumed_step, resumed_weights) = trained[name]["third"], trained[name]["third_resumed"]
+    assert step == resumed_step
+    assert all(torch.equal(weights[tensor], resumed_weights[tensor]) for tensor in weights)
+
+
+OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    1: {"dense, data=2": {}, "moe, tensor=2": {}, "moe, expert=2, data=2": {}, "latent, tensor=2, expert=2": {}},
+    2: {
+        "llama": dict(data=2),
+        "dense, pipeline=2": dict(tensor=2),
+        "qwen3moe": dict(expert=2, data=2),
+        "moe, tensor=2": dict(pipeline=2),
+        "moe, expert=2, data=2": dict(tensor=2, expert=2),
+        "deepseek": dict(tensor=2),
+    },
+}
+"""Ranks to load with: case that saved -> layout that loads."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
+def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
+    """The third step needs the momentum and Adam's moments, which other ranks held."""
+    family = {**{name: name for name in ONE_PROCESS}, **{name: case[0] for name, case in LAYOUTS.items()}}
+    cases = [
+        (models / family[name], trained[name]["checkpoint"], layout)
+        for name, layout in OTHER_LAYOUTS[ranks].items()
+    ]
+    resumed = launch("resume", ranks=ranks, module=MODULE, cases=cases)[0]
+    for name, (step, weights) in zip(OTHER_LAYOUTS[ranks], resumed, strict=True):
+        third_step, third_weights = trained[name]["third"]
+        assert step[2] == pytest.approx(third_step[2], rel=1e-5), name
+        errors = difference(weights, third_weights)
+        assert max(errors.values()) < WEIGHT_TOLERANCE, (name, errors)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_its_name(trained, models):
+    kind, message = launch(
+        "refused", module=MODULE, path=models / "llama", saved=trained["llama"]["checkpoint"]
+    )[0]
+    assert kind == "CheckpointError"
+    assert "was saved with optimizer.name=muon and cannot be resumed with adam" in message
