@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.optimizer.qk_clip import clip_qk
 from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, model, optimizer, residency, settings
@@ -269,6 +270,8 @@ class Actor:
     def _apply(self, sums: _StepSums, learning_rate: float) -> StepReport:
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
+        if self.config.optimizer.qk_clip_threshold:
+            clip_qk(self.chunks)
         gradient_norm = float(norm)
         if not np.isfinite(gradient_norm):
             raise NonFiniteLoss(

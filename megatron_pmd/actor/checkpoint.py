@@ -103,7 +103,7 @@ class Saver:
     """
 
     def __init__(self, control: Control, *, keep: int, asynchronous: bool, by_hosts: bool) -> None:
-        """by_hosts: the hosts gather the optimizer's states (RunConfig.hosts_gather_states), not the devices."""
+        """by_hosts: hosts gather the optimizer's states (RunConfig.hosts_gather_states), not devices."""
         self._control, self._keep, self._asynchronous = control, keep, asynchronous
         self._by_hosts = by_hosts
         self._queue = AsyncCallsQueue()
@@ -274,9 +274,9 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
 def _check_optimizer(checkpoint: Path, saved: str, own: str) -> None:
     if saved != own:
         raise CheckpointError(
-            f"{checkpoint}: was saved with optimizer.name={saved} and cannot be resumed with {own}, whose states "
-            f"it has not; set optimizer.name={saved}, or start from the policy as a Hugging Face folder "
-            "(megatron-pmd convert megatron-to-hf)"
+            f"{checkpoint}: was saved with optimizer.name={saved} and cannot be resumed with {own}, whose "
+            f"states it lacks; set optimizer.name={saved}, or write its policy as a model folder "
+            "(megatron-pmd convert megatron-to-hf) and start from that"
         )
 
 

@@ -32,8 +32,8 @@ def fields(config: RunConfig) -> dict[str, Any]:
     """Fields of OptimizerConfig.
 
     Five steps of Newton-Schulz with the coefficients of Keller Jordan's Muon, Nesterov's momentum, and an
-    update of n x m scaled by 0.2 √max(n, m), which gives it the root mean square of Adam's: Moonlight's report
-    (arXiv 2502.16982), section 2.2, which Kimi K2's follows.
+    update of n x m scaled by 0.2 √max(n, m), which gives it the root mean square of Adam's: Moonlight's
+    report (arXiv 2502.16982), section 2.2, which Kimi K2's follows.
     """
     return dict(
         optimizer="muon",
@@ -51,6 +51,15 @@ def fields(config: RunConfig) -> dict[str, Any]:
         # `medium` is bf16
         muon_fp32_matmul_prec="medium" if config.model.precision == "bf16" else "highest",
     )
+
+
+def attention_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig for QK-clip (Kimi K2's report, arXiv 2507.20534, section 2.1).
+
+    Transformer Engine's attention then notes each head's largest score of all passes since the last step.
+    """
+    threshold = config.optimizer.qk_clip_threshold
+    return dict(qk_clip=True, qk_clip_threshold=threshold) if threshold else {}
 
 
 def layout(chunk: torch.nn.Module, ddp: DistributedDataParallelConfig) -> FullParamLayout:

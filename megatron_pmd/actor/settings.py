@@ -58,6 +58,8 @@ DECIDED_BY = {
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
     "moe_enable_routing_replay": "actor.experts.replay_routing",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
+    "qk_clip": "optimizer.qk_clip_threshold",
+    "qk_clip_threshold": "optimizer.qk_clip_threshold",
 }
 
 
@@ -111,6 +113,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),
         **_expert_fields(config.actor.experts),
+        **muon.attention_fields(config),
     )
     if layout.virtual_pipeline > 1:
         # batched sends and receives of two stages cross each other over gloo: gradients are wrong, silently
@@ -339,6 +342,12 @@ def check_model(provider: Any, config: RunConfig) -> None:
         raise ConfigError(
             f"actor.experts.bias_update_rate={actor.experts.bias_update_rate:g}, but the router of {path} "
             "has no expert bias (models of the DeepSeek-V3 family have one)"
+        )
+    threshold = config.optimizer.qk_clip_threshold
+    if threshold and provider.qk_layernorm and not latent:
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the weights "
+            "that QK-clip scales, which undoes it; leave it unset"
         )
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}

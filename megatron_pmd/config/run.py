@@ -200,6 +200,7 @@ class RunConfig(Frozen):
             "actor.experts.dispatcher": self.actor.experts.dispatcher == "deepep" and "deepep",
             "optimizer.offload": self.optimizer.offload,
             "optimizer.moments": self.optimizer.moments != "fp32" and self.optimizer.moments,
+            "optimizer.qk_clip_threshold": self.optimizer.qk_clip_threshold,
         }
         return [f"{key}={value}" for key, value in settings.items() if value]
 
@@ -273,11 +274,22 @@ class RunConfig(Frozen):
                 f"actor.fp8.parameter_gather with optimizer.offload={self.optimizer.offload:g}: the Adam on "
                 "the host writes bf16 parameters, not FP8 ones; turn one of them off"
             )
+        if fp8 and fp8.parameter_gather and self.optimizer.name == "muon":
+            raise ConfigError(
+                "actor.fp8.parameter_gather with optimizer.name=muon: megatron-core's layer-wise optimizer, "
+                "in which Muon runs, knows bf16 and fp32 parameters alone; turn one of them off"
+            )
         if self.optimizer.offload and precision != "bf16":
             raise ConfigError(
                 f"optimizer.offload={self.optimizer.offload:g} with model.precision={precision}: "
                 "megatron-core's optimizer on the host can be resumed for models trained in bf16 alone; "
                 "choose one of the two"
+            )
+        threshold = self.optimizer.qk_clip_threshold
+        if threshold and precision != "bf16":
+            raise ConfigError(
+                f"optimizer.qk_clip_threshold={threshold:g} with model.precision={precision}: megatron-core's "
+                "clip_qk finds the layers of models trained in bf16 alone; leave it unset"
             )
         if self.optimizer.moments == "bf16" and precision != "bf16":
             raise ConfigError(
