@@ -346,8 +346,8 @@ def check_model(provider: Any, config: RunConfig) -> None:
     threshold = config.optimizer.qk_clip_threshold
     if threshold and provider.qk_layernorm and not latent:
         raise ConfigError(
-            f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the weights "
-            "that QK-clip scales, which undoes it; leave it unset"
+            f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the "
+            "weights that QK-clip scales, which undoes it; leave it unset"
         )
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}

@@ -288,8 +288,8 @@ class RunConfig(Frozen):
         threshold = self.optimizer.qk_clip_threshold
         if threshold and precision != "bf16":
             raise ConfigError(
-                f"optimizer.qk_clip_threshold={threshold:g} with model.precision={precision}: megatron-core's "
-                "clip_qk finds the layers of models trained in bf16 alone; leave it unset"
+                f"optimizer.qk_clip_threshold={threshold:g} with model.precision={precision}: "
+                "megatron-core's clip_qk finds the layers of models trained in bf16 alone; leave it unset"
             )
         if self.optimizer.moments == "bf16" and precision != "bf16":
             raise ConfigError(

@@ -15,9 +15,8 @@ from tests.actor.tiny_models import MUON_RATES, OPTIMIZER, WEIGHT_TOLERANCE
 MODULE = "tests.actor.muon_programs"
 MOMENTUM = 0.95
 ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
-ONE_PROCESS = ("llama", "qwen3moe")
+ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
-    "dense, data=2": ("llama", dict(data=2)),
     "dense, pipeline=2": ("llama", dict(pipeline=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
@@ -27,9 +26,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
 
 @pytest.fixture(scope="module")
 def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """programs.train on the driver, by family for one process, by layout for two."""
+    """programs.train on the driver, of one process by its family, of two by their layout."""
     folder = tmp_path_factory.mktemp("muon")
-    one: dict[str, Any] = {family: (models / family, {}, folder / family) for family in ONE_PROCESS}
+    one: dict[str, Any] = {ONE_PROCESS: (models / ONE_PROCESS, {}, folder / "one")}
     two = {
         name: (models / case[0], case[1], folder / str(i)) for i, (name, case) in enumerate(LAYOUTS.items())
     }
@@ -85,7 +84,7 @@ def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
     return {name: float((w.double() - others[name].double()).abs().max()) for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("name", [*ONE_PROCESS, *LAYOUTS])
+@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
 def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, name):
     """Queries, keys, values, gate and up each alone, as the folder has them."""
     before = {n: w for n, w in trained[name]["loaded"].items() if "correction_bias" not in n}
@@ -97,7 +96,7 @@ def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, 
         before = after
 
 
-@pytest.mark.parametrize("name", [*ONE_PROCESS, *LAYOUTS])
+@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
 def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
     (step, weights), (resumed_step, resumed_weights) = trained[name]["third"], trained[name]["third_resumed"]
     assert step == resumed_step
@@ -105,19 +104,8 @@ def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
 
 
 OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    1: {
-        "dense, data=2": {},
-        "moe, tensor=2": {},
-        "moe, expert=2, data=2": {},
-        "latent, tensor=2, expert=2": {},
-    },
-    2: {
-        "llama": dict(data=2),
-        "dense, pipeline=2": dict(tensor=2),
-        "qwen3moe": dict(expert=2, data=2),
-        "moe, tensor=2": dict(pipeline=2),
-        "moe, expert=2, data=2": dict(tensor=2, expert=2),
-    },
+    1: {"moe, expert=2, data=2": {}, "latent, tensor=2, expert=2": {}},
+    2: {ONE_PROCESS: dict(expert=2, data=2), "moe, tensor=2": dict(pipeline=2)},
 }
 """Ranks to load with: case that saved -> layout that loads."""
 
@@ -126,7 +114,7 @@ OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 @pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
 def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
     """The third step needs the momentum and Adam's moments, which other ranks held."""
-    family = {**{name: name for name in ONE_PROCESS}, **{name: case[0] for name, case in LAYOUTS.items()}}
+    family = {ONE_PROCESS: ONE_PROCESS} | {name: case[0] for name, case in LAYOUTS.items()}
     cases = [
         (models / family[name], trained[name]["checkpoint"], layout)
         for name, layout in OTHER_LAYOUTS[ranks].items()
@@ -143,8 +131,8 @@ def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
 def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
     """programs.trials, in one process."""
     return launch(
-        "trials", module=MODULE, latent=models / "deepseek", dense=models / "llama",
-        saved=trained["llama"]["checkpoint"], folder=tmp_path_factory.mktemp("muon-alone"),
+        "trials", module=MODULE, latent=models / "deepseek", dense=models / ONE_PROCESS,
+        saved=trained[ONE_PROCESS]["checkpoint"], folder=tmp_path_factory.mktemp("muon-alone"),
     )[0]  # fmt: skip
 
 
