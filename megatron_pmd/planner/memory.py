@@ -13,7 +13,7 @@ from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_sta
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
-from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage
+from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage, muon_bytes_each
 
 Owners = dict[str, float]
 """Bytes by owner."""
@@ -297,4 +297,6 @@ def host_phases(
 
 def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
     """One sharded checkpoint: weights, and the optimizer's moments with its fp32 main parameters."""
-    return shape.total * (BYTES[config.model.precision] + STATE_BYTES)
+    muons = shape.total - shape.outside_matrices if config.optimizer.name == "muon" else 0
+    states = (shape.total - muons) * STATE_BYTES + muons * muon_bytes_each(config)
+    return shape.total * BYTES[config.model.precision] + states

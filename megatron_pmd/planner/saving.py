@@ -1,7 +1,8 @@
 """A save: what it takes of the devices and the hosts while training stands still, and for how long.
 
-megatron-core gathers the optimizer's states before it writes them (get_parameter_state_dp_zero of its
+megatron-core gathers Adam's states before it writes them (get_parameter_state_dp_zero of its
 DistributedOptimizer). A rank then has those of all parameters in its part of the model, not of its share.
+Muon's, of whole matrices, are written by the rank that has them.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
         "dense": min(per_stage, layout.tensor) if by_hosts else ranks,
         "experts": min(per_stage, layout.expert * layout.experts_tensor) if by_hosts else ranks,
     }
-    weights = stage.share * BYTES[config.model.precision]
+    weights_and_muons = stage.share * BYTES[config.model.precision] + stage.muon_share * stage.muon_bytes_each
     device = gathered = copies = 0.0
-    written, copied = ranks * weights, weights
+    written, copied = ranks * weights_and_muons, weights_and_muons
     for kind, parameters, shards in (
-        ("dense", stage.dense, stage.dense_shards), ("experts", stage.experts, stage.expert_shards),
-    ):  # fmt: skip
+        ("dense", stage.dense - stage.muon_dense, stage.dense_shards),
+        ("experts", stage.experts - stage.muon_experts, stage.expert_shards),
+    ):
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
         device = max(device, 4 * (bucket + share))

@@ -37,6 +37,10 @@ class Attention:
     heads: int
     key_value_heads: int | None
     """None for latent attention, whose heads share one."""
+    split_vectors: int
+    """Of `split`, what is no matrix: biases."""
+    replicated_vectors: int
+    """Of `replicated`: norms."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,13 @@ class Shape:
         """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
         ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
+
+    @property
+    def outside_matrices(self) -> int:
+        """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
+        attention = self.attention
+        return ends + self.layers * (attention.split_vectors + attention.replicated_vectors + 2 * self.hidden)
 
     @property
     def active(self) -> int:
@@ -178,6 +189,8 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
         score_width=2 * heads * width,
         heads=heads,
         key_value_heads=groups,
+        split_vectors=biases,
+        replicated_vectors=2 * width if family.startswith("qwen3") else 0,
     )
 
 
@@ -201,4 +214,6 @@ def _latent_attention(config: dict[str, Any]) -> Attention:
         score_width=heads * (key + config["v_head_dim"]),
         heads=heads,
         key_value_heads=None,
+        split_vectors=0,
+        replicated_vectors=latent + (compressed or 0),
     )

@@ -14,6 +14,7 @@ from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial, message_of
 from tests.actor.tiny_models import MUON, MUON_RATES, STEPS, config_for
+from tests.planner.measured import measure
 
 LOUD_HEAD = 1
 
@@ -34,7 +35,7 @@ def train_one(config: RunConfig, folder: Path) -> dict[str, Any]:
         with trial.gradient_before_clipping(step):
             step["norm"] = trial.step(samples, rate)[2]
         result["steps"].append(step | {"weights": trial.weights()})
-    return result | resumed_step(trial, folder)
+    return result | resumed_step(trial, folder) | {"bytes": measure(trial.actor)}
 
 
 def resumed_step(trial: Trial, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.planner.shapes import shape_of
+from megatron_pmd.planner.sharding import stages
 from tests.actor.launch import launch
-from tests.actor.tiny_models import MUON_RATES, OPTIMIZER, WEIGHT_TOLERANCE
+from tests.actor.tiny_models import MUON, MUON_RATES, OPTIMIZER, WEIGHT_TOLERANCE, config_for
 
 MODULE = "tests.actor.muon_programs"
 MOMENTUM = 0.95
@@ -94,6 +96,16 @@ def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, 
         errors = difference(definition.step(before, step["gradient"], step["norm"], rate), after)
         assert max(errors.values()) < WEIGHT_TOLERANCE, errors
         before = after
+
+
+@pytest.mark.parametrize("name", [name for name in (ONE_PROCESS, *LAYOUTS) if "data" not in name])
+def test_the_planner_counts_the_states_that_a_rank_holds(trained, models, name):
+    """Of replicas it counts the mean: each has whole matrices."""
+    family, layout = LAYOUTS.get(name, (ONE_PROCESS, {}))
+    config = config_for(models / family, layout, optimizer=MUON)
+    assert (
+        trained[name]["bytes"]["optimizer"] == stages(shape_of(config.model.path), config)[0].optimizer_bytes
+    )
 
 
 @pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
