@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
+from megatron_pmd.actor import muon
+from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.launch import launch
@@ -146,6 +149,14 @@ def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
         "trials", module=MODULE, latent=models / "deepseek", dense=models / ONE_PROCESS,
         saved=trained[ONE_PROCESS]["checkpoint"], folder=tmp_path_factory.mktemp("muon-alone"),
     )[0]  # fmt: skip
+
+
+def test_experts_with_biases_are_refused_under_expert_parallelism():
+    """megatron-core would assert, once the ranks are built; on each rank that has experts."""
+    experts = torch.nn.Linear(2, 2)
+    experts.weight.allreduce = experts.bias.allreduce = False
+    with pytest.raises(ConfigError, match=r"optimizer\.name=muon: bias of the experts is no matrix"):
+        muon.layout(experts, DistributedDataParallelConfig())
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_by_its_name(alone):
