@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, override
 from recipes.deepseek import on_dapo
 
 
@@ -10,12 +10,13 @@ def kimi_k2_1t_512xh100() -> RunConfig:
     """Kimi-K2-Base on DAPO-Math-17k: 64 nodes of 8 H100, the size that the K2 report trained on.
 
     Pipeline stages of 4 layers, 3 in the first, 2 in the last beside the logits, and expert 32, after
-    Megatron-Bridge's recipe.
+    Megatron-Bridge's recipe. The optimizer is Muon, as in the model's own training.
     """
-    return on_dapo(
+    adam = on_dapo(
         "kimi_k2_1t_512xh100",
         model="models/Kimi-K2-Base",
         pipeline=16,
         layers_first=3,
         layers_last=2,
     )
+    return override(adam, ["optimizer.name=muon"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.optimizer.qk_clip import clip_qk
 from megatron.core.utils import get_model_config
 
 from megatron_pmd.actor import batching, checkpoint, lora, model, optimizer, residency, settings
@@ -159,7 +160,7 @@ class Actor:
             control,
             keep=config.checkpoint.keep,
             asynchronous=config.checkpoint.asynchronous,
-            by_hosts=config.layout.hosts_gather_states,
+            by_hosts=config.hosts_gather_states,
         )
 
     def microbatches(self, batch: RolloutBatch, samples: np.ndarray) -> batching.Microbatches:
@@ -270,6 +271,8 @@ class Actor:
     def _apply(self, sums: _StepSums, learning_rate: float) -> StepReport:
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
+        if self.config.optimizer.qk_clip_threshold:
+            clip_qk(self.chunks)
         gradient_norm = float(norm)
         if not np.isfinite(gradient_norm):
             raise NonFiniteLoss(

@@ -39,6 +39,8 @@ from megatron_pmd.actor.model import expert_biases
 from megatron_pmd.actor.optimizer_state import (
     OPTIMIZER_FORMAT,
     groups_of,
+    leave_out_own_groups,
+    name_of,
     own_memory,
     quantize_anew,
     regrouped,
@@ -62,7 +64,7 @@ class Saver:
     """
 
     def __init__(self, control: Control, *, keep: int, asynchronous: bool, by_hosts: bool) -> None:
-        """by_hosts: the hosts gather the optimizer's states (Layout.hosts_gather_states), not the devices."""
+        """by_hosts: hosts gather the optimizer's states (RunConfig.hosts_gather_states), not devices."""
         self._control, self._keep, self._asynchronous = control, keep, asynchronous
         self._by_hosts = by_hosts
         self._queue = AsyncCallsQueue()
@@ -205,6 +207,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     with _reading(checkpoint):
         common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     _check_adapters(checkpoint, common.get("adapters"), state["adapters"])
+    _check_optimizer(checkpoint, common.get("optimizer_name", "adam"), state["optimizer_name"])
     same_layout = common["layout"] == state["layout"]
     if not same_layout:  # a rank's own state has no meaning where another rank holds its part
         del state["rank"]
@@ -259,6 +262,15 @@ def _check_adapters(checkpoint: Path, saved: dict[str, int] | None, own: dict[st
     )
 
 
+def _check_optimizer(checkpoint: Path, saved: str, own: str) -> None:
+    if saved != own:
+        raise CheckpointError(
+            f"{checkpoint}: was saved with optimizer.name={saved} and cannot be resumed with {own}, whose "
+            f"states it lacks; set optimizer.name={saved}, or write its policy as a model folder "
+            "(megatron-pmd convert megatron-to-hf) and start from that"
+        )
+
+
 def _is_damage(error: BaseException) -> bool:
     """Whether it says that bytes are wrong; a lost rank or a hanging file server says otherwise."""
     causes = [error]
@@ -286,12 +298,15 @@ def _sharded_state(
     rank, world = dist.get_rank(), dist.get_world_size()
     form = OPTIMIZER_FORMAT | {"distrib_optim_fully_reshardable_mem_efficient": by_hosts}
     states = optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=form)
+    if is_loading:
+        leave_out_own_groups(states, optimizer)
     for group in groups_of(states):
         for name in [name for name, value in group.items() if isinstance(value, type)]:
             del group[name]  # HybridDeviceOptimizer notes its classes there, which loading refuses
     return {
         "model": tensors,
         "optimizer": states,
+        "optimizer_name": name_of(optimizer),
         "rank": ShardedObject(
             "rank",
             {

@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
-from megatron_pmd.actor import lora, settings
+from megatron_pmd.actor import lora, muon, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
@@ -158,7 +158,8 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
         module = Float16Module(provider, chunk) if provider.bf16 else chunk
         for name, bias in expert_biases(chunk).items():
             bias.data = biases[name]  # rounded to bf16 by Float16Module; they decide between experts in fp32
-        wrapped.append(DistributedDataParallel(provider, ddp, module))
+        layout = muon.layout(module, ddp) if config.optimizer.name == "muon" else None
+        wrapped.append(DistributedDataParallel(provider, ddp, module, full_param_layout=layout))
     # gradients that are reduced during the backward pass wait for that of the last micro-batch
     waits = [chunk.no_sync for chunk in wrapped]
     provider.no_sync_func = waits if virtual > 1 else waits[0]

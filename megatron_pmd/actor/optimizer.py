@@ -7,20 +7,28 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
+from megatron_pmd.actor import muon
 from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import Optimizer, RunConfig
 
 
 def build(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
-    """megatron-core's distributed Adam: fp32 main parameters and moments, shared by the data-parallel ranks.
+    """megatron-core's distributed Adam, or Muon beside it: fp32 main parameters and states, shared by the
+    data-parallel ranks.
 
     Weight decay is decoupled from the gradient and leaves biases and norms alone.
     """
-    optimizer = get_megatron_optimizer(OptimizerConfig(**optimizer_fields(config)), chunks)
+    settings = OptimizerConfig(**optimizer_fields(config))
+    make = muon.build if config.optimizer.name == "muon" else _adam
+    optimizer = make(chunks, settings)
     # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
     for group in optimizer.param_groups:
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def _adam(chunks: list[Any], settings: OptimizerConfig) -> MegatronOptimizer:
+    return get_megatron_optimizer(settings, chunks)
 
 
 def learning_rate(settings: Optimizer, step: int) -> float:
@@ -36,11 +44,11 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 
 
 def reset_state(optimizer: MegatronOptimizer) -> None:
-    """Moments and step counts back to zero, as if no step had been taken."""
+    """Moments, momentum and step counts back to zero, as if no step had been taken."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for state in part.optimizer.state.values():
             # the precision-aware and the host's Adam keep the fp32 parameters there, too
-            for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+            for name in state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}:
                 if torch.is_tensor(state[name]):
                     state[name].zero_()
         # Transformer Engine's and apex's fused Adam count steps per group, torch's per parameter

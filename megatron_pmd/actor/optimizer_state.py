@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 # `fully_reshardable`: the optimizer's shards can be read under another number of data-parallel ranks
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -43,9 +44,12 @@ def regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
 
     Expert parallelism gives the experts an optimizer of their own. The moments find their way by parameter,
     but the groups' settings (Adam's numbers and its step count) come back under the number of the optimizer
-    that saved them.
+    that saved them. Muon's, for dense and expert parameters, are groups of one optimizer: their settings are
+    those of the configuration, and they have no count.
     """
     parts = optimizer.chained_optimizers
+    for i, part in _layer_wise(optimizer):
+        saved[i]["optimizer"]["param_groups"] = part.optimizer.state_dict()["param_groups"]
     if len(_parts(saved)) == len(parts):
         return saved
     # the settings of dense and expert parameters differ in nothing but weight decay
@@ -67,6 +71,23 @@ def regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
     return {i: fitted(saved[i], part) for i, part in enumerate(parts)}
 
 
+def name_of(optimizer: Any) -> str:
+    """As optimizer.name has it."""
+    return "muon" if _layer_wise(optimizer) else "adam"
+
+
+def leave_out_own_groups(states: dict[Any, Any], optimizer: Any) -> None:
+    """Of states to load into: the groups of this layout, which need not be as many as were saved."""
+    for i, _ in _layer_wise(optimizer):
+        del states[i]["optimizer"]["param_groups"]
+
+
+def _layer_wise(optimizer: Any) -> list[tuple[int, Any]]:
+    """Muon's optimizers, with their numbers."""
+    parts = enumerate(optimizer.chained_optimizers)
+    return [(i, part) for i, part in parts if isinstance(part, LayerWiseDistributedOptimizer)]
+
+
 def _parts(states: dict[Any, Any]) -> list[dict[str, Any]]:
     """The settings of each of the optimizers, from their state as megatron-core writes it."""
     several = [states[key] for key in sorted(key for key in states if isinstance(key, int))]
@@ -74,4 +95,4 @@ def _parts(states: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def groups_of(states: dict[Any, Any]) -> list[dict[str, Any]]:
-    return [group for part in _parts(states) for group in part["param_groups"]]
+    return [group for part in _parts(states) for group in part.get("param_groups", ())]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_pmd.actor import muon
 from megatron_pmd.config import Actor, Experts, RunConfig
 from megatron_pmd.errors import ConfigError
 
@@ -57,6 +58,8 @@ DECIDED_BY = {
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
     "moe_enable_routing_replay": "actor.experts.replay_routing",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
+    "qk_clip": "optimizer.qk_clip_threshold",
+    "qk_clip_threshold": "optimizer.qk_clip_threshold",
 }
 
 
@@ -110,6 +113,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),
         **_expert_fields(config.actor.experts),
+        **muon.attention_fields(config),
     )
     if layout.virtual_pipeline > 1:
         # batched sends and receives of two stages cross each other over gloo: gradients are wrong, silently
@@ -251,6 +255,8 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=True,
     )
+    if settings.name == "muon":
+        fields.update(muon.fields(config))
     if actor.fp8:
         fields.update(
             fp8_recipe=actor.fp8.recipe,
@@ -352,6 +358,12 @@ def check_model(provider: Any, config: RunConfig) -> None:
         )
     if actor.lora:
         lora_targets(provider, config)
+    threshold = config.optimizer.qk_clip_threshold
+    if threshold and provider.qk_layernorm and not latent:
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the "
+            "weights that QK-clip scales, which undoes it; leave it unset"
+        )
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}
         there["shared_experts"] = provider.moe_shared_expert_intermediate_size

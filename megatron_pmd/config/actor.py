@@ -32,12 +32,21 @@ class Model(Frozen):
 
 
 class Optimizer(Frozen):
+    name: Literal["adam", "muon"] = "adam"
+    """`muon` updates the matrices of attention, dense layers and experts by Muon, as Kimi K2 was trained, and
+    embeddings, output layer, norms and biases by Adam; both at `learning_rate`."""
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0; constant afterwards."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-8
+    """This and the betas are Adam's, beside Muon too."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of `muon`."""
+    qk_clip_threshold: PositiveFloat | None = None
+    """Needs CUDA unless null, and `muon`. After each step the query and key weights of a head whose largest
+    attention score was above this are scaled down to it (QK-clip; 100 in Kimi K2's training)."""
     weight_decay: NonNegativeFloat = 0.0
     gradient_clip: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
@@ -58,6 +67,20 @@ class Optimizer(Frozen):
                 f"optimizer.moments={self.moments} with optimizer.offload={self.offload:g}: the Adam "
                 "on the host keeps fp32 moments; choose one of the two"
             )
+        if self.name == "muon":
+            for key, given in (("moments", self.moments != "fp32"), ("offload", self.offload)):
+                if given:
+                    raise ConfigError(
+                        f"optimizer.{key}={getattr(self, key)} with optimizer.name=muon: megatron-core has "
+                        f"that for Adam alone; leave optimizer.{key} at its default, or set "
+                        "optimizer.name=adam"
+                    )
+        for key in ("momentum", "qk_clip_threshold"):
+            if self.name == "adam" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(self, key)} is a setting of optimizer.name=muon; "
+                    "the name is adam"
+                )
         return self
 
 

@@ -41,16 +41,6 @@ class Layout(Frozen):
     def experts_tensor(self) -> int:
         return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
 
-    @property
-    def hosts_gather_states(self) -> bool:
-        """Whether a checkpoint's optimizer states pass from host to host, not from device to device.
-
-        megatron-core gathers a bucket at a time. Without a pipeline one has some 40 million parameters.
-        Behind a pipeline's first stage it is the whole stage: 4 bytes a parameter of it, and of a rank's
-        share in it, would come to a device that the optimizer has not left.
-        """
-        return self.pipeline > 1
-
     def check_model(
         self,
         model: str,

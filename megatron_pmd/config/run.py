@@ -137,6 +137,17 @@ class RunConfig(Frozen):
         return self.layout.ranks // self.ranks_per_engine
 
     @property
+    def hosts_gather_states(self) -> bool:
+        """Whether a checkpoint's states of Adam pass from host to host, not from device to device.
+
+        megatron-core gathers a bucket at a time. Without a pipeline one has some 40 million parameters.
+        Behind a pipeline's first stage it is the whole stage: 4 bytes a parameter of it, and of a rank's
+        share in it, would come to a device that the optimizer has not left. Beside Muon it is the embeddings
+        or the output layer, and megatron-core gives that Adam no group of hosts.
+        """
+        return self.layout.pipeline > 1 and self.optimizer.name == "adam"
+
+    @property
     def tokens_per_pass(self) -> int:
         """Tokens of one forward pass, over the ranks that share out its sequences."""
         return self.batch.max_tokens_per_microbatch * self.layout.context
@@ -189,6 +200,7 @@ class RunConfig(Frozen):
             "actor.experts.dispatcher": self.actor.experts.dispatcher == "deepep" and "deepep",
             "optimizer.offload": self.optimizer.offload,
             "optimizer.moments": self.optimizer.moments != "fp32" and self.optimizer.moments,
+            "optimizer.qk_clip_threshold": self.optimizer.qk_clip_threshold,
         }
         return [f"{key}={value}" for key, value in settings.items() if value]
 
@@ -262,11 +274,27 @@ class RunConfig(Frozen):
                 f"actor.fp8.parameter_gather with optimizer.offload={self.optimizer.offload:g}: the Adam on "
                 "the host writes bf16 parameters, not FP8 ones; turn one of them off"
             )
+        if self.actor.lora and self.optimizer.name == "muon":
+            raise ConfigError(
+                "actor.lora with optimizer.name=muon: steps of adapters by Muon are tested by nobody; set "
+                "optimizer.name=adam"
+            )
+        if fp8 and fp8.parameter_gather and self.optimizer.name == "muon":
+            raise ConfigError(
+                "actor.fp8.parameter_gather with optimizer.name=muon: megatron-core's layer-wise optimizer, "
+                "in which Muon runs, knows bf16 and fp32 parameters alone; turn one of them off"
+            )
         if self.optimizer.offload and precision != "bf16":
             raise ConfigError(
                 f"optimizer.offload={self.optimizer.offload:g} with model.precision={precision}: "
                 "megatron-core's optimizer on the host can be resumed for models trained in bf16 alone; "
                 "choose one of the two"
+            )
+        threshold = self.optimizer.qk_clip_threshold
+        if threshold and precision != "bf16":
+            raise ConfigError(
+                f"optimizer.qk_clip_threshold={threshold:g} with model.precision={precision}: "
+                "megatron-core's clip_qk finds the layers of models trained in bf16 alone; leave it unset"
             )
         if self.optimizer.moments == "bf16" and precision != "bf16":
             raise ConfigError(

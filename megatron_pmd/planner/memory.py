@@ -13,7 +13,13 @@ from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_sta
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
-from megatron_pmd.planner.sharding import BYTES, STATE_BYTES, Stage, adapters_of_layers
+from megatron_pmd.planner.sharding import (
+    BYTES,
+    STATE_BYTES,
+    Stage,
+    adapters_of_layers,
+    muon_bytes_each,
+)
 
 Owners = dict[str, float]
 """Bytes by owner."""
@@ -300,4 +306,6 @@ def checkpoint_bytes(shape: Shape, config: RunConfig) -> int:
     saved = shape.total
     if config.actor.lora:
         saved = sum(adapters_of_layers(shape, config, range(shape.layers)))
-    return saved * (BYTES[config.model.precision] + STATE_BYTES)
+    muons = shape.total - shape.outside_matrices if config.optimizer.name == "muon" else 0
+    states = (saved - muons) * STATE_BYTES + muons * muon_bytes_each(config)
+    return saved * BYTES[config.model.precision] + states

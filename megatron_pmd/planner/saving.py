@@ -1,7 +1,8 @@
 """A save: what it takes of the devices and the hosts while training stands still, and for how long.
 
-megatron-core gathers the optimizer's states before it writes them (get_parameter_state_dp_zero of its
+megatron-core gathers Adam's states before it writes them (get_parameter_state_dp_zero of its
 DistributedOptimizer). A rank then has those of all parameters in its part of the model, not of its share.
+Muon's, of whole matrices, are written by the rank that has them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     By devices every rank of a stage has the gathered states; by hosts the first data-parallel rank alone, for
     dense parameters and for experts.
     """
-    layout, by_hosts = config.layout, config.layout.hosts_gather_states
+    layout, by_hosts = config.layout, config.hosts_gather_states
     whole = by_hosts or machines.shares_host_memory
     ranks = min(machines.devices_per_node, layout.ranks)
     per_stage = min(ranks, layout.ranks_per_stage)
@@ -54,12 +55,12 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
         "dense": min(per_stage, layout.tensor) if by_hosts else ranks,
         "experts": min(per_stage, layout.expert * layout.experts_tensor) if by_hosts else ranks,
     }
-    weights = stage.share * BYTES[config.model.precision]
+    weights_and_muons = stage.share * BYTES[config.model.precision] + stage.muon_share * stage.muon_bytes_each
     device = gathered = copies = 0.0
-    written, copied = ranks * weights, weights
+    written, copied = ranks * weights_and_muons, weights_and_muons
     for kind, parameters, shards in (
-        ("dense", stage.trained_dense, stage.dense_shards),
-        ("experts", stage.trained_experts, stage.expert_shards),
+        ("dense", stage.trained_dense - stage.muon_dense, stage.dense_shards),
+        ("experts", stage.trained_experts - stage.muon_experts, stage.expert_shards),
     ):
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters

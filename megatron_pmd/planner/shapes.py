@@ -40,6 +40,10 @@ class Attention:
     """None for latent attention, whose heads share one."""
     linears: dict[str, tuple[int, int]]
     """Widths of input and output of the linear layers that can have an adapter, by megatron-core's names."""
+    split_vectors: int
+    """Of `split`, what is no matrix: biases."""
+    replicated_vectors: int
+    """Of `replicated`: norms."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,13 @@ class Shape:
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
 
     @property
+    def outside_matrices(self) -> int:
+        """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
+        attention = self.attention
+        return ends + self.layers * (attention.split_vectors + attention.replicated_vectors + 2 * self.hidden)
+
+    @property
     def active(self) -> int:
         """Parameters that one token passes: all but the experts it is not routed to."""
         part = self.feed_forward
@@ -210,6 +221,8 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
             "linear_qkv": (hidden, width * (heads + 2 * groups)),
             "linear_proj": (heads * width, hidden),
         },
+        split_vectors=biases,
+        replicated_vectors=2 * width if family.startswith("qwen3") else 0,
     )
 
 
@@ -239,4 +252,6 @@ def _latent_attention(config: dict[str, Any]) -> Attention:
             "linear_kv_up_proj": (latent, up_width),
             "linear_proj": (heads * config["v_head_dim"], hidden),
         },
+        split_vectors=0,
+        replicated_vectors=latent + (compressed or 0),
     )

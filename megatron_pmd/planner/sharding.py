@@ -21,6 +21,11 @@ def optimizer_bytes_each(config: RunConfig) -> int:
     return 2 * BYTES[config.optimizer.moments] + (4 if config.model.precision == "bf16" else 0)
 
 
+def muon_bytes_each(config: RunConfig) -> int:
+    """The same of a matrix of Muon's, in memory and in a checkpoint: one momentum instead of two moments."""
+    return 4 + (4 if config.model.precision == "bf16" else 0)
+
+
 def weight_bytes_each(config: RunConfig) -> int:
     """Of one parameter on a device."""
     fp8 = config.actor.fp8
@@ -43,10 +48,15 @@ class Stage:
     dense_shards: int
     """Ranks that share out the optimizer state of the dense parameters."""
     expert_shards: int
+    muon_dense: int
+    """Of `dense`, parameters of matrices that Muon updates: it keeps one momentum of them; 0 under Adam."""
+    muon_experts: int
+    """The same of `experts`."""
     holds_logits: bool
     bytes_each: int
     """Of a weight."""
     optimizer_bytes_each: int
+    muon_bytes_each: int
 
     @property
     def parameters(self) -> int:
@@ -58,6 +68,11 @@ class Stage:
         return self.trained_dense / self.dense_shards + self.trained_experts / self.expert_shards
 
     @property
+    def muon_share(self) -> float:
+        """Of `share`, parameters of matrices that Muon updates."""
+        return self.muon_dense / self.dense_shards + self.muon_experts / self.expert_shards
+
+    @property
     def weight_bytes(self) -> int:
         return self.parameters * self.bytes_each
 
@@ -67,8 +82,10 @@ class Stage:
 
     @property
     def optimizer_bytes(self) -> float:
-        """Mean over the ranks that share it; one rank's part differs by less than its padding."""
-        return self.share * self.optimizer_bytes_each
+        """Mean over the ranks that share it. One rank's part differs by less than its padding; under Muon, of
+        which a rank has whole matrices, by less than the largest of them."""
+        adams = self.share - self.muon_share
+        return adams * self.optimizer_bytes_each + self.muon_share * self.muon_bytes_each
 
 
 def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
@@ -121,7 +138,7 @@ def adapters_of_layers(shape: Shape, config: RunConfig, layers: range) -> tuple[
 def stages(shape: Shape, config: RunConfig) -> list[Stage]:
     """Every pipeline stage. Raises LayoutError for a layout that the model cannot have."""
     check_divides(shape, config)
-    layout = config.layout
+    layout, muon, attention = config.layout, config.optimizer.name == "muon", shape.attention
     pieces = layers_of_stages(shape.layers, config)
     result = []
     for number, layers in enumerate(pieces):
@@ -129,7 +146,11 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         # tied embeddings: the last stage keeps a copy of its own
         matrices = int(first) + int(last and not (shape.tied_embeddings and first))
         split, replicated, routed = matrices * shape.embedding, int(last) * shape.hidden, 0
+        adams = split // layout.tensor + replicated
         for layer in layers:
+            adams += (
+                attention.split_vectors // layout.tensor + attention.replicated_vectors + 2 * shape.hidden
+            )
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
         dense = split // layout.tensor + replicated
@@ -150,9 +171,12 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
                 trained_experts=trained_experts,
                 dense_shards=layout.ranks // (layout.pipeline * layout.tensor),
                 expert_shards=layout.ranks // (layout.pipeline * layout.expert * layout.experts_tensor),
+                muon_dense=dense - adams if muon else 0,
+                muon_experts=experts if muon else 0,
                 holds_logits=last,
                 bytes_each=weight_bytes_each(config),
                 optimizer_bytes_each=optimizer_bytes_each(config),
+                muon_bytes_each=muon_bytes_each(config),
             )
         )
     return result

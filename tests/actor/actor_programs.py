@@ -220,26 +220,30 @@ def objectives(path: Path, layout: dict[str, int]) -> objective_gradients.Gradie
     return objective_gradients.all_gradients(Trial(config.model_copy(update={"optimizer": unclipped})))
 
 
-def resets(path: Path) -> dict[str, Any]:
+def resets(configs: dict[str, RunConfig]) -> dict[str, Any]:
+    """See resets_of."""
+    return {name: resets_of(config) for name, config in configs.items()}
+
+
+def resets_of(config: RunConfig) -> dict[str, Any]:
     """The second step after the first one's moments were forgotten, and as the first step of a new
     optimizer."""
-    trial = Trial(config_for(path))
+    trial = Trial(config)
     trial.step(STEPS[0])
     moved = [p.detach().clone() for p in trial.actor.chunks[0].parameters()]
     trial.actor.reset_optimizer()
     after_reset = [trial.step(STEPS[1]), trial.weights()]
-    fresh = Trial(config_for(path))
+    fresh = Trial(config)
     for parameter, weight in zip(fresh.actor.chunks[0].parameters(), moved, strict=True):
         parameter.data.copy_(weight)
     return {"after reset": after_reset, "fresh": [fresh.step(STEPS[1]), fresh.weights()]}
 
 
-def off_and_on(cases: dict[str, tuple[Path, str]]) -> dict[str, Any]:
-    """By case, (model, precision): three steps between which the optimizer leaves and comes back, and three
-    alone."""
+def off_and_on(configs: dict[str, RunConfig]) -> dict[str, Any]:
+    """By case: three steps between which the optimizer leaves and comes back, and three alone."""
     results = {}
-    for name, (path, precision) in cases.items():
-        trial, alone = (Trial(config_for(path, precision=precision)) for _ in range(2))
+    for name, config in configs.items():
+        trial, alone = (Trial(config) for _ in range(2))
         states, cpu = OptimizerStates(trial.actor.chunks, trial.actor.optimizer), torch.device("cpu")
         seen: dict[str, Any] = {"addresses": [], "steps": [], "alone": [alone.step(s) for s in STEPS]}
         for samples in STEPS:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.actor.launch import launch
-from tests.actor.tiny_models import write_model
+from tests.actor.tiny_models import MUON, write_model
 
 Change = Callable[[Path], object]
 
@@ -207,6 +207,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         dict(actor={"recompute": "selective", "recompute_modules": ["moe"]}),
         "ConfigError",
         ["actor.recompute_modules", "has no moe to recompute"],
+    ),
+    "clipping queries that a norm follows": (
+        "qwen3",
+        dict(precision="bf16", optimizer=MUON.model_copy(update={"qk_clip_threshold": 100.0})),
+        "ConfigError",
+        ["optimizer.qk_clip_threshold=100", "normalises queries and keys"],
     ),
     "a field that megatron-core does not have": (
         "qwen3",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.actor.launch import launch
+from tests.actor.tiny_models import MUON, OPTIMIZER, config_for
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,9 @@ def test_supervised_examples_add_their_weighted_mean_gradient_and_nothing_else(s
 
 
 def test_a_reset_optimizer_takes_the_step_of_a_new_one(models: Path):
-    result = launch("resets", path=models / "llama")[0]
-    (step, weights), (expected, expected_weights) = result["after reset"], result["fresh"]
-    assert step == expected
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    optimizers = {"adam": OPTIMIZER, "muon": MUON}
+    configs = {name: config_for(models / "llama", optimizer=used) for name, used in optimizers.items()}
+    for name, result in launch("resets", configs=configs)[0].items():
+        (step, weights), (expected, expected_weights) = result["after reset"], result["fresh"]
+        assert step == expected, name
+        assert all(torch.equal(weights[tensor], expected_weights[tensor]) for tensor in weights), name

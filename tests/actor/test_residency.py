@@ -10,29 +10,40 @@ import torch
 
 from megatron_pmd.actor.residency import OptimizerStates, drop_quantized_copies
 from tests.actor.launch import launch
+from tests.actor.tiny_models import MUON, config_for
 
-KINDS = {"fp32": 2, "bf16": 3}
-"""Tensors a parameter: two moments, and fp32 parameters where those of the model are not: views of the
-model's leave with it."""
+CASES = {
+    "fp32": dict(precision="fp32"),
+    "bf16": dict(precision="bf16"),
+    "muon, fp32": dict(precision="fp32", optimizer=MUON),
+    "muon, bf16": dict(precision="bf16", optimizer=MUON),
+}
+MATRICES = 16 / 34
+"""Of the model's parameters: four in each of four layers; beside four norms a layer, embedding, last norm."""
+KINDS = {"fp32": 2, "bf16": 3, "muon, fp32": 2 - MATRICES, "muon, bf16": 3 - MATRICES}
+"""Tensors a parameter: two moments, for a matrix of Muon's one momentum, and fp32 parameters where those of
+the model are not: views of the model's leave with it."""
 
 
 @pytest.fixture(scope="module")
 def outcome(models) -> dict[str, Any]:
-    return launch("off_and_on", cases={name: (models / "qwen3", name) for name in KINDS})[0]
+    return launch(
+        "off_and_on", configs={name: config_for(models / "qwen3", **case) for name, case in CASES.items()}
+    )[0]
 
 
-@pytest.mark.parametrize("precision", KINDS)
-def test_steps_with_the_optimizer_away_between_them_are_those_without_bit_for_bit(outcome, precision):
-    assert outcome[precision]["steps"] == outcome[precision]["alone"]
-    assert outcome[precision]["equal"]
+@pytest.mark.parametrize("case", CASES)
+def test_steps_with_the_optimizer_away_between_them_are_those_without_bit_for_bit(outcome, case):
+    assert outcome[case]["steps"] == outcome[case]["alone"]
+    assert outcome[case]["equal"]
 
 
-@pytest.mark.parametrize("precision", KINDS)
-def test_each_tensor_has_one_copy_on_the_host_which_is_used_again(outcome, precision):
-    first, *later = outcome[precision]["addresses"]
+@pytest.mark.parametrize("case", CASES)
+def test_each_tensor_has_one_copy_on_the_host_which_is_used_again(outcome, case):
+    first, *later = outcome[case]["addresses"]
     assert len(first) == len(set(first)) > 0
     assert all(addresses == first for addresses in later)
-    assert outcome[precision]["kinds"] == KINDS[precision]
+    assert outcome[case]["kinds"] == pytest.approx(KINDS[case])
 
 
 def test_fp8_copies_of_the_weights_are_let_go_and_those_that_can_be_made_again_alone():

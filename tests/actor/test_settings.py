@@ -40,6 +40,9 @@ def test_every_field_that_we_set_is_one_of_megatron_core() -> None:
     assert settings.transformer_fields(full).keys() - names(TransformerConfig) <= beyond
     assert settings.DECIDED_BY.keys() <= names(TransformerConfig)
     assert settings.optimizer_fields(full).keys() <= names(OptimizerConfig)
+    muon = configured("model.precision=bf16", "optimizer.name=muon", "optimizer.qk_clip_threshold=100")
+    assert settings.optimizer_fields(muon).keys() <= names(OptimizerConfig)
+    assert settings.transformer_fields(muon).keys() - names(TransformerConfig) <= beyond
     assert settings.data_parallel_fields(full).keys() <= names(DistributedDataParallelConfig)
 
 
@@ -99,6 +102,7 @@ def test_an_optimizer_on_the_host_that_could_not_be_resumed_is_refused() -> None
         "actor.fp8.recipe=mxfp8",
         "optimizer.offload=0.5",
         "optimizer.moments=bf16",
+        "optimizer.qk_clip_threshold=100",
         "actor.experts.dispatcher=deepep",
         "actor.recompute_modules=moe_act",
     ],
@@ -107,6 +111,8 @@ def test_what_only_cuda_can_do_is_refused_without_it(setting: str) -> None:
     also = []
     if "recompute" in setting:
         also, setting = ["actor.recompute=selective"], 'actor.recompute_modules=["moe_act"]'
+    if "qk_clip" in setting:
+        also = ["optimizer.name=muon"]
     chosen = configured("model.precision=bf16", "layout.data=2", "layout.expert=2", *also, setting)
     with pytest.raises(ConfigError, match="needs CUDA, and this machine has none") as caught:
         settings.refuse_without_cuda(chosen)

@@ -19,6 +19,9 @@ TAU = 0.5
 OPTIMIZER = c.Optimizer(
     learning_rate=2e-4, epsilon=1e-4, weight_decay=0.1, gradient_clip=5.0, beta1=0.9, beta2=0.95
 )
+MUON_RATES = [3e-4, 1e-4]
+"""Of its first two steps: others than the configured, which the schedule sets for both of its optimizers."""
+MUON = OPTIMIZER.model_copy(update={"name": "muon"})
 STEPS = [list(range(16)), list(range(7, -1, -1)), list(range(16))]
 """The samples of three optimizer steps."""
 WEIGHT_TOLERANCE = 1e-6
@@ -139,7 +142,7 @@ def config_for(model: Path, layout: dict[str, int] | None = None, **changes: Any
             prompts_per_rollout=4, samples_per_prompt=4, prompts_per_step=4, max_tokens_per_microbatch=100,
             max_prompt_tokens=20, max_response_tokens=30,
         ),
-        optimizer=OPTIMIZER,
+        optimizer=changes.pop("optimizer", OPTIMIZER),
         # chunks shorter than a micro-batch's responses, so that their seams are tested
         actor=c.Actor(log_prob_chunk_tokens=16, **changes.pop("actor", {})),
         rollout=c.Rollout(temperature=TEMPERATURE),

@@ -43,6 +43,7 @@ MODULES = (
     "tests.actor.actor_programs",
     "tests.actor.checkpoint_programs",
     "tests.actor.lora_programs",
+    "tests.actor.muon_programs",
     "tests.actor.router_loss_programs",
     "tests.convert.conversion_programs",
     "tests.planner.measured_save",

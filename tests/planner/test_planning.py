@@ -73,6 +73,24 @@ def test_adam_in_fp32_on_unsharded_bf16_needs_eighteen_bytes_a_parameter(h100: M
     assert stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes == 18 * plan.shape.total
 
 
+def test_muon_keeps_one_momentum_of_matrices_and_adam_both_moments_of_the_rest(h100: Machines) -> None:
+    """Moonlight-16B-A3B's matrices are all but two embeddings of 163,840 x 2,048, and its norms: of 27 layers
+    two of the width and one of the latent 512, and a last one."""
+    name = "moonlight_16b_a3b_16xh100"
+    one = ["layout.tensor=1", "layout.expert=1", "layout.data=2", "rollout.ranks_per_engine=2"]
+    plans = [
+        make_plan(override(recipe(name), [*one, f"optimizer.name={kind}"]), h100) for kind in ("adam", "muon")
+    ]
+    rest = 2 * 163_840 * 2048 + 27 * (2 * 2048 + 512) + 2048
+    matrices = plans[0].shape.total - rest
+    adam, muon = (plan.stages[0].optimizer_bytes for plan in plans)
+    assert adam == 12 * (matrices + rest) / 2
+    assert muon == (8 * matrices + 12 * rest) / 2
+    assert plans[0].checkpoint_bytes - plans[1].checkpoint_bytes == 4 * matrices
+    # of a save, Adam's states alone are gathered: 16 ranks' nodes of 8 would hold 12 bytes of all parameters
+    assert plans[1].host["save"]["gathered states"] == 2 * 12 * rest
+
+
 def test_a_layout_that_cannot_fit_is_refused_and_the_nearest_that_does_is_named(h100: Machines) -> None:
     settings = ["layout.tensor=1", "layout.data=32", "layout.expert=1"]
     plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)

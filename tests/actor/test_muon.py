@@ -1,0 +1,201 @@
+"""Muon takes the step that its definition, written out here in float64 on whole matrices, takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from megatron_pmd.actor import muon
+from megatron_pmd.errors import ConfigError
+from megatron_pmd.planner.shapes import shape_of
+from megatron_pmd.planner.sharding import stages
+from tests.actor.launch import launch
+from tests.actor.tiny_models import MUON, MUON_RATES, OPTIMIZER, WEIGHT_TOLERANCE, config_for
+
+MODULE = "tests.actor.muon_programs"
+MOMENTUM = 0.95
+ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
+ONE_PROCESS = "qwen3moe"
+LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, pipeline=2": ("llama", dict(pipeline=2)),
+    "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
+    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """programs.train on the driver, of one process by its family, of two by their layout."""
+    folder = tmp_path_factory.mktemp("muon")
+    one: dict[str, Any] = {ONE_PROCESS: (models / ONE_PROCESS, {}, folder / "one")}
+    two = {
+        name: (models / case[0], case[1], folder / str(i)) for i, (name, case) in enumerate(LAYOUTS.items())
+    }
+    return {
+        **launch("train", module=MODULE, cases=one)[0],
+        **launch("train", ranks=2, module=MODULE, cases=two)[0],
+    }
+
+
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz as Keller Jordan published it: five steps with one set of coefficients."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Definition:
+    """Muon and AdamW in float64, of whole tensors by Hugging Face name."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.moments = {name: torch.zeros(2, *w.shape, dtype=torch.float64) for name, w in weights.items()}
+        self.count = 0
+
+    def step(
+        self, weights: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], norm: float, rate: float
+    ) -> dict[str, torch.Tensor]:
+        self.count += 1
+        scale = min(1.0, OPTIMIZER.gradient_clip / norm)
+        return {
+            name: self._moved(name, weight.double(), gradients[name].double() * scale, rate)
+            for name, weight in weights.items()
+        }
+
+    def _moved(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
+        first, second = self.moments[name]
+        b1, b2 = OPTIMIZER.beta1, OPTIMIZER.beta2
+        decayed = weight if weight.dim() == 1 else weight * (1 - rate * OPTIMIZER.weight_decay)
+        if ADAMS.search(name):
+            first.mul_(b1).add_(gradient, alpha=1 - b1)
+            second.mul_(b2).add_(gradient.square(), alpha=1 - b2)
+            deviation = (second / (1 - b2**self.count)).sqrt() + OPTIMIZER.epsilon
+            return decayed - rate * first / (1 - b1**self.count) / deviation
+        # as published, momentum sums up gradients; the scale of what is orthogonalised means nothing
+        first.mul_(MOMENTUM).add_(gradient)
+        update = orthogonalized(gradient + MOMENTUM * first)
+        return decayed - rate * 0.2 * max(weight.shape) ** 0.5 * update
+
+
+def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert weights.keys() == others.keys()
+    return {name: float((w.double() - others[name].double()).abs().max()) for name, w in weights.items()}
+
+
+@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
+def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, name):
+    """Queries, keys, values, gate and up each alone, as the folder has them."""
+    before = {n: w for n, w in trained[name]["loaded"].items() if "correction_bias" not in n}
+    definition = Definition(before)
+    for step, rate in zip(trained[name]["steps"], MUON_RATES, strict=True):
+        after = {n: w for n, w in step["weights"].items() if n in before}
+        errors = difference(definition.step(before, step["gradient"], step["norm"], rate), after)
+        assert max(errors.values()) < WEIGHT_TOLERANCE, errors
+        before = after
+
+
+@pytest.mark.parametrize("name", [name for name in (ONE_PROCESS, *LAYOUTS) if "data" not in name])
+def test_the_planner_counts_the_states_that_a_rank_holds(trained, models, name):
+    """Of replicas it counts the mean: each has whole matrices."""
+    family, layout = LAYOUTS.get(name, (ONE_PROCESS, {}))
+    config = config_for(models / family, layout, optimizer=MUON)
+    assert (
+        trained[name]["bytes"]["optimizer"] == stages(shape_of(config.model.path), config)[0].optimizer_bytes
+    )
+
+
+@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
+def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
+    (step, weights), (resumed_step, resumed_weights) = trained[name]["third"], trained[name]["third_resumed"]
+    assert step == resumed_step
+    assert all(torch.equal(weights[tensor], resumed_weights[tensor]) for tensor in weights)
+
+
+OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
+    1: {"moe, expert=2, data=2": {}, "latent, tensor=2, expert=2": {}},
+    2: {ONE_PROCESS: dict(expert=2, data=2), "moe, tensor=2": dict(pipeline=2)},
+}
+"""Ranks to load with: case that saved -> layout that loads."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
+def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
+    """The third step needs the momentum and Adam's moments, which other ranks held."""
+    family = {ONE_PROCESS: ONE_PROCESS} | {name: case[0] for name, case in LAYOUTS.items()}
+    cases = [
+        (models / family[name], trained[name]["checkpoint"], layout)
+        for name, layout in OTHER_LAYOUTS[ranks].items()
+    ]
+    resumed = launch("resume", ranks=ranks, module=MODULE, cases=cases)[0]
+    for name, (step, weights) in zip(OTHER_LAYOUTS[ranks], resumed, strict=True):
+        third_step, third_weights = trained[name]["third"]
+        assert step[2] == pytest.approx(third_step[2], rel=1e-5), name
+        errors = difference(weights, third_weights)
+        assert max(errors.values()) < WEIGHT_TOLERANCE, (name, errors)
+
+
+@pytest.fixture(scope="module")
+def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
+    """programs.trials, in one process."""
+    return launch(
+        "trials", module=MODULE, latent=models / "deepseek", dense=models / ONE_PROCESS,
+        saved=trained[ONE_PROCESS]["checkpoint"], folder=tmp_path_factory.mktemp("muon-alone"),
+    )[0]  # fmt: skip
+
+
+def test_experts_with_biases_are_refused_under_expert_parallelism():
+    """megatron-core would assert, once the ranks are built; on each rank that has experts."""
+    experts = torch.nn.Linear(2, 2)
+    experts.weight.allreduce = experts.bias.allreduce = False
+    with pytest.raises(ConfigError, match=r"optimizer\.name=muon: bias of the experts is no matrix"):
+        muon.layout(experts, DistributedDataParallelConfig())
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_its_name(alone):
+    kind, message = alone["another optimizer"]
+    assert kind == "CheckpointError"
+    assert "was saved with optimizer.name=muon and cannot be resumed with adam" in message
+
+
+def test_megatron_cores_own_layer_wise_optimizer_still_cannot_train_in_fp32(alone):
+    """When it can, actor/muon.py needs no class of its own."""
+    assert alone["megatron-core's own in fp32"][0] == "not a PmdError: AssertionError"
+
+
+def test_a_bf16_model_is_trained_through_its_fp32_copy_and_resumes_bit_for_bit(alone):
+    """Newton-Schulz then runs in bf16, as K2's: five steps of products rounded to 8 bits."""
+    step = {name: tensor.double() for name, tensor in alone["bf16 step"].items()}
+    definition = Definition({"proj": step["before"]})
+    expected = definition.step(
+        {"proj": step["before"]}, {"proj": step["gradient"]}, 1.0, OPTIMIZER.learning_rate
+    )
+    moved, wanted = step["after"] - step["before"], expected["proj"] - step["before"]
+    assert (moved - wanted).norm() < 0.03 * wanted.norm()
+    (third, weights), (resumed, resumed_weights) = alone["bf16"]["third"], alone["bf16"]["third_resumed"]
+    assert third == resumed
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_qk_clip_scales_a_loud_heads_queries_and_keys_and_the_next_step_keeps_it(alone):
+    """K2's report: of a head 4 x too loud √(1/4) on the parts without position, 1/4 on the rotary query."""
+    before, after, kept = (alone["clipped"][name] for name in ("before", "after", "kept"))
+    queries = "model.layers.0.self_attn.q_b_proj.weight"
+    keys = "model.layers.0.self_attn.kv_b_proj.weight"
+    ratio = {
+        name: (after[name].float() / before[name].float()).unflatten(0, (4, -1)) for name in (queries, keys)
+    }
+    expected = {name: torch.ones_like(of) for name, of in ratio.items()}
+    expected[queries][1, :16], expected[queries][1, 16:] = 0.5, 0.25
+    expected[keys][1, :16] = 0.5
+    for name, of in ratio.items():
+        torch.testing.assert_close(of, expected[name], rtol=0.01, atol=0)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - ratio.keys())
+    assert all(torch.equal(after[name], kept[name]) for name in after)
