@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -132,7 +131,9 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
 def _assign(values: dict[str, Any], assignments: list[str]) -> None:
     """Write `dotted.key=value` settings into a tree of plain values; see override."""
     settings = [_setting(assignment) for assignment in assignments]
-    for key, value in sorted(settings, key=lambda setting: (setting[0].count("."), not _is_choice(setting[0]))):
+    for key, value in sorted(
+        settings, key=lambda setting: (setting[0].count("."), not _is_choice(setting[0]))
+    ):
         *parents, leaf = key.split(".")
         node = _group(values, key, parents)
         if node.get(leaf) != value and _is_choice(key):
@@ -159,7 +160,9 @@ def data_of_file(file: str, settings: list[str]) -> Data:
 
 def _is_choice(key: str) -> bool:
     """Whether the setting says which settings there are beside it."""
-    return key == "algorithm.objective.name" or key.endswith((".source.kind", "train.kind", "evaluation.kind"))
+    return key == "algorithm.objective.name" or key.endswith(
+        (".source.kind", "train.kind", "evaluation.kind")
+    )
 
 
 def _setting(assignment: str) -> tuple[str, Any]:

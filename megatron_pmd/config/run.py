@@ -165,15 +165,19 @@ class RunConfig(Frozen):
     def supervised_source(self) -> ProblemSource | None:
         """Of algorithm.ptx."""
         ptx = self.algorithm.ptx
-        return ptx and ProblemSource.of(
-            "algorithm.ptx.source", ptx.source, self.data, self.reward, self.batch.max_prompt_tokens
-        )
+        key, longest_prompt = "algorithm.ptx.source", self.batch.max_prompt_tokens
+        return ProblemSource.of(key, ptx.source, self.data, self.reward, longest_prompt) if ptx else None
 
     @property
     def all_sources(self) -> tuple[ProblemSource, ...]:
         """Everything that the run reads problems from."""
         further = (self.supervised_source,) if self.supervised_source else ()
         return (*self.problem_sources("train"), *self.problem_sources("evaluation"), *further)
+
+    @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """Of each source whose responses are graded."""
+        return tuple(s.reward for s in (*self.problem_sources("train"), *self.problem_sources("evaluation")))
 
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out: a run's config.json says what is in force."""

@@ -106,6 +106,7 @@ def rollout() -> list[Sample]:
             group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
             prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=np.empty(0),
             finish_reason="stop", weight_version=2, seed=0, reward=0.0, advantage=float(rng.normal()),
+            tau=TAU,
         )
         for i in range(16)
     ]  # fmt: skip

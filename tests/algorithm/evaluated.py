@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from megatron_pmd.algorithm.losses import Constants, LossInput, LossTerms, terms
 from megatron_pmd.algorithm.mismatch import Weight
@@ -23,5 +26,6 @@ def evaluated(
     mismatch: Weight | None = None,
     **settings: Any,
 ) -> LossTerms:
-    """settings: the objective's own, as under algorithm.objective."""
-    return terms(made(name, **settings), x, Constants(tau, max_response_tokens), mismatch)
+    """tau: of all sequences. settings: the objective's own, as under algorithm.objective."""
+    x = replace(x, tau=torch.full((x.sequences,), tau, dtype=torch.float64))
+    return terms(made(name, **settings), x, Constants(max_response_tokens), mismatch)

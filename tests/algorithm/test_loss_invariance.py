@@ -48,6 +48,7 @@ def pack(sequences: list[dict[str, np.ndarray]], values: np.ndarray, *, padding:
         log_probs=tensors.pop("log_probs").requires_grad_(),
         sequence=torch.tensor(np.concatenate([sequence, np.zeros(padding)]), dtype=torch.int64),
         advantages=torch.tensor(values),
+        tau=torch.ones(len(values)),
         **tensors,
     )
 
@@ -97,7 +98,7 @@ def test_the_summed_loss_and_gradient_are_the_same_for_every_packing(name, seed,
 def test_a_micro_batch_without_sequences_gives_zero_with_a_way_back(name):
     log_probs = torch.zeros(0, requires_grad=True)
     nothing = torch.zeros(0)
-    x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing)
+    x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing, nothing)
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0 and terms.count.item() == 0
     terms.sum.backward()
@@ -110,7 +111,15 @@ def test_a_sequence_without_counted_tokens_adds_nothing_but_counts_as_a_sequence
     """Also when its tokens hold −inf, as an engine reports for a token it was not allowed to sample."""
     log_probs = torch.full((tokens,), -torch.inf, requires_grad=True)
     hole = torch.full((tokens,), -torch.inf)
-    x = LossInput(log_probs, hole, hole, torch.zeros(tokens), torch.zeros(tokens).long(), torch.tensor([1.5]))
+    x = LossInput(
+        log_probs,
+        hole,
+        hole,
+        torch.zeros(tokens),
+        torch.zeros(tokens).long(),
+        torch.tensor([1.5]),
+        torch.ones(1),
+    )
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0
     assert terms.count.item() == (1 if name in ("pmd", "reinforce", "gspo") else 0)
@@ -143,6 +152,7 @@ def test_no_reward_tau_or_length_in_range_makes_pmd_overflow(
         mask=x.mask,
         sequence=x.sequence,
         advantages=x.advantages.float(),
+        tau=x.tau,
     )
     terms = evaluated(
         "pmd",

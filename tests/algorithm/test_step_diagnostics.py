@@ -181,7 +181,7 @@ def test_k1_and_k3_average_to_the_true_divergence_over_the_anchors_own_samples()
     q = np.array([0.1, 0.2, 0.3, 0.4])
     outcomes = np.repeat(np.arange(4), [4, 2, 1, 1])
     anchor, new = torch.tensor(np.log(p)[outcomes]), torch.tensor(np.log(q)[outcomes])
-    x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8))
+    x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8), torch.ones(8))
     result = diagnostics(
         {k: v.numpy() for k, v in evaluated("pmd", x, tau=1.0).per_sequence.items()},
         advantage=np.zeros(8),

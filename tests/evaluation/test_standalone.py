@@ -59,12 +59,13 @@ def write_model(folder: Path, **description) -> Path:
 def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
     config, work = tiny_moe_cpu(), task(EvaluationRequest(run_folder))
     assert work.model.path == str(run_folder / "hf" / "iteration-10")  # not 9, as sorting the names would say
-    assert (work.iteration, work.source, work.limit) == (
+    (source,) = work.sources
+    assert (work.iteration, source.source, work.limit) == (
         10,
         config.data.evaluation,
         config.evaluation.prompts,
     )
-    assert (work.reward, work.max_response_tokens) == (config.reward, config.batch.max_response_tokens)
+    assert (source.reward, work.max_response_tokens) == (config.reward, config.batch.max_response_tokens)
     assert (work.temperature, work.samples_per_prompt) == (config.evaluation.temperature, 32)
 
 
@@ -74,8 +75,9 @@ def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
         temperature=0.0, limit=7, samples_per_prompt=4,
     )  # fmt: skip
     work = task(request)
-    assert (work.source.kind, getattr(work.source, "path", None)) == ("file", "other.jsonl")
-    assert (work.reward.name, work.reward.answer) == ("exact", "last_line")
+    (source,) = work.sources
+    assert (source.source.kind, getattr(source.source, "path", None)) == ("file", "other.jsonl")
+    assert (source.reward.name, source.reward.answer) == ("exact", "last_line")
     assert (work.max_response_tokens, work.temperature, work.limit) == (99, 0.0, 7)
     assert work.folder == run_folder / "evaluate" / "iteration-10-other-k4"
 
@@ -84,7 +86,8 @@ def test_settings_say_how_the_file_is_read_and_change_what_the_run_says(run_fold
     model, keys = write_model(tmp_path / "model"), ("data.train.answer_key=label", "data.prompt_suffix=!")
     request = EvaluationRequest(model, Path("p.jsonl"), reward="exact", max_response_tokens=8, settings=keys)
     work = task(request)
-    assert (getattr(work.source, "answer_key", None), work.data.prompt_suffix) == ("label", "!")
+    (source,) = work.sources
+    assert (getattr(source.source, "answer_key", None), source.data.prompt_suffix) == ("label", "!")
     assert task(EvaluationRequest(run_folder, settings=("evaluation.top_p=0.5",))).top_p == 0.5
 
 

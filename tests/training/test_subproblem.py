@@ -43,15 +43,16 @@ def some_tokens() -> losses.LossInput:
         mask=torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1]),
         sequence=torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]),
         advantages=torch.tensor([0.5, -1.0, 0.25]),
+        tau=torch.tensor([0.1, 0.1, 0.1]),
     )
 
 
-def expected(objective: Objective, tau: float = 0.1, weight: Any = None, cut: int = 8) -> losses.Loss:
-    return losses.loss_of(objective, losses.Constants(tau, max_response_tokens=cut), weight)
+def expected(objective: Objective, weight: Any = None, cut: int = 8) -> losses.Loss:
+    return losses.loss_of(objective, losses.Constants(max_response_tokens=cut), weight)
 
 
 CASES: dict[str, tuple[list[str], losses.Loss]] = {
-    "pmd": (["algorithm.tau=0.3"], expected(Pmd(), tau=0.3)),
+    "pmd": (["algorithm.objective.normaliser=none"], expected(Pmd(normaliser="none"))),
     "pmd, every option": (
         ["algorithm.objective.normaliser=max_response", "algorithm.objective.scaling=regression",
          "batch.max_response_tokens=7", "algorithm.mismatch.weight=sequence_mis",
@@ -158,6 +159,7 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
     expected = advantages(shaped, [0, 0, 1, 1], baseline="partition", tau=0.5)
     assert [s.advantage for s in samples] == pytest.approx(expected.tolist())
     assert [s.reward for s in samples] == [1.0, 1.0, 0.0, 1.0]
+    assert {s.tau for s in samples} == {0.5}
 
 
 @pytest.mark.parametrize(
