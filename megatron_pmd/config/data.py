@@ -160,11 +160,10 @@ class HeldOutSource(Frozen):
         except ConfigError as error:
             raise ConfigError(f"data source {info.data.get('name')!r}: {error}") from None
 
-    @field_validator("template_arguments")
-    @classmethod
-    def _of_the_template(cls, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
-        _refuse_rendered(arguments or {})
-        return arguments
+    @model_validator(mode="after")
+    def _of_the_template(self) -> Self:
+        _refuse_rendered(self.template_arguments or {}, f"data source {self.name!r}: template_arguments")
+        return self
 
 
 class TrainingSource(HeldOutSource):
@@ -245,15 +244,13 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _of_the_template(self) -> Self:
-        _refuse_rendered(self.template_arguments)
+        _refuse_rendered(self.template_arguments, "data.template_arguments")
         return self
 
 
-def _refuse_rendered(arguments: dict[str, Any]) -> None:
+def _refuse_rendered(arguments: dict[str, Any], where: str) -> None:
     for name in arguments.keys() & RENDERED:
-        raise ConfigError(
-            f"data.template_arguments.{name}: it is given to the chat template by this program; remove it"
-        )
+        raise ConfigError(f"{where}.{name}: it is given to the chat template by this program; remove it")
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,7 @@ def _by_source(run: RunFolder) -> list[Chart | None]:
         _curves("Reward by source", "mean of each rollout", *trained("reward")),
         _curves("Correct responses by source", "share of the rollout", *trained("correct")),
         _curves("Response length by source", "mean tokens of each rollout", *trained("response_tokens")),
-        _curves(
-            "Groups with signal by source", "not every advantage is 0", *trained("groups_with_signal")
-        ),
+        _curves("Groups with signal by source", "not every advantage is 0", *trained("groups_with_signal")),
         _curves("Evaluation by source", "mean@k", *evaluated("mean_at_k")),
         _curves("Evaluation by source, pass@k", "pass@k", *evaluated("pass_at_k")) if _several(run) else None,
     ]

@@ -82,3 +82,21 @@ def test_a_setting_of_something_else_and_a_folder_that_is_no_model_are_refused(f
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         shown(file, *KEYS, "--model", tmp_path)
+
+
+def test_a_mixture_shows_each_source_with_its_share_and_what_it_has_of_its_own(file):
+    keys = {"kind": "file", "path": str(file), "prompt_key": "question", "answer_key": "gold.value"}
+    own = {"reward": {"name": "math"}, "tau": 0.3, "max_response_tokens": 4, "system_prompt": "Be brief."}
+    train = [{"name": "plain", "source": keys, "weight": 3}, {"name": "brief", "source": keys, **own}]
+    output = shown(
+        "tiny_moe_cpu", f"data.train={json.dumps(train)}",
+        f"data.evaluation={json.dumps([{'name': 'held', 'source': keys}])}", "--first", 1,
+    )  # fmt: skip
+    assert "=== data.train.0: plain, 75.0% of the prompts, reward exact\n" in output
+    headline = (
+        "=== data.train.1: brief, 25.0% of the prompts, reward math, τ 0.3, responses of at most 4 tokens"
+    )
+    assert f"{headline}\n" in output
+    assert "=== data.evaluation.0: held, reward exact\n" in output
+    assert output.count(f"{file}: 3 problems") == 3
+    assert output.count("system: Be brief.\nuser: very hard?") == 1
