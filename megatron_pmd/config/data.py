@@ -138,9 +138,9 @@ class HeldOutSource(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Under which metrics, evaluations and the report speak of it."""
     source: Source
-    """Its problems."""
+    """Its problems: the settings of a single data.train."""
     reward: Reward | None = None
-    """In the place of `reward`, as a whole."""
+    """In the place of `reward`, as a whole; the same settings."""
     system_prompt: str | None = None
     """In the place of data.system_prompt."""
     prompt_suffix: str | None = None

@@ -190,8 +190,13 @@ def test_carried_over_responses_survive_a_checkpoint(tmp_path):
     engine = slow()
     partial = PartialRollouts(extra_groups=3)
     first = rollouts(engine, 1, partial)[0].rollout
+    for group in first.left_over[1:]:  # of two sources
+        group.problem = replace(group.problem, source="sums")
+        for member in group.members:
+            member.problem = group.problem
     write_carried_over(tmp_path, first.left_over)
     read = read_carried_over(tmp_path, of_key)
+    assert {group.problem.source for group in read} == {"", "sums"}
     assert plain(read) == plain(first.left_over)
     engine.weight_version = "1"
     rollout = rollout_for(
