@@ -7,7 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
+from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError, ModelError
+from recipes import configuration
+from tests.test_tutorials import blocks
 
 ROWS = [{"question": "very " * n + "hard?", "gold": {"value": n}, "level": n} for n in (1, 2, 9)]
 KEYS = ["data.train.prompt_key=question", "data.train.answer_key=gold.value"]
@@ -100,3 +103,21 @@ def test_a_mixture_shows_each_source_with_its_share_and_what_it_has_of_its_own(f
     assert "=== data.evaluation.0: held, reward exact\n" in output
     assert output.count(f"{file}: 3 problems") == 3
     assert output.count("system: Be brief.\nuser: very hard?") == 1
+
+
+def test_the_page_on_mixtures_shows_what_its_commands_print(tmp_path, monkeypatch):
+    """Its recipe and its two commands, as they stand there."""
+    written = blocks("docs/mixtures.md")
+    recipe, look, expected, changed = written[:4]
+    (tmp_path / recipe.title).write_text(recipe.text)
+    monkeypatch.chdir(tmp_path)
+    output, other = (shown(*block.text.split()[2:]) for block in (look, changed))
+    lines = [line for line in output.splitlines() if not line.startswith("no model is given")]
+    assert lines == expected.text.splitlines()
+    assert (
+        "words, 83.3% of the prompts" in other
+        and "sums, 16.7% of the prompts, reward reasoning_gym, τ 0.1" in other
+    )
+    as_json = next(block.text for block in written if block.language == "json")
+    mixed = override(configuration("tiny_moe_cpu", []), [f"data.train={as_json}"])
+    assert [(s.name, s.weight) for s in mixed.problem_sources("train")] == [("math", 3), ("words", 1)]
