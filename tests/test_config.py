@@ -237,7 +237,7 @@ MIXED = [
 
 
 def test_a_list_of_sources_reads_back_and_is_changed_by_place(config: RunConfig) -> None:
-    """In whatever order list and settings are given; another kind of source drops the settings of the first."""
+    """In whatever order list and settings are given; another kind of source drops the first one's."""
     words = ["data.train.1.weight=5", f"data.train={json.dumps(MIXED)}", "data.train.0.source.path=x.jsonl"]
     mixed = override(config, [*words, "data.train.0.source.kind=file", 'data.system_prompt="Think."'])
     assert build(json.loads(mixed.model_dump_json())) == mixed

@@ -190,7 +190,7 @@ HeldOut = Annotated[
 
 class Data(Frozen):
     train: Training
-    """One source, or a list of several that every rollout mixes by their weights (docs/data.md)."""
+    """One source, or a list of several that every rollout mixes by their weights (docs/mixtures.md)."""
     evaluation: HeldOut | None = None
     """Held-out problems: one source, or a list of several."""
     system_prompt: str | None = None

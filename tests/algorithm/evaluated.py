@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,11 @@ def evaluated(
     name: str,
     x: LossInput,
     *,
-    tau: float = 1.0,
+    tau: float | Sequence[float] = 1.0,
     max_response_tokens: int = 1,
     mismatch: Weight | None = None,
     **settings: Any,
 ) -> LossTerms:
-    """tau: of all sequences. settings: the objective's own, as under algorithm.objective."""
-    x = replace(x, tau=torch.full((x.sequences,), tau, dtype=torch.float64))
+    """tau: of all sequences, or [sequences]. settings: the objective's own, as under algorithm.objective."""
+    x = replace(x, tau=torch.tensor(tau, dtype=torch.float64).expand(x.sequences))
     return terms(made(name, **settings), x, Constants(max_response_tokens), mismatch)

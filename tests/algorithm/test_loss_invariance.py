@@ -212,3 +212,17 @@ def test_a_long_response_has_the_same_weight_alone_in_its_micro_batch_as_in_a_pa
     ]
     mean = sum(t.sum.item() for t in apart) / sum(t.count.item() for t in apart)
     assert mean == pytest.approx(together.sum.item() / together.count.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["pmd", "pmd_token"])
+def test_sequences_of_several_taus_add_up_as_each_alone_with_its_own(name):
+    rng = np.random.default_rng(4)
+    sequences, values, taus = [sample(rng, n) for n in (3, 0, 6, 2)], rng.normal(size=4), [0.1, 1.0, 0.5, 2.0]
+    whole = pack(sequences, values)
+    alone = [pack([q], values[i : i + 1]) for i, q in enumerate(sequences)]
+    parts = [evaluated(name, x, tau=tau) for x, tau in zip(alone, taus, strict=True)]
+    expected = np.concatenate([backward(part, x) for part, x in zip(parts, alone, strict=True)])
+    found = evaluated(name, whole, tau=taus)
+    assert found.sum.item() == pytest.approx(sum(part.sum.item() for part in parts), rel=1e-12)
+    np.testing.assert_allclose(backward(found, whole), expected, rtol=1e-12)
+    assert found.sum.item() != evaluated(name, whole, tau=0.1).sum.item()

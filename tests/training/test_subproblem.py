@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,7 @@ from megatron_pmd.training.metrics import source_values, success_rates
 from megatron_pmd.training.rollouts import train_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
+from tests.data.test_mixture import mixture
 
 if TYPE_CHECKING:
     from megatron_pmd.data.prompts import PromptSource
@@ -289,6 +291,17 @@ def test_the_group_filter_looks_at_a_group_with_its_own_sources_rewards():
     assert subproblem.shaped_group(members) == [1.25, 0.75]
     of_sums = [replace(m, problem=replace(m.problem, source="sums")) for m in members]
     assert subproblem.shaped_group(of_sums) == [1.0, 1.0]
+
+
+def test_a_group_is_of_one_source_and_a_rollout_has_each_sources_share():
+    config = mixed("data.train.0.weight=3", "batch.prompts_per_rollout=16", "rollout.partial.extra_groups=4")
+    prompts = mixture({"sums": 3, "words": 1})
+    for t in range(3):
+        groups = train_rollout(config, prompts, t, carried_over=[]).groups
+        for group in groups:
+            assert {member.problem.key for member in group.members} == {group.problem.key}
+            assert len(group.members) == config.batch.samples_per_prompt
+        assert Counter(group.problem.source for group in groups) == {"sums": 15, "words": 5}
 
 
 def test_a_replayed_rollout_of_other_sources_is_refused():
