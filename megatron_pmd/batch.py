@@ -53,10 +53,14 @@ class Sample:
     weight_version: int
     """The weights that sampled its last token."""
     seed: int
+    source: str = ""
+    """Name of the problem's source where a run has several."""
     reward: float = 0.0
     shaped_reward: float = 0.0
     """The reward with what length and truncation add or take; the advantage is measured in it."""
     advantage: float = 0.0
+    tau: float = 0.0
+    """Regularisation strength τ of its group's subproblem, in reward units; set with the advantage."""
     reward_error: str | None = None
     """Why the reward is 0 although the grader gave no verdict."""
     segments: list[Segment] = field(default_factory=list)
@@ -86,7 +90,7 @@ class SampleColumns:
     prompt_lengths   int64   [samples]
     counted_lengths  int64   [samples]  tokens that count in the loss
     groups           int64   [samples]
-    rewards, advantages float64 [samples]  rewards are the shaped ones
+    rewards, advantages, taus  float64 [samples]  rewards are the shaped ones
     """
 
     lengths: np.ndarray
@@ -95,6 +99,7 @@ class SampleColumns:
     groups: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
+    taus: np.ndarray
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -187,6 +192,7 @@ class RolloutBatch:
             groups=np.array([s.group for s in samples], np.int64),
             rewards=np.array([s.shaped_reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
+            taus=np.array([s.tau for s in samples], np.float64),
         )
         return cls(
             samples=columns,

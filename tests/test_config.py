@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -226,6 +227,64 @@ def test_naming_an_objective_is_the_same_in_three_ways_and_in_any_order(config: 
 def test_another_source_puts_aside_the_settings_of_the_recipes(config: RunConfig) -> None:
     found = override(config, ["data.train.path=x.jsonl", "data.train.kind=file"])
     assert found.data.train == FileSource(path="x.jsonl")
+
+
+GYM = {"kind": "reasoning_gym", "task": "spell_backward", "size": 10}
+MIXED = [
+    {"name": "a", "source": GYM, "weight": 2},
+    {"name": "b", "source": {"kind": "file", "path": "b.jsonl"}, "tau": 0.3, "system_prompt": "Be brief."},
+]
+
+
+def test_a_list_of_sources_reads_back_and_is_changed_by_place(config: RunConfig) -> None:
+    """In whatever order list and settings are given; another kind of source drops the first one's."""
+    words = ["data.train.1.weight=5", f"data.train={json.dumps(MIXED)}", "data.train.0.source.path=x.jsonl"]
+    mixed = override(config, [*words, "data.train.0.source.kind=file", 'data.system_prompt="Think."'])
+    assert build(json.loads(mixed.model_dump_json())) == mixed
+    first, second = mixed.problem_sources("train")
+    assert (first.key, first.name, first.weight, first.tau) == ("data.train.0", "a", 2, None)
+    assert (first.source, first.data.system_prompt) == (FileSource(path="x.jsonl"), "Think.")
+    assert (second.weight, second.tau, second.data.system_prompt) == (5, 0.3, "Be brief.")
+    assert first.reward == second.reward == config.reward
+    assert first.max_prompt_tokens == config.batch.max_prompt_tokens
+
+
+def test_a_single_source_has_the_runs_settings_and_no_name(config: RunConfig) -> None:
+    (found,) = config.problem_sources("train")
+    assert (found.key, found.name, found.source) == ("data.train", "", config.data.train)
+    assert (found.data, found.reward, found.tau) == (config.data, config.reward, None)
+    assert override(config, ["data.evaluation=null"]).problem_sources("evaluation") == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": True}, r"data\.train\.1\.weight: true and false are no numbers"),
+        ({"weight": float("inf")}, r"data\.train\.1\.weight: "),
+        ({"tau": 0}, r"data\.train\.1\.tau: Input should be greater than 0"),
+        ({"name": "a/b"}, r"data\.train\.1\.name: String should match"),
+        (
+            {"max_prompt_tokens": 10**6},
+            r"data\.train\.1\.max_prompt_tokens=1000000 is over batch\.max_prompt",
+        ),
+        ({"template_arguments": {"tokenize": 1}}, r"data source 'b': template_arguments\.tokenize"),
+        ({"reward": {"name": "remote"}}, r"data source 'b': reward\.name=remote needs reward\.remote\.url"),
+        ({"source": {"kind": "csv"}}, r"data\.train\.1\.source\.kind must be file or reasoning_gym"),
+        ({"source": 3}, r"data\.train\.1\.source is a group of settings, not a value"),
+    ],
+)
+def test_a_sources_bad_value_is_named_with_its_place(
+    config: RunConfig, change: dict[str, Any], reason: str
+) -> None:
+    values = config.model_dump(mode="json")
+    values["data"]["train"] = [MIXED[0], MIXED[1] | change]
+    with pytest.raises(ConfigError, match=reason):
+        build(values)
+
+
+def test_a_curriculum_of_a_mixture_needs_each_sources_difficulty(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"needs data\.train\.0\.source\.difficulty_key"):
+        override(config, [f"data.train={json.dumps(MIXED)}", "data.sampling=curriculum"])
 
 
 def test_every_setting_is_read_somewhere() -> None:

@@ -7,12 +7,13 @@ def test_the_committed_page_is_what_the_docstrings_say():
 
 
 def test_every_key_that_takes_a_value_has_a_line_of_its_own():
-    page = reference()
-    groups = {
-        key for key in known_keys(RunConfig) if any(k.startswith(key + ".") for k in known_keys(RunConfig))
-    }
-    for key in set(known_keys(RunConfig)) - groups:
-        assert f"| `{key}`" in page
+    page, keys = reference(), known_keys(RunConfig)
+    groups = {key for key in keys if any(k.startswith(key + ".") for k in keys)}
+    for key in set(keys) - groups:
+        # a group of a list's entry, as data.train.0.reward, has one line: its settings stand elsewhere
+        entry, _, inner = key.partition(".0.")
+        shown = f"{entry}.0.{inner.partition('.')[0]}" if inner else key
+        assert f"| `{shown}`" in page
     assert groups >= {name for name, field in RunConfig.model_fields.items() if models_in(field.annotation)}
 
 

@@ -89,8 +89,16 @@ def test_an_objective_and_its_gradient_by_hand(
     log_probs = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
     anchor = torch.tensor([-1.5, -1.5, -0.25, -0.5])
     counted = torch.tensor([1, 1, 1, 0])
-    x = LossInput(log_probs, anchor, anchor, counted, torch.tensor([0, 0, 1, 1]), torch.tensor([0.5, -1.0]))
-    found = terms(config.algorithm.objective, x, Constants(tau=0.1, max_response_tokens=8))
+    x = LossInput(
+        log_probs,
+        anchor,
+        anchor,
+        counted,
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([0.5, -1.0]),
+        torch.ones(2),
+    )
+    found = terms(config.algorithm.objective, x, Constants(max_response_tokens=8))
     s, advantage = np.array([0.5 - 0.5, -0.25]), np.array([0.5, -1.0])
     assert found.count == 2
     assert found.sum.item() == pytest.approx(0.75 * ((s - advantage) ** 2).sum(), rel=1e-12)

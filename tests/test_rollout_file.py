@@ -14,6 +14,7 @@ import pytest
 from megatron_pmd import rollout_file
 from megatron_pmd.batch import Sample
 from megatron_pmd.errors import DataError
+from megatron_pmd.observe.samples import grades
 from megatron_pmd.rollout_file import RolloutWriter, check_rollouts, read_rollout, write_rollout
 
 
@@ -152,3 +153,13 @@ def test_rollouts_that_will_be_lacking_are_named_before_the_first_is_read(
         check_rollouts(tmp_path / path, iterations)
     check_rollouts(tmp_path, range(2))
     check_rollouts(tmp_path / "1.parquet", range(1, 2))
+
+
+def test_a_sources_name_is_read_back_and_a_file_without_that_column_has_one_source(tmp_path):
+    write_rollout(tmp_path / "0.parquet", [sample(0, source="sums"), sample(2, source="words")], 0)
+    assert [s.source for s in read_rollout(tmp_path / "0.parquet")[0]] == ["sums", "words"]
+    table = pq.read_table(tmp_path / "0.parquet")
+    pq.write_table(table.drop_columns("source"), tmp_path / "1.parquet")
+    assert [s.source for s in read_rollout(tmp_path / "1.parquet")[0]] == ["", ""]
+    assert list(grades(tmp_path / "0.parquet")) == ["sums 4", "words 4"]
+    assert list(grades(tmp_path / "1.parquet")) == [4]

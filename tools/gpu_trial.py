@@ -100,6 +100,7 @@ def samples(config: RunConfig, vocabulary: int) -> list[Any]:
             response_tokens=(response := rng.integers(0, vocabulary, rng.integers(2, longest))),
             engine_log_probs=np.zeros(len(response)), finish_reason="stop", weight_version=0, seed=0,
             advantage=float(rng.normal()),
+            tau=0.1,
         )
         for i in range(16)
     ]  # fmt: skip
@@ -149,7 +150,7 @@ class Trial:
 
         if self._anchor is None:
             self._anchor = self.log_probs(self.microbatches).log_probs
-        loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
+        loss = loss_of(Pmd(), Constants(max_response_tokens=32))
         return self.actor.update(self.batch, self.microbatches, self._anchor, loss, learning_rate)
 
     def steps(self, count: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_pmd.config import OBJECTIVES, Objective, RunConfig
-from megatron_pmd.config.reading import models_in
+from megatron_pmd.config.reading import listed_in, models_in
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """\
@@ -21,8 +21,9 @@ HEAD = """\
 Written by `make docs` from the docstrings in `megatron_pmd/config/`; edit those.
 
 A recipe returns this tree; `megatron-pmd train RECIPE key=value …` changes it, with the dotted keys below.
-A value is read as JSON where it is JSON, else as a string. An unknown key is an error. The resolved tree is
-written to the run's `config.json`, which can be given in place of a recipe.
+A value is read as JSON where it is JSON, else as a string. `0` in a key is the first of a list, `1` the
+second. An unknown key is an error. The resolved tree is written to the run's `config.json`, which can be
+given in place of a recipe.
 """
 NUMBERS = {"Gt": ">", "Ge": "≥", "Lt": "<", "Le": "≤"}
 
@@ -60,6 +61,17 @@ def rows(prefix: str, model: type[BaseModel], note: str = "") -> list[tuple[str,
         for alternative in inner:
             kind = alternative.model_fields.get("kind")
             found += rows(key, alternative, f" (kind `{kind.default}`)" if kind and len(inner) > 1 else note)
+        for entry in listed_in(field.annotation):
+            found += rows_of_list(key, entry)
+    return found
+
+
+def rows_of_list(key: str, model: type[BaseModel]) -> list[tuple[str, ...]]:
+    """Settings of a list's first entry; a group in it says where its own settings are."""
+    found = []
+    for name, field in model.model_fields.items():
+        there = row(f"{key}.0.{name}", field, " (of a list)")
+        found.append((there[0], "group of settings", *there[2:]) if models_in(field.annotation) else there)
     return found
 
 

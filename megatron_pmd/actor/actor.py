@@ -232,6 +232,7 @@ class Actor:
         engine = torch.from_numpy(batch.tokens.engine_log_probs)
         counted = torch.from_numpy(batch.tokens.counted)
         advantages = torch.from_numpy(batch.samples.advantages).float()
+        taus = torch.from_numpy(batch.samples.taus)
         sums = _StepSums()
 
         def loss(
@@ -246,6 +247,7 @@ class Actor:
                 mask=on_device(counted[source], logits.device),
                 sequence=microbatch.sequence,
                 advantages=on_device(advantages[microbatch.samples], logits.device),
+                tau=on_device(taus[microbatch.samples], logits.device),
             )
             if microbatch.supervised:
                 assert examples is not None

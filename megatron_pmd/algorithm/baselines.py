@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 
-def advantages(rewards: ArrayLike, groups: ArrayLike, *, baseline: str, tau: float) -> Floats:
+def advantages(rewards: ArrayLike, groups: ArrayLike, *, baseline: str, tau: ArrayLike) -> Floats:
     """Reward minus baseline, A_i = r_i − b_i.
 
     rewards   [samples]  any real numbers
@@ -20,7 +20,8 @@ def advantages(rewards: ArrayLike, groups: ArrayLike, *, baseline: str, tau: flo
               `mean_loo`       b_i = (1/(K−1)) Σ_{j≠i} r_j
               `partition`      b_i = τ [logsumexp_j(r_j/τ) − log K]
               `partition_loo`  b_i = τ [logsumexp_{j≠i}(r_j/τ) − log(K−1)]
-    tau       regularisation strength τ, in reward units; the two means do not use it
+    tau       regularisation strength τ, in reward units: one number, or [samples], the same within a group;
+              the two means do not use it
 
     Returns [samples], float64, in reward units and in the order given. Equal rewards give exactly 0.
     Raises ValueError for an unknown baseline, τ ≤ 0, rewards that are not finite, labels that are not
@@ -29,9 +30,10 @@ def advantages(rewards: ArrayLike, groups: ArrayLike, *, baseline: str, tau: flo
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline {baseline!r} is not one of {', '.join(BASELINES)}")
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
     values = np.asarray(rewards, dtype=np.float64)
+    taus = np.broadcast_to(np.asarray(tau, np.float64), values.shape)
+    if not (taus > 0).all():
+        raise ValueError(f"tau must be positive, got {taus.min() if taus.size else tau!r}")
     labels = np.asarray(groups)
     if values.shape != labels.shape:
         raise ValueError(f"{values.shape} rewards for {labels.shape} group labels: one label a sample")
@@ -47,7 +49,7 @@ def advantages(rewards: ArrayLike, groups: ArrayLike, *, baseline: str, tau: flo
             )
         # Measured from the group's maximum no exponential overflows, and equal rewards are exact zeros.
         below = values[rows] - values[rows].max(axis=1, keepdims=True)
-        result[rows] = below - BASELINES[baseline](below, tau)
+        result[rows] = below - BASELINES[baseline](below, taus[rows[:, :1]])
     return result
 
 
@@ -80,23 +82,23 @@ def rows_by_size(groups: NDArray[np.generic]) -> list[Indices]:
 
 
 # The four functions below take `below` [groups, K], each row's maximum already subtracted (so it is 0), and
-# return the baseline measured from that maximum.
+# tau [groups, 1]; they return the baseline measured from that maximum.
 
 
-def _mean(below: Floats, tau: float) -> Floats:
+def _mean(below: Floats, tau: Floats) -> Floats:
     return below.mean(axis=1, keepdims=True)
 
 
-def _mean_loo(below: Floats, tau: float) -> Floats:
+def _mean_loo(below: Floats, tau: Floats) -> Floats:
     return (below.sum(axis=1, keepdims=True) - below) / (below.shape[1] - 1)
 
 
-def _partition(below: Floats, tau: float) -> Floats:
+def _partition(below: Floats, tau: Floats) -> Floats:
     # log1p and expm1 keep all digits as τ → ∞, where this tends to the mean.
     return tau * np.log1p(np.expm1(below / tau).mean(axis=1, keepdims=True))
 
 
-def _partition_loo(below: Floats, tau: float) -> Floats:
+def _partition_loo(below: Floats, tau: Floats) -> Floats:
     groups, size = below.shape
     excess = np.expm1(below / tau)
     rest = (excess.sum(axis=1, keepdims=True) - excess) / (size - 1)
@@ -112,7 +114,7 @@ def _partition_loo(below: Floats, tau: float) -> Floats:
     return baseline
 
 
-BASELINES: dict[str, Callable[[Floats, float], Floats]] = {
+BASELINES: dict[str, Callable[[Floats, Floats], Floats]] = {
     "mean": _mean,
     "mean_loo": _mean_loo,
     "partition": _partition,

@@ -26,7 +26,7 @@ def diagnostics(
     reward: ArrayLike,
     group: ArrayLike,
     baseline: str,
-    tau: float,
+    tau: ArrayLike,
 ) -> dict[str, float]:
     """One optimizer step's diagnostics, over all its micro-batches and data-parallel ranks.
 
@@ -57,6 +57,7 @@ def diagnostics(
     Source: docs/algorithm.md, "What to watch in a run".
     """
     values = {name: np.asarray(value, dtype=np.float64) for name, value in per_sequence.items()}
+    tau = np.asarray(tau, np.float64)
     a, r, labels = np.asarray(advantage, np.float64), np.asarray(reward, np.float64), np.asarray(group)
     _refuse_other_lengths(values | {"advantage": a, "reward": r}, len(labels))
     target, chi2_weights = targets(a, r, labels, baseline=baseline, tau=tau)
@@ -140,7 +141,7 @@ def histogram_quantile(counts: NDArray[np.int64], share: float) -> float:
 
 
 def targets(
-    advantage: Floats, reward: Floats, group: NDArray[np.generic], *, baseline: str, tau: float
+    advantage: Floats, reward: Floats, group: NDArray[np.generic], *, baseline: str, tau: ArrayLike
 ) -> tuple[Floats, Floats]:
     """The log-ratio s* [sequences] each sequence would have at its group's optimum, and λ [groups] in nats.
 
@@ -148,6 +149,7 @@ def targets(
     empirical distribution, uniform over its K samples; with `mean_loo` rewards count K/(K−1) times, as they
     do in its advantages.
     """
+    tau = np.broadcast_to(np.asarray(tau, np.float64), advantage.shape)
     if not baseline.startswith("mean"):
         return advantage / tau, np.zeros(len(np.unique(group)))
     result = np.zeros_like(reward)
@@ -158,15 +160,16 @@ def targets(
         order = np.argsort(reward[rows], axis=1)
         rows = np.take_along_axis(rows, order, axis=1)
         # Rewards come from a short list (±1), so few groups differ: solve each multiset of rewards once.
-        distinct, inverse = np.unique(reward[rows], axis=0, return_inverse=True)
-        solved = [_group_optimum(multiset * scale, tau) for multiset in distinct]
+        problems = np.concatenate([tau[rows[:, :1]], reward[rows] * scale], axis=1)
+        distinct, inverse = np.unique(problems, axis=0, return_inverse=True)
+        solved = [_group_optimum(multiset, float(strength)) for strength, *multiset in distinct]
         inverse = inverse.reshape(-1)
         result[rows] = np.stack([log_rho for log_rho, _ in solved])[inverse]
         weights.append(np.array([chi2_weight for _, chi2_weight in solved])[inverse])
     return result, np.concatenate(weights)
 
 
-def _group_optimum(rewards: Floats, tau: float) -> tuple[Floats, float]:
+def _group_optimum(rewards: Sequence[float], tau: float) -> tuple[Floats, float]:
     outcomes, inverse, counts = np.unique(rewards, return_inverse=True, return_counts=True)
     log_rho, chi2_weight = optimum_mean(outcomes, counts / counts.sum(), tau)
     return log_rho[inverse], chi2_weight
@@ -189,7 +192,7 @@ def _ratios(sums: Mapping[str, float]) -> dict[str, float]:
     return {name: sums[over] / sums[under] for name, (over, under) in RATIOS.items() if sums[under] > 0}
 
 
-def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: float) -> dict[str, float]:
+def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: Floats) -> dict[str, float]:
     mean = advantages(reward, group, baseline="mean", tau=tau)
     partition = advantages(reward, group, baseline="partition", tau=tau)
     gaps, zero = [], []

@@ -22,15 +22,12 @@ from megatron_pmd.algorithm.mismatch import Mismatch, Weight, none, none_by_toke
 class Constants:
     """What all micro-batches of an iteration share."""
 
-    tau: float
-    """Regularisation strength τ, in reward units."""
     max_response_tokens: int
     """Tokens at which every response is cut."""
 
     def __post_init__(self) -> None:
-        for name in ("tau", "max_response_tokens"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.max_response_tokens > 0:
+            raise ValueError(f"max_response_tokens must be positive, got {self.max_response_tokens}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class LossInput:
     """[tokens] int64, index of the token's sequence in this micro-batch."""
     advantages: Tensor
     """[sequences] reward minus baseline, in reward units."""
+    tau: Tensor
+    """[sequences] float64, regularisation strength τ > 0 of the sequence's group, in reward units."""
 
     def __post_init__(self) -> None:
         tokens = self.log_probs.shape
@@ -60,6 +59,11 @@ class LossInput:
                 )
         if self.advantages.ndim != 1:
             raise ValueError(f"advantages must be [sequences], got shape {tuple(self.advantages.shape)}")
+        if self.tau.shape != self.advantages.shape:
+            raise ValueError(
+                f"tau has shape {tuple(self.tau.shape)}, advantages {tuple(self.advantages.shape)}: both "
+                "must be [sequences]"
+            )
 
     @property
     def sequences(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from megatron_pmd.cli.extras import needs
-from megatron_pmd.config import Model, Source, data_of_file
+from megatron_pmd.config import Model, ProblemSource, Reward, data_of_file
 from recipes import configuration
 
 Settings = Annotated[
@@ -29,28 +31,30 @@ def data(
 ) -> None:
     """Show what would be read: counts, drops with reasons, token lengths, the first prompts in full."""
     with needs("cpu"):
-        from megatron_pmd.data.preview import Reader, describe
+        from megatron_pmd.data.preview import describe, headline
         from megatron_pmd.data.rows import is_problem_file
         from megatron_pmd.data.tokenizer import load_tokenizer
 
     reading = Model(path=str(model)) if model else None
-    sources: dict[str, Source]
+    sources: tuple[ProblemSource, ...]
     # any other file that is there is no recipe either: the reader says which kinds there are
     other = Path(file_or_recipe).suffix not in (".py", ".json") and Path(file_or_recipe).is_file()
-    if is_problem_file(file_or_recipe) or other:
-        described = data_of_file(file_or_recipe, settings or [])
-        sources = {"": described.train}
+    is_file = is_problem_file(file_or_recipe) or other
+    if is_file:
+        data = data_of_file(file_or_recipe, settings or [])
+        ungraded, unlimited = Reward(name="exact"), sys.maxsize
+        sources = tuple(
+            ProblemSource.of(key, source, data, ungraded, unlimited)
+            for key, source in data.sources_of("train").items()
+        )
     else:
         config = configuration(file_or_recipe, settings or [])
-        described, ptx = config.data, config.algorithm.ptx
         reading = reading or (config.model if Path(config.model.path).exists() else None)
-        max_prompt_tokens = max_prompt_tokens or config.batch.max_prompt_tokens
-        named = {"data.train": described.train, "data.evaluation": described.evaluation}
-        sources = {key: source for key, source in named.items() if source}
-        sources |= {"algorithm.ptx.source": ptx.source} if ptx else {}
-    reader = Reader(load_tokenizer(reading), max_prompt_tokens) if reading else None
-    for key, source in sources.items():
-        if key:
-            typer.echo(f"=== {key}")
-        for line in describe(source, described, reader, first):
+        sources = config.all_sources
+    tokenizer = load_tokenizer(reading) if reading else None
+    for source in sources:
+        if not is_file:
+            typer.echo(f"=== {headline(source, sources)}")
+        shown = replace(source, max_prompt_tokens=max_prompt_tokens) if max_prompt_tokens else source
+        for line in describe(shown, tokenizer, first):
             typer.echo(line)

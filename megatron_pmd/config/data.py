@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.errors import ConfigError
@@ -53,41 +67,9 @@ class ReasoningGymSource(Frozen):
     """The task's own settings, e.g. min_digits."""
 
 
+Stage = Literal["train", "evaluation"]
 Sampling = Literal["uniform", "in_order", "curriculum", "prioritised"]
 Source = Annotated[FileSource | ReasoningGymSource, Field(discriminator="kind")]
-
-
-class Data(Frozen):
-    train: Source
-    evaluation: Source | None = None
-    """Held-out problems."""
-    system_prompt: str | None = None
-    """None: what the model's chat template adds by itself."""
-    prompt_suffix: str = ""
-    """Appended to every problem's text, e.g. how to format the answer."""
-    template_arguments: dict[str, Any] = {}
-    """Given to the chat template as variables, e.g. `{"enable_thinking": false}` for Qwen3."""
-    sampling: Sampling = "uniform"
-    """`uniform`: every epoch in a new random order. `in_order`: as in the file. `curriculum`: the first
-    epoch from
-    easy to hard, then uniform. `prioritised`: drawn with probability ∝ 1 − success rate so far."""
-
-    @model_validator(mode="after")
-    def _difficulty(self) -> Self:
-        has_one = isinstance(self.train, FileSource) and self.train.difficulty_key is not None
-        if self.sampling == "curriculum" and not has_one:
-            raise ConfigError(
-                "data.sampling=curriculum needs data.train.difficulty_key, a column of the file"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _of_the_template(self) -> Self:
-        for name in self.template_arguments.keys() & RENDERED:
-            raise ConfigError(
-                f"data.template_arguments.{name}: it is given to the chat template by this program; remove it"
-            )
-        return self
 
 
 class LengthReward(Frozen):
@@ -150,11 +132,177 @@ class Reward(Frozen):
         return self
 
 
+class HeldOutSource(Frozen):
+    """One of several sources of problems. What it does not set is the run's own setting."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Under which metrics, evaluations and the report speak of it."""
+    source: Source
+    """Its problems: the settings of a single data.train."""
+    reward: Reward | None = None
+    """In the place of `reward`, as a whole; the same settings."""
+    system_prompt: str | None = None
+    """In the place of data.system_prompt."""
+    prompt_suffix: str | None = None
+    """In the place of data.prompt_suffix."""
+    template_arguments: dict[str, Any] | None = None
+    """In the place of data.template_arguments, as a whole."""
+    max_prompt_tokens: PositiveInt | None = None
+    """At most batch.max_prompt_tokens."""
+    max_response_tokens: PositiveInt | None = None
+    """At most batch.max_response_tokens; a problem's own token budget may be smaller."""
+
+    @field_validator("reward", mode="wrap")
+    @classmethod
+    def _where_it_is(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return validate(value)
+        except ConfigError as error:
+            raise ConfigError(f"data source {info.data.get('name')!r}: {error}") from None
+
+    @model_validator(mode="after")
+    def _of_the_template(self) -> Self:
+        _refuse_rendered(self.template_arguments or {}, f"data source {self.name!r}: template_arguments")
+        return self
+
+
+class TrainingSource(HeldOutSource):
+    weight: PositiveFloat = 1.0
+    """Share of the prompts drawn, relative to the other sources' weights."""
+    tau: PositiveFloat | None = None
+    """In the place of algorithm.tau; algorithm.tau_schedule does not change it."""
+
+
+def _form(value: Any) -> str:
+    return MIXTURE if isinstance(value, list | tuple) else SINGLE
+
+
+SINGLE, MIXTURE = "a source", "a list of sources"
+"""What data.train and data.evaluation can be."""
+_Form = Discriminator(_form)
+Training = Annotated[
+    Annotated[Source, Tag(SINGLE)] | Annotated[tuple[TrainingSource, ...], Tag(MIXTURE)], _Form
+]
+HeldOut = Annotated[
+    Annotated[Source, Tag(SINGLE)] | Annotated[tuple[HeldOutSource, ...], Tag(MIXTURE)], _Form
+]
+
+
+class Data(Frozen):
+    train: Training
+    """One source, or a list of several that every rollout mixes by their weights (docs/mixtures.md)."""
+    evaluation: HeldOut | None = None
+    """Held-out problems: one source, or a list of several."""
+    system_prompt: str | None = None
+    """None: what the model's chat template adds by itself."""
+    prompt_suffix: str = ""
+    """Appended to every problem's text, e.g. how to format the answer."""
+    template_arguments: dict[str, Any] = {}
+    """Given to the chat template as variables, e.g. `{"enable_thinking": false}` for Qwen3."""
+    sampling: Sampling = "uniform"
+    """`uniform`: every epoch in a new random order. `in_order`: as in the file. `curriculum`: the first
+    epoch from
+    easy to hard, then uniform. `prioritised`: drawn with probability ∝ 1 − success rate so far."""
+
+    def sources_of(self, stage: Stage) -> dict[str, Source | HeldOutSource]:
+        """What is to be read, by its key: one source, each of a list, or none."""
+        given: Source | tuple[HeldOutSource, ...] | None = getattr(self, stage)
+        key = f"data.{stage}"
+        if isinstance(given, tuple):
+            return {f"{key}.{place}": source for place, source in enumerate(given)}
+        return {key: given} if given else {}
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        for stage in ("train", "evaluation"):
+            given = getattr(self, stage)
+            if not isinstance(given, tuple):
+                continue
+            if not given:
+                raise ConfigError(f"data.{stage} is an empty list: name at least one source")
+            for name, times in Counter(source.name for source in given).items():
+                if times > 1:
+                    raise ConfigError(
+                        f"data.{stage} has {times} sources named {name!r}: metrics could not tell them "
+                        "apart; give each its own name"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _difficulty(self) -> Self:
+        if self.sampling != "curriculum":
+            return self
+        for key, given in self.sources_of("train").items():
+            source, key = (
+                (given.source, f"{key}.source") if isinstance(given, HeldOutSource) else (given, key)
+            )
+            if not isinstance(source, FileSource) or source.difficulty_key is None:
+                raise ConfigError(
+                    f"data.sampling=curriculum needs {key}.difficulty_key, a column of the file"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_template(self) -> Self:
+        _refuse_rendered(self.template_arguments, "data.template_arguments")
+        return self
+
+
+def _refuse_rendered(arguments: dict[str, Any], where: str) -> None:
+    for name in arguments.keys() & RENDERED:
+        raise ConfigError(f"{where}.{name}: it is given to the chat template by this program; remove it")
+
+
+@dataclass(frozen=True)
+class ProblemSource:
+    """A source of problems with all that holds for it: its own settings, else the run's."""
+
+    key: str
+    """The setting that it stands under: data.train, data.train.0, …"""
+    name: str
+    """Of a list's source; "" for the only one."""
+    source: Source
+    data: Data
+    """How its problems are asked: system prompt, suffix, template arguments."""
+    reward: Reward
+    max_prompt_tokens: int
+    max_response_tokens: int | None = None
+    """None: the run's."""
+    weight: float = 1.0
+    tau: float | None = None
+    """None: the run's."""
+
+    @classmethod
+    def of(
+        cls, key: str, given: Source | HeldOutSource, data: Data, reward: Reward, max_prompt_tokens: int
+    ) -> ProblemSource:
+        """given: as the configuration has it; the others are the run's, for what it does not set."""
+        if not isinstance(given, HeldOutSource):
+            return cls(key, "", given, data, reward, max_prompt_tokens)
+        asked = {name: getattr(given, name) for name in ASKED if getattr(given, name) is not None}
+        mixed = given if isinstance(given, TrainingSource) else None
+        return cls(
+            key,
+            given.name,
+            given.source,
+            data.model_copy(update=asked),
+            given.reward or reward,
+            given.max_prompt_tokens or max_prompt_tokens,
+            given.max_response_tokens,
+            weight=mixed.weight if mixed else 1.0,
+            tau=mixed.tau if mixed else None,
+        )
+
+
+ASKED = ("system_prompt", "prompt_suffix", "template_arguments")
+"""How a problem becomes a prompt: settings of Data that a source of a list can have of its own."""
+
+
 class Evaluation(Frozen):
     every: PositiveInt | None = None
     """Iterations between evaluations; None: before the first and after the last, with data.evaluation."""
     prompts: PositiveInt = 64
-    """The first so many held-out problems."""
+    """The first so many held-out problems, of each source."""
     samples_per_prompt: PositiveInt = 1
     temperature: NonNegativeFloat = 1.0
     """0: greedy."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
-from megatron_pmd.config.data import Data
+from megatron_pmd.config.data import MIXTURE, SINGLE, Data
 from megatron_pmd.config.frozen import Frozen, WrongValue
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
@@ -23,6 +23,8 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         keys.append(prefix + name)
         for inner in models_in(field.annotation):
             keys += known_keys(inner, f"{prefix}{name}.")
+        for inner in listed_in(field.annotation):
+            keys += known_keys(inner, f"{prefix}{name}.0.")
     return list(dict.fromkeys(keys))
 
 
@@ -32,7 +34,15 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
         return [objective_class(name) for name in OBJECTIVES]
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
+    if get_origin(annotation) is tuple:
+        return []
     return [m for argument in get_args(annotation) for m in models_in(argument)]
+
+
+def listed_in(annotation: Any) -> list[type[BaseModel]]:
+    """The groups of settings that a field of this type can hold a list of."""
+    inner = listed_in if get_origin(annotation) is not tuple else models_in
+    return [m for argument in get_args(annotation) for m in inner(argument)]
 
 
 def build(values: dict[str, Any]) -> RunConfig:
@@ -69,7 +79,9 @@ def _explained(problem: Any, model: type[BaseModel]) -> str:
     return f"{key}: {says} (got {problem['input']!r})"
 
 
-OF_PYDANTIC = ("file", "reasoning_gym", "[key]", "str", "tuple[str, ...]", "tuple[str,...]")
+OF_PYDANTIC = (
+    "file", "reasoning_gym", "[key]", "str", "tuple[str, ...]", "tuple[str,...]", SINGLE, MIXTURE
+)  # fmt: skip
 """pydantic's own words in the place of a problem: a union's tag or member, a mapping's key."""
 
 
@@ -85,6 +97,8 @@ def _unknown(key: str, tag: str, model: type[BaseModel]) -> str:
         kind = ".".join([*parents, "kind"])
         return f"{key} is a setting of {kind}={owners[0]}, not of {tag}: remove it, or set {kind}={owners[0]}"
     known = known_keys(model)
+    if place := next((part for part in parents if part.isdigit()), None):
+        known = [other.replace(".0.", f".{place}.") for other in known]
     # what stands elsewhere in its group is nearer than what is spelt like it
     moved = [other for other in known if other.startswith(key.split(".")[0]) and other.endswith(f".{leaf}")]
     return f"{key} is not a setting{did_you_mean(key, moved or known, cutoff=0.5)}"
@@ -92,17 +106,22 @@ def _unknown(key: str, tag: str, model: type[BaseModel]) -> str:
 
 def _models_at(model: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     """The groups of settings that can stand at a dotted key."""
-    found = [model]
+    found, listed = [model], list[type[BaseModel]]()
     for name in path:
-        fields = [group.model_fields[name] for group in found if name in group.model_fields]
-        found = [inner for field in fields for inner in models_in(field.annotation)]
+        if name.isdigit():
+            found, listed = listed, []
+            continue
+        types = [group.model_fields[name].annotation for group in found if name in group.model_fields]
+        found = [inner for annotation in types for inner in models_in(annotation)]
+        listed = [inner for annotation in types for inner in listed_in(annotation)]
     return found
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     """Apply `dotted.key=value` settings; a value is read as JSON where it is JSON, else as a string.
 
-    A choice, as of the objective, comes before the settings of what is chosen, in whatever order they stand.
+    A whole group comes before single settings of it, and a choice, as of the objective, before the settings
+    of what is chosen, in whatever order they stand.
     """
     values = config.model_dump(mode="json")
     _assign(values, assignments)
@@ -112,10 +131,12 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
 def _assign(values: dict[str, Any], assignments: list[str]) -> None:
     """Write `dotted.key=value` settings into a tree of plain values; see override."""
     settings = [_setting(assignment) for assignment in assignments]
-    for key, value in sorted(settings, key=lambda setting: setting[0] not in CHOICES):
+    for key, value in sorted(
+        settings, key=lambda setting: (setting[0].count("."), not _is_choice(setting[0]))
+    ):
         *parents, leaf = key.split(".")
         node = _group(values, key, parents)
-        if node.get(leaf) != value and key in CHOICES:
+        if node.get(leaf) != value and _is_choice(key):
             node.clear()  # the settings of what was chosen before mean nothing to another
         node[leaf] = value
 
@@ -137,10 +158,11 @@ def data_of_file(file: str, settings: list[str]) -> Data:
         raise ConfigError(f"{lines}\nA problem file has the settings data.* alone") from None
 
 
-CHOICES = {
-    "algorithm.objective.name", "algorithm.ptx.source.kind", "data.train.kind", "data.evaluation.kind"
-}  # fmt: skip
-"""Settings that say which settings there are beside them."""
+def _is_choice(key: str) -> bool:
+    """Whether the setting says which settings there are beside it."""
+    return key == "algorithm.objective.name" or key.endswith(
+        (".source.kind", "train.kind", "evaluation.kind")
+    )
 
 
 def _setting(assignment: str) -> tuple[str, Any]:
@@ -157,15 +179,36 @@ def _setting(assignment: str) -> tuple[str, Any]:
 
 
 def _group(values: dict[str, Any], key: str, parents: list[str]) -> dict[str, Any]:
-    """The group of settings that the key is in, made where there is none."""
+    """The group of settings that the key is in, made where there is none; `0` is the first of a list."""
+    node: Any = values
     for parent in parents:
-        child = values.get(parent)
+        if isinstance(node, list):
+            node = _of_list(node, parent, key)
+            continue
+        child = node.get(parent)
         if child is None:
-            child = values[parent] = {}
-        if not isinstance(child, dict):
+            child = node[parent] = {}
+        if not isinstance(child, dict | list):
             raise ConfigError(f"{key} is not a setting: {parent} is a value, not a group of settings")
-        values = child
-    return values
+        node = child
+    if isinstance(node, list):
+        raise _not_in_list(node, key, key.rpartition(".")[2])
+    return node
+
+
+def _of_list(entries: list[Any], place: str, key: str) -> Any:
+    """The group of settings at a place of a list."""
+    if place.isdigit() and int(place) < len(entries) and isinstance(entries[int(place)], dict):
+        return entries[int(place)]
+    raise _not_in_list(entries, key, place)
+
+
+def _not_in_list(entries: list[Any], key: str, place: str) -> ConfigError:
+    before = key.partition(f".{place}")[0]
+    return ConfigError(
+        f"{key} is not a setting: {before} is a list of {len(entries)}; name one of them by its place, from "
+        f"{before}.0, or give the whole list"
+    )
 
 
 def load(path: Path) -> RunConfig:

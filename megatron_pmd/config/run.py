@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_pmd.config.actor import Actor, Model, Optimizer
 from megatron_pmd.config.algorithm import Alarms, Algorithm
-from megatron_pmd.config.data import Data, Evaluation, Reward
+from megatron_pmd.config.data import Data, Evaluation, ProblemSource, Reward, Stage
 from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
@@ -165,6 +165,31 @@ class RunConfig(Frozen):
         mean, p99 = LOG_PROB_BOUNDS["fp8" if fp8 else self.model.precision]
         return self.sync.mean_log_prob_difference or mean, self.sync.p99_log_prob_difference or p99
 
+    def problem_sources(self, stage: Stage) -> tuple[ProblemSource, ...]:
+        """What data.train or data.evaluation names, with all that holds for each; () without any."""
+        return tuple(
+            ProblemSource.of(key, given, self.data, self.reward, self.batch.max_prompt_tokens)
+            for key, given in self.data.sources_of(stage).items()
+        )
+
+    @property
+    def supervised_source(self) -> ProblemSource | None:
+        """Of algorithm.ptx."""
+        ptx = self.algorithm.ptx
+        key, longest_prompt = "algorithm.ptx.source", self.batch.max_prompt_tokens
+        return ProblemSource.of(key, ptx.source, self.data, self.reward, longest_prompt) if ptx else None
+
+    @property
+    def all_sources(self) -> tuple[ProblemSource, ...]:
+        """Everything that the run reads problems from."""
+        further = (self.supervised_source,) if self.supervised_source else ()
+        return (*self.problem_sources("train"), *self.problem_sources("evaluation"), *further)
+
+    @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """Of each source whose responses are graded."""
+        return tuple(s.reward for s in (*self.problem_sources("train"), *self.problem_sources("evaluation")))
+
     def resolved(self) -> RunConfig:
         """With what follows from other settings written out: a run's config.json says what is in force."""
         mean, p99 = self.log_prob_bounds
@@ -255,6 +280,14 @@ class RunConfig(Frozen):
                 + f"; raise it to {-(-longest // context)}"
             )
 
+        for source in self.all_sources:
+            for limit in ("max_prompt_tokens", "max_response_tokens"):
+                own, most = getattr(source, limit), getattr(batch, limit)
+                if own is not None and own > most:
+                    raise ConfigError(
+                        f"{source.key}.{limit}={own} is over batch.{limit}={most}, which holds for every "
+                        "source: lower it, or raise the batch's"
+                    )
         cache, needed = self.rollout.max_total_tokens, batch.max_prompt_tokens + batch.max_response_tokens
         if cache is not None and cache < needed:
             raise ConfigError(

@@ -37,6 +37,7 @@ def demonstrations(problems: list[Problem], tokenizer: Any) -> list[Sample]:
             Sample(
                 group=group,
                 number=0,
+                source=problem.source,
                 problem=problem.index,
                 prompt=tokenizer.decode(problem.tokens),
                 response=problem.answer,

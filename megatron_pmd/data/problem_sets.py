@@ -6,55 +6,74 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_pmd.config import RunConfig, Sampling, Source
+from megatron_pmd.config import ProblemSource, RunConfig
 from megatron_pmd.data.demonstrations import that_fit
+from megatron_pmd.data.mixture import MixedPrompts, Share, seed_of
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.data.prompts import PromptSource, prompt_source, tokenize
-from megatron_pmd.data.sources import load_problems
+from megatron_pmd.data.prompts import PromptOrder, PromptSource, prompt_source, tokenize
+from megatron_pmd.data.sources import named, problems_of
 
 
 @dataclass(frozen=True)
 class ProblemSets:
     """What the driver draws problems from."""
 
-    train: PromptSource
+    train: PromptOrder
     held_out: list[Problem]
-    """For evaluation; empty without data.evaluation."""
+    """For evaluation, the first evaluation.prompts of each source; empty without data.evaluation."""
     supervised: PromptSource | None
     """Of the PTX term; None without one."""
 
     @classmethod
     def load(cls, config: RunConfig, tokenizer: Any, say: Callable[[str], None]) -> ProblemSets:
         """Read and tokenise all of them; what is too long is dropped and said. Raises DataError."""
-        limit, longest = config.batch.max_prompt_tokens, config.longest_trained_sample
+        supervised = config.algorithm.objective.supervised or config.warm_start is not None
+        ptx, longest = config.supervised_source, config.longest_trained_sample
 
-        def kept(source: Source, what: str, *, trained_on: bool) -> list[Problem]:
+        def kept(given: ProblemSource, what: str, *, trained_on: bool) -> list[Problem]:
             """trained_on: the answers are responses to learn."""
-            problems = load_problems(source, config.data)
-            result, dropped = tokenize(problems, tokenizer, limit)
-            if dropped:
-                say(f"{dropped} of {len(problems)} {what} prompts are over {limit} tokens: dropped")
-            if not trained_on:
-                return result
-            fitting = that_fit(result, tokenizer, longest)
+            what = f"{what} prompts of {given.name}" if given.name else f"{what} prompts"
+            problems, limit = problems_of(given), given.max_prompt_tokens
+            with named(given):
+                result, dropped = tokenize(problems, tokenizer, limit)
+                if dropped:
+                    say(f"{dropped} of {len(problems)} {what} are over {limit} tokens: dropped")
+                if not trained_on:
+                    return result
+                fitting = that_fit(result, tokenizer, longest)
             if too_long := len(result) - len(fitting):
                 say(
-                    f"{too_long} of {len(problems)} {what} prompts have with their answers over {longest} "
+                    f"{too_long} of {len(problems)} {what} have with their answers over {longest} "
                     "tokens, all that a forward pass holds: dropped"
                 )
             return fitting
 
-        def order(problems: list[Problem], sampling: Sampling) -> PromptSource:
-            return prompt_source(problems, config.seed, sampling)
+        def train() -> PromptOrder:
+            sources = config.problem_sources("train")
+            problems = [kept(given, "training", trained_on=supervised) for given in sources]
+            if not sources[0].name:
+                return prompt_source(problems[0], config.seed, config.data.sampling)
+            return MixedPrompts(
+                [
+                    Share(
+                        given.name,
+                        given.weight,
+                        prompt_source(own, seed_of(config.seed, given.name), config.data.sampling),
+                    )
+                    for given, own in zip(sources, problems, strict=True)
+                ]
+            )
 
-        ptx, evaluation = config.algorithm.ptx, config.data.evaluation
-        supervised = config.algorithm.objective.supervised or config.warm_start is not None
         return cls(
-            train=order(kept(config.data.train, "training", trained_on=supervised), config.data.sampling),
-            held_out=[] if evaluation is None else kept(evaluation, "evaluation", trained_on=False),
+            train=train(),
+            held_out=[
+                problem
+                for given in config.problem_sources("evaluation")
+                for problem in kept(given, "evaluation", trained_on=False)[: config.evaluation.prompts]
+            ],
             supervised=None
             if ptx is None
-            else order(kept(ptx.source, "supervised", trained_on=True), "uniform"),
+            else prompt_source(kept(ptx, "supervised", trained_on=True), config.seed, "uniform"),
         )
 
     def state(self) -> dict[str, Any]:

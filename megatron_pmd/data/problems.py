@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_pmd.config import Reward
+
+Key = tuple[str, int]
+"""Name of its source and index there: which problem of a run it is."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,3 +30,11 @@ class Problem:
     """Longest response, in tokens; None: the run's own limit."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
     """What the chat template is given beside messages."""
+    source: str = ""
+    """Name of its source where a run has several."""
+    reward: Reward | None = None
+    """How its source's responses are graded; None: as the run's are."""
+
+    @property
+    def key(self) -> Key:
+        return self.source, self.index

@@ -7,10 +7,12 @@ import functools
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import Sampling
-from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import DataError
 from megatron_pmd.plugins import did_you_mean
 
@@ -74,8 +76,44 @@ def _refuse_unread(arguments: dict[str, Any], tokenizer: Any) -> None:
             )
 
 
-class PromptSource:
-    """An endless, reproducible sequence of problems, epoch after epoch; `sampling` is their order."""
+class PromptOrder(ABC):
+    """An endless, reproducible sequence of problems."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Different problems in it."""
+
+    @abstractmethod
+    def take(self, n: int) -> list[Problem]:
+        """The next n problems."""
+
+    @abstractmethod
+    def problem(self, key: Key) -> Problem:
+        """The problem of this source and index. DataError if it is not among these."""
+
+    @abstractmethod
+    def record(self, successes: Mapping[Key, float]) -> None:
+        """How problems went: success rate in [0, 1] of each."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Where the sequence stands, in JSON values, and of which data."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. DataError if it is of another sequence."""
+
+    def peek(self, n: int) -> list[Problem]:
+        """The next n problems, which take() will give again."""
+        state = self.state()
+        try:
+            return self.take(n)
+        finally:
+            self.load_state(state)
+
+
+class PromptSource(PromptOrder):
+    """The problems of one source, epoch after epoch; `sampling` is their order."""
 
     def __init__(self, problems: list[Problem], seed: int, sampling: Sampling = "uniform") -> None:
         """Start at epoch 0.
@@ -119,30 +157,21 @@ class PromptSource:
                 self._order = self._order_of(self._epoch)
         return taken
 
-    def problem(self, index: int) -> Problem:
-        """The problem with this index in its source. DataError if it is not among these."""
-        found = self._by_index.get(index)
+    def problem(self, key: Key) -> Problem:
+        found = self._by_key.get(key)
         if found is None:
-            raise DataError(f"problem {index} is not among the {len(self)} of this run's data")
+            raise DataError(f"problem {key[1]} is not among the {len(self)} of this run's data")
         return found
 
-    def peek(self, n: int) -> list[Problem]:
-        """The next n problems, which take() will give again."""
-        state = self.state()
-        try:
-            return self.take(n)
-        finally:
-            self.load_state(state)
-
-    def record(self, successes: dict[int, float]) -> None:
-        """How problems went: success rate in [0, 1] by problem index. These orders do not depend on it."""
+    def record(self, successes: Mapping[Key, float]) -> None:
+        """These orders do not depend on it."""
 
     def state(self) -> dict[str, Any]:
         """Where the sequence stands, in JSON values: epoch, cursor (problems taken of it), of which data."""
         return {"epoch": self._epoch, "cursor": self._cursor, **self._identity()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. DataError if it is of other problems, seed or sampling."""
+        """DataError if it is of other problems, seed or sampling."""
         self._refuse_another(state)
         epoch, cursor = state["epoch"], state["cursor"]
         if not (
@@ -188,8 +217,8 @@ class PromptSource:
         return shuffled
 
     @functools.cached_property
-    def _by_index(self) -> dict[int, Problem]:
-        return {problem.index: problem for problem in self._problems}
+    def _by_key(self) -> dict[Key, Problem]:
+        return {problem.key: problem for problem in self._problems}
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -208,7 +237,7 @@ class PrioritisedPrompts(PromptSource):
     def __init__(self, problems: list[Problem], seed: int) -> None:
         super().__init__(problems, seed, "prioritised")
         self._draws = 0
-        self._place = {p.index: place for place, p in enumerate(self._problems)}
+        self._place = {p.key: place for place, p in enumerate(self._problems)}
         self._success = [0.0] * len(self._problems)
 
     @property
@@ -230,9 +259,9 @@ class PrioritisedPrompts(PromptSource):
         self._draws += n
         return taken
 
-    def record(self, successes: dict[int, float]) -> None:
-        for index, rate in successes.items():
-            self._success[self._place[index]] = rate
+    def record(self, successes: Mapping[Key, float]) -> None:
+        for key, rate in successes.items():
+            self._success[self._place[key]] = rate
 
     def state(self) -> dict[str, Any]:
         """How many were drawn, and every problem's success rate."""

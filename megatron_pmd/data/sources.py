@@ -7,14 +7,47 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from megatron_pmd.config import Data, FileSource, ReasoningGymSource, Source
+from megatron_pmd.config import Data, FileSource, ProblemSource, ReasoningGymSource, Source
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.rows import kind_of, read_rows, value_at
 from megatron_pmd.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+def problems_of(given: ProblemSource) -> list[Problem]:
+    """As load_problems, with what a source of a list has of its own: name, reward, longest response.
+
+    What a DataError says begins with the source where there are several.
+    """
+    with named(given):
+        problems = load_problems(given.source, given.data)
+    if not given.name:
+        return problems
+    most = given.max_response_tokens
+    return [
+        dataclasses.replace(
+            problem,
+            source=given.name,
+            reward=given.reward,
+            token_budget=min(filter(None, (problem.token_budget, most)), default=None),
+        )
+        for problem in problems
+    ]
+
+
+@contextmanager
+def named(given: ProblemSource) -> Iterator[None]:
+    """A DataError in here says which source it is of, where a run has several."""
+    try:
+        yield
+    except DataError as error:
+        if given.name:
+            raise DataError(f"{given.key} ({given.name}): {error}") from None
+        raise
 
 
 def load_problems(source: Source, data: Data) -> list[Problem]:
@@ -28,10 +61,11 @@ def load_problems(source: Source, data: Data) -> list[Problem]:
     return _read_file(source, data)
 
 
-def check_source(source: Source, data: Data) -> None:
-    """Raise what load_problems would, as far as the first problem of a file tells; a task is not made yet."""
-    if isinstance(source, FileSource):
-        next(_problems_of(source, data))
+def check_source(given: ProblemSource) -> None:
+    """Raise what problems_of would, as far as the first problem of a file tells; a task is not made yet."""
+    if isinstance(given.source, FileSource):
+        with named(given):
+            next(_problems_of(given.source, given.data))
 
 
 def _read_file(source: FileSource, data: Data) -> list[Problem]:

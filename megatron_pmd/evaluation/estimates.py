@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_pmd.batch import Sample
+
+ALWAYS_1 = {"": 1.0}
+"""One source, in which a reward of at least 1 passes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a correct sample."""
+    """mean_at_k: mean reward of a sample. pass_at_k: share of prompts with a correct sample.
+
+    Of several sources it is over all their prompts, each prompt counting once.
+    """
 
     k: int
     prompts: int
@@ -31,9 +37,11 @@ class Evaluation:
     response_tokens: float
     truncated_share: float
     reward_errors: int
+    sources: dict[str, Evaluation] = field(default_factory=dict)
+    """By name; empty where there is only one."""
 
     def metrics(self) -> dict[str, float]:
-        return {
+        values: dict[str, float] = {
             "k": self.k,
             "prompts": self.prompts,
             "mean_at_k": self.mean_at_k.value,
@@ -46,21 +54,35 @@ class Evaluation:
             "truncated_share": self.truncated_share,
             "reward_errors": self.reward_errors,
         }
+        for name, source in self.sources.items():
+            values |= {f"source/{name}/{key}": value for key, value in source.metrics().items()}
+        return values
 
 
-def evaluate(samples: Sequence[Sample], correct: float = 1.0) -> Evaluation:
-    """Score samples of k responses to each prompt; a reward of at least `correct` passes.
+def evaluate(samples: Sequence[Sample], correct: Mapping[str, float] = ALWAYS_1) -> Evaluation:
+    """Score samples of k responses to each prompt.
+
+    correct: by source, the least reward that passes.
 
     Prompts, not samples, are the independent draws.
     """
+    found = _estimate(samples, correct)
+    names = dict.fromkeys(sample.source for sample in samples if sample.source)
+    sources = {name: _estimate([s for s in samples if s.source == name], correct) for name in names}
+    return replace(found, sources=sources)
+
+
+def _estimate(samples: Sequence[Sample], correct: Mapping[str, float]) -> Evaluation:
     rewards: dict[int, list[float]] = defaultdict(list)
+    passed: dict[int, bool] = defaultdict(bool)
     for sample in samples:
         rewards[sample.group].append(sample.reward)
+        passed[sample.group] |= sample.reward >= correct[sample.source]
     return Evaluation(
         k=max(map(len, rewards.values())),
         prompts=len(rewards),
         mean_at_k=_mean([float(np.mean(r)) for r in rewards.values()]),
-        pass_at_k=_share([max(r) >= correct for r in rewards.values()]),
+        pass_at_k=_share(list(passed.values())),
         response_tokens=float(np.mean([len(s.response_tokens) for s in samples])),
         truncated_share=float(np.mean([s.finish_reason == "length" for s in samples])),
         reward_errors=sum(s.reward_error is not None for s in samples),

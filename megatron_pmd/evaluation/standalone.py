@@ -16,20 +16,21 @@ from rich.text import Text
 
 from megatron_pmd.batch import Sample
 from megatron_pmd.config import (
-    Data,
     FileSource,
     Model,
     Precision,
+    ProblemSource,
     Reward,
     Rollout,
     RunConfig,
-    Source,
+    Stage,
     data_of_file,
     load,
     override,
 )
+from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import tokenize
-from megatron_pmd.data.sources import load_problems
+from megatron_pmd.data.sources import named, problems_of
 from megatron_pmd.data.tokenizer import load_tokenizer
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
@@ -41,7 +42,7 @@ from megatron_pmd.files import read_object, write_whole
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
-from megatron_pmd.rewards.remote import grading
+from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
@@ -50,6 +51,8 @@ from megatron_pmd.rollout_file import write_rollout
 
 DEFAULT_RESPONSE_TOKENS = 1024
 CPU_CACHE_TOKENS = 16384
+_NEAREST: tuple[Stage, ...] = ("evaluation", "train")
+"""Whose columns a file is read by that is given in their place."""
 REQUESTS_PER_SLOT = 4
 """Requests in flight for each that the engine decodes: its queue is never empty, and none waits for long."""
 
@@ -77,16 +80,13 @@ class Task:
     model: Model
     iteration: int
     """Of the run that the model is from, and the weight version its samples carry; 0 for a model folder."""
-    data: Data
-    source: Source
+    sources: tuple[ProblemSource, ...]
     limit: int | None
-    """The first so many problems."""
-    reward: Reward
+    """The first so many problems of each."""
     rollout: Rollout
     samples_per_prompt: int
     temperature: float
     top_p: float
-    max_prompt_tokens: int
     max_response_tokens: int
     seed: int
     folder: Path
@@ -121,12 +121,13 @@ def _of_run(request: EvaluationRequest) -> Task:
             "checkpoint.hf_export=true"
         )
     iteration = max(exports)
-    source: Source
-    limit = None
+    limit, longest_prompt = None, config.batch.max_prompt_tokens
+    sources = config.problem_sources("evaluation")
     if request.data is not None:
-        source = _file(request.data, config)
-    elif config.data.evaluation is not None:
-        source, limit = config.data.evaluation, config.evaluation.prompts
+        file = _file(request.data, config)
+        sources = (ProblemSource.of("--data", file, config.data, config.reward, longest_prompt),)
+    elif sources:
+        limit = config.evaluation.prompts
     else:
         raise ConfigError(f"{request.target} has no held-out problems (data.evaluation); give --data FILE")
     response = request.max_response_tokens or config.batch.max_response_tokens
@@ -134,15 +135,12 @@ def _of_run(request: EvaluationRequest) -> Task:
     return Task(
         model=config.model.model_copy(update={"path": str(exports[iteration])}),
         iteration=iteration,
-        data=config.data,
-        source=source,
+        sources=tuple(_as_asked(request, source) for source in sources),
         limit=request.limit or limit,
-        reward=_reward(request, config.reward),
-        rollout=_engine(config.rollout, config.batch.max_prompt_tokens + response),
+        rollout=_engine(config.rollout, longest_prompt + response),
         samples_per_prompt=request.samples_per_prompt,
         temperature=config.evaluation.temperature if request.temperature is None else request.temperature,
         top_p=config.evaluation.top_p,
-        max_prompt_tokens=config.batch.max_prompt_tokens,
         max_response_tokens=response,
         seed=config.seed,
         folder=_unused(request.target / "evaluate" / f"{name}-k{request.samples_per_prompt}"),
@@ -165,18 +163,20 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
         )
     name = f"{request.target.resolve().name}-{request.data.stem}-k{request.samples_per_prompt}"
     data = data_of_file(str(request.data), list(request.settings))
+    reward = Reward(name=request.reward)
+    sources = [
+        ProblemSource.of(key, given, data, reward, context - response)
+        for key, given in data.sources_of("train").items()
+    ]
     return Task(
         model=Model(path=str(request.target), precision=_precision(request.target, description)),
         iteration=0,
-        data=data,
-        source=data.train,
+        sources=tuple(_as_asked(request, source) for source in sources),
         limit=request.limit,
-        reward=_reward(request, Reward(name=request.reward)),
         rollout=_engine(Rollout(), response + 1),
         samples_per_prompt=request.samples_per_prompt,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0,
-        max_prompt_tokens=context - response,
         max_response_tokens=response,
         seed=0,
         folder=_unused(Path("runs") / "evaluate" / name),
@@ -185,13 +185,21 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
 
 def _file(path: Path, config: RunConfig) -> FileSource:
     """The file, its columns named as those of the run's own files."""
-    own = next((s for s in (config.data.evaluation, config.data.train) if isinstance(s, FileSource)), None)
+    given = [source.source for stage in _NEAREST for source in config.problem_sources(stage)]
+    own = next((source for source in given if isinstance(source, FileSource)), None)
     return own.model_copy(update={"path": str(path)}) if own else FileSource(path=str(path))
 
 
-def _reward(request: EvaluationRequest, own: Reward) -> Reward:
+def _as_asked(request: EvaluationRequest, source: ProblemSource) -> ProblemSource:
+    """With what the command line says in the place of what the source says."""
     changes = {"name": request.reward, "answer": request.answer}
-    return Reward.model_validate(own.model_dump() | {k: v for k, v in changes.items() if v is not None})
+    given = {key: value for key, value in changes.items() if value is not None}
+    own_limit = source.max_response_tokens if request.max_response_tokens is None else None
+    return replace(
+        source,
+        reward=Reward.model_validate(source.reward.model_dump() | given),
+        max_response_tokens=own_limit,
+    )
 
 
 def _precision(folder: Path, description: dict[str, Any]) -> Precision:
@@ -230,10 +238,15 @@ def run(task: Task, console: Console) -> Evaluation:
     However it ends, the engine and the graders end with it.
     """
     tokenizer = load_tokenizer(task.model)
-    problems = load_problems(task.source, task.data)[: task.limit]
-    kept, dropped = tokenize(problems, tokenizer, task.max_prompt_tokens)
-    if dropped:
-        console.say(f"{dropped} of {len(problems)} prompts are over {task.max_prompt_tokens} tokens: dropped")
+    kept: list[Problem] = []
+    dropped = 0
+    for source in task.sources:
+        problems, limit = problems_of(source)[: task.limit], source.max_prompt_tokens
+        with named(source):
+            fitting, too_long = tokenize(problems, tokenizer, limit)
+        if too_long:
+            console.say(f"{too_long} of {len(problems)} prompts are over {limit} tokens: dropped")
+        kept, dropped = kept + fitting, dropped + too_long
     settings = DrawSettings(
         samples_per_prompt=task.samples_per_prompt,
         iteration=task.iteration,
@@ -244,7 +257,7 @@ def run(task: Task, console: Console) -> Evaluation:
         stream="evaluation",
     )
     rollout = RolloutGroups(kept, settings)
-    with grading(task.reward) as rewards:
+    with grading(task.sources[0].reward, [source.reward for source in task.sources]) as rewards:
         sampler = Sampler(
             endpoint=Endpoint(
                 router_url="",  # there is one engine: it is asked without a router
@@ -316,13 +329,23 @@ def _sample(task: Task, rollout: RolloutGroups, sampler: Sampler, console: Conso
 
 
 def _record(task: Task, samples: list[Sample], dropped: int) -> Evaluation:
-    result = evaluate(samples, task.reward.correct)
+    result = evaluate(samples, {source.name: source.reward.correct for source in task.sources})
     write_rollout(task.folder / "samples.parquet", samples, task.iteration)
     settings = {
         key: value.model_dump(mode="json") if hasattr(value, "model_dump") else value
         for key, value in vars(task).items()
-        if key not in ("data", "folder")
+        if key not in ("sources", "folder")
     }
+    settings["sources"] = [
+        {
+            "name": source.name,
+            "source": source.source.model_dump(mode="json"),
+            "reward": source.reward.model_dump(mode="json"),
+            "max_prompt_tokens": source.max_prompt_tokens,
+            "max_response_tokens": source.max_response_tokens,
+        }
+        for source in task.sources
+    ]
     content = {
         "result": asdict(result),
         "dropped_prompts": dropped,
@@ -342,10 +365,10 @@ def table(task: Task, result: Evaluation) -> Table:
     shown.add_column(f"{result.prompts:,} prompts × {result.k} samples")
     shown.add_column("", justify="right")
     shown.add_column("95 % interval", justify="right")
-    for name, score in (("mean", result.mean_at_k), ("pass", result.pass_at_k)):
-        shown.add_row(
-            f"{name}@{result.k}", number(score.value), f"{number(score.low)} – {number(score.high)}"
-        )
+    for of, part in {"": result, **result.sources}.items():
+        for name, score in (("mean", part.mean_at_k), ("pass", part.pass_at_k)):
+            title = f"{of}: {name}@{part.k}" if of else f"{name}@{part.k}"
+            shown.add_row(title, number(score.value), f"{number(score.low)} – {number(score.high)}")
     shown.add_row("cut at the limit", percent(result.truncated_share), "")
     shown.add_row("response tokens", number(result.response_tokens), "")
     shown.add_row("reward errors", number(result.reward_errors), "")

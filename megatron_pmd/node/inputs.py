@@ -20,11 +20,10 @@ def check_inputs(config: RunConfig, replay: Path | None) -> None:
     """
     if replay is not None and not replay.exists():
         raise DataError(f"--replay {replay}: no such file or folder")
-    ptx, evaluation = config.algorithm.ptx, config.data.evaluation
-    for source in (config.data.train, evaluation, ptx.source if ptx else None):
-        if source is not None:
-            check_source(source, config.data)
-    plugins.find(REWARDS.reference(config.reward.name, what="reward.name"), what="reward.name")
+    for source in config.all_sources:
+        check_source(source)
+    for name in {config.reward.name, *(reward.name for reward in config.rewards)}:
+        plugins.find(REWARDS.reference(name, what="reward.name"), what="reward.name")
     if config.rollout.function is not None:
         plugins.find(config.rollout.function, what="rollout.function")
     if (prepare := model_to_make(config)) is not None:

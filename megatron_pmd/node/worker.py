@@ -186,7 +186,7 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remar
     """
     from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.engine.lengths import check_lengths
-    from megatron_pmd.rewards.remote import grading
+    from megatron_pmd.rewards.grading import grading
     from megatron_pmd.rollout_file import check_rollouts
 
     config, control = start.config, start.control
@@ -199,7 +199,7 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remar
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
     if start.samples:
-        rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward)))
+        rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward, config.rewards)))
     return _Inputs(tokenizer, problems, rewards)
 
 

@@ -29,7 +29,7 @@ class Pmd(Objective):
 
     def loss(self, x: LossInput, constants: Constants) -> Tensor:
         """[sequences]"""
-        tau = constants.tau
+        tau = x.tau
         residual = x.advantages.double() - tau * x.log_ratio
         if self.scaling == "gradient":
             loss = residual.square() / (2 * tau)

@@ -33,5 +33,5 @@ class PmdToken(Objective):
         """[tokens]"""
         log_ratio = x.token_log_ratio
         inside = (log_ratio >= self.log_ratio_low) & (log_ratio <= self.log_ratio_high)
-        loss = -ratio(log_ratio) * x.by_token(x.advantages) + constants.tau * log_ratio.square()
+        loss = -ratio(log_ratio) * x.by_token(x.advantages) + x.by_token(x.tau) * log_ratio.square()
         return loss.where(inside, 0.0)

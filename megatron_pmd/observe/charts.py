@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -27,6 +28,9 @@ PHASE_COLOURS = {
     "sync": GREEN,
     "resume": "#9bc76d",
 }
+CURVE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, PINK)
+SOURCE = "source/"
+"""Metrics of one source of a mixture: source/NAME/…"""
 SPARE_COLOURS = ("#c25b4e", "#5f6fb5", "#6b8e23", "#a0527a")
 
 
@@ -68,6 +72,7 @@ def charts(run: RunFolder) -> list[Chart]:
             _series(run, "response_tokens", "training", BLUE, kinds=("iteration",)),
             _evaluated(run, "response_tokens", "evaluation", ORANGE),
         ),
+        *_by_source(run),
         _curves("Truncated responses", "share of the rollout", _series(run, "truncated_share", "", PINK)),
         _curves("PMD progress", "every optimizer step", _series(run, "pmd/progress", "", GREEN)),
         _curves(
@@ -114,7 +119,8 @@ def other_charts(run: RunFolder) -> list[Chart]:
         ),
     }
     lines = run.of_kind("step") + run.iterations
-    keys = {k for m in lines for k, v in m.items() if isinstance(v, (int, float))} - shown
+    keys = {k for m in lines for k, v in m.items() if isinstance(v, (int, float)) and k not in shown}
+    keys = {key for key in keys if not key.startswith(SOURCE)}
     made = [_curves(key, "", _series(run, key, "", BLUE)) for key in sorted(keys)]
     return [_aligned(chart, run) for chart in made if chart is not None]
 
@@ -150,6 +156,28 @@ def phase_bars(run: RunFolder, colours: dict[str, str]) -> go.Figure:
     return _dressed(figure, x_title="iteration", y_title="seconds")
 
 
+def _by_source(run: RunFolder) -> list[Chart | None]:
+    """One curve for each source of a mixture; nothing where there is only one."""
+    keys = [key for m in (*run.iterations, *run.evaluations) for key in m if key.startswith(SOURCE)]
+    names = list(dict.fromkeys(key.split("/")[1] for key in keys))
+    colours = dict(zip(names, itertools.cycle(CURVE_COLOURS), strict=False))
+
+    def trained(key: str) -> list[Series | None]:
+        return [_series(run, f"{SOURCE}{name}/{key}", name, colours[name]) for name in names]
+
+    def evaluated(key: str) -> list[Series | None]:
+        return [_evaluated(run, f"{SOURCE}{name}/{key}", name, colours[name]) for name in names]
+
+    return [
+        _curves("Reward by source", "mean of each rollout", *trained("reward")),
+        _curves("Correct responses by source", "share of the rollout", *trained("correct")),
+        _curves("Response length by source", "mean tokens of each rollout", *trained("response_tokens")),
+        _curves("Groups with signal by source", "not every advantage is 0", *trained("groups_with_signal")),
+        _curves("Evaluation by source", "mean@k", *evaluated("mean_at_k")),
+        _curves("Evaluation by source, pass@k", "pass@k", *evaluated("pass_at_k")) if _several(run) else None,
+    ]
+
+
 def _several(run: RunFolder) -> bool:
     return any((m.get("k") or 1) > 1 for m in run.evaluations)
 
@@ -171,7 +199,10 @@ def _evaluated(run: RunFolder, key: str, name: str, colour: str) -> Series | Non
     lines = [m for m in run.evaluations if key in m]
     if not lines:
         return None
-    hover = [f"{when(m['iteration'])}, {m.get('prompts', '?')} prompts, k = {m.get('k', 1)}" for m in lines]
+    own = key[: key.rfind("/") + 1]  # a source's prompts are fewer than all
+    hover = [
+        f"{when(m['iteration'])}, {m.get(f'{own}prompts', '?')} prompts, k = {m.get('k', 1)}" for m in lines
+    ]
     y = [_rounded(m[key]) for m in lines]
     return Series(name, [float(m["iteration"]) for m in lines], y, hover, colour, marks=True)
 

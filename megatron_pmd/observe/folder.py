@@ -12,7 +12,9 @@ from megatron_pmd.files import JsonObject, read_object, read_records
 
 
 def flatten(tree: Any, prefix: str = "") -> JsonObject:
-    """Leaves of a tree of dictionaries by dotted key; an empty dictionary is a leaf."""
+    """Leaves of a tree of dictionaries, and lists of them, by dotted key; an empty dictionary is a leaf."""
+    if isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
     leaves = {}

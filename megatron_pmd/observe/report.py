@@ -14,7 +14,7 @@ from megatron_pmd.files import JsonObject, write_whole
 from megatron_pmd.observe import quantities
 from megatron_pmd.observe.charts import charts, other_charts, phase_bars, phase_colours, spec
 from megatron_pmd.observe.folder import RunFolder, flatten, seconds_by_phase
-from megatron_pmd.observe.samples import evenly, grades, read_prompts
+from megatron_pmd.observe.samples import Label, evenly, grades, read_prompts
 
 ITERATIONS = 40
 PROMPTS = 8
@@ -182,7 +182,7 @@ def _samples(run: RunFolder) -> JsonObject:
     return embedded
 
 
-def _problems(files: dict[int, Path], iterations: list[int]) -> list[int]:
+def _problems(files: dict[int, Path], iterations: list[int]) -> list[Label]:
     """Problems of the first evaluation that the last one has too, so that they can be compared."""
     if not iterations:
         return []
@@ -190,7 +190,7 @@ def _problems(files: dict[int, Path], iterations: list[int]) -> list[int]:
     return [problem for problem in grades(files[iterations[0]]) if problem in last]
 
 
-def _sampled(path: Path, iteration: int, problems: list[int] | None, limit: int) -> JsonObject:
+def _sampled(path: Path, iteration: int, problems: list[Label] | None, limit: int) -> JsonObject:
     found = grades(path)
     groups = [group for means in found.values() for group in means]
     if problems:

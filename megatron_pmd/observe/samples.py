@@ -17,6 +17,7 @@ from megatron_pmd.observe.quantities import clip, finite
 COLUMNS = [
     "group",
     "number",
+    "source",
     "problem",
     "prompt",
     "response",
@@ -29,6 +30,14 @@ COLUMNS = [
 ]
 
 
+Label = int | str
+"""A problem's index, behind the name of its source where the run has several."""
+
+
+def _label(row: JsonObject) -> Label:
+    return f"{row['source']} {row['problem']}" if row.get("source") else row["problem"]
+
+
 def evenly[T](items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, evenly spaced, with the first and the last."""
     if len(items) <= count:
@@ -38,13 +47,13 @@ def evenly[T](items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def grades(path: Path) -> dict[int, dict[int, float]]:
+def grades(path: Path) -> dict[Label, dict[int, float]]:
     """Mean reward of every group by problem: {problem: {group: mean reward}}, in the file's order."""
-    table = _read(path, ["group", "problem", "reward"])
-    rewards: dict[tuple[int, int], list[float]] = {}
+    table = _read(path, ["group", "source", "problem", "reward"])
+    rewards: dict[tuple[Label, int], list[float]] = {}
     for row in table.to_pylist():
-        rewards.setdefault((row["problem"], row["group"]), []).append(row["reward"])
-    means: dict[int, dict[int, float]] = {}
+        rewards.setdefault((_label(row), row["group"]), []).append(row["reward"])
+    means: dict[Label, dict[int, float]] = {}
     for (problem, group), values in rewards.items():
         means.setdefault(problem, {})[group] = sum(values) / len(values)
     return means
@@ -57,7 +66,7 @@ def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) 
     lengths = pc.list_value_length(table["response_tokens"]).to_pylist()
     rows = [
         {**row, "tokens": length}
-        for row, length in zip(table.select(COLUMNS).to_pylist(), lengths, strict=True)
+        for row, length in zip(table.drop_columns("response_tokens").to_pylist(), lengths, strict=True)
     ]
     return [_prompt([r for r in rows if r["group"] == g], responses, limit) for g in groups]
 
@@ -66,7 +75,7 @@ def _prompt(rows: list[JsonObject], responses: int, limit: int) -> dict[str, Any
     ranked = sorted(rows, key=lambda r: (-(r["reward"] or 0.0), r["number"]))
     first = rows[0]
     return {
-        "problem": first["problem"],
+        "problem": _label(first),
         "group": first["group"],
         "prompt": clip(first["prompt"], limit),
         "answer": clip(first["answer"] or "", limit),
@@ -95,7 +104,7 @@ def before_and_after(first: Path, last: Path, limit: int) -> tuple[JsonObject, J
     if not common:
         return None
 
-    def mean(problem: int, means: dict[int, dict[int, float]]) -> float:
+    def mean(problem: Label, means: dict[Label, dict[int, float]]) -> float:
         return sum(means[problem].values()) / len(means[problem])
 
     changed = [p for p in common if mean(p, before) != mean(p, after)]
@@ -109,6 +118,8 @@ def before_and_after(first: Path, last: Path, limit: int) -> tuple[JsonObject, J
 
 def _read(path: Path, columns: list[str], filters: Any = None) -> pa.Table:
     try:
+        if "source" not in pq.read_schema(path).names:  # a file from before there were mixtures
+            columns = [name for name in columns if name != "source"]
         return pq.read_table(path, columns=columns, filters=filters)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"{path}: not a rollout file of this program: {error}") from None

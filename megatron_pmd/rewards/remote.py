@@ -15,7 +15,7 @@ from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rewards.graders import extract
-from megatron_pmd.rewards.pool import RewardPool, Verdict
+from megatron_pmd.rewards.pool import Verdict
 
 RETRY_PAUSE_SECONDS = 0.5
 """Before the first repetition of a request; doubled for each further one."""
@@ -112,8 +112,3 @@ def _verdict(reply: httpx.Response) -> Verdict:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return Verdict(0.0, f"the reward service gave {value!r:.80}, not a finite number")
     return Verdict(float(value))
-
-
-def grading(reward: Reward) -> RewardPool | RemoteReward:
-    """What grades by these settings: `with grading(config.reward) as rewards`."""
-    return RewardPool(reward) if reward.remote is None else RemoteReward(reward)

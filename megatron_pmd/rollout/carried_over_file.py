@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_pmd.data.problems import Problem
+from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
     [
         ("begun", pa.int64()),
         ("place", pa.int64()),
+        ("source", pa.string()),
         ("problem", pa.int64()),
         ("number", pa.int32()),
         ("seed", pa.int64()),
@@ -57,10 +58,10 @@ def write_carried_over(folder: Path, groups: Sequence[Group]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / FILE)
 
 
-def read_carried_over(folder: Path, problem: Callable[[int], Problem]) -> list[Group]:
+def read_carried_over(folder: Path, problem: Callable[[Key], Problem]) -> list[Group]:
     """The groups written into a checkpoint's folder; none if it has no such file.
 
-    problem: the training problem of an index. CheckpointError if the file cannot be read.
+    problem: the training problem of a key. CheckpointError if the file cannot be read.
     """
     path = folder / FILE
     if not path.exists():
@@ -73,7 +74,7 @@ def read_carried_over(folder: Path, problem: Callable[[int], Problem]) -> list[G
     for row in rows:
         key = row["begun"], row["place"]
         if key not in groups:
-            groups[key] = Group(*key, problem(row["problem"]), [])
+            groups[key] = Group(*key, problem((row["source"] or "", row["problem"])), [])
         groups[key].members.append(_member(row, groups[key].problem))
     return list(groups.values())
 
@@ -90,7 +91,8 @@ def _row(group: Group, member: Trajectory) -> dict[str, Any]:
     ]
     recorded = member.routed_experts
     return {
-        "begun": group.begun, "place": group.place, "problem": group.problem.index, "number": member.number,
+        "begun": group.begun, "place": group.place, "source": group.problem.source,
+        "problem": group.problem.index, "number": member.number,
         "seed": member.seed, "turns": turns, "response": member.response, "reward": member.reward,
         "reward_error": member.reward_error, "stopped": member.stopped,
         "routed_experts": None if recorded is None else recorded.tobytes(),

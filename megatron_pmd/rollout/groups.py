@@ -332,6 +332,7 @@ def _sample(
     return Sample(
         group=index,
         number=member.number,
+        source=group.problem.source,
         problem=group.problem.index,
         prompt=prompt,
         response=member.response,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,15 +13,42 @@ from megatron_pmd.actor.noise_floor import FloorReport
 from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import RunConfig
+from megatron_pmd.data.problems import Key
 from megatron_pmd.training.subproblem import Subproblem
 
 
-def success_rates(samples: Sequence[Sample], correct: float) -> dict[int, float]:
-    """Share of each problem's responses with a reward of at least `correct`, by problem index."""
-    verdicts: dict[int, list[bool]] = defaultdict(list)
+def success_rates(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[Key, float]:
+    """Share of each problem's responses that are correct."""
+    verdicts: dict[Key, list[bool]] = defaultdict(list)
     for sample in samples:
-        verdicts[sample.problem].append(sample.reward >= correct)
+        verdicts[sample.source, sample.problem].append(is_correct(sample))
     return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
+
+
+def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[str, float]:
+    """Of each source of a mixture in a rollout, as source/NAME/…; {} where there is only one.
+
+    reward                mean of the grader's rewards
+    response_tokens       mean length
+    correct               share of the responses that are correct
+    groups                prompts
+    groups_with_signal    those in which not every advantage is 0
+    """
+    of_source: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.source:
+            of_source[sample.source].append(sample)
+    values: dict[str, float] = {}
+    for name, members in of_source.items():
+        found = {
+            "reward": float(np.mean([s.reward for s in members])),
+            "response_tokens": float(np.mean([len(s.response_tokens) for s in members])),
+            "correct": float(np.mean([is_correct(s) for s in members])),
+            "groups": len({s.group for s in members}),
+            "groups_with_signal": len({s.group for s in members if s.advantage}),
+        }
+        values |= {f"source/{name}/{key}": value for key, value in found.items()}
+    return values
 
 
 def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
@@ -96,5 +123,5 @@ def step_values(
         reward=batch.samples.rewards[samples],
         group=batch.samples.groups[samples],
         baseline=subproblem.config.algorithm.baseline,
-        tau=subproblem.tau,
+        tau=batch.samples.taus[samples],
     )

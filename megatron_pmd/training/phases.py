@@ -29,6 +29,7 @@ from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.metrics import (
     anchor_values,
     floor_values,
+    source_values,
     step_values,
     success_rates,
     throughput,
@@ -89,8 +90,8 @@ def _grade_and_describe(
     run.rollout_writer.begin(run.folder / "rollouts" / f"{t}.parquet", samples, t)
     if not subproblem.supervised:
         drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
-        run.problems.train.record(success_rates(drawn, run.config.reward.correct))
-        iteration.values |= rollout_values(samples)
+        run.problems.train.record(success_rates(drawn, subproblem.is_correct))
+        iteration.values |= rollout_values(samples) | source_values(samples, subproblem.is_correct)
     examples = _examples(run)
     everything, temperature = [*samples, *examples], subproblem.temperature
     described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
@@ -300,7 +301,9 @@ def evaluate(run: Trainer, t: int) -> None:
     _end_if_cut(run, rollout, "evaluation")
     if run.control.is_driver:
         write_rollout(run.folder / "evaluations" / f"{t}.parquet", samples, t)
-        run.log.log("evaluation", estimate(samples, run.config.reward.correct).metrics())
+        sources = run.config.problem_sources("evaluation")
+        correct = {source.name: source.reward.correct for source in sources}
+        run.log.log("evaluation", estimate(samples, correct).metrics())
 
 
 def export_is_due(run: Trainer, completed: int) -> bool:

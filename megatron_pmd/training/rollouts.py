@@ -10,7 +10,7 @@ from megatron_pmd.batch import Sample
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.data.prompts import PromptSource
+from megatron_pmd.data.prompts import PromptOrder
 from megatron_pmd.distributed import Control
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
@@ -120,7 +120,7 @@ class Demonstrations(WithoutEngines):
 
 
 def train_rollout(
-    config: RunConfig, prompts: PromptSource, iteration: int, carried_over: list[Group]
+    config: RunConfig, prompts: PromptOrder, iteration: int, carried_over: list[Group]
 ) -> RolloutGroups:
     """The rollout of one iteration: what the last one left over, then as many new prompts as it lacks."""
     sampling, wanted = config.rollout, config.batch.prompts_per_rollout
@@ -171,4 +171,4 @@ def evaluation_rollout(config: RunConfig, problems: list[Problem], iteration: in
         run_seed=config.seed,
         stream="evaluation",
     )
-    return RolloutGroups(problems[: config.evaluation.prompts], settings)
+    return RolloutGroups(problems, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
 from megatron_pmd.batch import RolloutBatch, Sample
-from megatron_pmd.config import RunConfig, Schedule
+from megatron_pmd.config import ProblemSource, RunConfig, Schedule
+from megatron_pmd.errors import DataError
 from megatron_pmd.rollout.trajectory import Trajectory
 
 
@@ -28,7 +30,7 @@ class Subproblem:
 
     @property
     def tau(self) -> float:
-        """Regularisation strength τ, in reward units."""
+        """Regularisation strength τ, in reward units, of every source that has none of its own."""
         return _at(self.config.algorithm.tau, self.config.algorithm.tau_schedule, self.iteration)
 
     @property
@@ -43,7 +45,7 @@ class Subproblem:
         """From the log-probabilities of a micro-batch to its summed loss."""
         objective, mismatch = self.config.algorithm.objective, self.config.algorithm.mismatch
         weight = functools.partial(WEIGHTS[objective.counts][mismatch.weight], **mismatch.bounds)
-        return loss_of(objective, Constants(self.tau, self.config.batch.max_response_tokens), weight)
+        return loss_of(objective, Constants(self.config.batch.max_response_tokens), weight)
 
     @property
     def supervised(self) -> bool:
@@ -56,19 +58,37 @@ class Subproblem:
             return int(batch.samples.counted_lengths[samples].sum())
         return len(samples)
 
-    def compute_advantages(self, samples: list[Sample]) -> None:
-        """Set every sample's shaped reward and its advantage; whole groups, graded before."""
-        groups = [s.group for s in samples]
-        truncated = [s.finish_reason == "length" for s in samples]
-        lengths = [len(s.response_tokens) for s in samples]
-        shaped = self.shaped([s.reward for s in samples], lengths, truncated, groups)
-        values = advantages(shaped, groups, baseline=self.config.algorithm.baseline, tau=self.tau)
-        values = self.config.algorithm.objective.advantages(values, groups)
-        for sample, reward, value in zip(samples, shaped, values, strict=True):
-            sample.shaped_reward, sample.advantage = float(reward), float(value)
+    def is_correct(self, sample: Sample) -> bool:
+        return sample.reward >= self._source(sample.source).reward.correct
 
-    def shaped(
+    def compute_advantages(self, samples: list[Sample]) -> None:
+        """Set every sample's shaped reward, τ and advantage; whole groups, graded before."""
+        of_source: dict[str, list[Sample]] = defaultdict(list)
+        for sample in samples:
+            of_source[sample.source].append(sample)
+        for name, members in of_source.items():
+            shaped = self._shaped(
+                name,
+                [s.reward for s in members],
+                [len(s.response_tokens) for s in members],
+                [s.finish_reason == "length" for s in members],
+                [s.group for s in members],
+            )
+            tau = self._source(name).tau or self.tau
+            for sample, reward in zip(members, shaped, strict=True):
+                sample.shaped_reward, sample.tau = float(reward), tau
+        groups = [s.group for s in samples]
+        values = advantages(
+            [s.shaped_reward for s in samples], groups,
+            baseline=self.config.algorithm.baseline, tau=[s.tau for s in samples],
+        )  # fmt: skip
+        values = self.config.algorithm.objective.advantages(values, groups)
+        for sample, value in zip(samples, values, strict=True):
+            sample.advantage = float(value)
+
+    def _shaped(
         self,
+        source: str,
         rewards: Sequence[float],
         lengths: Sequence[int],
         truncated: Sequence[bool],
@@ -76,9 +96,10 @@ class Subproblem:
     ) -> np.ndarray:
         """The graders' rewards with what length and truncation add or take: what is trained on.
 
-        All are [samples]: lengths in response tokens, groups the labels of the samples' prompts.
+        All but the source's name are [samples]: lengths in response tokens, groups the labels of the samples'
+        prompts.
         """
-        settings, values = self.config.reward, np.asarray(rewards, np.float64)
+        settings, values = self._source(source).reward, np.asarray(rewards, np.float64)
         shaped = values - settings.truncation_penalty * np.asarray(truncated, bool)
         if settings.length is not None and self.iteration >= settings.length.warmup_iterations:
             correct = values >= settings.correct
@@ -86,14 +107,29 @@ class Subproblem:
         return shaped
 
     def shaped_group(self, members: Sequence[Trajectory]) -> list[float]:
-        """shaped() of one group's graded responses."""
-        rewards = self.shaped(
+        """The rewards that one group's graded responses are trained on."""
+        rewards = self._shaped(
+            members[0].problem.source,
             [member.reward or 0.0 for member in members],
             [member.length for member in members],
             [member.finish_reason == "length" for member in members],
             [0] * len(members),
         )
         return rewards.tolist()
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, ProblemSource]:
+        return {source.name: source for source in self.config.problem_sources("train")}
+
+    def _source(self, name: str) -> ProblemSource:
+        """DataError if the run has no such source: the rollout is another run's."""
+        if name not in self._sources:
+            here = ", ".join(filter(None, self._sources)) or "one source without a name"
+            raise DataError(
+                f"the rollout has responses to problems of {name or 'a source without a name'}; data.train "
+                f"has {here}: replay it with the data settings of the run that it is from"
+            )
+        return self._sources[name]
 
 
 def _at(start: float, schedule: Schedule | None, t: int) -> float:

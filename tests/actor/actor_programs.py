@@ -28,9 +28,9 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
 from megatron_pmd.objectives.pmd import Pmd
 from tests.actor import objective_gradients
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, VOCABULARY, config_for, with_routing
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, VOCABULARY, config_for, with_routing
 
-OBJECTIVE = loss_of(Pmd(normaliser="response"), Constants(TAU, max_response_tokens=30))
+OBJECTIVE = loss_of(Pmd(normaliser="response"), Constants(max_response_tokens=30))
 _started: list[tuple[Control, Layout]] = []
 
 

@@ -14,12 +14,10 @@ from megatron_pmd.algorithm.losses import Constants, Loss, loss_of, next_token
 from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.config.algorithm import read_objective
 
-TAU = 0.5
-
 
 def _loss(name: str, mismatch: str = "none", **settings: Any) -> Loss:
     objective = read_objective({"name": name, **settings})
-    return loss_of(objective, Constants(TAU, max_response_tokens=30), WEIGHTS[objective.counts][mismatch])
+    return loss_of(objective, Constants(max_response_tokens=30), WEIGHTS[objective.counts][mismatch])
 
 
 OBJECTIVES: dict[str, Loss] = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_pmd.batch import Sample
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TAU, TEMPERATURE, rollout
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, rollout
 
 
 @dataclass
@@ -114,7 +114,8 @@ def loss_of(
         entropies.append(-(distribution.exp() * distribution).sum(-1)[counted].detach())
         log_probs = given(distribution, samples[i])
         s = (log_probs - anchors[i].double())[counted].sum()
-        losses.append(TAU / 2 * (s - samples[i].advantage / TAU) ** 2 / counted.sum())
+        tau = samples[i].tau
+        losses.append(tau / 2 * (s - samples[i].advantage / tau) ** 2 / counted.sum())
     return torch.stack(losses).mean(), float(torch.cat(entropies).mean())
 
 

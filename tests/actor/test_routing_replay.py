@@ -15,7 +15,7 @@ from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.actor.launch import launch
-from tests.actor.tiny_models import STEPS, TAU, TEMPERATURE, rollout, with_routing
+from tests.actor.tiny_models import STEPS, TEMPERATURE, rollout, with_routing
 
 Case = tuple[str, dict[str, int], dict[str, Any]]
 """Family, layout, the actor's settings. The first of DeepSeek's layers has no experts."""
@@ -89,7 +89,8 @@ def transformers_with_forced_routers(folder: Path, expected: Any) -> Forced:
         whole += [torch.full((first,), torch.nan), log_probs.detach().float()]
         counted = torch.from_numpy(batch.tokens.counted[start + first : end])
         ratio = (log_probs - expected.anchor[start + first : end].double())[counted].sum()
-        losses.append(TAU / 2 * (ratio - sample.advantage / TAU) ** 2 / counted.sum())
+        residual = ratio - sample.advantage / sample.tau
+        losses.append(sample.tau / 2 * residual**2 / counted.sum())
     loss = torch.stack([losses[i] for i in STEPS[0]]).mean()
     loss.backward()
     norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5

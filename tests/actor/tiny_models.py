@@ -13,7 +13,8 @@ from megatron_pmd.batch import NOT_SAMPLED, Sample, Segment
 
 VOCABULARY = 512
 TEMPERATURE = 0.8
-TAU = 0.5
+TAUS = (0.5, 0.2, 1.5, 0.5)
+"""Of the four groups: sources of a mixture have each their own."""
 # Adam's step divides by √v + ε: with the usual ε a gradient that is zero but for rounding (a key's bias has
 # one) would move its weight by a whole learning rate in a random direction, and no two programs would agree.
 OPTIMIZER = c.Optimizer(
@@ -109,6 +110,7 @@ def rollout() -> list[Sample]:
             group=i // 4, number=i % 4, problem=i // 4, prompt="", response="", answer="",
             prompt_tokens=tokens(3, 20), response_tokens=tokens(1, 30), engine_log_probs=np.empty(0),
             finish_reason="stop", weight_version=2, seed=0, reward=0.0, advantage=float(rng.normal()),
+            tau=TAUS[i // 4],
         )
         for i in range(16)
     ]  # fmt: skip

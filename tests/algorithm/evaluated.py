@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from megatron_pmd.algorithm.losses import Constants, LossInput, LossTerms, terms
 from megatron_pmd.algorithm.mismatch import Weight
@@ -18,10 +22,11 @@ def evaluated(
     name: str,
     x: LossInput,
     *,
-    tau: float = 1.0,
+    tau: float | Sequence[float] = 1.0,
     max_response_tokens: int = 1,
     mismatch: Weight | None = None,
     **settings: Any,
 ) -> LossTerms:
-    """settings: the objective's own, as under algorithm.objective."""
-    return terms(made(name, **settings), x, Constants(tau, max_response_tokens), mismatch)
+    """tau: of all sequences, or [sequences]. settings: the objective's own, as under algorithm.objective."""
+    x = replace(x, tau=torch.tensor(tau, dtype=torch.float64).expand(x.sequences))
+    return terms(made(name, **settings), x, Constants(max_response_tokens), mismatch)

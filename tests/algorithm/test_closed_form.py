@@ -185,6 +185,7 @@ def test_a_softmax_that_minimises_the_pmd_loss_reaches_the_closed_form(variant, 
             mask=torch.ones(6),
             sequence=torch.arange(6),
             advantages=torch.tensor(rewards - baseline),
+            tau=torch.ones(6),
         )
         total = evaluated("pmd", x, tau=tau, mismatch=lambda _: anchor.exp()).sum
         total.backward()

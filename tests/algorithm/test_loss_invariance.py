@@ -48,6 +48,7 @@ def pack(sequences: list[dict[str, np.ndarray]], values: np.ndarray, *, padding:
         log_probs=tensors.pop("log_probs").requires_grad_(),
         sequence=torch.tensor(np.concatenate([sequence, np.zeros(padding)]), dtype=torch.int64),
         advantages=torch.tensor(values),
+        tau=torch.ones(len(values)),
         **tensors,
     )
 
@@ -97,7 +98,7 @@ def test_the_summed_loss_and_gradient_are_the_same_for_every_packing(name, seed,
 def test_a_micro_batch_without_sequences_gives_zero_with_a_way_back(name):
     log_probs = torch.zeros(0, requires_grad=True)
     nothing = torch.zeros(0)
-    x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing)
+    x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing, nothing)
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0 and terms.count.item() == 0
     terms.sum.backward()
@@ -110,7 +111,15 @@ def test_a_sequence_without_counted_tokens_adds_nothing_but_counts_as_a_sequence
     """Also when its tokens hold −inf, as an engine reports for a token it was not allowed to sample."""
     log_probs = torch.full((tokens,), -torch.inf, requires_grad=True)
     hole = torch.full((tokens,), -torch.inf)
-    x = LossInput(log_probs, hole, hole, torch.zeros(tokens), torch.zeros(tokens).long(), torch.tensor([1.5]))
+    x = LossInput(
+        log_probs,
+        hole,
+        hole,
+        torch.zeros(tokens),
+        torch.zeros(tokens).long(),
+        torch.tensor([1.5]),
+        torch.ones(1),
+    )
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0
     assert terms.count.item() == (1 if name in ("pmd", "reinforce", "gspo") else 0)
@@ -143,6 +152,7 @@ def test_no_reward_tau_or_length_in_range_makes_pmd_overflow(
         mask=x.mask,
         sequence=x.sequence,
         advantages=x.advantages.float(),
+        tau=x.tau,
     )
     terms = evaluated(
         "pmd",
@@ -202,3 +212,17 @@ def test_a_long_response_has_the_same_weight_alone_in_its_micro_batch_as_in_a_pa
     ]
     mean = sum(t.sum.item() for t in apart) / sum(t.count.item() for t in apart)
     assert mean == pytest.approx(together.sum.item() / together.count.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["pmd", "pmd_token"])
+def test_sequences_of_several_taus_add_up_as_each_alone_with_its_own(name):
+    rng = np.random.default_rng(4)
+    sequences, values, taus = [sample(rng, n) for n in (3, 0, 6, 2)], rng.normal(size=4), [0.1, 1.0, 0.5, 2.0]
+    whole = pack(sequences, values)
+    alone = [pack([q], values[i : i + 1]) for i, q in enumerate(sequences)]
+    parts = [evaluated(name, x, tau=tau) for x, tau in zip(alone, taus, strict=True)]
+    expected = np.concatenate([backward(part, x) for part, x in zip(parts, alone, strict=True)])
+    found = evaluated(name, whole, tau=taus)
+    assert found.sum.item() == pytest.approx(sum(part.sum.item() for part in parts), rel=1e-12)
+    np.testing.assert_allclose(backward(found, whole), expected, rtol=1e-12)
+    assert found.sum.item() != evaluated(name, whole, tau=0.1).sum.item()

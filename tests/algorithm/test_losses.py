@@ -159,6 +159,7 @@ def inputs(draw, spread: float = 0.4) -> LossInput:
         mask=torch.tensor(rng.random(len(sequence)) < 2 / 3),
         sequence=torch.tensor(sequence, dtype=torch.int64),
         advantages=torch.tensor(rng.choice([-2.0, -0.5, 0.0, 0.5, 2.0], len(lengths))),
+        tau=torch.ones(len(lengths)),
     )
 
 
@@ -250,6 +251,7 @@ def test_single_precision_log_probs_give_the_double_precision_loss_of_the_same_n
         mask=x.mask.float(),
         sequence=x.sequence,
         advantages=x.advantages.float(),
+        tau=x.tau,
     )
     terms = evaluate(name, single, "none", OPTIONS[name][0])
     batch, leaf = unpack(single)
@@ -292,6 +294,7 @@ def test_at_the_anchor_the_pmd_gradient_is_the_policy_gradient_for_every_tau(tau
         mask=torch.tensor([1, 1, 0, 1]),
         sequence=torch.tensor([0, 0, 0, 1]),
         advantages=torch.tensor([2.0, -3.0]),
+        tau=torch.ones(2),
     )
     pmd_gradient = torch.autograd.grad(pmd(x, tau=tau).sum, log_probs)[0]
     torch.testing.assert_close(pmd_gradient, torch.tensor([-1.0, -1.0, 0.0, 3.0]))
@@ -302,7 +305,15 @@ def test_at_the_anchor_the_pmd_gradient_is_the_policy_gradient_for_every_tau(tau
 def test_the_two_scalings_differ_by_tau_and_nothing_else():
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     anchor = torch.tensor([-1.5, -1.8])
-    x = LossInput(log_probs, anchor, anchor, torch.ones(2), torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
+    x = LossInput(
+        log_probs,
+        anchor,
+        anchor,
+        torch.ones(2),
+        torch.tensor([0, 1]),
+        torch.tensor([1.0, -1.0]),
+        torch.ones(2),
+    )
     by_gradient, by_regression = pmd(x, tau=0.3).sum, pmd(x, tau=0.3, scaling="regression").sum
     torch.testing.assert_close(by_gradient, 0.3 * by_regression)
 
@@ -310,7 +321,15 @@ def test_the_two_scalings_differ_by_tau_and_nothing_else():
 def test_a_ratio_beyond_any_clip_range_keeps_every_value_and_gradient_finite():
     log_probs = torch.tensor([-0.1, -700.0], requires_grad=True)
     anchor = torch.tensor([-700.0, -0.1])
-    x = LossInput(log_probs, anchor, anchor, torch.ones(2), torch.tensor([0, 1]), torch.tensor([0.0, -1.0]))
+    x = LossInput(
+        log_probs,
+        anchor,
+        anchor,
+        torch.ones(2),
+        torch.tensor([0, 1]),
+        torch.tensor([0.0, -1.0]),
+        torch.ones(2),
+    )
     for name in ("grpo", "gspo", "cispo", "pmd_token"):
         total = evaluate(name, x, "none", OPTIONS[name][-1]).sum
         assert total.isfinite() and torch.autograd.grad(total, log_probs)[0].isfinite().all()
@@ -319,7 +338,6 @@ def test_a_ratio_beyond_any_clip_range_keeps_every_value_and_gradient_finite():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(tau=0.0), "tau must be positive"),
         (dict(tau=1.0, normaliser="mean"), r"normaliser(.|\n)*Input should be 'response', 'max_response'"),
         (dict(tau=1.0, max_response_tokens=0), "max_response_tokens must be positive"),
         (dict(tau=1.0, scaling="both"), r"scaling(.|\n)*Input should be 'gradient' or 'regression'"),
@@ -328,7 +346,7 @@ def test_a_ratio_beyond_any_clip_range_keeps_every_value_and_gradient_finite():
 def test_a_wrong_option_is_named(options, message):
     zero = torch.zeros(1)
     with pytest.raises(ValueError, match=message):
-        pmd(LossInput(zero, zero, zero, zero, torch.zeros(1, dtype=torch.int64), zero), **options)
+        pmd(LossInput(zero, zero, zero, zero, torch.zeros(1, dtype=torch.int64), zero, zero), **options)
 
 
 def test_bounds_that_exclude_the_anchor_itself_are_refused():
@@ -341,15 +359,19 @@ def test_bounds_that_exclude_the_anchor_itself_are_refused():
 def test_arrays_that_do_not_belong_together_are_refused_by_name():
     two, three = torch.zeros(2), torch.zeros(3)
     with pytest.raises(ValueError, match="engine_log_probs"):
-        LossInput(two, two, three, two, torch.zeros(2, dtype=torch.int64), two)
+        LossInput(two, two, three, two, torch.zeros(2, dtype=torch.int64), two, two)
     with pytest.raises(ValueError, match="advantages"):
-        LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2))
+        LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2), two)
+    with pytest.raises(ValueError, match="tau has shape"):
+        LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), two, three)
 
 
 def test_cispo_lets_no_gradient_through_its_weight():
     """d/dlogπ of −sg[ρ] A log π is −ρ A, not −ρ A (1 + log π)."""
     log_probs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     anchor = torch.tensor([-1.3], dtype=torch.float64)
-    x = LossInput(log_probs, anchor, anchor, torch.ones(1), torch.tensor([0]), torch.tensor([2.0]))
+    x = LossInput(
+        log_probs, anchor, anchor, torch.ones(1), torch.tensor([0]), torch.tensor([2.0]), torch.ones(1)
+    )
     (found,) = torch.autograd.grad(evaluated("cispo", x).sum, log_probs)
     assert found.item() == pytest.approx(-2 * math.exp(0.3))

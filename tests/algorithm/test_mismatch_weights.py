@@ -68,6 +68,7 @@ def test_tokens_that_are_not_counted_do_not_enter_and_weights_carry_no_gradient(
         mask=torch.tensor([1, 0]),
         sequence=torch.tensor([0, 0]),
         advantages=torch.ones(1),
+        tau=torch.ones(1),
     )
     for weight in EVERY_WEIGHT:
         assert not weight(x.mismatch).requires_grad

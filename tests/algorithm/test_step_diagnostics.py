@@ -181,7 +181,7 @@ def test_k1_and_k3_average_to_the_true_divergence_over_the_anchors_own_samples()
     q = np.array([0.1, 0.2, 0.3, 0.4])
     outcomes = np.repeat(np.arange(4), [4, 2, 1, 1])
     anchor, new = torch.tensor(np.log(p)[outcomes]), torch.tensor(np.log(q)[outcomes])
-    x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8))
+    x = LossInput(new, anchor, anchor, torch.ones(8), torch.arange(8), torch.zeros(8), torch.ones(8))
     result = diagnostics(
         {k: v.numpy() for k, v in evaluated("pmd", x, tau=1.0).per_sequence.items()},
         advantage=np.zeros(8),
@@ -271,3 +271,25 @@ def test_a_quantile_of_several_ranks_histograms_is_that_of_all_values_to_six_per
         assert 0.999 * exact <= histogram_quantile(counts, share) <= 1.06 * exact
     assert histogram_quantile(magnitude_histogram([]), 0.99) == 0.0
     assert histogram_quantile(magnitude_histogram([0.0, 0.0]), 0.99) <= 1.07e-9
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_groups_of_several_taus_are_measured_as_each_alone(baseline):
+    """Three groups with a τ each: targets, advantages and λ are those of three calls with one τ."""
+    taus = np.repeat([0.1, 0.5, 2.0], 4)
+    a = advantages(REWARDS, GROUPS, baseline=baseline, tau=taus)
+    found, weights = targets(a, REWARDS, GROUPS, baseline=baseline, tau=taus)
+    alone_weights = {}
+    for group in (5, -2, 9):
+        own = group == GROUPS
+        tau = float(taus[own][0])
+        assert a[own].tolist() == advantages(REWARDS[own], GROUPS[own], baseline=baseline, tau=tau).tolist()
+        alone, weight = targets(a[own], REWARDS[own], GROUPS[own], baseline=baseline, tau=tau)
+        assert found[own].tolist() == alone.tolist()
+        alone_weights[group] = float(weight[0])
+    assert weights.tolist() == [alone_weights[group] for group in (-2, 5, 9)]
+    result = diagnostics(
+        arrays(found), advantage=a, reward=REWARDS, group=GROUPS, baseline=baseline, tau=taus
+    )
+    assert result["pmd/progress"] == pytest.approx(1.0)
+    assert result["pmd/chi2_weight"] == pytest.approx(np.mean(list(alone_weights.values())))

@@ -7,7 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
+from megatron_pmd.config import override
 from megatron_pmd.errors import ConfigError, ModelError
+from recipes import configuration
+from tests.test_tutorials import blocks
 
 ROWS = [{"question": "very " * n + "hard?", "gold": {"value": n}, "level": n} for n in (1, 2, 9)]
 KEYS = ["data.train.prompt_key=question", "data.train.answer_key=gold.value"]
@@ -82,3 +85,39 @@ def test_a_setting_of_something_else_and_a_folder_that_is_no_model_are_refused(f
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         shown(file, *KEYS, "--model", tmp_path)
+
+
+def test_a_mixture_shows_each_source_with_its_share_and_what_it_has_of_its_own(file):
+    keys = {"kind": "file", "path": str(file), "prompt_key": "question", "answer_key": "gold.value"}
+    own = {"reward": {"name": "math"}, "tau": 0.3, "max_response_tokens": 4, "system_prompt": "Be brief."}
+    train = [{"name": "plain", "source": keys, "weight": 3}, {"name": "brief", "source": keys, **own}]
+    output = shown(
+        "tiny_moe_cpu", f"data.train={json.dumps(train)}",
+        f"data.evaluation={json.dumps([{'name': 'held', 'source': keys}])}", "--first", 1,
+    )  # fmt: skip
+    assert "=== data.train.0: plain, 75.0% of the prompts, reward exact\n" in output
+    headline = (
+        "=== data.train.1: brief, 25.0% of the prompts, reward math, τ 0.3, responses of at most 4 tokens"
+    )
+    assert f"{headline}\n" in output
+    assert "=== data.evaluation.0: held, reward exact\n" in output
+    assert output.count(f"{file}: 3 problems") == 3
+    assert output.count("system: Be brief.\nuser: very hard?") == 1
+
+
+def test_the_page_on_mixtures_shows_what_its_commands_print(tmp_path, monkeypatch):
+    """Its recipe and its two commands, as they stand there."""
+    written = blocks("docs/mixtures.md")
+    recipe, look, expected, changed = written[:4]
+    (tmp_path / recipe.title).write_text(recipe.text)
+    monkeypatch.chdir(tmp_path)
+    output, other = (shown(*block.text.split()[2:]) for block in (look, changed))
+    lines = [line for line in output.splitlines() if not line.startswith("no model is given")]
+    assert lines == expected.text.splitlines()
+    assert (
+        "words, 83.3% of the prompts" in other
+        and "sums, 16.7% of the prompts, reward reasoning_gym, τ 0.1" in other
+    )
+    as_json = next(block.text for block in written if block.language == "json")
+    mixed = override(configuration("tiny_moe_cpu", []), [f"data.train={as_json}"])
+    assert [(s.name, s.weight) for s in mixed.problem_sources("train")] == [("math", 3), ("words", 1)]

@@ -92,7 +92,7 @@ def test_a_resumed_order_equals_the_uninterrupted_one(before, after, sampling):
     interrupted, whole = (prompt_source(rated, 3, sampling) for _ in range(2))
     first, same = indices(interrupted, before), indices(whole, before)
     for source in (interrupted, whole):
-        source.record({1: 1.0, 2: 0.5})
+        source.record({("", 1): 1.0, ("", 2): 0.5})
     resumed = prompt_source(rated, 3, sampling)
     resumed.load_state(json.loads(json.dumps(interrupted.state())))
     assert first + indices(resumed, after) == same + indices(whole, after)
@@ -133,14 +133,14 @@ def test_a_curriculum_without_difficulties_names_the_problem():
 def test_prioritised_prompts_come_in_proportion_to_their_failures():
     """Two problems at failure rates 0.9 and 0.3: the first comes first in 3 of 4 draws of one."""
     source = PrioritisedPrompts(problems_of(2), seed=0)
-    source.record({0: 0.1, 1: 0.7})
+    source.record({("", 0): 0.1, ("", 1): 0.7})
     share = np.mean([indices(source, 1) == [0] for _ in range(4000)])
     assert share == pytest.approx(0.75, abs=0.03)  # four standard errors
 
 
 def test_solved_problems_come_only_when_nothing_else_is_left_and_none_twice_before():
     source = PrioritisedPrompts(problems_of(5), seed=0)
-    source.record({0: 1.0, 3: 1.0})
+    source.record({("", 0): 1.0, ("", 3): 1.0})
     assert sorted(indices(source, 3)) == [1, 2, 4]
     drawn = indices(source, 5)
     assert sorted(drawn[:3]) == [1, 2, 4] and sorted(drawn[3:]) == [0, 3]

@@ -16,3 +16,8 @@ def share_of_letters(response: str, answer: str) -> float:
 
 def letters(response: str, problem: Problem) -> float:
     return share_of_letters(response, problem.answer)
+
+
+def few_characters(response: str, problem: Problem) -> float:
+    """Less than 0, the more different characters the response has."""
+    return -len(set(response)) / 100

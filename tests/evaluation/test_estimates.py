@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,27 @@ def test_metrics_are_plain_numbers_for_the_journal():
     assert metrics["mean_at_k"] == 0.25
     assert metrics["pass_at_k/low"] < metrics["pass_at_k"] == 1.0
     assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_each_source_of_a_mixture_is_scored_as_if_it_were_alone():
+    """With its own bound of what is correct; together each prompt counts once."""
+    generator = np.random.default_rng(5)
+    sums = samples_of((generator.random((20, 4)) < 0.3).astype(float))
+    words = samples_of(generator.choice([0.0, 0.4, 0.7], size=(10, 4)))
+    for drawn, name, first in ((sums, "sums", 0), (words, "words", 20)):
+        for one in drawn:
+            one.source, one.group = name, one.group + first
+    correct = {"sums": 1.0, "words": 0.5}
+    together = evaluate([*sums, *words], correct)
+    for name, drawn in (("sums", sums), ("words", words)):
+        unnamed = [replace(one, source="") for one in drawn]
+        alone = evaluate(unnamed, {"": correct[name]})
+        assert together.sources[name] == alone
+        expected = {f"source/{name}/{key}": value for key, value in alone.metrics().items()}
+        assert expected.items() <= together.metrics().items()
+    parts = together.sources.values()
+    assert together.prompts == 30
+    for score in ("mean_at_k", "pass_at_k"):
+        mean = sum(part.prompts * getattr(part, score).value for part in parts) / 30
+        assert getattr(together, score).value == pytest.approx(mean)
+    assert evaluate(samples_of(np.eye(4))).sources == {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,19 +15,23 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
+import rich.console
 import torch
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import Model, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
-from megatron_pmd.evaluation.standalone import EvaluationRequest, task
+from megatron_pmd.evaluation.estimates import Evaluation, Score
+from megatron_pmd.evaluation.standalone import EvaluationRequest, Task, table, task
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
@@ -59,12 +65,13 @@ def write_model(folder: Path, **description) -> Path:
 def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
     config, work = tiny_moe_cpu(), task(EvaluationRequest(run_folder))
     assert work.model.path == str(run_folder / "hf" / "iteration-10")  # not 9, as sorting the names would say
-    assert (work.iteration, work.source, work.limit) == (
+    (source,) = work.sources
+    assert (work.iteration, source.source, work.limit) == (
         10,
         config.data.evaluation,
         config.evaluation.prompts,
     )
-    assert (work.reward, work.max_response_tokens) == (config.reward, config.batch.max_response_tokens)
+    assert (source.reward, work.max_response_tokens) == (config.reward, config.batch.max_response_tokens)
     assert (work.temperature, work.samples_per_prompt) == (config.evaluation.temperature, 32)
 
 
@@ -74,8 +81,9 @@ def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
         temperature=0.0, limit=7, samples_per_prompt=4,
     )  # fmt: skip
     work = task(request)
-    assert (work.source.kind, getattr(work.source, "path", None)) == ("file", "other.jsonl")
-    assert (work.reward.name, work.reward.answer) == ("exact", "last_line")
+    (source,) = work.sources
+    assert (source.source.kind, getattr(source.source, "path", None)) == ("file", "other.jsonl")
+    assert (source.reward.name, source.reward.answer) == ("exact", "last_line")
     assert (work.max_response_tokens, work.temperature, work.limit) == (99, 0.0, 7)
     assert work.folder == run_folder / "evaluate" / "iteration-10-other-k4"
 
@@ -84,8 +92,36 @@ def test_settings_say_how_the_file_is_read_and_change_what_the_run_says(run_fold
     model, keys = write_model(tmp_path / "model"), ("data.train.answer_key=label", "data.prompt_suffix=!")
     request = EvaluationRequest(model, Path("p.jsonl"), reward="exact", max_response_tokens=8, settings=keys)
     work = task(request)
-    assert (getattr(work.source, "answer_key", None), work.data.prompt_suffix) == ("label", "!")
+    (source,) = work.sources
+    assert (getattr(source.source, "answer_key", None), source.data.prompt_suffix) == ("label", "!")
     assert task(EvaluationRequest(run_folder, settings=("evaluation.top_p=0.5",))).top_p == 0.5
+
+
+def test_a_run_with_several_held_out_sources_is_evaluated_on_each_by_its_own_reward(run_folder):
+    gym = {"kind": "reasoning_gym", "task": "spell_backward", "size": 9}
+    own = {"reward": {"name": "math", "answer": "last_line"}, "max_response_tokens": 4}
+    held_out = [{"name": "plain", "source": gym}, {"name": "strict", "source": gym, **own}]
+    settings = (f"data.evaluation={json.dumps(held_out)}",)
+    plain, strict = task(EvaluationRequest(run_folder, settings=settings)).sources
+    assert (plain.name, plain.reward.name, plain.max_response_tokens) == ("plain", "exact", None)
+    assert (strict.reward.name, strict.reward.answer, strict.max_response_tokens) == ("math", "last_line", 4)
+    asked = EvaluationRequest(run_folder, reward="exact", max_response_tokens=6, settings=settings)
+    assert [s.reward.name for s in task(asked).sources] == ["exact", "exact"]
+    assert [s.max_response_tokens for s in task(asked).sources] == [None, None]
+
+
+def test_the_table_has_the_result_of_each_source():
+    score = Score(0.5, 0.4, 0.6)
+    one = Evaluation(2, 8, score, score, 3.0, 0.0, 0)
+    both = replace(one, sources={"sums": one, "words": replace(one, mean_at_k=Score(0.25, 0.2, 0.3))})
+    out = io.StringIO()
+    work = SimpleNamespace(model=Model(path="m"), temperature=1.0, max_response_tokens=4)
+    rich.console.Console(file=out, width=100).print(table(cast("Task", work), both))
+    rows = re.findall(r"^ *((?:\w+: )?(?:mean|pass)@2) +(\S+)", out.getvalue(), re.MULTILINE)
+    assert rows == [
+        ("mean@2", "0.500"), ("pass@2", "0.500"), ("sums: mean@2", "0.500"), ("sums: pass@2", "0.500"),
+        ("words: mean@2", "0.250"), ("words: pass@2", "0.500"),
+    ]  # fmt: skip
 
 
 def test_an_evaluation_never_overwrites_another(run_folder):

@@ -186,3 +186,33 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 )
 def test_evenly_keeps_first_and_last(count, expected):
     assert evenly(range(10), count) == expected
+
+
+def test_a_mixture_has_a_curve_for_each_source_and_its_samples_say_which(tmp_path):
+    gym = {"kind": "reasoning_gym", "task": "chain_sum", "size": 9}
+    train = [{"name": name, "source": gym, "weight": weight} for name, weight in (("sums", 2), ("words", 1))]
+    journal = Journal.open(tmp_path / "run", make_config(data={"train": train}), 0)
+    for t in range(2):
+        journal.iteration(t)
+        values = {f"source/{name}/reward": 0.1 * t + x for name, x in (("sums", 0.25), ("words", 0.5))}
+        journal.log("evaluation", {"k": 1, "mean_at_k": 0.5, "source/sums/mean_at_k": 0.75 + t})
+        journal.log("iteration", {"reward": 0.3} | values)
+        samples = make_samples(t, groups=2)
+        for sample in samples:
+            sample.source = ("sums", "words")[sample.group]
+        write_rollout(tmp_path / f"run/rollouts/{t}.parquet", samples, t)
+    journal.close()
+    page = page_of(tmp_path / "run")
+    curves = {
+        c["name"]: c["y"]
+        for chart in data_of(page)["charts"].values()
+        for c in chart["data"]
+        if c.get("marker", {}).get("symbol") == "circle"
+    }
+    assert curves["sums"] == pytest.approx([0.25, 0.35]) and curves["words"] == pytest.approx([0.5, 0.6])
+    assert [0.75, 1.75] in [c["y"] for chart in data_of(page)["charts"].values() for c in chart["data"]]
+    assert "Reward by source" in page and "Evaluation by source" in page
+    assert "other-0" not in data_of(page)["charts"], "no chart shows what another does"
+    assert "data.train.1.weight" in page
+    prompts = data_of(page)["samples"]["rollouts"][1]["prompts"]
+    assert [prompt["problem"] for prompt in prompts] == ["sums 100", "words 101"]

@@ -16,8 +16,9 @@ from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.rewards import remote
+from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rewards.pool import RewardPool, Verdict
-from megatron_pmd.rewards.remote import RemoteReward, grading
+from megatron_pmd.rewards.remote import RemoteReward
 
 PROBLEM = Problem(
     index=3,

@@ -13,12 +13,17 @@ import pytest
 
 from megatron_pmd.batch import RolloutBatch, Sample, Segment
 from megatron_pmd.config import PartialRollouts
+from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import CheckpointError, RolloutError
 from megatron_pmd.rollout.carried_over_file import FILE, read_carried_over, write_carried_over
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import account_values
 from tests.rollout.test_sampler import Numbers, problem, rollout_for, sampler_for
 from tools.bench.stub_engine import StubEngine, serving
+
+
+def of_key(key: Key) -> Problem:
+    return replace(problem(key[1]), source=key[0])
 
 
 class Drawn(NamedTuple):
@@ -108,7 +113,7 @@ def test_an_interrupted_rollout_goes_on_from_a_checkpoint_as_if_nothing_had_been
         stopped = {member.stopped for group in rollout.groups for member in group.members}
         assert stopped == {None, "interrupted"}
         write_carried_over(tmp_path, rollout.groups)
-        carried = read_carried_over(tmp_path, problem)
+        carried = read_carried_over(tmp_path, of_key)
         resumed = rollout_for(0, wanted=4, carried_over=carried)
         sampler_for(url).run(resumed)
     samples = resumed.samples(Numbers())
@@ -185,8 +190,13 @@ def test_carried_over_responses_survive_a_checkpoint(tmp_path):
     engine = slow()
     partial = PartialRollouts(extra_groups=3)
     first = rollouts(engine, 1, partial)[0].rollout
+    for group in first.left_over[1:]:  # of two sources
+        group.problem = replace(group.problem, source="sums")
+        for member in group.members:
+            member.problem = group.problem
     write_carried_over(tmp_path, first.left_over)
-    read = read_carried_over(tmp_path, problem)
+    read = read_carried_over(tmp_path, of_key)
+    assert {group.problem.source for group in read} == {"", "sums"}
     assert plain(read) == plain(first.left_over)
     engine.weight_version = "1"
     rollout = rollout_for(
@@ -204,10 +214,10 @@ def test_carried_over_responses_survive_a_checkpoint(tmp_path):
 
 
 def test_a_broken_file_of_carried_over_responses_is_named(tmp_path):
-    assert read_carried_over(tmp_path, problem) == []
+    assert read_carried_over(tmp_path, of_key) == []
     (tmp_path / FILE).write_bytes(b"PAR1 no more")
     with pytest.raises(CheckpointError, match=FILE):
-        read_carried_over(tmp_path, problem)
+        read_carried_over(tmp_path, of_key)
 
 
 def test_a_response_lost_or_counted_twice_is_an_error():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,16 +18,19 @@ from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Objective, RunConfig, override
 from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import DataError
 from megatron_pmd.objectives.cispo import Cispo
 from megatron_pmd.objectives.grpo import Grpo
 from megatron_pmd.objectives.gspo import Gspo
 from megatron_pmd.objectives.pmd import Pmd
 from megatron_pmd.objectives.pmd_token import PmdToken
 from megatron_pmd.objectives.reinforce import Reinforce
-from megatron_pmd.rollout.trajectory import Turn
+from megatron_pmd.rollout.trajectory import Trajectory, Turn
+from megatron_pmd.training.metrics import source_values, success_rates
 from megatron_pmd.training.rollouts import train_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
+from tests.data.test_mixture import mixture
 
 if TYPE_CHECKING:
     from megatron_pmd.data.prompts import PromptSource
@@ -43,15 +50,16 @@ def some_tokens() -> losses.LossInput:
         mask=torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1]),
         sequence=torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]),
         advantages=torch.tensor([0.5, -1.0, 0.25]),
+        tau=torch.tensor([0.1, 0.1, 0.1]),
     )
 
 
-def expected(objective: Objective, tau: float = 0.1, weight: Any = None, cut: int = 8) -> losses.Loss:
-    return losses.loss_of(objective, losses.Constants(tau, max_response_tokens=cut), weight)
+def expected(objective: Objective, weight: Any = None, cut: int = 8) -> losses.Loss:
+    return losses.loss_of(objective, losses.Constants(max_response_tokens=cut), weight)
 
 
 CASES: dict[str, tuple[list[str], losses.Loss]] = {
-    "pmd": (["algorithm.tau=0.3"], expected(Pmd(), tau=0.3)),
+    "pmd": (["algorithm.objective.normaliser=none"], expected(Pmd(normaliser="none"))),
     "pmd, every option": (
         ["algorithm.objective.normaliser=max_response", "algorithm.objective.scaling=regression",
          "batch.max_response_tokens=7", "algorithm.mismatch.weight=sequence_mis",
@@ -158,6 +166,7 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
     expected = advantages(shaped, [0, 0, 1, 1], baseline="partition", tau=0.5)
     assert [s.advantage for s in samples] == pytest.approx(expected.tolist())
     assert [s.reward for s in samples] == [1.0, 1.0, 0.0, 1.0]
+    assert {s.tau for s in samples} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -199,3 +208,113 @@ def test_the_count_is_what_the_objective_divides_by(objective, expected):
     batch = RolloutBatch.pack(rollout([0.0] * 4, [2, 4, 5, 3], [False] * 4), 1.0)
     subproblem = Subproblem(config_with(f"algorithm.objective={objective}"), 0)
     assert subproblem.count(batch, np.array([0, 2, 3])) == expected
+
+
+GYM = {"kind": "reasoning_gym", "task": "spell_backward", "size": 10}
+MIXED = [
+    {"name": "sums", "source": GYM, "tau": 0.5},
+    {"name": "words", "source": GYM, "reward": {
+        "name": "exact", "correct": 0.5, "truncation_penalty": 0.25, "length": {"weight": 0.5}}},
+]  # fmt: skip
+
+
+def mixed(*settings: str) -> RunConfig:
+    return config_with(f"data.train={json.dumps(MIXED)}", *settings)
+
+
+def mixed_rollout() -> list[Sample]:
+    """Groups of two: 0 and 2 of sums, 1 and 3 of words."""
+    cut = [False, False, False, True, False, False, False, False]
+    samples = rollout([1.0, 0.0, 0.6, 0.0, 0.0, 0.0, 1.0, 0.6], [3, 5, 2, 4, 3, 3, 2, 6], cut)
+    for sample in samples:
+        sample.source = ("sums", "words")[sample.group % 2]
+    return samples
+
+
+def test_each_source_has_its_own_tau_penalty_and_length_reward_in_its_advantages():
+    """The baseline of `partition` is τ [logsumexp(r/τ) − log 2], of the shaped rewards."""
+    samples = mixed_rollout()
+    subproblem = Subproblem(mixed("algorithm.baseline=partition", "algorithm.tau=0.2"), 0)
+    subproblem.compute_advantages(samples)
+    # of words: the shorter of two gains 0.25 if it is correct, which 0.6 is; a wrong longer one loses 0.25
+    shaped = [1.0, 0.0, 0.85, 0.0 - 0.25 - 0.25, 0.0, 0.0, 1.25, 0.35]
+    assert [s.shaped_reward for s in samples] == pytest.approx(shaped)
+    assert [s.tau for s in samples] == [0.5, 0.5, 0.2, 0.2] * 2
+    for first in range(0, 8, 2):
+        tau, pair = samples[first].tau, shaped[first : first + 2]
+        baseline = tau * math.log(sum(math.exp(r / tau) for r in pair) / 2)
+        assert [s.advantage for s in samples[first : first + 2]] == pytest.approx(
+            [r - baseline for r in pair]
+        )
+    values = source_values(samples, subproblem.is_correct)
+    assert values == {
+        "source/sums/reward": 0.25, "source/sums/response_tokens": 3.5, "source/sums/correct": 0.25,
+        "source/sums/groups": 2, "source/sums/groups_with_signal": 1,
+        "source/words/reward": pytest.approx(0.55), "source/words/response_tokens": 3.5,
+        "source/words/correct": 0.75, "source/words/groups": 2, "source/words/groups_with_signal": 2,
+    }  # fmt: skip
+    assert success_rates(samples, subproblem.is_correct)["words", 3] == 1.0
+
+
+def test_the_target_of_a_sequence_is_its_own_sources_advantage_over_tau():
+    """(τ/2)(s − A/τ)² / n with each sequence's own τ, and its gradient (τ s − A)/n at every counted token."""
+    samples = mixed_rollout()
+    subproblem = Subproblem(mixed("algorithm.tau=0.2", "batch.samples_per_prompt=2"), 0)
+    subproblem.compute_advantages(samples)
+    columns = RolloutBatch.describe(samples, 1.0).samples
+    lengths = torch.from_numpy(columns.response_lengths)
+    sequence = torch.repeat_interleave(torch.arange(8), lengths)
+    rng = torch.Generator().manual_seed(0)
+    anchor = -torch.rand(len(sequence), generator=rng, dtype=torch.float64)
+    moved = torch.randn(len(sequence), generator=rng, dtype=torch.float64)
+    x = losses.LossInput(
+        (anchor + moved).requires_grad_(), anchor, anchor, torch.ones(len(sequence)), sequence,
+        torch.from_numpy(columns.advantages), torch.from_numpy(columns.taus),
+    )  # fmt: skip
+    found = subproblem.loss(x)
+    total, slopes = 0.0, []
+    for i, sample in enumerate(samples):
+        tau, n = (0.5 if sample.source == "sums" else 0.2), len(sample.response_tokens)
+        s = moved[sequence == i].sum().item()
+        total += tau / 2 * (s - sample.advantage / tau) ** 2 / n
+        slopes += [(tau * s - sample.advantage) / n] * n
+    assert found.sum.item() == pytest.approx(total, rel=1e-12)
+    assert torch.autograd.grad(found.sum, x.log_probs)[0].tolist() == pytest.approx(slopes, rel=1e-9)
+
+
+def test_the_group_filter_looks_at_a_group_with_its_own_sources_rewards():
+    """Two right answers of different lengths: only with a length reward do they differ."""
+    members = [Trajectory(Problem(0, (), "1", source="words"), i, 0, reward=1.0) for i in range(2)]
+    for member, length in zip(members, (2, 4), strict=True):
+        member.turns = [Turn(np.ones(length, np.int32), np.zeros(length, np.float32), finish="stop")]
+    subproblem = Subproblem(mixed(), 0)
+    assert subproblem.shaped_group(members) == [1.25, 0.75]
+    of_sums = [replace(m, problem=replace(m.problem, source="sums")) for m in members]
+    assert subproblem.shaped_group(of_sums) == [1.0, 1.0]
+
+
+def test_a_group_is_of_one_source_and_a_rollout_has_each_sources_share():
+    config = mixed("data.train.0.weight=3", "batch.prompts_per_rollout=16", "rollout.partial.extra_groups=4")
+    prompts = mixture({"sums": 3, "words": 1})
+    for t in range(3):
+        groups = train_rollout(config, prompts, t, carried_over=[]).groups
+        for group in groups:
+            assert {member.problem.key for member in group.members} == {group.problem.key}
+            assert len(group.members) == config.batch.samples_per_prompt
+        assert Counter(group.problem.source for group in groups) == {"sums": 15, "words": 5}
+
+
+def test_a_replayed_rollout_of_other_sources_is_refused():
+    samples = mixed_rollout()
+    samples[3].source = "poems"
+    with pytest.raises(DataError, match=r"problems of poems; data\.train has sums, words: replay it with"):
+        Subproblem(mixed(), 0).compute_advantages(samples)
+    with pytest.raises(DataError, match=r"problems of sums; data\.train has one source without a name"):
+        Subproblem(config_with(), 0).compute_advantages(mixed_rollout())
+
+
+def test_the_schedule_moves_the_runs_tau_and_no_sources_own():
+    samples = mixed_rollout()
+    config = mixed("algorithm.tau_schedule.end=0.4", "algorithm.tau_schedule.iterations=2")
+    Subproblem(config, 2).compute_advantages(samples)
+    assert {(s.source, s.tau) for s in samples} == {("sums", 0.5), ("words", 0.4)}

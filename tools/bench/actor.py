@@ -122,14 +122,14 @@ def steps_of(policy: Any) -> Any:
             group=i // 4, number=i % 4, problem=0, prompt="", response="", answer="",
             prompt_tokens=rng.integers(0, 49_000, 32),
             response_tokens=rng.integers(0, 49_000, 32), engine_log_probs=np.zeros(32),
-            finish_reason="stop", weight_version=0, seed=0, advantage=float(rng.normal()),
+            finish_reason="stop", weight_version=0, seed=0, advantage=float(rng.normal()), tau=0.1,
         )
         for i in range(16)
     ]  # fmt: skip
     batch = RolloutBatch.pack(samples, 1.0)
     microbatches = policy.microbatches(batch, np.arange(16))
     anchor = torch.zeros(len(batch.tokens))
-    loss = loss_of(Pmd(), Constants(tau=0.1, max_response_tokens=32))
+    loss = loss_of(Pmd(), Constants(max_response_tokens=32))
 
     def step() -> float:
         begin = time.monotonic()

@@ -31,7 +31,7 @@ import typer
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import prompt_source, tokenize
-from megatron_pmd.data.sources import load_problems
+from megatron_pmd.data.sources import problems_of
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.router import RouterProcess, RouterSpec
@@ -121,7 +121,8 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
     from megatron_pmd.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    problems = load_problems(config.data.train, config.data)
+    (source,) = config.problem_sources("train")
+    problems = problems_of(source)
     kept, _ = tokenize(problems, tokenizer, config.batch.max_prompt_tokens)
     chosen = prompt_source(kept, config.seed, config.data.sampling).take(config.batch.prompts_per_rollout)
     stops = stop_tokens(tokenizer, config.model.path)

@@ -27,6 +27,7 @@ from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig, load
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rollout_file import read_rollout
+from megatron_pmd.training.subproblem import Subproblem
 
 Rates = tuple[float, float, float]
 """Tokens per second, and per processor second; peak resident bytes."""
@@ -100,7 +101,9 @@ def main(side: str, config_file: str, rollout_file: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config = load(Path(config_file))
-    batch = RolloutBatch.pack(read_rollout(Path(rollout_file))[0], config.rollout.temperature)
+    samples, iteration = read_rollout(Path(rollout_file))
+    Subproblem(config, iteration).compute_advantages(samples)
+    batch = RolloutBatch.pack(samples, config.rollout.temperature)
     if side == "ours":
         ours(config, batch)
     else:
@@ -180,7 +183,7 @@ def ours(config: RunConfig, batch: RolloutBatch) -> None:
 
 def pmd_loss(config: RunConfig) -> Loss:
     algorithm = config.algorithm
-    return loss_of(algorithm.objective, Constants(algorithm.tau, config.batch.max_response_tokens))
+    return loss_of(algorithm.objective, Constants(config.batch.max_response_tokens))
 
 
 def plain(config: RunConfig, batch: RolloutBatch) -> Step:
@@ -250,6 +253,7 @@ def _loss(
             mask=torch.ones_like(log_probs),
             sequence=torch.repeat_interleave(torch.arange(len(samples)), torch.from_numpy(responses)),
             advantages=torch.from_numpy(batch.samples.advantages[samples]).float(),
+            tau=torch.from_numpy(batch.samples.taus[samples]),
         )
     )
     return terms.sum
