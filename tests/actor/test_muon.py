@@ -153,7 +153,7 @@ def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
 
 def test_experts_with_biases_are_refused_under_expert_parallelism():
     """megatron-core would assert, once the ranks are built; on each rank that has experts."""
-    experts = torch.nn.Linear(2, 2)
+    experts: Any = torch.nn.Linear(2, 2)
     experts.weight.allreduce = experts.bias.allreduce = False
     with pytest.raises(ConfigError, match=r"optimizer\.name=muon: bias of the experts is no matrix"):
         muon.layout(experts, DistributedDataParallelConfig())
