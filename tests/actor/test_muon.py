@@ -22,11 +22,11 @@ MOMENTUM = 0.95
 ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
 ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
-    "dense, pipeline=2": ("llama", dict(pipeline=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
     "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
 }
+RESUMED = (ONE_PROCESS, "moe, expert=2, data=2")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         name: (models / case[0], case[1], folder / str(i)) for i, (name, case) in enumerate(LAYOUTS.items())
     }
     return {
-        **launch("train", module=MODULE, cases=one)[0],
-        **launch("train", ranks=2, module=MODULE, cases=two)[0],
+        **launch("train", module=MODULE, cases=one, resumed=RESUMED)[0],
+        **launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)[0],
     }
 
 
@@ -111,7 +111,7 @@ def test_the_planner_counts_the_states_that_a_rank_holds(trained, models, name):
     )
 
 
-@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
+@pytest.mark.parametrize("name", RESUMED)
 def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
     (step, weights), (resumed_step, resumed_weights) = trained[name]["third"], trained[name]["third_resumed"]
     assert step == resumed_step
@@ -119,7 +119,7 @@ def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
 
 
 OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    1: {"moe, expert=2, data=2": {}, "latent, tensor=2, expert=2": {}},
+    1: {"latent, tensor=2, expert=2": {}},
     2: {ONE_PROCESS: dict(expert=2, data=2), "moe, tensor=2": dict(pipeline=2)},
 }
 """Ranks to load with: case that saved -> layout that loads."""
@@ -153,7 +153,7 @@ def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
 
 def test_experts_with_biases_are_refused_under_expert_parallelism():
     """megatron-core would assert, once the ranks are built; on each rank that has experts."""
-    experts = torch.nn.Linear(2, 2)
+    experts: Any = torch.nn.Linear(2, 2)
     experts.weight.allreduce = experts.bias.allreduce = False
     with pytest.raises(ConfigError, match=r"optimizer\.name=muon: bias of the experts is no matrix"):
         muon.layout(experts, DistributedDataParallelConfig())

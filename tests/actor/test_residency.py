@@ -12,7 +12,7 @@ from megatron_pmd.actor.residency import OptimizerStates, drop_quantized_copies
 from tests.actor.launch import launch
 from tests.actor.tiny_models import MUON, config_for
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "fp32": dict(precision="fp32"),
     "bf16": dict(precision="bf16"),
     "muon, fp32": dict(precision="fp32", optimizer=MUON),
