@@ -20,7 +20,6 @@ GROUP = "the process group's deadline"
 TOLD = "a thread that has just been told to end"
 
 ENDS_WITH = {
-    "actor/checkpoint.py: self._writer.wait()": "the process that writes; else node/watch.py ends this rank",
     "convert/parts.py: self._last.result()": WORK_OF_ITS_OWN,
     "convert/parts.py: future.result()": WORK_OF_ITS_OWN,
     "convert/sharded.py: writer.write_data(plan, _Source(resolve)).wait()": WORK_OF_ITS_OWN,

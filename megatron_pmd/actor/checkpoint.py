@@ -134,23 +134,22 @@ class Saver:
         final, run_state = self._pending
         partial = final.with_suffix(".partial")
         try:
-            self._control.on_all(lambda: self._check_writer(partial, wait=wait))
-            if not self._queue.maybe_finalize_async_calls(blocking=wait):
+            if not all(self._control.on_all(lambda: self._has_written(partial, wait=wait))):
                 return
+            self._queue.maybe_finalize_async_calls(blocking=True)
         except FAILURES as error:
             self._pending = None
             raise error if isinstance(error, CheckpointError) else _not_written(partial, error) from error
         self._pending = None
         self._control.on_driver(lambda: self._rename(partial, final, run_state))
 
-    def _check_writer(self, partial: Path, *, wait: bool) -> None:
-        """CheckpointError if this rank's was killed. megatron-core would blame another rank, or nobody."""
-        if self._writer is None:
-            return
-        if wait:
-            self._writer.wait()
+    def _has_written(self, partial: Path, *, wait: bool) -> bool:
+        """Whether this rank's files are written. CheckpointError if its writer was killed.
+
+        megatron-core takes such a one for done, and then blames another rank, or nobody.
+        """
         try:
-            self._writer.check()
+            return self._writer is None or self._writer.is_done(wait=wait)
         except HelperEnded as ended:
             raise _not_written(partial, ended) from ended
 

@@ -86,24 +86,18 @@ class Writer:
         """The process is forked: from here on it alone can tell something."""
         os.close(self._tells)
 
-    def wait(self) -> None:
-        """Until it has ended."""
-        while not self._ended:
-            self._listen()
-
-    def check(self) -> None:
-        """Raises HelperEnded if it has ended before it was done. Does not wait."""
-        os.set_blocking(self._told, False)
+    def is_done(self, *, wait: bool) -> bool:
+        """Whether it has ended; wait: until it has. Raises HelperEnded if that was before it was done."""
+        os.set_blocking(self._told, wait)
         try:
             while not self._ended:
                 self._listen()
         except BlockingIOError:
-            return
-        finally:
-            os.set_blocking(self._told, True)
+            return False
         if self._last_words != DONE:
             killed = f"the process `{WRITER}` of rank {_rank()} ended before it was done: was it killed?"
             raise HelperEnded(self._last_words.decode() or killed)
+        return True
 
     def _listen(self) -> None:
         words = os.read(self._told, 1024)

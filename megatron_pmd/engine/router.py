@@ -131,8 +131,10 @@ class Router:
                     raise
 
     def reaches(self, engines: Sequence[str]) -> bool:
-        """Whether it runs and the server of at least one of these engines answers."""
-        if self.process is not None and not self.process.alive():
+        """Whether it answers, where there is one, and the server of at least one of these engines does."""
+        if self.process is not None and not (
+            self.process.alive() and answers(f"{self.url}/liveness", ANSWER_SECONDS)
+        ):
             return False
         return any(answers(url + "/health", ANSWER_SECONDS) for url in engines)
 

@@ -79,3 +79,21 @@ def test_a_router_whose_port_another_process_took_meanwhile_is_started_on_anothe
     else:
         own.start([])
     assert len(ports) == len(set(ports)) == starts
+
+
+@pytest.mark.parametrize("answering", [("/liveness", "/health"), ("/health",), ("/liveness",)])
+def test_engines_are_reached_where_the_router_answers_and_one_of_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answering: tuple[str, ...]
+) -> None:
+    """A router that the system has stopped runs, and answers nothing."""
+
+    class Process:
+        url = "http://127.0.0.1:9"
+
+        def alive(self) -> bool:
+            return True
+
+    monkeypatch.setattr(router, "answers", lambda url, seconds: url.endswith(answering))
+    own = Router(Rollout(), tmp_path / "router.log", None)
+    own.process = Process()  # type: ignore[assignment]
+    assert own.reaches(["http://127.0.0.1:8"]) == (len(answering) == 2)
