@@ -227,7 +227,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
         quantize_anew(chunks, optimizer)
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
-        if state["adapters"] and _digest(chunks, trained=False) != loaded["rank"]["base"]:
+        if state["adapters"] and _digest(chunks, held=False) != loaded["rank"]["base"]:
             raise CheckpointError(
                 f"{checkpoint}: its adapters belong to another base: rank {dist.get_rank()} holds other "
                 "weights beside them; model.path must name the model that the run began with"
@@ -311,7 +311,7 @@ def _sharded_state(
             {
                 "random": _random_state(),
                 "digest": _digest(chunks),
-                "base": _digest(chunks, trained=False),
+                "base": _digest(chunks, held=False),
             },
             (world,),
             (rank,),
@@ -334,18 +334,20 @@ def _named(chunks: list[Any]) -> dict[str, Any]:
     return {str(i): unwrap_model(chunk) for i, chunk in enumerate(chunks)}
 
 
-def _digest(chunks: list[Any], *, trained: bool = True) -> int:
-    """Sum of all bits of what is trained, or of the rest: a wrong byte anywhere changes it.
+def _digest(chunks: list[Any], *, held: bool = True) -> int:
+    """Sum of all bits of what a checkpoint holds, or of the rest: a wrong byte anywhere changes it.
 
-    Expert biases are trained where there are no adapters.
+    It holds parameters and expert biases, or adapters alone.
     Of an FP8 parameter those of the numbers it stands for: its bytes cannot be viewed, and the copy by column
     is there or not.
     """
     integers = {4: torch.int32, 2: torch.int16}
     total = torch.zeros((), dtype=torch.int64, device=current_device())
+    whole = lora.description(chunks) is None
     for chunk in chunks:
-        biases = expert_biases(chunk).values() if trained == (lora.description(chunks) is None) else ()
-        for p in (*(p for p in chunk.parameters() if p.requires_grad == trained), *biases):
+        for name, p in (*chunk.named_parameters(), *expert_biases(chunk).items()):
+            if held != (whole or lora.ADAPTER in name):
+                continue
             plain = p.detach().dequantize() if is_float8tensor(p) else p.detach()
             total += plain.view(integers[plain.element_size()]).sum(dtype=torch.int64)
     return int(total)

@@ -43,7 +43,10 @@ class CommandLine:
     def start(self, name: str, *words: str) -> ForkedCommand:
         self._starts += 1
         output = self.folder / f"{name}-{self._starts}.out"
-        words = ("train", RECIPE, f"name={name}", *SMALL, *words)
+        given = [word.partition("=")[0] for word in words]
+        # a word that gives a group as a whole takes the place of its parts
+        small = [word for word in SMALL if not any(word.startswith(f"{key}.") for key in given)]
+        words = ("train", RECIPE, f"name={name}", *small, *words)
         return ForkedCommand([*words], self.folder, output, LEFT | {"COLUMNS": "100"})
 
     def run(self, name: str, *words: str, expect: int = 0) -> str:
