@@ -27,6 +27,7 @@ ENDS_WITH = {
     "engine/health.py: self.join()": TOLD,
     "engine/server.py: self._process.wait()": KILLED,
     "processes.py: thread.join()": TOLD,
+    "rewards/grading.py: future.result()": "a grading, which has a deadline",
     "rewards/pool.py: pool.join()": KILLED,
     "rewards/pool.py: self._keeper.join()": TOLD,
     "rewards/pool.py: future.result()": "a grading, whose worker is killed at its deadline",
