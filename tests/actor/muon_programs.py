@@ -56,9 +56,13 @@ def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
         trial = Trial(config_for(path, layout, optimizer=MUON))
         trial.actor.load(saved)
         results.append((trial.step(STEPS[2]), trial.weights()))
-        if "pipeline" in layout:  # no group of hosts gathers Adam's states there
-            trial.save(saved.parent / "of a pipeline")
     return results
+
+
+def in_one_process(path: Path, latent: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """See train_one and trials: one launch for both."""
+    steps = train_one(config_for(path, optimizer=MUON), folder / "one", resume=True)
+    return steps, trials(latent, path, steps["checkpoint"], folder / "bf16")
 
 
 def trials(latent: Path, dense: Path, saved: Path, folder: Path) -> dict[str, Any]:

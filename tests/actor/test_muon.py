@@ -22,6 +22,7 @@ MOMENTUM = 0.95
 ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
 ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, pipeline=2": ("llama", dict(pipeline=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
     "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
@@ -30,17 +31,31 @@ RESUMED = (ONE_PROCESS, "moe, expert=2, data=2")
 
 
 @pytest.fixture(scope="module")
-def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """programs.train on the driver, of one process by its family, of two by their layout."""
+def one_process(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """programs.train_one of ONE_PROCESS, and programs.trials."""
+    return launch(
+        "in_one_process", module=MODULE, path=models / ONE_PROCESS, latent=models / "deepseek",
+        folder=tmp_path_factory.mktemp("muon-in-one-process"),
+    )[0]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(one_process) -> dict[str, Any]:
+    return one_process[1]
+
+
+@pytest.fixture(scope="module")
+def trained(one_process, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """programs.train_one on the driver, of one process by its family, of two by their layout."""
     folder = tmp_path_factory.mktemp("muon")
-    one: dict[str, Any] = {ONE_PROCESS: (models / ONE_PROCESS, {}, folder / "one")}
     two = {
-        name: (models / case[0], case[1], folder / str(i)) for i, (name, case) in enumerate(LAYOUTS.items())
+        name: (models / family, layout, folder / str(i))
+        for i, (name, (family, layout)) in enumerate(LAYOUTS.items())
     }
-    return {
-        **launch("train", module=MODULE, cases=one, resumed=RESUMED)[0],
-        **launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)[0],
-    }
+    steps = launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)[0]
+    return {ONE_PROCESS: one_process[0], **steps}
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
@@ -140,15 +155,6 @@ def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
         assert step[2] == pytest.approx(third_step[2], rel=1e-5), name
         errors = difference(weights, third_weights)
         assert max(errors.values()) < WEIGHT_TOLERANCE, (name, errors)
-
-
-@pytest.fixture(scope="module")
-def alone(trained, models, tmp_path_factory) -> dict[str, Any]:
-    """programs.trials, in one process."""
-    return launch(
-        "trials", module=MODULE, latent=models / "deepseek", dense=models / ONE_PROCESS,
-        saved=trained[ONE_PROCESS]["checkpoint"], folder=tmp_path_factory.mktemp("muon-alone"),
-    )[0]  # fmt: skip
 
 
 def test_experts_with_biases_are_refused_under_expert_parallelism():
