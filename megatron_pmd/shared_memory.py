@@ -52,12 +52,16 @@ def own_memory(name: str, count: int) -> tuple[str, ...]:
 
     name: shown in /proc/PID/fd.
     """
-    files = [os.memfd_create(name) for _ in range(count)]
-    for file in files:
-        os.fchmod(file, 0o600)
-    return tuple(f"/proc/{os.getpid()}/fd/{file}" for file in files)
+    return tuple(str(path_to(memory_file(name))) for _ in range(count))
 
 
-def path_to(file: IO[bytes]) -> Path:
-    """Where other processes of this user on this node open the file."""
-    return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+def memory_file(name: str) -> int:
+    """The descriptor of a new file in memory, of this user alone; path_to() says where others open it."""
+    descriptor = os.memfd_create(name)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def path_to(descriptor: int) -> Path:
+    """Where other processes of this user on this node open a file that this process has open."""
+    return Path(f"/proc/{os.getpid()}/fd/{descriptor}")

@@ -125,15 +125,15 @@ class Run:
     def exit_code(self) -> int | None:
         return self._process.poll() if self._process else None
 
-    def beat(self, rank: int = 0) -> Beat | None:
-        """What a rank of this start does; None if it has not begun."""
+    def beat(self) -> Beat | None:
+        """What rank 0 of this start does; None if it has not begun."""
         assert self.launcher is not None
         try:
             open_files = Path(f"/proc/{self.launcher.pid}/fd").iterdir()
             beats = sorted(int(f.name) for f in open_files if "memfd:heartbeat" in str(f.readlink()))
         except OSError:
             return None
-        return Beat.read(Path(f"/proc/{self.launcher.pid}/fd/{beats[rank]}")) if beats else None
+        return Beat.read(Path(f"/proc/{self.launcher.pid}/fd/{beats[0]}")) if beats else None
 
     def processes(self) -> list[psutil.Process]:
         assert self.launcher is not None
@@ -178,13 +178,14 @@ class Run:
         return self._output.stat().st_size if self._output.exists() else 0
 
 
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
+def wait[T](condition: Callable[[], T], seconds: float) -> T | None:
+    """The condition's value once it is true; None if it does not become so in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if condition():
-            return True
+        if found := condition():
+            return found
         time.sleep(LOOK_SECONDS)
-    return False
+    return None
 
 
 def plan(trials: int, seed: int) -> Iterator[tuple[str, signal.Signals, str]]:
@@ -206,7 +207,6 @@ class Matrix:
         self.folder, self.run, self._chance = folder, Run(folder), random.Random(seed)
         self.trials: list[Trial] = []
         self._before: set[str] = set()
-        self._seconds: dict[str, float] = {}
 
     def one(self, kind: str, number: signal.Signals, phase: str) -> Trial:
         """Send a signal to a process of a kind, at a random moment of a phase, and see what comes of it."""
@@ -227,7 +227,10 @@ class Matrix:
         else:
             trial.outcome = "went on" if done else "HUNG"
             trial.said = _what_was_mended(self.run.said_since(position))
-            self._tidy_up(target, end=not done)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                target.send_signal(signal.SIGCONT)  # whatever the run makes of it
+            if not done:
+                self.run.kill()
         self.trials.append(trial)
         with (self.folder / "trials.jsonl").open("a") as lines:
             lines.write(json.dumps(asdict(trial)) + "\n")
@@ -235,23 +238,17 @@ class Matrix:
 
     def _at_a_random_moment(self, kind: str, phase: str) -> psutil.Process:
         """Wait for the phase, and somewhat into it; a process of this kind that is there then, or soon."""
-        state: dict[str, Any] = {}
 
         def in_phase() -> bool:
             assert self.run.runs_now, f"ended by itself: {self.run.reason()}"
             beat = self.run.beat()
-            state["found"] = beat is not None and beat.phase == phase
-            return bool(state["found"])
+            return beat is not None and beat.phase == phase
 
         assert wait(in_phase, DEADLINE_SECONDS), f"no {phase} within {DEADLINE_SECONDS:.0f} s"
         time.sleep(self._chance.uniform(0, self._typical(phase)))
-
-        def is_there() -> bool:
-            state["found"] = self.run.of_kind(kind)
-            return bool(state["found"])
-
-        assert wait(is_there, 60), f"no {kind} within 60 s"
-        return self._chance.choice(state["found"])
+        found = wait(lambda: self.run.of_kind(kind), 60)
+        assert found, f"no {kind} within 60 s"
+        return self._chance.choice(found)
 
     def _typical(self, phase: str) -> float:
         """How long it last took."""
@@ -264,13 +261,6 @@ class Matrix:
         """Whether a whole iteration has begun and ended since."""
         now = self.run.beat()
         return now is not None and now.iteration >= beat.iteration + 2
-
-    def _tidy_up(self, target: psutil.Process, *, end: bool) -> None:
-        """Let a stopped process go on, whatever the run makes of it; end a run that hangs."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            target.send_signal(signal.SIGCONT)
-        if end:
-            self.run.kill()
 
     def _left(self, there: list[psutil.Process]) -> tuple[str, ...]:
         """Processes that do not end, and files that are there and were not, after a start has ended."""

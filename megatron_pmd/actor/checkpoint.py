@@ -137,9 +137,12 @@ class Saver:
             if not all(self._control.on_all(lambda: self._has_written(partial, wait=wait))):
                 return
             self._queue.maybe_finalize_async_calls(blocking=True)
+        except CheckpointError:
+            self._pending = None
+            raise
         except FAILURES as error:
             self._pending = None
-            raise error if isinstance(error, CheckpointError) else _not_written(partial, error) from error
+            raise _not_written(partial, error) from error
         self._pending = None
         self._control.on_driver(lambda: self._rename(partial, final, run_state))
 

@@ -88,7 +88,7 @@ def layout(chunk: torch.nn.Module, ddp: DistributedDataParallelConfig) -> FullPa
     )
 
 
-def build(chunks: list[Any], settings: OptimizerConfig) -> MegatronOptimizer:
+def build(settings: OptimizerConfig, chunks: list[Any]) -> MegatronOptimizer:
     """The two optimizers, chained: Muon's, then Adam's."""
     for chunk in chunks:
         _tell_gate_from_up(chunk)

@@ -19,16 +19,12 @@ def build(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     Weight decay is decoupled from the gradient and leaves biases and norms alone.
     """
     settings = OptimizerConfig(**optimizer_fields(config))
-    make = muon.build if config.optimizer.name == "muon" else _adam
-    optimizer = make(chunks, settings)
+    make = muon.build if config.optimizer.name == "muon" else get_megatron_optimizer
+    optimizer = make(settings, chunks)
     # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
     for group in optimizer.param_groups:
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
     return optimizer
-
-
-def _adam(chunks: list[Any], settings: OptimizerConfig) -> MegatronOptimizer:
-    return get_megatron_optimizer(settings, chunks)
 
 
 def learning_rate(settings: Optimizer, step: int) -> float:

@@ -108,11 +108,9 @@ class Router:
 
     def start(self, engines: Sequence[str]) -> None:
         """Start it before these engines (URLs) unless it answers; EngineError if it does not come up."""
-        if self.process is not None and self.process.alive():
-            # its supervisor outlives it for a moment
-            if answers(f"{self.url}/liveness", ANSWER_SECONDS):
-                return
-            self.stop()
+        if self._answers():
+            return
+        self.stop()
         for attempt in itertools.count():
             spec = RouterSpec(
                 engines=engines,
@@ -130,11 +128,15 @@ class Router:
                 if attempt == self._rollout.restarts or not port_was_taken(str(error)):
                     raise
 
+    def _answers(self) -> bool:
+        """Whether there is one that lives and answers: its supervisor outlives it for a moment."""
+        if self.process is None or not self.process.alive():
+            return False
+        return answers(f"{self.url}/liveness", ANSWER_SECONDS)
+
     def reaches(self, engines: Sequence[str]) -> bool:
         """Whether it answers, where there is one, and the server of at least one of these engines does."""
-        if self.process is not None and not (
-            self.process.alive() and answers(f"{self.url}/liveness", ANSWER_SECONDS)
-        ):
+        if self.process is not None and not self._answers():
             return False
         return any(answers(url + "/health", ANSWER_SECONDS) for url in engines)
 

@@ -46,8 +46,9 @@ def ending_ranks_that_stand_still(spec: JobSpec, first_rank: int) -> AbstractCon
     def look(ended: threading.Event) -> None:
         stopped, silences = dict[int, int](), dict[int, _Silence]()
         while not ended.wait(LOOKS_APART_SECONDS):
-            ranks = _ranks()
-            found = list(_stopped(ranks))
+            family = psutil.Process().children(recursive=True)  # one look at all processes of the node
+            ranks = _ranks(family)
+            found = list(_stopped(family, ranks))
             stopped = {process.pid: stopped.get(process.pid, 0) + 1 for process, _, _ in found}
             for process, rank, number in found:
                 if stopped[process.pid] == LOOKS:
@@ -59,24 +60,24 @@ def ending_ranks_that_stand_still(spec: JobSpec, first_rank: int) -> AbstractCon
     return beside(look, "ranks-that-stand-still")
 
 
-def _ranks() -> dict[int, tuple[psutil.Process, int]]:
+def _ranks(family: list[psutil.Process]) -> dict[int, tuple[psutil.Process, int]]:
     """By process number, each rank that this process has started, and its number in the run."""
     ranks = {}
-    for process in psutil.Process().children():
+    for process in family:
         with suppress(psutil.Error):
-            if title := re.match(TITLE, " ".join(process.cmdline())):
+            if process.ppid() == os.getpid() and (title := re.match(TITLE, " ".join(process.cmdline()))):
                 ranks[process.pid] = process, int(title[1])
     return ranks
 
 
 def _stopped(
-    ranks: dict[int, tuple[psutil.Process, int]],
+    family: list[psutil.Process], ranks: dict[int, tuple[psutil.Process, int]]
 ) -> Iterator[tuple[psutil.Process, psutil.Process, int]]:
     """Each stopped process that is a rank or a child of one; its rank, and that one's number.
 
     Engines' servers are further down: who started them watches them.
     """
-    for process in psutil.Process().children(recursive=True):  # one look at all processes of the node
+    for process in family:
         with suppress(psutil.Error):
             found = ranks.get(process.pid) or ranks.get(process.ppid())
             if found and process.status() == psutil.STATUS_STOPPED:

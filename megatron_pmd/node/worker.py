@@ -41,7 +41,7 @@ PROCESS_TITLE = "megatron-pmd rank"
 """What `ps` calls a rank's process, before its number."""
 getproctitle()  # finds the title's place, which it cannot once the environment is changed
 TELL_WHERE = signal.SIGUSR2
-"""A rank that gets it writes where each of its threads stands (JobSpec.stacks_file)."""
+"""A rank that gets it writes where each of its threads stands (JobSpec.stacks)."""
 PREPARING_SECONDS = 600.0
 """For another run that makes the model's folder."""
 

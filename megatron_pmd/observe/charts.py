@@ -119,7 +119,7 @@ def other_charts(run: RunFolder) -> list[Chart]:
         ),
     }
     lines = run.of_kind("step") + run.iterations
-    keys = {k for m in lines for k, v in m.items() if isinstance(v, (int, float)) and k not in shown}
+    keys = {k for m in lines for k, v in m.items() if isinstance(v, (int, float))} - shown
     keys = {key for key in keys if not key.startswith(SOURCE)}
     made = [_curves(key, "", _series(run, key, "", BLUE)) for key in sorted(keys)]
     return [_aligned(chart, run) for chart in made if chart is not None]

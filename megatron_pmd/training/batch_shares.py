@@ -72,7 +72,7 @@ def distribute(
         if mine.leader != control.rank:
             return None
         file, folder = nameless_file(mine.nbytes, [memory, Path(tempfile.gettempdir())])
-        return path_to(file), folder
+        return path_to(file.fileno()), folder
 
     places: list[Any] = control.on_all(make_file)
     if control.is_driver:

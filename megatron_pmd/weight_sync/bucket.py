@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from megatron_pmd.errors import ModelError
-from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY
+from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, memory_file, path_to
 from megatron_pmd.weight_sync.bucket_layout import (
     BucketLayout,
     Entry,
@@ -158,10 +158,9 @@ class SharedBucket(Bucket):
                 f"no memory for a weight bucket of {self.capacity:,} bytes: the machine has {free:,} bytes "
                 "free; lower sync.bucket_megabytes, or use a machine with more memory"
             )
-        descriptor = os.memfd_create(self.path.name)
-        os.fchmod(descriptor, 0o600)
+        descriptor = memory_file(self.path.name)
         os.posix_fallocate(descriptor, 0, self.capacity)
-        self.path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+        self.path.symlink_to(path_to(descriptor))
         return descriptor
 
     def _open(self) -> int:

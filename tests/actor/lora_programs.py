@@ -17,7 +17,7 @@ from megatron_pmd.config import Lora
 from megatron_pmd.convert.peft_folder import write_adapters
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial, message_of
-from tests.actor.objective_gradients import gather_shards
+from tests.actor.objective_gradients import whole_gradient
 from tests.actor.tiny_models import STEPS, config_for
 
 LORA: dict[str, Any] = dict(rank=4, alpha=6)
@@ -80,7 +80,8 @@ def measure(trial: Trial) -> dict[str, Any]:
     step = actor.optimizer.step
 
     def noted() -> Any:
-        result["gradient"] = gradient_of(actor) if driver else gradient_of(actor) and {}
+        gradient = whole_gradient(actor, actor.export_adapters)
+        result["gradient"] = gradient if driver else {}
         return step()
 
     actor.optimizer.step = noted
@@ -97,19 +98,6 @@ def adapters_of(trial: Trial) -> dict[str, torch.Tensor]:
     """By peft's names, whole, on rank 0; collective."""
     tensors = {name: tensor.detach().clone() for name, tensor in trial.actor.export_adapters()}
     return tensors if trial.control.is_driver else {}
-
-
-def gradient_of(actor: Any) -> dict[str, torch.Tensor]:
-    """The adapters' whole gradient by peft's names: it passes through the export, in their place."""
-    gather_shards(actor)
-    parameters = [p for chunk in actor.chunks for p in chunk.parameters() if p.requires_grad]
-    weights = [p.detach().clone() for p in parameters]
-    for parameter in parameters:
-        parameter.data.copy_(parameter.main_grad)
-    gradient = {name: tensor.detach().clone() for name, tensor in actor.export_adapters()}
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.data.copy_(weight)
-    return gradient
 
 
 def shard_errors(trial: Trial) -> float:

@@ -3,6 +3,7 @@ ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -81,18 +82,20 @@ def gather_shards(actor: Actor) -> None:
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
-def whole_gradient(actor: Actor) -> dict[str, torch.Tensor]:
-    """The gradient that lies reduced in the ranks' buffers, whole, by Hugging Face name. Collective.
+def whole_gradient(
+    actor: Actor, export: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None
+) -> dict[str, torch.Tensor]:
+    """The gradient that lies reduced in the ranks' buffers, whole, by the export's names. Collective.
 
-    It passes through the export, in the weights' place; they are put back. Buffers of routers come as they
-    are.
+    export: of what is trained; None: actor.export, by Hugging Face name. The gradient passes through it in
+    the weights' place; they are put back. Buffers of routers come as they are.
     """
     gather_shards(actor)
-    parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+    parameters = [p for chunk in actor.chunks for p in chunk.parameters() if p.requires_grad]
     weights = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.data.copy_(parameter.main_grad)
-    gradient = {name: tensor.detach().clone() for name, tensor in actor.export()}
+    gradient = {name: tensor.detach().clone() for name, tensor in (export or actor.export)()}
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data.copy_(weight)
     return gradient

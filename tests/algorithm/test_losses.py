@@ -302,18 +302,16 @@ def test_at_the_anchor_the_pmd_gradient_is_the_policy_gradient_for_every_tau(tau
     torch.testing.assert_close(torch.autograd.grad(reinforce.sum, log_probs)[0], pmd_gradient)
 
 
+def two_sequences(log_probs: torch.Tensor, anchor: torch.Tensor, advantages: list[float]) -> LossInput:
+    """Of one token each."""
+    ones, sequence = torch.ones(2), torch.tensor([0, 1])
+    return LossInput(log_probs, anchor, anchor, ones, sequence, torch.tensor(advantages), ones)
+
+
 def test_the_two_scalings_differ_by_tau_and_nothing_else():
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     anchor = torch.tensor([-1.5, -1.8])
-    x = LossInput(
-        log_probs,
-        anchor,
-        anchor,
-        torch.ones(2),
-        torch.tensor([0, 1]),
-        torch.tensor([1.0, -1.0]),
-        torch.ones(2),
-    )
+    x = two_sequences(log_probs, anchor, [1.0, -1.0])
     by_gradient, by_regression = pmd(x, tau=0.3).sum, pmd(x, tau=0.3, scaling="regression").sum
     torch.testing.assert_close(by_gradient, 0.3 * by_regression)
 
@@ -321,15 +319,7 @@ def test_the_two_scalings_differ_by_tau_and_nothing_else():
 def test_a_ratio_beyond_any_clip_range_keeps_every_value_and_gradient_finite():
     log_probs = torch.tensor([-0.1, -700.0], requires_grad=True)
     anchor = torch.tensor([-700.0, -0.1])
-    x = LossInput(
-        log_probs,
-        anchor,
-        anchor,
-        torch.ones(2),
-        torch.tensor([0, 1]),
-        torch.tensor([0.0, -1.0]),
-        torch.ones(2),
-    )
+    x = two_sequences(log_probs, anchor, [0.0, -1.0])
     for name in ("grpo", "gspo", "cispo", "pmd_token"):
         total = evaluate(name, x, "none", OPTIONS[name][-1]).sum
         assert total.isfinite() and torch.autograd.grad(total, log_probs)[0].isfinite().all()

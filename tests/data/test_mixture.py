@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pmd.config import Sampling
@@ -47,7 +47,6 @@ def keys(source: MixedPrompts, n: int) -> list[Key]:
     return [problem.key for problem in source.take(n)]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(WEIGHTS, st.integers(1, 120))
 def test_after_every_prompt_each_source_has_its_share_to_less_than_one_prompt(weights, prompts):
     """Tijdeman's bound, 1 − 1/(2m − 2) for m sources, in float64: |prompts of source i − n w_i / Σ w|."""
@@ -66,7 +65,6 @@ def test_shares_of_whole_numbers_repeat_exactly():
         assert Counter(name for name, _ in keys(source, 6)) == {"a": 3, "b": 2, "c": 1}
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     before=st.integers(0, 40),
     after=st.integers(0, 40),

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pmd.data.problems import Problem
@@ -71,7 +71,6 @@ def indices(source: PromptSource, n: int) -> list[int]:
     return [problem.index for problem in source.take(n)]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(count=st.integers(1, 12), seed=st.integers(0, 2**40), sizes=st.lists(st.integers(0, 30), max_size=6))
 def test_every_epoch_is_a_permutation_however_the_prompts_are_taken(count, seed, sizes):
     pieces, whole = PromptSource(problems_of(count), seed), PromptSource(problems_of(count), seed)
@@ -81,7 +80,6 @@ def test_every_epoch_is_a_permutation_however_the_prompts_are_taken(count, seed,
         assert sorted(taken[start : start + count]) == list(range(count))
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     before=st.integers(0, 40),
     after=st.integers(0, 40),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.node import job
+from megatron_pmd.node.worker import JobSpec
+from megatron_pmd.shared_memory import own_memory
 from tests.node.played_slurm import SCONTROL, SINFO, Played, Start
 
 
@@ -41,3 +43,15 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
 @pytest.fixture
 def start(played: Played, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     return Start(monkeypatch, capsys)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    """Of two ranks that share this node."""
+    return JobSpec(
+        config={},
+        folder=str(tmp_path),
+        outcomes=str(tmp_path / "outcome"),
+        heartbeats=own_memory("heartbeat", 2),
+        stacks=own_memory("stacks", 2),
+    )

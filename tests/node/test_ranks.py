@@ -52,17 +52,6 @@ def test_ranks_that_find_their_checkpoint_damaged_are_started_again(
 TWO_RANKS = Nodes(1, 0, 2, "localhost:0")
 
 
-@pytest.fixture
-def spec(tmp_path: Path) -> JobSpec:
-    return JobSpec(
-        config={},
-        folder=str(tmp_path),
-        outcomes=str(tmp_path / "outcome"),
-        heartbeats=own_memory("heartbeat", 2),
-        stacks=own_memory("stacks", 2),
-    )
-
-
 def ended(*exit_codes: int) -> ChildFailedError:
     """As torch's agent tells of ranks 0, 1 …"""
     return ChildFailedError(

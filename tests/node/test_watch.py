@@ -23,7 +23,6 @@ from megatron_pmd.heartbeat import Heartbeat
 from megatron_pmd.node import watch
 from megatron_pmd.node.worker import PROCESS_TITLE, TELL_WHERE, JobSpec
 from megatron_pmd.outcome import RunOutcome, Status
-from megatron_pmd.shared_memory import own_memory
 
 LOOKS = 5
 
@@ -71,17 +70,6 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     started.end()
 
 
-@pytest.fixture
-def spec(tmp_path: Path) -> JobSpec:
-    return JobSpec(
-        config={},
-        folder=str(tmp_path),
-        outcomes=str(tmp_path / "outcome"),
-        heartbeats=own_memory("heartbeat", 2),
-        stacks=own_memory("stacks", 2),
-    )
-
-
 def test_a_stopped_rank_is_ended_and_named_and_no_other(ranks: Ranks, spec: JobSpec) -> None:
     with watch.ending_ranks_that_stand_still(spec, first_rank=2):
         os.kill(ranks.processes[1].pid or 0, signal.SIGSTOP)
@@ -112,8 +100,8 @@ def test_a_rank_that_goes_on_in_time_is_left_alone_however_often_it_stops(
     looks = []
     stopped = watch._stopped
 
-    def look(those: Any) -> list[Any]:
-        found = list(stopped(those))
+    def look(*those: Any) -> list[Any]:
+        found = list(stopped(*those))
         looks.append(len(found))
         turn = len(looks) % LOOKS  # stopped in all looks but one of LOOKS
         os.kill(ranks.processes[0].pid or 0, signal.SIGCONT if turn == 0 else signal.SIGSTOP)
