@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -42,6 +43,9 @@ PROCESS_TITLE = "megatron-pmd rank"
 getproctitle()  # finds the title's place, which it cannot once the environment is changed
 TELL_WHERE = signal.SIGUSR2
 """A rank that gets it writes where each of its threads stands (JobSpec.stacks)."""
+LETTING_THE_CAUSE_SPEAK_SECONDS = 2.0
+"""A rank that failed of what no other rank need know ends this much later: it may have failed because a rank
+of another node did, and the first node to say why is believed (node/main.py)."""
 PREPARING_SECONDS = 600.0
 """For another run that makes the model's folder."""
 
@@ -98,12 +102,11 @@ def main(spec: JobSpec) -> None:
     longest = max(config.longest_rollout_seconds, config.rollout.cold_start_timeout_seconds)
     waiting = longest + config.actor.timeout_seconds
     control = Control(waiting, heartbeat)
-    try:
-        check_bandwidth(control)
-        _train(_Start(config, spec, control, shutdown, cpu))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    check_bandwidth(control)
+    _train(_Start(config, spec, control, shutdown, cpu))
+    # Not after a failure: the other ranks would fail of it before run_rank has noted this one's, and the
+    # launcher would call theirs the first.
+    torch.distributed.destroy_process_group()
 
 
 def prepare_model(config: RunConfig) -> None:
@@ -308,6 +311,8 @@ def run_rank(spec: JobSpec) -> None:
         if not isinstance(failure, PmdError):  # whose message the launcher shows: a traceback would hide it
             with suppress(OSError):  # of all ranks but the first it goes into a file
                 traceback.print_exc()
+            if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+                time.sleep(LETTING_THE_CAUSE_SPEAK_SECONDS)
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_pmd import files
 from megatron_pmd.config import override
-from megatron_pmd.errors import DamagedCheckpoint
+from megatron_pmd.errors import ConfigError, DamagedCheckpoint
 from megatron_pmd.node import ranks, worker
 from megatron_pmd.node.ranks import Nodes, threads_per_rank
 from megatron_pmd.node.worker import JobSpec
@@ -133,6 +133,42 @@ def test_a_further_start_makes_no_further_folder_of_logs(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["ranks-of-node-0"]
 
 
+def started_as_rank_0(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """As worker.run_rank expects its process to be, and without what would change the one of the tests."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("die_with_parent", "setproctitle", "allow_many_files"):
+        monkeypatch.setattr(worker, name, lambda *words, **options: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    for name in ("enable", "register"):
+        monkeypatch.setattr(worker.faulthandler, name, lambda *words, **options: None)
+
+
+@pytest.mark.parametrize(
+    ("failure", "world_size", "waits"),
+    [
+        (RuntimeError("gloo: connection closed by peer"), "2", True),
+        (RuntimeError("gloo: connection closed by peer"), "1", False),
+        (ConfigError("rollout.sglang.nonsense is not an option"), "2", False),
+    ],
+)
+def test_a_rank_that_may_only_have_lost_one_of_another_node_notes_why_and_lets_that_node_end_first(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, failure: Exception, world_size: str, waits: bool
+) -> None:
+    def fail(spec: JobSpec) -> None:
+        raise failure
+
+    noted_before_waits = []
+    started_as_rank_0(monkeypatch, WORLD_SIZE=world_size)
+    monkeypatch.setattr(worker, "main", fail)
+    monkeypatch.setattr(
+        worker.time, "sleep", lambda seconds: noted_before_waits.append(RunOutcome.read(spec.outcome_file(0)))
+    )
+    with pytest.raises(SystemExit):
+        worker.run_rank(spec)
+    assert noted_before_waits == ([RunOutcome.of(failure)] if waits else [])
+
+
 def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read(
     spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,13 +181,7 @@ def test_a_rank_on_a_full_disk_notes_its_reason_and_leaves_torch_no_file_to_read
         raise OSError(errno.ENOSPC, "No space left on device")
 
     torchs = tmp_path / "error.json"
-    for name, value in {"TORCHELASTIC_ERROR_FILE": str(torchs), "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("die_with_parent", "setproctitle", "allow_many_files"):  # of this process they are not to be
-        monkeypatch.setattr(worker, name, lambda *words, **options: None)
-    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
-    for name in ("enable", "register"):
-        monkeypatch.setattr(worker.faulthandler, name, lambda *words, **options: None)
+    started_as_rank_0(monkeypatch, WORLD_SIZE="1", TORCHELASTIC_ERROR_FILE=str(torchs))
     monkeypatch.setattr(worker, "main", fail)
     full = io.StringIO()
     monkeypatch.setattr(full, "write", no_room)
