@@ -280,9 +280,10 @@ class RolloutBatch:
             raise StaleWeights(
                 f"the rollout of weight version {self.weight_version} has tokens sampled under {found}; "
                 + (
-                    f"rollout.partial.max_staleness={max_staleness} declares {oldest} the oldest"
+                    f"rollout.partial.max_staleness or rollout.staleness={max_staleness} declares {oldest} "
+                    "the oldest"
                     if max_staleness
-                    else "without rollout.partial all of it must be of one version"
+                    else "without rollout.partial or rollout.staleness all of it must be of one version"
                 )
             )
 

@@ -29,6 +29,7 @@ RECIPES = Registry(
         "qwen3_30b_a3b_fp8_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_fp8_32xh100",
         "smollm2_135m_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_cpu",
         "tiny_moe_cpu": "recipes.tiny_moe_cpu:tiny_moe_cpu",
+        "tiny_moe_overlap_cpu": "recipes.tiny_moe_overlap_cpu:tiny_moe_overlap_cpu",
     },
 )
 """Name -> module:function. The modules are imported only when asked for."""

@@ -136,15 +136,16 @@ class Actor:
         if torch.cuda.is_available():
             settings.check_device(config)
         self.config = config
-        self._control, self._device = control, device or SharedDevice()
-        self._device.held |= {"parameters", "optimizer"}
+        self._control = control
         self.bridge = model.load_bridge(
             Path(config.model.path), trust_remote_code=config.model.trust_remote_code
         )
         self.chunks = model.build(self.bridge, config)
         self.optimizer = optimizer.build(self.chunks, config)
-        self._states = residency.OptimizerStates(self.chunks, self.optimizer)
-        self._frozen = residency.FrozenWeights(self.chunks)
+        shared = config.rollout.placement == "colocated"
+        self._residency = residency.Residency(
+            self.chunks, self.optimizer, device or SharedDevice(), shared=shared
+        )
         provider = get_model_config(self.chunks[0])
         rank, size = context_parallel_position()
         self._row = Row(settings.row_multiple(config), rank, size)
@@ -336,23 +337,19 @@ class Actor:
 
     def wake(self) -> None:
         """Take the device back from the engines."""
-        self._device.take("parameters", "optimizer")
-        residency.wake(self.chunks, self._states, self._frozen)
+        self._residency.wake()
 
     def release_optimizer(self) -> None:
         """Make room for the engines' weights; the parameters stay, to be exported."""
-        residency.release_optimizer(self._states)
-        self._device.leave("optimizer")
+        self._residency.release_optimizer()
 
     def wake_parameters(self) -> None:
         """Parameters alone, to be exported while engines are started again."""
-        self._device.take("parameters")
-        residency.wake_parameters(self.chunks, self._frozen)
+        self._residency.wake_parameters()
 
     def release_parameters(self) -> None:
         """Make room for the engines' KV cache."""
-        residency.release_parameters(self.chunks, self._frozen)
-        self._device.leave("parameters")
+        self._residency.release_parameters()
 
     def save(
         self,

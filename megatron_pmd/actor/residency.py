@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_pmd.device import SharedDevice
+
 
 def actor_bytes() -> int:
     """What this rank holds: of its device, and of the host where there is none."""
@@ -110,21 +112,52 @@ class FrozenWeights:
                 parameter.data = host.to(device, copy=True, non_blocking=True)
 
 
-def release_optimizer(states: OptimizerStates) -> None:
-    """After the last optimizer step of an iteration: its states leave before the weights are exported."""
-    if torch.cuda.is_available():
-        states.leave(torch.device("cuda"))
-    return_freed_memory()
+class Residency:
+    """An actor's parts on its device, and the account that the engines keep, too."""
 
+    def __init__(self, chunks: list[Any], optimizer: Any, account: SharedDevice, *, shared: bool) -> None:
+        """shared: engines take turns there; else nothing ever leaves."""
+        self._chunks, self._account, self._shared = chunks, account, shared
+        self._states, self._frozen = OptimizerStates(chunks, optimizer), FrozenWeights(chunks)
+        account.held |= {"parameters", "optimizer"}
 
-def release_parameters(chunks: list[Any], frozen: FrozenWeights) -> None:
-    """After the export: parameters and gradient buffers leave, and the device belongs to the engines."""
-    if torch.cuda.is_available():
-        drop_quantized_copies(chunks)
-        for buffer in _buffers(chunks):
-            buffer.offload_to_cpu(move_params=True, move_grads=True)
-        frozen.leave(torch.device("cuda"))
+    def wake(self) -> None:
+        """Everything back on the device, after the engines have released it."""
+        self._account.take("parameters", "optimizer")
+        if torch.cuda.is_available():
+            for buffer in _buffers(self._chunks):
+                buffer.reload_from_cpu(move_params=True, move_grads=True)
+            self._frozen.come_back(torch.device("cuda"))
+            self._states.come_back(torch.device("cuda"))
+
+    def wake_parameters(self) -> None:
+        """Parameters back on the device, without their gradients."""
+        self._account.take("parameters")
+        if torch.cuda.is_available():
+            for buffer in _buffers(self._chunks):
+                buffer.reload_from_cpu(move_params=True, move_grads=False)
+            self._frozen.come_back(torch.device("cuda"))
+
+    def release_optimizer(self) -> None:
+        """After the last optimizer step of an iteration: its states leave before the weights are exported."""
+        if not self._shared:
+            return
+        if torch.cuda.is_available():
+            self._states.leave(torch.device("cuda"))
         return_freed_memory()
+        self._account.leave("optimizer")
+
+    def release_parameters(self) -> None:
+        """After the export: parameters and gradient buffers leave, and the device belongs to the engines."""
+        if not self._shared:
+            return
+        if torch.cuda.is_available():
+            drop_quantized_copies(self._chunks)
+            for buffer in _buffers(self._chunks):
+                buffer.offload_to_cpu(move_params=True, move_grads=True)
+            self._frozen.leave(torch.device("cuda"))
+            return_freed_memory()
+        self._account.leave("parameters")
 
 
 def drop_quantized_copies(chunks: list[Any]) -> None:
@@ -144,22 +177,5 @@ def drop_quantized_copies(chunks: list[Any]) -> None:
                 parameter.update_usage(rowwise_usage=True, columnwise_usage=False)
 
 
-def wake_parameters(chunks: list[Any], frozen: FrozenWeights) -> None:
-    """Parameters back on the device, without their gradients."""
-    if torch.cuda.is_available():
-        for buffer in _buffers(chunks):
-            buffer.reload_from_cpu(move_params=True, move_grads=False)
-        frozen.come_back(torch.device("cuda"))
-
-
 def _buffers(chunks: list[Any]) -> list[Any]:
     return [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-
-
-def wake(chunks: list[Any], states: OptimizerStates, frozen: FrozenWeights) -> None:
-    """Everything back on the device, after the engines have released it."""
-    if torch.cuda.is_available():
-        for buffer in _buffers(chunks):
-            buffer.reload_from_cpu(move_params=True, move_grads=True)
-        frozen.come_back(torch.device("cuda"))
-        states.come_back(torch.device("cuda"))

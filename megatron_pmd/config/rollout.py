@@ -89,6 +89,12 @@ class Rollout(Frozen):
     docs/weight_sync.md."""
     ranks_per_engine: PositiveInt | None = None
     """Consecutive actor ranks that share one engine; None: tensor_parallel."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """`colocated`: engines and actor ranks take turns on the same devices. `separate`: engines have devices
+    of their own, with CUDA the node's behind those of its ranks, and keep their weights (docs/overlap.md)."""
+    staleness: NonNegativeInt = 0
+    """Iterations by which rollouts are sampled ahead of training; 0: each by the weights that train on it.
+    For placement=separate."""
     servers: tuple[str, ...] = ()
     """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
     Their options are those they were started with; they take weights by `disk` (docs/rollout.md)."""
@@ -156,6 +162,20 @@ class Rollout(Frozen):
                 f"rollout.sglang.kv_cache_dtype={kind!r} needs scales that SGLang reads from a checkpoint "
                 "when it starts; here it starts without weights, and would take random numbers for them. "
                 "Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_run_ahead(self) -> Self:
+        if self.staleness and self.placement == "colocated":
+            raise ConfigError(
+                f"rollout.staleness={self.staleness} with rollout.placement=colocated: engines that take "
+                "turns with the actor sample nothing while it trains; set rollout.placement=separate"
+            )
+        if self.partial and self.placement == "separate":
+            raise ConfigError(
+                "rollout.partial with rollout.placement=separate: separate engines go on with every response "
+                "while the actor trains, nothing has to be stopped; use rollout.staleness instead"
             )
         return self
 

@@ -336,7 +336,12 @@ class RunConfig(Frozen):
             )
 
     def _check_anchor(self) -> None:
-        partial = self.rollout.partial
+        partial, staleness = self.rollout.partial, self.rollout.staleness
+        if self.algorithm.anchor == "engine" and staleness:
+            raise ConfigError(
+                f"algorithm.anchor=engine with rollout.staleness={staleness}: the engines' log-probabilities "
+                "of samples drawn ahead are of earlier weights, not of π_t; set algorithm.anchor=trainer"
+            )
         if self.algorithm.anchor == "engine" and partial and partial.count_earlier_segments:
             raise ConfigError(
                 "algorithm.anchor=engine with rollout.partial: the engines' log-probabilities of an earlier "
@@ -354,8 +359,10 @@ class RunConfig(Frozen):
                     f"{name} is supervised training beside a rollout; algorithm.objective={objective.name} "
                     "has none"
                 )
-        for name in ("group_filter", "partial", "repetition", "function"):
-            if getattr(self.rollout, name) is not None:
+        drawing = {name: getattr(self.rollout, name) for name in ("group_filter", "partial", "repetition")}
+        drawing |= {"function": self.rollout.function, "placement": self.rollout.placement == "separate"}
+        for name, given in drawing.items():
+            if given:
                 raise ConfigError(
                     f"rollout.{name} is set, but algorithm.objective={objective.name} draws no responses"
                 )

@@ -80,6 +80,17 @@ class EngineControl:
         """Take the memory back. Its contents are undefined: load the weights, flush the cache."""
         self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
+    def pause(self) -> None:
+        """Stop generating, also for an update; requests wait, and lose what is computed of them but tokens.
+
+        SGLang's mode `retract`: go_on() has it compute their KV cache again, under the weights it then has.
+        """
+        self._call("POST", "/pause_generation", {"mode": "retract"})
+
+    def go_on(self) -> None:
+        """Generate again after a pause; of an engine that generates, nothing changes."""
+        self._call("POST", "/continue_generation", {})
+
     def begin_update(self) -> None:
         """Open a weight update; SGLang refuses buckets outside of one. Until end_update there is no version.
 

@@ -89,10 +89,18 @@ class Fleet:
             seed=config.seed + own.number,
             cpu=self._cpu,
             keys=self.keys,
-            first_gpu=int(os.environ.get("LOCAL_RANK", "0")),
+            first_gpu=self._first_gpu(),
             span=NodeSpan(len(part.nodes), part.node, rendezvous),
             record_routing=config.actor.experts.replay_routing,
         )
+
+    def _first_gpu(self) -> int:
+        """Of this rank's engine: the rank's own, or the node's behind those of its ranks."""
+        config, rank = self._config, int(os.environ.get("LOCAL_RANK", "0"))
+        if config.rollout.placement == "colocated":
+            return rank
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return ranks + rank // config.ranks_per_engine * config.rollout.tensor_parallel
 
     @property
     def engines(self) -> range:

@@ -1,4 +1,4 @@
-"""How engines and actors take turns on the devices they share: who holds what, and when it changes hands."""
+"""How engines and actors take turns: on the devices they share, or with engines that are only paused."""
 
 from __future__ import annotations
 
@@ -61,3 +61,39 @@ class Handover:
 
         self._device.take("kv_cache")
         self._fleet.on_leaders(resume)
+
+
+class Pauses(Handover):
+    """For engines with devices of their own (rollout.placement=separate): they keep their memory.
+
+    An update finds them generating. They are paused for it, and compute what they have of running responses
+    again under the new weights: each token is of one policy.
+    """
+
+    def __init__(self, fleet: Fleet, clock: SubphaseClock) -> None:
+        super().__init__(fleet, clock)
+
+    def before_restart(self) -> None:
+        """An engine finds its own device as at its first start."""
+
+    def release(self) -> None:
+        """Nothing is to be given up."""
+
+    def resume_weights(self) -> None:
+        """Engines stop generating, and can take weights."""
+
+        def pause(own: OwnEngine) -> None:
+            own.unwatch()
+            own.calls.pause()
+
+        with self._clock("pause"):
+            self._fleet.on_leaders(pause)
+
+    def resume_cache(self) -> None:
+        """Engines forget what earlier weights left in their cache."""
+        with self._clock("flush"):
+            self._fleet.on_leaders(lambda own: own.calls.flush_cache())
+
+    def go_on(self) -> None:
+        """Engines generate again."""
+        self._fleet.on_leaders(lambda own: own.calls.go_on())

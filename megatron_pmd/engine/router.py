@@ -138,10 +138,20 @@ class Router:
         """Whether it answers, where there is one, and the server of at least one of these engines does."""
         if self.process is not None and not self._answers():
             return False
-        return any(answers(url + "/health", ANSWER_SECONDS) for url in engines)
+        return any_answers(engines)
 
     def stop(self) -> None:
         """End it; also when an engine was replaced: its picture of who is alive is out of date."""
         if self.process is not None:
             self.process.stop()
             self.process = None
+
+
+def any_answers(engines: Sequence[str]) -> bool:
+    """Whether the server of at least one of these engines (URLs) does."""
+    return any(answers(url + "/health", ANSWER_SECONDS) for url in engines)
+
+
+def reaches(router: str, engines: Sequence[str]) -> bool:
+    """Whether another process's router (URL) answers, and one of the engines behind it."""
+    return answers(f"{router}/liveness", ANSWER_SECONDS) and any_answers(engines)

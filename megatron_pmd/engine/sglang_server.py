@@ -139,9 +139,7 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
     if spec.rollout.fp8:
         options["json_model_override_args"] = json.dumps({"quantization_config": _fp8_config(spec)})
-    options |= (
-        _cpu_options(spec) if spec.cpu else {"base_gpu_id": spec.first_gpu, "enable_memory_saver": True}
-    )
+    options |= _cpu_options(spec) if spec.cpu else _gpu_options(spec)
     return options | spec.rollout.sglang
 
 
@@ -164,6 +162,11 @@ def _fp8_config(spec: EngineSpec) -> dict[str, Any]:
     if spec.cpu:
         raise ConfigError("rollout.fp8 needs CUDA: SGLang has no FP8 matrices on a CPU")
     return quantization_config(names_in(Path(spec.model.path)))
+
+
+def _gpu_options(spec: EngineSpec) -> dict[str, Any]:
+    shared = spec.rollout.placement == "colocated"
+    return {"base_gpu_id": spec.first_gpu, **({"enable_memory_saver": True} if shared else {})}
 
 
 def _cpu_options(spec: EngineSpec) -> dict[str, Any]:

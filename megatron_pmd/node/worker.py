@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as 
     from megatron_pmd.distributed import Control
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
+    from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
 
 
@@ -201,7 +202,7 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remar
     tokenizer = load_tokenizer(config.model)
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
-    if start.samples:
+    if start.samples and config.rollout.placement == "colocated":  # else the sampler's process has them
         rewards = control.on_driver(lambda: cleanup.enter_context(grading(config.reward, config.rewards)))
     return _Inputs(tokenizer, problems, rewards)
 
@@ -242,9 +243,13 @@ def _assemble(
     config, control, problems = start.config, start.control, inputs.problems
     state = RunState(completed=completed, resumed=resume_from is not None)
     if resume_from and problems:
-        state.carried_over = read_carried_over(resume_from, problems.train.problem)
+        begun = read_carried_over(resume_from, problems.train.problem)
+        if config.rollout.placement == "colocated":
+            state.carried_over = begun
+        else:
+            state.ahead = begun
     device = SharedDevice()
-    rollouts = _rollouts(start, log, inputs, device, cleanup)
+    rollouts = _rollouts(start, log, inputs, device, state, cleanup)
     if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
         rollouts.make_room()
     actor = Actor(config, control, device)
@@ -257,21 +262,34 @@ def _assemble(
 
 
 def _rollouts(
-    start: _Start, log: RunLog, inputs: _Inputs, device: SharedDevice, cleanup: ExitStack
+    start: _Start,
+    log: RunLog,
+    inputs: _Inputs,
+    device: SharedDevice,
+    state: RunState,
+    cleanup: ExitStack,
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
     from megatron_pmd.training.live_engines import LiveEngines
+    from megatron_pmd.training.production import Ahead
     from megatron_pmd.training.rollouts import Demonstrations, ReplayedRollouts
+    from megatron_pmd.training.separate_engines import SeparateEngines
 
-    config, control = start.config, start.control
+    config, control, problems = start.config, start.control, inputs.problems
     if start.spec.replay:
-        return ReplayedRollouts(Path(start.spec.replay), control)
+        return ReplayedRollouts(Path(start.spec.replay), config, problems, control)
     if not start.samples:
-        return Demonstrations(control, inputs.tokenizer)
-    engines = LiveEngines(
-        config, control, start.folder, inputs.tokenizer, inputs.rewards, log.console,
-        cpu=start.cpu, interrupted=start.shutdown.must_cut, device=device,
-    )  # fmt: skip
+        return Demonstrations(config, problems, inputs.tokenizer)
+    parts = (config, control, start.folder, inputs.tokenizer, inputs.rewards, log.console)
+    options: dict[str, Any] = {
+        "cpu": start.cpu, "problems": problems, "interrupted": start.shutdown.must_cut
+    }  # fmt: skip
+    engines: LiveEngines
+    if config.rollout.placement == "colocated":
+        engines = LiveEngines(*parts, **options, device=device)
+    else:
+        ahead = Ahead(problems.train.state(), state.ahead) if problems else None
+        engines = SeparateEngines(*parts, **options, ahead=ahead)
     cleanup.callback(engines.close)
     return engines
 

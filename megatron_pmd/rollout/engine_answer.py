@@ -19,9 +19,16 @@ class _TokenLogProb(msgspec.Struct, array_like=True, gc=False):
     log_prob: float
 
 
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
 class _Information(msgspec.Struct):
     finish_reason: dict[str, Any]
     weight_version: str | None
+    weight_versions: list[_Span] | None = None
     output_token_logprobs: list[_TokenLogProb] | None = None
     routed_experts: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -42,14 +49,15 @@ class EngineAnswer:
 
     tokens          int32 [sampled]
     log_probs       fp32 [sampled]
-    weight_version  of the weights that sampled them; None, or no number, while the engine holds a mixture
+    spans           (tokens, version of the weights that sampled them), in order; the version is None, or no
+                    number, while the engine holds a mixture
     finish_reason   SGLang's, with its `type`: `stop`, `length` or `abort`
     routed_experts  as it came: which experts the tokens so far went to, but the last; None: not asked for
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
-    weight_version: str | None
+    spans: list[tuple[int, str | None]]
     finish_reason: dict[str, Any]
     routed_experts: bytes | None
 
@@ -58,14 +66,22 @@ def parse_answer(body: bytes) -> EngineAnswer:
     """The answer in a response's body. Raises ValueError if there is none in it."""
     response = _DECODER.decode(body)
     information = response.meta_info
-    entries = information.output_token_logprobs or ()
+    entries, tokens = information.output_token_logprobs or (), _integers(response.output_ids)
     return EngineAnswer(
-        tokens=_integers(response.output_ids),
+        tokens=tokens,
         log_probs=np.fromiter(map(_LOG_PROB, entries), np.float32, len(entries)),
-        weight_version=information.weight_version,
+        spans=_spans(information, len(tokens)),
         finish_reason=information.finish_reason,
         routed_experts=_base64(information.routed_experts),
     )
+
+
+def _spans(information: _Information, tokens: int) -> list[tuple[int, str | None]]:
+    """SGLang lists the versions of a finished response; one that is aborted has the latest alone."""
+    listed = information.weight_versions
+    if not listed:
+        return [(tokens, information.weight_version)]
+    return [(span.end - span.start, span.version) for span in listed]
 
 
 def _integers(value: msgspec.Raw) -> np.ndarray:

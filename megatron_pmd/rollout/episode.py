@@ -23,7 +23,9 @@ TOKEN_BUDGET = "token_budget"
 class Sampling:
     """What all responses of a rollout have in common."""
 
-    weight_version: int
+    oldest_version: int
+    newest_version: Callable[[], int]
+    """Weights that engines may sample by: from the oldest up to those they have been given by now."""
     temperature: float
     top_p: float
     stop_tokens: list[int]
@@ -152,12 +154,11 @@ class Episode:
     def _take(self, turn: Turn, answer: EngineAnswer) -> str:
         """Add an engine's tokens to the turn; returns its finish reason."""
         sampling, trajectory = self._sampling, self._trajectory
-        if answer.weight_version != str(sampling.weight_version):
-            raise StaleWeights(
-                f"a sample came from weight version {answer.weight_version}, "
-                f"expected {sampling.weight_version}"
-            )
-        turn.extend(answer.tokens, answer.log_probs, sampling.weight_version)
+        start, last = 0, len(answer.spans) - 1
+        for number, (tokens, version) in enumerate(answer.spans):
+            end = None if number == last else start + tokens
+            turn.extend(answer.tokens[start:end], answer.log_probs[start:end], self._checked(version))
+            start += tokens
         finish = str(answer.finish_reason["type"])
         # of all tokens so far, under these weights; after an abort the next answer has them again
         if answer.routed_experts and sampling.routing_width and finish != "abort":
@@ -168,6 +169,13 @@ class Episode:
         self._new_tokens += len(answer.tokens)
         self._accounts.sampled_tokens += len(answer.tokens)
         return finish
+
+    def _checked(self, version: str | None) -> int:
+        oldest, newest = self._sampling.oldest_version, self._sampling.newest_version()
+        if version is None or not version.isdecimal() or not oldest <= int(version) <= newest:
+            expected = f"{oldest} to {newest}" if newest > oldest else f"{oldest}"
+            raise StaleWeights(f"a sample came from weight version {version}, expected {expected}")
+        return int(version)
 
     async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
         """Put text behind the response so far; its tokens are in the model's context and not in the loss.

@@ -114,6 +114,7 @@ class DrawSettings:
     samples_per_prompt: int
     iteration: int
     weight_version: int
+    """The oldest weights that may sample for it; without rollout.staleness, the only ones."""
     temperature: float
     top_p: float
     run_seed: int
@@ -173,6 +174,10 @@ class RolloutGroups:
         self.complete_groups = sum(group.complete for group in self.groups)
         for problem in problems:
             self.begin(problem)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process; there it can no longer replace a group."""
+        return {**self.__dict__, "_next_problem": None}
 
     def _take_over(self) -> None:
         """Enter what was carried over; a response that is too old for this rollout starts anew."""

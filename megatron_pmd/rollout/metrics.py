@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from megatron_pmd.batch import NOT_SAMPLED, Sample
+from megatron_pmd.data.problems import Key
 from megatron_pmd.rollout.groups import RolloutGroups
 
 FINISH_REASONS = ("stop", "length", "repetition")
@@ -39,6 +40,35 @@ def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
         values["rollout/inserted_share"] = inserted / sum(lengths)
         values["rollout/counted_share"] = sum(g.tokens for g in segments if g.counted) / sum(lengths)
     return values
+
+
+def success_rates(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[Key, float]:
+    """Share of each problem's responses that are correct."""
+    verdicts: dict[Key, list[bool]] = defaultdict(list)
+    for sample in samples:
+        verdicts[sample.source, sample.problem].append(is_correct(sample))
+    return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
+
+
+def staleness_values(samples: Sequence[Sample], weight_version: int) -> dict[str, float]:
+    """How much older than the weights that are trained the policies are that sampled the tokens.
+
+    weight_version: of those weights. By sampled tokens: mean and largest age in iterations, and the share of
+    each age; of the responses, the share that several policies sampled.
+    """
+    ages: Counter[int] = Counter()
+    for sample in samples:
+        for segment in sample.segments:
+            if segment.weight_version != NOT_SAMPLED:
+                ages[weight_version - segment.weight_version] += segment.tokens
+    total = max(1, ages.total())
+    versions = [{s.weight_version for s in sample.segments} - {NOT_SAMPLED} for sample in samples]
+    return {
+        "staleness/mean": sum(age * tokens for age, tokens in ages.items()) / total,
+        "staleness/max": max(ages, default=0),
+        "staleness/mixed_responses": sum(len(found) > 1 for found in versions) / max(1, len(samples)),
+        **{f"staleness/share_{age}": ages[age] / total for age in range(max(ages, default=0) + 1)},
+    }
 
 
 def account_values(rollout: RolloutGroups) -> dict[str, float]:

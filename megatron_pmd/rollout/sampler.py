@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import uvloop
 
-from megatron_pmd.config import Repetition
+from megatron_pmd.config import Repetition, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, single_turn
+from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
@@ -32,7 +32,7 @@ class Grader(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The driver's client of the engines."""
+    """A run's client of the engines."""
 
     endpoint: Endpoint
     tokenizer: Any
@@ -47,6 +47,32 @@ class Sampler:
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        endpoint: Endpoint,
+        tokenizer: Any,
+        grader: Grader,
+        routing_width: int,
+        *,
+        interrupted: Callable[[], bool],
+    ) -> Sampler:
+        """As a run's configuration has it; routing_width: of its model, used where routing is replayed."""
+        sampling = config.rollout
+        return cls(
+            endpoint=endpoint,
+            tokenizer=tokenizer,
+            stop_tokens=stop_tokens(tokenizer, config.model.path),
+            max_response_tokens=config.batch.max_response_tokens,
+            grader=grader,
+            routing_width=routing_width if config.actor.experts.replay_routing else 0,
+            max_turns=sampling.max_turns,
+            repetition=sampling.repetition,
+            function=rollout_function(sampling.function),
+            interrupted=interrupted,
+        )
+
     def run(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
         """Draw and grade what the rollout still lacks; on_sample is called for each finished response.
 
@@ -56,16 +82,25 @@ class Sampler:
         """
         # asyncio's own loop takes a fifth more processor time for thousands of connections
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._run(rollout, on_sample))
-        rollout.check()
+            runner.run(self.draw(rollout, on_sample))
 
-    async def _run(self, rollout: RolloutGroups, on_sample: Callable[[], None]) -> None:
+    async def draw(
+        self,
+        rollout: RolloutGroups,
+        on_sample: Callable[[], None] = lambda: None,
+        newest_version: Callable[[], int] | None = None,
+    ) -> None:
+        """As run(), in a loop that may draw others beside it; an interruption then has to be that of all.
+
+        newest_version: the weights that engines have been given by now; None: the rollout's all the time.
+        """
+        newest_version = newest_version or (lambda: rollout.settings.weight_version)
         budget = rollout.rules.partial.max_new_tokens if rollout.rules.partial else None
-        draw = _Draw(self, rollout, on_sample, budget)
-        await draw.run()
+        await _Draw(self, rollout, on_sample, newest_version, budget).run()
         # all that is unfinished has used up its budget, and no optimizer step is full
         while not rollout.may_end and not self.interrupted():
-            await _Draw(self, rollout, on_sample, None).run()
+            await _Draw(self, rollout, on_sample, newest_version, None).run()
+        rollout.check()
 
 
 class _Draw:
@@ -76,11 +111,13 @@ class _Draw:
         sampler: Sampler,
         rollout: RolloutGroups,
         on_sample: Callable[[], None],
+        newest_version: Callable[[], int],
         max_new_tokens: int | None,
     ) -> None:
         self._sampler, self._rollout, self._on_sample = sampler, rollout, on_sample
         self._sampling = Sampling(
-            weight_version=rollout.settings.weight_version,
+            oldest_version=rollout.settings.weight_version,
+            newest_version=newest_version,
             temperature=rollout.settings.temperature,
             top_p=rollout.settings.top_p,
             stop_tokens=sampler.stop_tokens,

@@ -28,7 +28,7 @@ class Checkpoints:
 
     def begin(self, state: RunState) -> None:
         """Begin a checkpoint of the run as it stands; it appears when it is complete."""
-        completed, carried_over = state.completed, state.carried_over
+        completed, carried_over = state.completed, [*state.carried_over, *state.ahead]
         self._under_way = (self.path(completed), time.monotonic())
         run_state = self._control.from_driver({"iteration": completed, **state.prompts})
         self._actor.save(

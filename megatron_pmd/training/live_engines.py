@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.batch import Sample
 from megatron_pmd.config import RunConfig
+from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
@@ -24,11 +25,11 @@ from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.remote import RemoteReward
-from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
-from megatron_pmd.rollout.groups import RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.shared_memory import shared_memory_key
+from megatron_pmd.training.rollouts import Drawn, train_rollout
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
 from megatron_pmd.weight_sync.transport import transport_of
@@ -49,19 +50,21 @@ class LiveEngines:
         console: Console,
         *,
         cpu: bool,
+        problems: ProblemSets | None = None,
         interrupted: Callable[[], bool] = lambda: False,
         device: SharedDevice | None = None,
     ) -> None:
         """Starts the engines; they answer only after the first load().
 
-        interrupted: see Sampler. device: the account that the actor keeps, too.
+        rewards, problems: the driver's; None elsewhere, and where nothing is taken. interrupted: see Sampler.
+        device: the account that the actor keeps, too.
         """
         self._config, self._control, self._tokenizer = config, control, tokenizer
-        self._rewards, self._console, self._interrupted = rewards, console, interrupted
-        self._function = rollout_function(config.rollout.function)
+        self._problems, self._rewards = problems, rewards
+        self._console, self._interrupted = console, interrupted
         self.clock = SubphaseClock(lambda: (actor_bytes(), self.engine_bytes()))
         self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
-        self.handover = Handover(self.fleet, self.clock, device)
+        self.handover = self._handover_of(device)
         self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
         self.router = Router(config.rollout, folder / "logs" / "router.log", self.fleet.keys.api)
         self._shards: ShardExport | None = None
@@ -74,34 +77,68 @@ class LiveEngines:
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             timeout_seconds=config.sync.timeout_seconds,
             verify=config.sync.verify == "full",
-            on_device=not cpu,
+            on_device=not cpu and config.rollout.placement == "colocated",
             expert_parallel=expert_parallel(config.rollout),
         )
 
-    def take(self, rollout: RolloutGroups | None, actor: Actor) -> list[Sample]:
-        return self.draw(rollout, actor, "rollout")
+    def _handover_of(self, device: SharedDevice | None) -> Handover:
+        return Handover(self.fleet, self.clock, device)
+
+    def take(self, iteration: int, carried_over: Sequence[Group], actor: Actor) -> Drawn | None:
+        rollout = None
+        if self._problems is not None:
+            rollout = train_rollout(self._config, self._problems.train, iteration, carried_over)
+        samples = self.draw(rollout, actor, "rollout")
+        return Drawn(rollout, samples) if rollout else None
+
+    def ahead(self) -> list[Group]:
+        return []
+
+    def refresh(self) -> None: ...
 
     def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
+
+        def draw() -> None:
+            assert rollout is not None, "the driver knows what to draw"
+            self._draw(rollout, title, actor.routing_width)
+
+        self._with_engines(draw, actor, rollout.settings.weight_version if rollout else None)
+        return rollout.samples(self._tokenizer) if rollout else []
+
+    def _with_engines(self, draw: Callable[[], None], actor: Actor, version: int | None) -> None:
+        """Have the driver draw, again where engines were lost, which are then brought back.
+
+        version: of the actor's weights; the driver's word.
+        """
         for _ in range(self._config.rollout.retries + 1):
-            failure = self._control.from_driver(
-                self._try(rollout, title, actor.routing_width) if self._control.is_driver else None
-            )
+            failure = self._control.from_driver(_failure_of(draw) if self._control.is_driver else None)
             if failure is None:
-                return rollout.samples(self._tokenizer) if rollout else []
+                return
             # a server of others that came back by itself has forgotten the weights it was given
             forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
             if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
-            version = self._control.from_driver(rollout.settings.weight_version if rollout else None)
-            self.revive(actor, version, forgotten=forgotten)
+            self.revive(actor, self._control.from_driver(version), forgotten=forgotten)
         raise failure
 
-    def _try(self, rollout: RolloutGroups | None, title: str, routing_width: int) -> PmdError | None:
-        assert rollout is not None, "the driver knows what to draw"
+    def _draw(self, rollout: RolloutGroups, title: str, routing_width: int) -> None:
         self._tell_of_few_files(rollout)
+        sampler = Sampler.of(
+            self._config,
+            self._endpoint(),
+            self._tokenizer,
+            self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
+            routing_width,
+            interrupted=self._asked_meanwhile,
+        )
+        with self._console.progress(title, rollout.total - rollout.finished) as advance:
+            sampler.run(rollout, advance)
+        self._tell_of_refusals(rollout)
+
+    def _endpoint(self) -> Endpoint:
         sampling = self._config.rollout
-        endpoint = Endpoint(
+        return Endpoint(
             router_url=self.router.url,
             engine_urls=self.fleet.urls,
             headers=self.fleet.keys.headers,
@@ -110,30 +147,14 @@ class LiveEngines:
             retries=sampling.retries,
             any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
         )
-        sampler = Sampler(
-            endpoint=endpoint,
-            tokenizer=self._tokenizer,
-            stop_tokens=stop_tokens(self._tokenizer, self._config.model.path),
-            max_response_tokens=self._config.batch.max_response_tokens,
-            grader=self._rewards,  # type: ignore[arg-type]  # None only on ranks that do not drive
-            routing_width=routing_width if self._config.actor.experts.replay_routing else 0,
-            max_turns=sampling.max_turns,
-            repetition=sampling.repetition,
-            function=self._function,
-            interrupted=self._asked_meanwhile,
-        )
-        try:
-            with self._console.progress(title, rollout.total - rollout.finished) as advance:
-                sampler.run(rollout, advance)
-        except PmdError as error:
-            return error
+
+    def _tell_of_refusals(self, rollout: RolloutGroups) -> None:
         accounts = rollout.accounts
         if accounts.refusals:
             self._console.say(
                 f"the engines refused {accounts.refusals} requests; {accounts.dropped['refused']} responses "
                 f"were dropped for it, in whole groups. The first reason: {accounts.first_refusal}"
             )
-        return None
 
     def _asked_meanwhile(self) -> bool:
         """Whether the rollout must end; asked all the time, which shows that its event loop turns."""
@@ -221,3 +242,11 @@ class LiveEngines:
         self.weight_push.close()
         self.router.stop()
         self.fleet.stop()
+
+
+def _failure_of(draw: Callable[[], None]) -> PmdError | None:
+    try:
+        draw()
+    except PmdError as error:
+        return error
+    return None

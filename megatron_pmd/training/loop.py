@@ -43,7 +43,7 @@ def iterate(run: Trainer, iteration: Iteration, stop_after: StopAfter | None) ->
     alarm = phases.conclude(run, iteration, batch)
     if alarm is not None or phases.checkpoint_is_due(run, t + 1):
         with run.phase("save"):
-            run.checkpoints.begin(run.state)
+            phases.save(run)
     if phases.export_is_due(run, t + 1):
         with run.phase("export"):
             phases.export(run, t + 1)

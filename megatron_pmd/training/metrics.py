@@ -13,16 +13,7 @@ from megatron_pmd.actor.noise_floor import FloorReport
 from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import RunConfig
-from megatron_pmd.data.problems import Key
 from megatron_pmd.training.subproblem import Subproblem
-
-
-def success_rates(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[Key, float]:
-    """Share of each problem's responses that are correct."""
-    verdicts: dict[Key, list[bool]] = defaultdict(list)
-    for sample in samples:
-        verdicts[sample.source, sample.problem].append(is_correct(sample))
-    return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
 
 
 def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[str, float]:

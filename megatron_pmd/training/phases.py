@@ -23,7 +23,7 @@ from megatron_pmd.errors import StaleWeights
 from megatron_pmd.evaluation.estimates import evaluate as estimate
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.rollout.groups import RolloutGroups
-from megatron_pmd.rollout.metrics import account_values, rollout_values
+from megatron_pmd.rollout.metrics import account_values, rollout_values, staleness_values, success_rates
 from megatron_pmd.rollout_file import write_rollout
 from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.metrics import (
@@ -31,10 +31,9 @@ from megatron_pmd.training.metrics import (
     floor_values,
     source_values,
     step_values,
-    success_rates,
     throughput,
 )
-from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout, train_rollout
+from megatron_pmd.training.rollouts import check_rollout, evaluation_rollout
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
 from megatron_pmd.training.trainer import Trainer
@@ -55,10 +54,8 @@ def start(run: Trainer) -> None:
 
 def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     """Take and grade the rollout of an iteration. Raises RunEnds if the run has to end before it is drawn."""
-    t, state, rollout = iteration.number, run.state, None
-    if run.control.is_driver:
-        rollout = train_rollout(run.config, run.problems.train, t, state.carried_over)
-    samples = run.rollouts.take(rollout, run.actor)
+    drawn = run.rollouts.take(iteration.number, run.state.carried_over, run.actor)
+    rollout, samples = (drawn.groups, drawn.samples) if drawn else (None, [])
     if rollout is not None and run.rollouts.live:
         run.remember(rollout.groups)
         iteration.left_over = rollout.left_over
@@ -92,6 +89,8 @@ def _grade_and_describe(
         drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
         run.problems.train.record(success_rates(drawn, subproblem.is_correct))
         iteration.values |= rollout_values(samples) | source_values(samples, subproblem.is_correct)
+        if run.config.rollout.staleness:
+            iteration.values |= staleness_values(samples, t)
     examples = _examples(run)
     everything, temperature = [*samples, *examples], subproblem.temperature
     described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
@@ -122,7 +121,7 @@ def release(run: Trainer, iteration: Iteration) -> None:
     have their buffers.
     """
     run.rollouts.release()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and run.config.rollout.placement == "colocated":
         ranks = run.control.gather(device_memory())
         if ranks:
             iteration.values["device/left_over_gigabytes"] = max(m.total - m.free for m in ranks) / 1e9
@@ -133,8 +132,8 @@ def release(run: Trainer, iteration: Iteration) -> None:
 
 def schedule(run: Trainer, batch: RolloutBatch) -> list[batching.Microbatches]:
     """This rank's micro-batches of each optimizer step. StaleWeights if versions are mixed unasked."""
-    partial = run.config.rollout.partial
-    batch.refuse_undeclared_versions(partial.max_staleness if partial else 0)
+    rollout = run.config.rollout
+    batch.refuse_undeclared_versions(rollout.partial.max_staleness if rollout.partial else rollout.staleness)
     return [run.actor.microbatches(batch, samples) for samples in _responses_of_steps(run, batch)]
 
 
@@ -286,6 +285,13 @@ def checkpoint_is_due(run: Trainer, completed: int) -> bool:
     return completed == run.config.iterations or (every is not None and completed % every == 0)
 
 
+def save(run: Trainer) -> None:
+    """Begin a checkpoint of the run as it stands, with what is sampled ahead by now."""
+    run.rollouts.refresh()
+    run.remember(run.state.carried_over)
+    run.checkpoints.begin(run.state)
+
+
 def evaluation_is_due(run: Trainer, t: int) -> bool:
     """Before the first iteration, every so many, and after the last (t = iterations)."""
     if run.config.data.evaluation is None or not run.rollouts.live:
@@ -373,7 +379,7 @@ def end_early(run: Trainer, outcome: RunOutcome) -> RunOutcome:
         run.rollouts.release()
         run.actor.wake()
         with run.phase("save"):
-            run.checkpoints.begin(run.state)
+            save(run)
             run.checkpoints.publish(wait=True)
         where = f"{run.checkpoints.path(completed)} was written"
     if outcome.status is Status.ALARMED:

@@ -24,6 +24,8 @@ class RunState:
     carried_over: list[Group] = field(default_factory=list)
     """Responses, of these problems, that the next rollout continues. While an iteration is under way: those
     it began with, and once it has drawn, all that it has."""
+    ahead: list[Group] = field(default_factory=list)
+    """Of these problems, too: what is sampled for later iterations while others are trained on."""
 
 
 @dataclass

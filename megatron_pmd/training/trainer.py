@@ -66,7 +66,7 @@ class Trainer:
     def remember(self, groups: list[Group]) -> None:
         """Note where a start from the next checkpoint goes on: with these, then problems not yet drawn."""
         self.state.prompts = self.problem_sets.state() if self.problem_sets else {}
-        self.state.carried_over = groups
+        self.state.carried_over, self.state.ahead = groups, self.rollouts.ahead()
 
     def complete(self, iteration: Iteration) -> None:
         """All optimizer steps of an iteration are taken: the run stands behind it."""

@@ -40,14 +40,14 @@ def test_tokens_and_log_probs_are_those_in_the_json_bit_for_bit():
     assert answer.tokens.dtype == np.int32 and answer.tokens.tolist() == expected["output_ids"]
     listed = [entry[0] for entry in expected["meta_info"]["output_token_logprobs"]]
     assert answer.log_probs.dtype == np.float32 and answer.log_probs.tolist() == listed
-    assert (answer.weight_version, answer.finish_reason["matched"]) == ("4", 2)
+    assert (answer.spans, answer.finish_reason["matched"]) == ([(len(answer.tokens), "4")], 2)
     assert answer.routed_experts is None
 
 
 def test_an_answer_without_a_token_is_empty():
     nothing = {"output_ids": [], "meta_info": {"weight_version": None, "finish_reason": {"type": "abort"}}}
     answer = parse_answer(json.dumps(nothing).encode())
-    assert (len(answer.tokens), len(answer.log_probs), answer.weight_version) == (0, 0, None)
+    assert (len(answer.tokens), len(answer.log_probs), answer.spans) == (0, 0, [(0, None)])
 
 
 @pytest.mark.parametrize("wrong", [b"", b"[]", b'{"output_ids": [1], "meta_info": {}}', b'{"error": "no"}'])

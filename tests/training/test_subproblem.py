@@ -25,8 +25,9 @@ from megatron_pmd.objectives.gspo import Gspo
 from megatron_pmd.objectives.pmd import Pmd
 from megatron_pmd.objectives.pmd_token import PmdToken
 from megatron_pmd.objectives.reinforce import Reinforce
+from megatron_pmd.rollout.metrics import success_rates
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
-from megatron_pmd.training.metrics import source_values, success_rates
+from megatron_pmd.training.metrics import source_values
 from megatron_pmd.training.rollouts import train_rollout
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe

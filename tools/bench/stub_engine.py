@@ -27,6 +27,28 @@ from aiohttp import web
 STOP_TOKEN = 2
 
 
+@dataclass(eq=False)
+class _Decoding:
+    """One request that is worked on."""
+
+    version: str
+    """Of the weights it is decoded under."""
+    made: int = 0
+    """Tokens until the last pause."""
+    versions: list[tuple[int, str]] = field(default_factory=list)
+    """(tokens made by then, earlier version), at each change."""
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def spans(self, made: int) -> list[dict[str, Any]]:
+        """As SGLang's meta_info has them."""
+        spans: list[dict[str, Any]] = []
+        for end, version in [*self.versions, (made, self.version)]:
+            start = spans[-1]["end"] if spans else 0
+            if end > start or (not spans and end == made):
+                spans.append({"version": version, "start": start, "end": end})
+        return spans
+
+
 @dataclass
 class StubEngine:
     """Responses of log-normal length at a constant speed each, at most `slots` of them at one time."""
@@ -50,7 +72,9 @@ class StubEngine:
 
     def __post_init__(self) -> None:
         self._free = asyncio.Semaphore(self.slots)
-        self._aborts: set[asyncio.Event] = set()
+        self._running: set[_Decoding] = set()
+        self._paused, self._goes_on = asyncio.Event(), asyncio.Event()
+        self._goes_on.set()
 
     def length(self, seed: int) -> int:
         """Tokens of the whole response to this seed, its stop token included."""
@@ -73,51 +97,79 @@ class StubEngine:
         seed, done = sampling["sampling_seed"], len(body["input_ids"]) - self.prompt_tokens
         left = self.length(seed) - done
         wanted = min(left, sampling["max_new_tokens"])
-        made, aborted = await self._decode(wanted)
+        decoding = _Decoding(self.weight_version)
+        made, aborted = await self._decode(wanted, decoding)
         self.decoded_tokens += made
         tokens = [self.token(seed, done + i) for i in range(made)]
         finish = "abort" if aborted else "stop" if made == left else "length"
         information = {
             "weight_version": self.weight_version,
+            "weight_versions": decoding.spans(made),
             "finish_reason": {"type": finish},
             "output_token_logprobs": [[-token / 1000, token, None] for token in tokens],
         }
         answer = {"output_ids": tokens, "meta_info": information}
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
-    async def _decode(self, tokens: int) -> tuple[int, bool]:
+    async def _decode(self, tokens: int, decoding: _Decoding | None = None) -> tuple[int, bool]:
         """(tokens made, whether it was aborted)."""
-        abort = asyncio.Event()
-        self._aborts.add(abort)
+        decoding = decoding or _Decoding(self.weight_version)
+        self._running.add(decoding)
         acquired = asyncio.ensure_future(self._free.acquire())
-        aborting = asyncio.ensure_future(abort.wait())
+        aborting = asyncio.ensure_future(decoding.aborted.wait())
         try:
             await asyncio.wait([acquired, aborting], return_when=asyncio.FIRST_COMPLETED)
             if not acquired.done():
                 return 0, True
-            begun = asyncio.get_running_loop().time()
             try:
-                await asyncio.wait([aborting], timeout=tokens / self.tokens_per_second)
-                if not abort.is_set():
-                    return tokens, False
-                elapsed = asyncio.get_running_loop().time() - begun
-                return min(tokens - 1, int(elapsed * self.tokens_per_second)), True
+                return await self._made(tokens, decoding, aborting)
             finally:
                 self._free.release()
         finally:
-            self._aborts.discard(abort)
+            self._running.discard(decoding)
             acquired.cancel()
             aborting.cancel()
+
+    async def _made(
+        self, tokens: int, decoding: _Decoding, aborting: asyncio.Future[Any]
+    ) -> tuple[int, bool]:
+        clock, left = asyncio.get_running_loop().time, tokens / self.tokens_per_second
+        while left > 0 and not decoding.aborted.is_set():
+            going_on = asyncio.ensure_future(self._goes_on.wait())
+            await asyncio.wait([going_on, aborting], return_when=asyncio.FIRST_COMPLETED)
+            going_on.cancel()
+            begun, pausing = clock(), asyncio.ensure_future(self._paused.wait())
+            await asyncio.wait([aborting, pausing], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            pausing.cancel()
+            left -= clock() - begun
+            decoding.made = min(tokens - 1, max(0, tokens - math.ceil(left * self.tokens_per_second)))
+        if left > 0:
+            return decoding.made, True
+        return tokens, False
 
     async def abort(self, request: web.Request) -> web.Response:
         if not orjson.loads(await request.read())["abort_all"]:
             return web.Response(status=400)
-        for event in self._aborts:
-            event.set()
+        for decoding in self._running:
+            decoding.aborted.set()
+        return web.Response()
+
+    async def pause(self, request: web.Request) -> web.Response:
+        self._goes_on.clear()
+        self._paused.set()
+        return web.Response()
+
+    async def go_on(self, request: web.Request) -> web.Response:
+        self._paused.clear()
+        self._goes_on.set()
         return web.Response()
 
     async def set_version(self, request: web.Request) -> web.Response:
+        for decoding in self._running:
+            decoding.versions.append((decoding.made, self.weight_version))
         self.weight_version = orjson.loads(await request.read())["new_version"]
+        for decoding in self._running:
+            decoding.version = self.weight_version
         return web.json_response({"decoded_tokens": self.decoded_tokens})
 
     async def start(self) -> int:
@@ -126,6 +178,8 @@ class StubEngine:
         app.router.add_post("/generate", self.generate)
         app.router.add_post("/abort_request", self.abort)
         app.router.add_post("/update_weight_version", self.set_version)
+        app.router.add_post("/pause_generation", self.pause)
+        app.router.add_post("/continue_generation", self.go_on)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=65535).start()

@@ -1,0 +1,121 @@
+"""Rollouts sampled ahead of training: which are begun when, and what is there when one is taken.
+
+With rollout.staleness=n the rollout of iteration k is begun once the engines have weights k − n or newer, and
+the trainer takes the rollouts in their order. So no sample is trained on more than n iterations after it was
+begun, at most (n + 1) · prompts_per_rollout groups are in flight or wait, and nothing is sampled in vain.
+Short responses do not come before long ones: a rollout is taken when all its groups are complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.data.prompts import PromptOrder
+from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.metrics import success_rates
+from megatron_pmd.rollout.sampler import Grader, Sampler
+from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.training.rollouts import train_rollout
+from megatron_pmd.training.subproblem import Subproblem
+
+
+@dataclass
+class Ahead:
+    """What stands for later iterations: enough to go on from in another process, or from a checkpoint."""
+
+    prompts: dict[str, Any]
+    """PromptOrder.state() behind these groups."""
+    groups: list[Group]
+
+
+class Production:
+    """All rollouts that are begun and not taken. Lives in one asyncio loop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: PromptOrder,
+        carried_over: Sequence[Group],
+        tokenizer: Any,
+        grader: Grader,
+    ) -> None:
+        """Begins nothing before the first publish().
+
+        prompts: stands behind carried_over, what was begun for these iterations before.
+        """
+        self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
+        self._grader, self._carried_over = grader, list(carried_over)
+        self._version = -1
+        self._sampler: Sampler | None = None
+        self._begun: dict[int, tuple[RolloutGroups, asyncio.Task[None]]] = {}
+        """By iteration, not taken yet."""
+        self._next: int | None = None
+        """The iteration whose rollout is begun next."""
+        self._interrupted = False
+
+    def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
+        """The engines have these weights: begin what they allow. What was lost with engines goes on.
+
+        routing_width: see Sampler.of.
+        """
+        config = self._config
+        self._version = version
+        self._sampler = Sampler.of(
+            config, endpoint, self._tokenizer, self._grader, routing_width,
+            interrupted=lambda: self._interrupted,
+        )  # fmt: skip
+        for iteration, (rollout, drawing) in self._begun.items():
+            if drawing.done() and isinstance(drawing.exception(), EnginesLost):
+                self._draw(iteration, rollout)
+        if self._next is None:
+            self._next = version
+        while self._next < min(version + config.rollout.staleness + 1, config.iterations):
+            begun = [group for group in self._carried_over if group.begun <= self._next]
+            self._carried_over = [group for group in self._carried_over if group.begun > self._next]
+            rollout = train_rollout(config, self._prompts, self._next, begun, weight_version=version)
+            self._draw(self._next, rollout)
+            self._next += 1
+
+    def _draw(self, iteration: int, rollout: RolloutGroups) -> None:
+        self._begun[iteration] = rollout, asyncio.create_task(self._drawn(rollout))
+
+    async def _drawn(self, rollout: RolloutGroups) -> None:
+        assert self._sampler is not None, "weights are published"
+        await self._sampler.draw(rollout, newest_version=lambda: self._version)
+
+    async def take(self, iteration: int) -> RolloutGroups:
+        """The rollout of an iteration, once it is complete, or as it is after interrupt().
+
+        Raises what ended its drawing; after EnginesLost, publish() and take() go on with it.
+        """
+        rollout, drawing = self._begun[iteration]
+        await asyncio.shield(drawing)
+        del self._begun[iteration]
+        samples = [*rollout.samples(self._tokenizer), *rollout.dropped_samples(self._tokenizer)]
+        self._prompts.record(success_rates(samples, Subproblem(self._config, iteration).is_correct))
+        return rollout
+
+    async def draw(self, rollout: RolloutGroups) -> RolloutGroups:
+        """An evaluation or a check, under the weights that the engines have, beside what is under way."""
+        await self._drawn(rollout)
+        return rollout
+
+    def interrupt(self) -> None:
+        """End all drawing as it is."""
+        self._interrupted = True
+
+    def ahead(self, *, responses: bool) -> Ahead:
+        """What is begun and not taken. responses: with what is sampled of it; else to be sampled again."""
+        groups = [group for rollout, _ in self._begun.values() for group in rollout.groups]
+        groups += self._carried_over
+        return Ahead(self._prompts.state(), groups if responses else [_unsampled(group) for group in groups])
+
+
+def _unsampled(group: Group) -> Group:
+    members = [Trajectory(group.problem, member.number, member.seed) for member in group.members]
+    return replace(group, members=members)

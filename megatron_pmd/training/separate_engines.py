@@ -1,0 +1,122 @@
+"""Rollouts from engines with devices of their own, sampled by a process of its own while the actor trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.config import RunConfig
+from megatron_pmd.device import SharedDevice
+from megatron_pmd.distributed import Control
+from megatron_pmd.engine.handover import Handover, Pauses
+from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.training.live_engines import LiveEngines
+from megatron_pmd.training.production import Ahead
+from megatron_pmd.training.rollouts import Drawn
+from megatron_pmd.training.sampler_process import SamplerLost, SamplerProcess, Setup
+from megatron_pmd.weight_sync.push import PushReport
+
+T = TypeVar("T")
+
+
+class SeparateEngines(LiveEngines):
+    """As LiveEngines, but the engines keep their memory, and go on sampling in the phases of the actor.
+
+    An update pauses them. They start with the run, the sampler at the first update.
+    """
+
+    handover: Pauses
+
+    def __init__(
+        self, config: RunConfig, control: Control, *parts: Any, ahead: Ahead | None, **options: Any
+    ) -> None:
+        """Starts the engines and the sampler. Raises ConfigError for a reward that cannot be loaded.
+
+        ahead: what a checkpoint has of later iterations; the driver's. The rest as LiveEngines.
+        """
+        super().__init__(config, control, *parts, **options)
+        self._ahead = ahead
+        self._sampler: SamplerProcess | None = None
+        self._published: tuple[int, int] | None = None
+        """Weight version, and experts that a token goes to (Sampler.of)."""
+        self._deaths = 0
+        control.on_driver(self._started)
+
+    def _handover_of(self, device: SharedDevice | None) -> Handover:
+        return Pauses(self.fleet, self.clock)
+
+    def take(self, iteration: int, carried_over: Sequence[Group], actor: Actor) -> Drawn | None:
+        taken: list[RolloutGroups] = []
+        config = self._config
+
+        def take() -> None:
+            # all that is ahead may be before it in the engines' queues
+            seconds = config.longest_rollout_seconds * (config.rollout.staleness + 1)
+            rollout, ahead = self._asked(lambda sampler: sampler.take(iteration, seconds))
+            self._know(ahead)
+            self._tell_of_refusals(rollout)
+            taken.append(rollout)
+
+        self._with_engines(take, actor, iteration)
+        return Drawn(taken[0], taken[0].samples(self._tokenizer)) if taken else None
+
+    def _draw(self, rollout: RolloutGroups, title: str, routing_width: int) -> None:
+        seconds = self._config.longest_rollout_seconds
+        drawn = self._asked(lambda sampler: sampler.draw(rollout, seconds))
+        rollout.groups, rollout.accounts = drawn.groups, drawn.accounts
+        rollout.complete_groups = drawn.complete_groups
+        self._tell_of_refusals(rollout)
+
+    def ahead(self) -> list[Group]:
+        return self._ahead.groups if self._ahead else []
+
+    def refresh(self) -> None:
+        self._control.on_driver(lambda: self._know(self._asked(SamplerProcess.ahead)))
+
+    def _know(self, ahead: Ahead) -> None:
+        assert self._problems is not None, "the driver has the prompts"
+        self._ahead = ahead
+        self._problems.train.load_state(ahead.prompts)
+
+    def _send(self, actor: Actor, version: int) -> PushReport:
+        report = super()._send(actor, version)
+        self._published = version, actor.routing_width
+        return report
+
+    def _serve(self) -> None:
+        """The sampler expects the new version before an engine can answer with it."""
+        self._control.on_driver(lambda: self.router.start(self.fleet.urls))
+        self._control.on_driver(lambda: self._asked(self._publish))
+        self.handover.go_on()
+        self.fleet.watch()
+
+    def _publish(self, sampler: SamplerProcess) -> None:
+        if self._published is not None:
+            sampler.publish(*self._published, self.router.url, self.fleet.urls)
+
+    def _asked(self, ask: Callable[[SamplerProcess], T]) -> T:
+        """The sampler's answer; one that was killed is started again from what is known of it."""
+        while True:
+            try:
+                return ask(self._started())
+            except SamplerLost as lost:
+                self._deaths += 1
+                self._sampler = None
+                if self._deaths > self._config.rollout.restarts:
+                    raise
+                self._console.say(f"{lost} It is started again; what it had sampled ahead is sampled again.")
+
+    def _started(self) -> SamplerProcess:
+        if self._sampler is None:
+            assert self._problems is not None, "only the driver has a sampler"
+            setup = Setup(self._config, self._problems.train, self.ahead(), self.fleet.keys)
+            self._sampler = SamplerProcess(setup, self._asked_meanwhile)
+            self._sampler.wait_ready()
+            self._publish(self._sampler)
+        return self._sampler
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+        super().close()
