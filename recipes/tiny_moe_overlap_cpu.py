@@ -12,4 +12,6 @@ def tiny_moe_overlap_cpu() -> RunConfig:
     rollout = colocated.rollout.model_copy(
         update={"placement": "separate", "staleness": 1, "ranks_per_engine": 1}
     )
-    return RunConfig(**(dict(colocated) | {"name": "tiny_moe_overlap_cpu", "layout": Layout(), "rollout": rollout}))
+    return RunConfig(
+        **(dict(colocated) | {"name": "tiny_moe_overlap_cpu", "layout": Layout(), "rollout": rollout})
+    )

@@ -9,9 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_pmd.algorithm.baselines import Floats, advantages, rows_by_size
 from megatron_pmd.algorithm.closed_form import optimum_mean
+from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
 
 OF_THE_ROLLOUT = frozenset({"pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups"})
 """Diagnostics that do not depend on the policy being trained."""
+LEAST_LOG_WEIGHT = -50.0
+"""Of a sequence beside the largest of its group: a probability of 0 has no ratio."""
 RATIOS = {
     "pmd/progress": ("pmd/fit/towards_target", "pmd/fit/target_square"),
     "pmd/r2": ("pmd/fit/explained_square", "pmd/fit/advantage_square"),
@@ -27,6 +30,7 @@ def diagnostics(
     group: ArrayLike,
     baseline: str,
     tau: ArrayLike,
+    stale: bool = False,
 ) -> dict[str, float]:
     """One optimizer step's diagnostics, over all its micro-batches and data-parallel ranks.
 
@@ -34,6 +38,7 @@ def diagnostics(
     advantage, reward [sequences] in reward units, in the same order
     group             [sequences] integer label of the sequence's prompt; every group whole
     baseline, tau     as given to baselines.advantages
+    stale             whether older policies π_b sampled: adds what says how far they are from π_t
 
     Returns (N sequences; "per token" divides the sum by the counted tokens of the step):
 
@@ -50,7 +55,10 @@ def diagnostics(
     pmd/zero_advantage_groups          share of groups in which every advantage is 0
     mismatch/mean_abs, max_abs         |log π_t − log π_b| per token
     mismatch/sequence_sum_abs          |Σ (log π_t − log π_b)|, mean over sequences
-    mismatch/effective_sample_size     (Σ w)² / (N Σ w²), between 0 and 1
+    mismatch/effective_sample_size     (Σ w)² / (N Σ w²), between 0 and 1, of the loss's weights w
+    stale/effective_sample_size        the same of w = π_t/π_b
+    stale/chi2_weight                  ν, mean over groups with signal: the weight of the implicit χ² penalty
+    against π_b, nats (stale_optimum.py); mean baselines alone
 
     Sequences without a counted token are left out of progress and r2: nothing can move them.
     Raises ValueError for arrays of different lengths or for none at all.
@@ -74,6 +82,8 @@ def diagnostics(
         "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
         "mismatch/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum()),
     }
+    if stale:
+        result |= _stale(values["mismatch_sum"], r, labels, baseline=baseline, tau=tau)
     for name, estimate in (("k1", -s), ("k2", values["kl_k2"]), ("k3", values["kl_k3"])):
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
         result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)
@@ -204,6 +214,31 @@ def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: 
         "pmd/zero_advantage_groups": float(np.concatenate(zero).mean()),
         "pmd/groups_with_signal": float((~np.concatenate(zero)).sum()),
     }
+
+
+def _stale(
+    log_weight: Floats, reward: Floats, group: NDArray[np.generic], *, baseline: str, tau: Floats
+) -> dict[str, float]:
+    """log_weight: log π_t − log π_b of each sequence. A group's samples stand for π_b, each 1/K of it.
+
+    π_t is theirs by their weights, which add up to 1 (self-normalised).
+    """
+    weight = np.exp(log_weight - log_weight.max())
+    values = {"stale/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum())}
+    if not baseline.startswith("mean"):
+        return values
+    found = []
+    for rows in rows_by_size(group):
+        size = rows.shape[1]
+        scale = size / (size - 1) if baseline == "mean_loo" else 1.0
+        for row in rows[np.ptp(reward[rows], axis=1) > 0]:
+            anchor = np.exp(np.maximum(log_weight[row] - log_weight[row].max(), LEAST_LOG_WEIGHT))
+            found.append(
+                optimum_of_stale_samples(
+                    reward[row] * scale, np.full(size, 1 / size), anchor / anchor.sum(), float(tau[row[0]])
+                )[1]
+            )
+    return values | ({"stale/chi2_weight": float(np.mean(found))} if found else {})
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -43,15 +43,21 @@ def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool
 
 
 def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
-    """How far the engines' log-probabilities are from the actor's, from the reports of all ranks; nats."""
-    tokens = max(sum(r.tokens for r in reports), 1)
-    return {
-        "sync/mean_abs_difference": sum(r.sum_absolute for r in reports) / tokens,
-        "sync/max_abs_difference": max(r.max_absolute for r in reports),
-        "mismatch/p99_abs": histogram_quantile(np.sum([r.histogram for r in reports], axis=0), 0.99),
-        "entropy": sum(r.entropy_sum for r in reports) / tokens,
+    """How far the engines' log-probabilities are from the actor's, from the reports of all ranks; nats.
+
+    Nothing of it where no token was sampled under the actor's weights: all were sampled ahead.
+    """
+    tokens, sampled = sum(r.tokens for r in reports), sum(r.sampled for r in reports)
+    values = {
+        "entropy": sum(r.entropy_sum for r in reports) / max(sampled, 1),
         **imbalance([r.expert_tokens for r in reports]),
     }
+    if tokens:
+        values["sync/mean_abs_difference"] = sum(r.sum_absolute for r in reports) / tokens
+        values["sync/max_abs_difference"] = max(r.max_absolute for r in reports)
+        histogram = np.sum([r.histogram for r in reports], axis=0)
+        values["mismatch/p99_abs"] = histogram_quantile(histogram, 0.99)
+    return values
 
 
 def floor_values(reports: Sequence[FloorReport]) -> dict[str, float]:
@@ -115,4 +121,5 @@ def step_values(
         group=batch.samples.groups[samples],
         baseline=subproblem.config.algorithm.baseline,
         tau=batch.samples.taus[samples],
+        stale=subproblem.config.rollout.staleness > 0,
     )

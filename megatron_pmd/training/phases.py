@@ -59,7 +59,8 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
     if rollout is not None and run.rollouts.live:
         run.remember(rollout.groups)
         iteration.left_over = rollout.left_over
-        iteration.sampled_tokens = rollout.accounts.sampled_tokens
+        if run.config.rollout.placement == "colocated":  # else they were sampled in other phases, too
+            iteration.sampled_tokens = rollout.accounts.sampled_tokens
         iteration.values |= account_values(rollout)
     _end_if_cut(run, rollout, "rollout")
     described = None
@@ -197,7 +198,10 @@ def _agreement(run: Trainer, batch: RolloutBatch, report: AnchorReport) -> dict[
     causes = "the engines do not serve the actor's weights, or the two compute another model"
     if report.expert_tokens and not run.config.actor.experts.replay_routing:
         causes += ", or their routers chose otherwise: see actor.experts.replay_routing"
-    refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
+    if tokens:
+        refuse_disagreement(values, run.config.log_prob_bounds, batch.weight_version, tokens, causes)
+    if run.config.rollout.staleness:
+        values["sync/compared_tokens"] = tokens
     return values
 
 

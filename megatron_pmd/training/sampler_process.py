@@ -146,7 +146,7 @@ def _main(pipe: Connection, parent: int, setup: Setup) -> None:
     config = setup.config
     with ExitStack() as opened:
         try:
-            grader = opened.enter_context(grading(config.reward, config.rewards))
+            grader: Any = opened.enter_context(grading(config.reward, config.rewards))
             tokenizer = load_tokenizer(config.model)
         except PmdError as failure:
             pipe.send((None, failure))

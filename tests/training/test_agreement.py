@@ -24,7 +24,9 @@ def differences(mean: float) -> np.ndarray:
 def judge(values: np.ndarray, precision: str) -> dict[str, float]:
     """The check of a rollout with these differences, half of them on each of two ranks."""
     reports = [
-        AnchorReport(torch.empty(0), float(d.sum()), float(d.max()), magnitude_histogram(d), 0.0, len(d))
+        AnchorReport(
+            torch.empty(0), float(d.sum()), float(d.max()), magnitude_histogram(d), 0.0, len(d), len(d)
+        )
         for d in np.split(values, 2)
     ]
     found = anchor_values(reports)
@@ -63,6 +65,6 @@ def test_all_tokens_off_by_a_little_too_much_are_found_by_the_mean():
 
 def test_a_difference_that_is_no_number_is_refused():
     values = differences(0.01)
-    report = AnchorReport(torch.empty(0), float("nan"), 0.0, magnitude_histogram(values), 0.0, TOKENS)
+    report = AnchorReport(torch.empty(0), float("nan"), 0.0, magnitude_histogram(values), 0.0, TOKENS, TOKENS)
     with pytest.raises(StaleWeights):
         refuse_disagreement(anchor_values([report]), LOG_PROB_BOUNDS["bf16"], 0, TOKENS, "")

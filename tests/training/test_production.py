@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,11 +20,13 @@ from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import staleness_values
 from megatron_pmd.training.production import Production
+from megatron_pmd.training.rollouts import evaluation_rollout
 from recipes import recipe
 from tests.rollout.test_sampler import Grading, Numbers
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving
 
 PROMPTS, SAMPLES = 4, 3
+Score = Callable[[str, Problem], float]
 WIDTH = 0
 """Nothing replays routing here."""
 
@@ -54,8 +56,8 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint(url, [url], {}, 20.0, retries=1, any_engine_alive=lambda: True)
 
 
-def production(config: RunConfig, order: PromptSource, score: Callable[..., float] = lambda *_: 1.0, **more: Any):
-    return Production(config, order, more.get("carried_over", []), Numbers(), Grading(score))
+def production(config: RunConfig, order: PromptSource, score: Score = lambda *_: 1.0) -> Production:
+    return Production(config, order, [], Numbers(), Grading(score))
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -70,10 +72,8 @@ async def update(engine: StubEngine, url: str, version: int) -> None:
         await client.post("/continue_generation", json={})
 
 
-def segments(rollout: RolloutGroups) -> list[list[tuple[int, int]]]:
-    return [
-        [(s.tokens, s.weight_version) for s in sample.segments] for sample in rollout.samples(Numbers())
-    ]
+def versions(rollout: RolloutGroups) -> set[int]:
+    return {segment.weight_version for sample in rollout.samples(Numbers()) for segment in sample.segments}
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -92,9 +92,156 @@ def test_no_rollout_is_begun_before_its_weights_allow_it_and_all_are_taken_in_or
             rollout = await producing.take(t)
             drawn = [group.problem.index for group in rollout.chosen]
             assert drawn == list(range(t * PROMPTS, (t + 1) * PROMPTS))
-            versions = {version for spans in segments(rollout) for _, version in spans}
-            assert versions <= set(range(max(0, t - staleness), t + 1))
+            assert versions(rollout) <= set(range(max(0, t - staleness), t + 1))
         assert len(engine.requests) == config.iterations * PROMPTS * SAMPLES
 
     with serving(engine) as url:
+        run(body)
+
+
+def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled_what() -> None:
+    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=800)
+
+    async def body() -> None:
+        producing = production(configured(1), prompts())
+        producing.publish(0, WIDTH, endpoint(url))
+        await asyncio.sleep(0.2)
+        producing.publish(1, WIDTH, endpoint(url))  # the sampler knows of new weights before the engines
+        await update(engine, url, 1)
+        first = await producing.take(0)
+        for sample in first.samples(Numbers()):
+            whole = [engine.token(sample.seed, i) for i in range(engine.length(sample.seed))]
+            assert sample.response_tokens.tolist() == whole
+            assert [segment.weight_version for segment in sample.segments] == [0, 1]
+            assert sample.segments[0].tokens > 50 and sample.weight_version == 1
+        values = staleness_values(first.samples(Numbers()), 1)
+        assert values["staleness/max"] == 1 and values["staleness/mixed_responses"] == 1.0
+        assert values["staleness/mean"] == pytest.approx(values["staleness/share_1"])
+        assert values["staleness/share_0"] + values["staleness/share_1"] == pytest.approx(1.0)
+
+    with serving(engine) as url:
+        run(body)
+
+
+def test_weights_that_nobody_has_published_end_the_rollout() -> None:
+    async def body() -> None:
+        producing = production(configured(1), prompts())
+        producing.publish(0, WIDTH, endpoint(url))
+        with pytest.raises(StaleWeights, match="weight version 7, expected 0"):
+            await producing.take(0)
+
+    with serving(StubEngine(weight_version="7")) as url:
+        run(body)
+
+
+def test_what_was_lost_with_the_engines_goes_on_when_they_are_back() -> None:
+    engine = StubEngine(keep_requests=True)
+
+    async def body() -> None:
+        producing = production(configured(1), prompts())
+        lost = Endpoint("http://127.0.0.1:9", [], {}, 5.0, retries=0, any_engine_alive=lambda: False)
+        producing.publish(0, WIDTH, lost)
+        for t in range(2):
+            with pytest.raises(EnginesLost):
+                await producing.take(t)
+        producing.publish(0, WIDTH, endpoint(url))
+        for t in range(2):
+            assert len((await producing.take(t)).chosen) == PROMPTS
+        assert len(engine.requests) == 2 * PROMPTS * SAMPLES
+
+    with serving(engine) as url:
+        run(body)
+
+
+def test_dropped_groups_are_replaced_in_their_own_rollout_and_the_accounts_hold() -> None:
+    config = configured(2, **{"rollout.group_filter.max_dropped": 3})
+    assert config.rollout.group_filter == GroupFilter(max_dropped=3)
+
+    async def body() -> None:
+        producing = production(config, prompts(), lambda response, problem: float(problem.index > 5))
+        producing.publish(0, WIDTH, endpoint(url))
+        for t in range(3):
+            rollout = await producing.take(t)
+            assert len(rollout.chosen) == PROMPTS and not rollout.left_over
+            rollout.check()
+            assert rollout.accounts.dropped["group_filter"] <= 3 * SAMPLES
+
+    with serving(StubEngine()) as url:
+        run(body)
+
+
+def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_once(tmp_path: Path) -> None:
+    engine = StubEngine(median_tokens=60, sigma=0.3, tokens_per_second=300, slots=PROMPTS * SAMPLES)
+    seeds: list[int] = []
+
+    async def begin() -> None:
+        order = prompts()
+        producing = production(configured(2), order)
+        producing.publish(0, WIDTH, endpoint(url))
+        rollout = await producing.take(0)
+        ahead = producing.ahead(responses=True)
+        assert [group.begun for group in ahead.groups] == [1] * PROMPTS + [2] * PROMPTS
+        finished = [member for group in ahead.groups for member in group.members if member.finished]
+        assert 0 < len(finished) < 2 * PROMPTS * SAMPLES
+        again = producing.ahead(responses=False)
+        assert again.prompts == ahead.prompts and not any(g.complete for g in again.groups)
+        write_carried_over(tmp_path, ahead.groups)
+        saved.append(ahead.prompts)
+        seeds.extend(sample.seed for sample in rollout.samples(Numbers()))
+
+    async def go_on() -> None:
+        order = prompts()
+        order.load_state(saved[0])
+        groups = read_carried_over(tmp_path, order.problem)
+        producing = Production(configured(2), order, groups, Numbers(), Grading(lambda *_: 1.0))
+        producing.publish(1, WIDTH, endpoint(url))
+        engine.weight_version = "1"
+        decoded = engine.decoded_tokens
+        carried = sum(member.length for group in groups for member in group.members)
+        for t in (1, 2, 3):
+            rollout = await producing.take(t)
+            drawn = [group.problem.index for group in rollout.chosen]
+            assert drawn == list(range(t * PROMPTS, (t + 1) * PROMPTS))
+            samples = rollout.samples(Numbers())
+            seeds.extend(sample.seed for sample in samples)
+            tokens.append(sum(len(sample.response_tokens) for sample in samples))
+        assert sum(tokens) == carried + engine.decoded_tokens - decoded, "nothing finished is sampled again"
+
+    saved: list[dict[str, Any]] = []
+    tokens: list[int] = []
+    with serving(engine) as url:
+        run(begin)
+        engine.weight_version = "1"
+        run(go_on)
+    assert len(set(seeds)) == len(seeds) == 4 * PROMPTS * SAMPLES
+
+
+def test_an_interrupted_rollout_is_handed_over_as_it_is_and_the_rest_is_known() -> None:
+    engine = StubEngine(median_tokens=2000, sigma=0.0, tokens_per_second=100)
+
+    async def body() -> None:
+        producing = production(configured(1), prompts())
+        producing.publish(0, WIDTH, endpoint(url))
+        await asyncio.sleep(0.3)
+        producing.interrupt()
+        rollout = await producing.take(0)
+        assert not rollout.may_end and len(rollout.groups) == PROMPTS
+        ahead = producing.ahead(responses=True).groups
+        assert [group.begun for group in ahead] == [1] * PROMPTS
+
+    with serving(engine) as url:
+        run(body)
+
+
+def test_an_evaluation_is_drawn_beside_what_is_ahead() -> None:
+    async def body() -> None:
+        config, order = configured(1), prompts()
+        producing = production(config, order)
+        producing.publish(0, WIDTH, endpoint(url))
+        evaluation = evaluation_rollout(config, order.peek(3), 0)
+        drawn = await producing.draw(evaluation)
+        assert drawn.finished == 3 * config.evaluation.samples_per_prompt
+        assert len((await producing.take(0)).chosen) == PROMPTS
+
+    with serving(StubEngine()) as url:
         run(body)
