@@ -21,7 +21,7 @@ NEMO := .venv-nemo
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-moe test transformers-4 gpu-contract lint format docs docs-site clean
+.PHONY: help setup nemo demo demo-moe demo-overlap test transformers-4 gpu-contract lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -30,6 +30,7 @@ help:
 	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
+	@echo "make demo-overlap  the same, sampled ahead by an engine that never waits"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
@@ -68,6 +69,9 @@ demo: setup
 
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
+
+demo-overlap: setup
+	@$(BIN)/megatron-pmd train tiny_moe_overlap_cpu
 
 # Workers take whole files (tests/conftest.py) in their order. Some 150 Python processes start: they keep their bytecode.
 test: setup

@@ -180,9 +180,13 @@ class EngineControl:
                 f"{self._where()} serves weight version {served}, expected {version}; {self._log()}"
             )
 
-    def flush_cache(self) -> None:
-        """Forget every cached prefix: it was computed with earlier weights."""
-        self._call("POST", "/flush_cache", {}, query={"timeout": self.timeout_seconds})
+    def flush_cache(self, *, paused: bool = False) -> None:
+        """Forget every cached prefix: it was computed with earlier weights.
+
+        paused: requests wait, and hold nothing of the cache. SGLang then flushes at once, or never: one that
+        it puts off waits until there are none (scheduler_components/flush_wrapper.py).
+        """
+        self._call("POST", "/flush_cache", {}, query={"timeout": 0.0 if paused else self.timeout_seconds})
 
     def weight_version(self) -> int | None:
         """The version served; None before the first completed update, and from begin_update to end_update."""

@@ -92,7 +92,7 @@ class Pauses(Handover):
     def resume_cache(self) -> None:
         """Engines forget what earlier weights left in their cache."""
         with self._clock("flush"):
-            self._fleet.on_leaders(lambda own: own.calls.flush_cache())
+            self._fleet.on_leaders(lambda own: own.calls.flush_cache(paused=True))
 
     def go_on(self) -> None:
         """Engines generate again."""

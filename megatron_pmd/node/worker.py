@@ -288,7 +288,7 @@ def _rollouts(
     if config.rollout.placement == "colocated":
         engines = LiveEngines(*parts, **options, device=device)
     else:
-        ahead = Ahead(problems.train.state(), state.ahead) if problems else None
+        ahead = Ahead(state.completed, problems.train.state(), state.ahead) if problems else None
         engines = SeparateEngines(*parts, **options, ahead=ahead)
     cleanup.callback(engines.close)
     return engines

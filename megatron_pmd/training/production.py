@@ -9,7 +9,6 @@ Short responses do not come before long ones: a rollout is taken when all its gr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +27,8 @@ from megatron_pmd.training.subproblem import Subproblem
 class Ahead:
     """What stands for later iterations: enough to go on from in another process, or from a checkpoint."""
 
+    first: int
+    """Iteration of the rollout that is taken next."""
     prompts: dict[str, Any]
     """PromptOrder.state() behind these groups."""
     groups: list[Group]
@@ -40,22 +41,20 @@ class Production:
         self,
         config: RunConfig,
         prompts: PromptOrder,
-        carried_over: Sequence[Group],
+        ahead: Ahead,
         tokenizer: Any,
         grader: Grader,
     ) -> None:
-        """Begins nothing before the first publish().
-
-        prompts: stands behind carried_over, what was begun for these iterations before.
-        """
+        """Begins nothing before the first publish(). prompts: goes on behind what is ahead."""
+        prompts.load_state(ahead.prompts)
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
-        self._grader, self._carried_over = grader, list(carried_over)
+        self._grader, self._carried_over = grader, list(ahead.groups)
         self._version = -1
         self._sampler: Sampler | None = None
         self._begun: dict[int, tuple[RolloutGroups, asyncio.Task[None]]] = {}
         """By iteration, not taken yet."""
-        self._next: int | None = None
-        """The iteration whose rollout is begun next."""
+        self._taken_next = self._next = ahead.first
+        """Iterations whose rollouts are taken, and begun, next."""
         self._interrupted = False
 
     def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
@@ -72,8 +71,6 @@ class Production:
         for iteration, (rollout, drawing) in self._begun.items():
             if drawing.done() and isinstance(drawing.exception(), EnginesLost):
                 self._draw(iteration, rollout)
-        if self._next is None:
-            self._next = version
         while self._next < min(version + config.rollout.staleness + 1, config.iterations):
             begun = [group for group in self._carried_over if group.begun <= self._next]
             self._carried_over = [group for group in self._carried_over if group.begun > self._next]
@@ -96,6 +93,7 @@ class Production:
         rollout, drawing = self._begun[iteration]
         await asyncio.shield(drawing)
         del self._begun[iteration]
+        self._taken_next = iteration + 1
         samples = [*rollout.samples(self._tokenizer), *rollout.dropped_samples(self._tokenizer)]
         self._prompts.record(success_rates(samples, Subproblem(self._config, iteration).is_correct))
         return rollout
@@ -113,7 +111,9 @@ class Production:
         """What is begun and not taken. responses: with what is sampled of it; else to be sampled again."""
         groups = [group for rollout, _ in self._begun.values() for group in rollout.groups]
         groups += self._carried_over
-        return Ahead(self._prompts.state(), groups if responses else [_unsampled(group) for group in groups])
+        if not responses:
+            groups = [_unsampled(group) for group in groups]
+        return Ahead(self._taken_next, self._prompts.state(), groups)
 
 
 def _unsampled(group: Group) -> Group:

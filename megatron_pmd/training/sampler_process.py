@@ -28,7 +28,7 @@ from megatron_pmd.rollout.generate_client import Endpoint
 if TYPE_CHECKING:
     from megatron_pmd.data.prompts import PromptOrder
     from megatron_pmd.engine.keys import Keys
-    from megatron_pmd.rollout.groups import Group, RolloutGroups
+    from megatron_pmd.rollout.groups import RolloutGroups
     from megatron_pmd.training.production import Ahead, Production
 
 TITLE = "megatron-pmd sampler"
@@ -51,7 +51,7 @@ class Setup:
 
     config: RunConfig
     prompts: PromptOrder
-    carried_over: Sequence[Group]
+    ahead: Ahead
     keys: Keys
     """Of the engines."""
 
@@ -151,7 +151,7 @@ def _main(pipe: Connection, parent: int, setup: Setup) -> None:
         except PmdError as failure:
             pipe.send((None, failure))
             return
-        production = Production(config, setup.prompts, setup.carried_over, tokenizer, grader)
+        production = Production(config, setup.prompts, setup.ahead, tokenizer, grader)
         pipe.send((None, None))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Service(pipe, production, setup).serve())

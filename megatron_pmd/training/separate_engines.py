@@ -110,7 +110,8 @@ class SeparateEngines(LiveEngines):
     def _started(self) -> SamplerProcess:
         if self._sampler is None:
             assert self._problems is not None, "only the driver has a sampler"
-            setup = Setup(self._config, self._problems.train, self.ahead(), self.fleet.keys)
+            assert self._ahead is not None, "and knows what is ahead"
+            setup = Setup(self._config, self._problems.train, self._ahead, self.fleet.keys)
             self._sampler = SamplerProcess(setup, self._asked_meanwhile)
             self._sampler.wait_ready()
             self._publish(self._sampler)

@@ -19,7 +19,7 @@ from megatron_pmd.rollout.carried_over_file import read_carried_over, write_carr
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import staleness_values
-from megatron_pmd.training.production import Production
+from megatron_pmd.training.production import Ahead, Production
 from megatron_pmd.training.rollouts import evaluation_rollout
 from recipes import recipe
 from tests.rollout.test_sampler import Grading, Numbers
@@ -57,7 +57,7 @@ def endpoint(url: str) -> Endpoint:
 
 
 def production(config: RunConfig, order: PromptSource, score: Score = lambda *_: 1.0) -> Production:
-    return Production(config, order, [], Numbers(), Grading(score))
+    return Production(config, order, Ahead(0, order.state(), []), Numbers(), Grading(score))
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -184,6 +184,7 @@ def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_on
         finished = [member for group in ahead.groups for member in group.members if member.finished]
         assert 0 < len(finished) < 2 * PROMPTS * SAMPLES
         again = producing.ahead(responses=False)
+        assert ahead.first == again.first == 1
         assert again.prompts == ahead.prompts and not any(g.complete for g in again.groups)
         write_carried_over(tmp_path, ahead.groups)
         saved.append(ahead.prompts)
@@ -191,9 +192,9 @@ def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_on
 
     async def go_on() -> None:
         order = prompts()
-        order.load_state(saved[0])
         groups = read_carried_over(tmp_path, order.problem)
-        producing = Production(configured(2), order, groups, Numbers(), Grading(lambda *_: 1.0))
+        ahead = Ahead(1, saved[0], groups)
+        producing = Production(configured(2), order, ahead, Numbers(), Grading(lambda *_: 1.0))
         producing.publish(1, WIDTH, endpoint(url))
         engine.weight_version = "1"
         decoded = engine.decoded_tokens
@@ -244,4 +245,25 @@ def test_an_evaluation_is_drawn_beside_what_is_ahead() -> None:
         assert len((await producing.take(0)).chosen) == PROMPTS
 
     with serving(StubEngine()) as url:
+        run(body)
+
+
+def test_one_that_takes_over_within_an_iteration_begins_no_rollout_that_is_taken() -> None:
+    async def body() -> None:
+        config, order = configured(1), prompts()
+        producing = production(config, order)
+        producing.publish(0, WIDTH, endpoint(url))
+        await producing.take(0)
+        known = producing.ahead(responses=False)
+        successor = Production(config, prompts(), known, Numbers(), Grading(lambda *_: 1.0))
+        successor.publish(0, WIDTH, endpoint(url))
+        for t in (1, 2):
+            engine.weight_version = str(t)
+            successor.publish(t, WIDTH, endpoint(url))
+            rollout = await successor.take(t)
+            drawn = [group.problem.index for group in rollout.chosen]
+            assert drawn == list(range(t * PROMPTS, (t + 1) * PROMPTS))
+
+    engine = StubEngine()
+    with serving(engine) as url:
         run(body)

@@ -1,0 +1,78 @@
+"""Rollouts sampled while others are trained on, by a real engine that is updated while it generates."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from megatron_pmd.config import override
+from megatron_pmd.data.problem_sets import ProblemSets
+from megatron_pmd.data.tokenizer import load_tokenizer
+from megatron_pmd.rollout_file import read_rollout
+from megatron_pmd.training.sampler_process import TITLE
+from recipes import recipe
+from tests.end_to_end.command_line import (
+    DEADLINE_SECONDS,
+    RECIPE,
+    SMALL,
+    CommandLine,
+    descendants,
+    wait_until,
+)
+from tests.forked_command import ForkedCommand
+
+pytestmark = pytest.mark.slow
+
+OVERLAP = [
+    "rollout.placement=separate",
+    "rollout.staleness=1",
+    # slower than training: an update always meets running responses
+    "rollout.max_running_requests=4",
+    "batch.max_response_tokens=40",
+    "checkpoint.hf_export=false",
+]
+
+
+def test_rollouts_go_on_through_updates_a_killed_sampler_and_a_resume(command_line: CommandLine) -> None:
+    """fp32: the actor's log-probability of every token sampled under its weights is the engine's to 1e-5, so
+    a response that met an update was computed again under the new weights, as it stood."""
+    training = command_line.start("overlap", *OVERLAP)
+    try:
+        wait_until(lambda: (0, "resume") in command_line.phases("overlap"), "the first update", training)
+        _sampler_of(training).kill()
+        output, _ = training.communicate(timeout=DEADLINE_SECONDS)
+    finally:
+        training.kill()
+    assert training.returncode == 0, output
+    assert f"process `{TITLE}` ended with status -9" in output and "It is started again" in output
+    command_line.run("overlap", *OVERLAP, "iterations=5")
+    lines = [m for m in command_line.lines("overlap", "metrics.jsonl") if m["kind"] == "iteration"]
+    assert [m["iteration"] for m in lines] == [0, 1, 2, 3, 4]
+    model = f"model.path={command_line.folder / recipe(RECIPE).model.path}"
+    config = override(recipe(RECIPE), [*SMALL, *OVERLAP, model])
+    order = ProblemSets.load(config, load_tokenizer(config.model), print).train
+    mixed = 0
+    for t, line in enumerate(lines):
+        samples, _ = read_rollout(command_line.path("overlap") / "rollouts" / f"{t}.parquet")
+        assert [s.problem for s in samples[::4]] == [p.index for p in order.take(8)]
+        versions = [[g.weight_version for g in s.segments] for s in samples]
+        assert all(v == sorted(set(v)) and t - 1 <= v[0] and v[-1] <= t for v in versions)
+        mixed += sum(len(v) > 1 for v in versions)
+        assert line["staleness/mixed_responses"] == pytest.approx(
+            sum(len(v) > 1 for v in versions) / len(versions)
+        )
+        if line["sync/compared_tokens"]:
+            assert line["sync/mean_abs_difference"] <= 1e-5 and line["sync/max_abs_difference"] <= 1e-3
+    steps = command_line.steps("overlap")
+    assert len(steps) == 10 and all(0 < step["stale/effective_sample_size"] <= 1 for step in steps)
+    assert mixed and sum(m["sync/compared_tokens"] for m in lines) > 0
+
+
+def _sampler_of(training: ForkedCommand) -> psutil.Process:
+    for process in descendants(training):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if " ".join(process.cmdline()).strip() == TITLE:
+                return process
+    raise AssertionError(f"no process `{TITLE}`")
