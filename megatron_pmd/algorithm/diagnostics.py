@@ -57,8 +57,8 @@ def diagnostics(
     mismatch/sequence_sum_abs          |Σ (log π_t − log π_b)|, mean over sequences
     mismatch/effective_sample_size     (Σ w)² / (N Σ w²), between 0 and 1, of the loss's weights w
     stale/effective_sample_size        the same of w = π_t/π_b
-    stale/chi2_weight                  ν, mean over groups with signal: the weight of the implicit χ² penalty
-    against π_b, nats (stale_optimum.py); mean baselines alone
+    stale/chi2_weight                  ν, mean over groups: the weight of the implicit χ² penalty against π_b,
+    nats (stale_optimum.py); mean baselines alone
 
     Sequences without a counted token are left out of progress and r2: nothing can move them.
     Raises ValueError for arrays of different lengths or for none at all.
@@ -227,18 +227,20 @@ def _stale(
     values = {"stale/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum())}
     if not baseline.startswith("mean"):
         return values
+    tau = np.broadcast_to(tau, reward.shape)
     found = []
     for rows in rows_by_size(group):
         size = rows.shape[1]
         scale = size / (size - 1) if baseline == "mean_loo" else 1.0
-        for row in rows[np.ptp(reward[rows], axis=1) > 0]:
+        for row in rows:
             anchor = np.exp(np.maximum(log_weight[row] - log_weight[row].max(), LEAST_LOG_WEIGHT))
-            found.append(
-                optimum_of_stale_samples(
-                    reward[row] * scale, np.full(size, 1 / size), anchor / anchor.sum(), float(tau[row[0]])
-                )[1]
-            )
-    return values | ({"stale/chi2_weight": float(np.mean(found))} if found else {})
+            if np.ptp(reward[row]) == 0:
+                found.append(0.0)
+                continue
+            rewards, uniform = reward[row] * scale, np.full(size, 1 / size)
+            optimum = optimum_of_stale_samples(rewards, uniform, anchor / anchor.sum(), float(tau[row[0]]))
+            found.append(optimum[1])
+    return values | {"stale/chi2_weight": float(np.mean(found))}
 
 
 def _ratio(numerator: float, denominator: float) -> float:

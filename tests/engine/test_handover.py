@@ -9,7 +9,7 @@ import pytest
 
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.engine.device_memory import EngineMemory
-from megatron_pmd.engine.handover import Handover
+from megatron_pmd.engine.handover import Handover, Pauses
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
 
@@ -102,3 +102,23 @@ def test_an_engines_cache_does_not_come_beside_the_actors_parameters():
     device.take("parameters")
     with pytest.raises(RuntimeError, match="kv_cache would come to a device that parameters has not left"):
         handover.resume_cache()
+
+
+def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep_their_memory():
+    asked: list[Any] = []
+    calls = SimpleNamespace(
+        pause=lambda: asked.append("pause"),
+        flush_cache=lambda *, paused: asked.append(("flush", paused)),
+        go_on=lambda: asked.append("go on"),
+    )
+    own = SimpleNamespace(calls=calls, unwatch=lambda: asked.append("unwatch"))
+    fleet: Any = SimpleNamespace(external=False, on_leaders=lambda action: [action(own)])
+    pauses = Pauses(fleet, SubphaseClock())
+    pauses.release()
+    pauses.before_restart()
+    assert asked == []
+    pauses.resume_weights()
+    pauses.resume_cache()
+    pauses.go_on()
+    # a health check would wait for a token that a paused engine does not make
+    assert asked == ["unwatch", "pause", ("flush", True), "go on"]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import Rollout
+from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.installed_options import check_options
-from megatron_pmd.engine.sglang_server import OUR_OPTIONS, expert_parallel
+from megatron_pmd.engine.sglang_server import OUR_OPTIONS, EngineSpec, engine_options, expert_parallel
 from megatron_pmd.errors import ConfigError
-from recipes import RECIPES, recipe
+from recipes import RECIPES, configuration, recipe
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,33 @@ def test_an_option_that_sglang_takes_from_no_file_is_refused_before_an_engine_wo
 def test_every_option_of_a_recipe_is_one_that_an_engine_starts_with() -> None:
     for name in RECIPES:
         check_options(recipe(name).rollout.sglang, OUR_OPTIONS)
+
+
+SEPARATE = ["rollout.placement=separate", "rollout.partial=null", "layout.data=4", "layout.expert=4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "gpu"),
+    [
+        ([], 0, 4),
+        ([], 3, 7),
+        (["rollout.ranks_per_engine=4", "rollout.tensor_parallel=4"], 0, 4),
+        (["rollout.ranks_per_engine=2", "rollout.tensor_parallel=2"], 2, 6),
+    ],
+)
+def test_separate_engines_take_the_gpus_behind_those_of_the_nodes_four_ranks(
+    monkeypatch: pytest.MonkeyPatch, settings: list[str], rank: int, gpu: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    config = configuration("tiny_moe_cpu", [*SEPARATE, "rollout.ranks_per_engine=1", *settings])
+    fleet: Any = Fleet.__new__(Fleet)
+    fleet._config = config
+    assert fleet._first_gpu() == gpu
+    spec = EngineSpec(
+        number=0, model=config.model, rollout=config.rollout, port=1, log=None, seed=0, cpu=False,
+        first_gpu=gpu,
+    )  # fmt: skip
+    options = engine_options(spec)
+    assert options["base_gpu_id"] == gpu
+    assert "enable_memory_saver" not in options, "nobody else needs their memory"
