@@ -41,7 +41,7 @@ def executor(job: Job) -> Any:
         job_name_prefix="pmd.",
         nodes=job.nodes,
         ntasks_per_node=1,
-        gpus_per_node=job.ranks_per_node if "gpus-per-node" in asked else None,
+        gpus_per_node=job.gpus_per_node if "gpus-per-node" in asked else None,
         gres=asked.get("gres"),
         exclusive=True if "exclusive" in asked else None,
         mem="0",

@@ -35,7 +35,19 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        return min(self.cluster.gpus_per_node, self.config.layout.ranks)
+        """As many as the node's GPUs hold, with the separate engines of these ranks."""
+        config, most = self.config, self.cluster.gpus_per_node
+        if config.rollout.placement == "separate" and self.cluster.has_gpus:
+            ranks = config.ranks_per_engine
+            most = most // (ranks + config.rollout.tensor_parallel) * ranks
+        return min(most, config.layout.ranks)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Of its ranks, and of separate engines."""
+        config, ranks = self.config, self.ranks_per_node
+        separate = config.rollout.placement == "separate"
+        return ranks + separate * (ranks // config.ranks_per_engine * config.rollout.tensor_parallel)
 
     @property
     def nodes(self) -> int:
@@ -45,6 +57,12 @@ class Job:
 def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: str | None = None) -> Job:
     """The job of a run. Raises LayoutError when its ranks do not fill nodes, or its engines fit none."""
     job = Job(config, cluster, root, replay)
+    if not job.ranks_per_node:
+        raise LayoutError(
+            f"a node of cluster {cluster.name} has {cluster.gpus_per_node} GPUs; "
+            f"rollout.ranks_per_engine={config.ranks_per_engine} ranks and an engine of their own "
+            f"(rollout.tensor_parallel={config.rollout.tensor_parallel}) do not fit"
+        )
     if config.layout.ranks % job.ranks_per_node:
         raise LayoutError(
             f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "
@@ -65,9 +83,9 @@ def options(job: Job) -> dict[str, str | None]:
     """sbatch's options by long name; None for one without a value."""
     cluster = job.cluster
     gpus = (
-        {"gres": f"{cluster.gres}:{job.ranks_per_node}"}
+        {"gres": f"{cluster.gres}:{job.gpus_per_node}"}
         if cluster.gres
-        else {"gpus-per-node": str(job.ranks_per_node)}
+        else {"gpus-per-node": str(job.gpus_per_node)}
     )
     found: dict[str, str | None] = {
         "job-name": job.config.name,

@@ -162,6 +162,26 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
 
 
+SEPARATE = ["rollout.placement=separate", "rollout.ranks_per_engine=2", "rollout.tensor_parallel=2"]
+
+
+def test_a_node_gives_gpus_to_its_ranks_and_to_their_separate_engines() -> None:
+    config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), SEPARATE)
+    placed = job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
+    assert (placed.ranks_per_node, placed.gpus_per_node, placed.nodes) == (4, 8, 8)
+    script = render(placed)
+    assert "#SBATCH --gpus-per-node=8" in script and "export PMD_RANKS_PER_NODE=4" in script
+
+
+def test_separate_engines_that_no_node_has_room_for_are_refused() -> None:
+    config = override(
+        recipe("qwen3_30b_a3b_dapo_32xh100"),
+        [*SEPARATE, "rollout.ranks_per_engine=8", "rollout.tensor_parallel=4"],
+    )
+    with pytest.raises(LayoutError, match=r"ranks_per_engine=8 ranks and an engine .* do not fit"):
+        job_for(config, load_cluster("h100"), PurePosixPath("/shared/pmd"))
+
+
 def test_engines_of_which_nodes_would_have_unequal_parts_are_refused() -> None:
     config = override(recipe("qwen2_5_7b_dapo_8xh100"), ["layout.data=12", "rollout.tensor_parallel=12"])
     with pytest.raises(LayoutError, match=r"engine 0 .*8 \+ 4 ranks on nodes 0, 1"):
