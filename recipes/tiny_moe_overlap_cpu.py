@@ -7,11 +7,12 @@ from recipes.tiny_moe_cpu import tiny_moe_cpu
 
 
 def tiny_moe_overlap_cpu() -> RunConfig:
-    """One actor rank on one core, one engine on the other; both work all the time."""
+    """One actor rank on one core, one engine on the other; both work all the time.
+
+    A quarter more iterations than tiny_moe_cpu: every rollout is of the weights before.
+    """
     colocated = tiny_moe_cpu()
-    rollout = colocated.rollout.model_copy(
-        update={"placement": "separate", "staleness": 1, "ranks_per_engine": 1}
-    )
-    return RunConfig(
-        **(dict(colocated) | {"name": "tiny_moe_overlap_cpu", "layout": Layout(), "rollout": rollout})
-    )
+    apart = {"placement": "separate", "staleness": 1, "ranks_per_engine": 1}
+    rollout = colocated.rollout.model_copy(update=apart)
+    changes = {"name": "tiny_moe_overlap_cpu", "iterations": 50, "layout": Layout(), "rollout": rollout}
+    return RunConfig(**(dict(colocated) | changes))
