@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptOrder
+from megatron_pmd.errors import StaleWeights
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import success_rates
@@ -32,6 +33,10 @@ class Ahead:
     prompts: dict[str, Any]
     """PromptOrder.state() behind these groups."""
     groups: list[Group]
+
+
+MENDED = EnginesLost, StaleWeights
+"""What ends a drawing, and is no more when weights are published again."""
 
 
 class Production:
@@ -58,7 +63,8 @@ class Production:
         self._interrupted = False
 
     def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
-        """The engines have these weights: begin what they allow. What was lost with engines goes on.
+        """The engines have these weights: begin what they allow. What was lost with engines, or with the
+        weights of servers that came back without them, goes on.
 
         routing_width: see Sampler.of.
         """
@@ -69,7 +75,7 @@ class Production:
             interrupted=lambda: self._interrupted,
         )  # fmt: skip
         for iteration, (rollout, drawing) in self._begun.items():
-            if drawing.done() and isinstance(drawing.exception(), EnginesLost):
+            if drawing.done() and isinstance(drawing.exception(), MENDED):
                 self._draw(iteration, rollout)
         while self._next < min(version + config.rollout.staleness + 1, config.iterations):
             begun = [group for group in self._carried_over if group.begun <= self._next]

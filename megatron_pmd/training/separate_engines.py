@@ -23,7 +23,7 @@ T = TypeVar("T")
 class SeparateEngines(LiveEngines):
     """As LiveEngines, but the engines keep their memory, and go on sampling in the phases of the actor.
 
-    An update pauses them. They start with the run, the sampler at the first update.
+    An update pauses them.
     """
 
     handover: Pauses
