@@ -211,7 +211,8 @@ def _engine_processes_bytes(config: RunConfig, assume: Assumptions) -> float:
 def device_phases(
     shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
 ) -> dict[str, Owners]:
-    """By phase, what the fullest device holds, by owner."""
+    """By phase, what the fullest device holds, by owner: in `rollout` an engine's, else an actor rank's."""
+    separate = config.rollout.placement == "separate"
     actor_left = engine_left = reserve = left_overs = 0.0
     if not machines.shares_host_memory:
         beside = engine_reserve(shape, config, machines.device.memory_bytes)
@@ -219,7 +220,7 @@ def device_phases(
         engine_left = _engine_processes_bytes(config, assume)
         reserve = beside.total
         # CUDA graphs with their buffers stay while the actor trains
-        left_overs = actor_left + engine_left + beside.graphs
+        left_overs = actor_left + (0.0 if separate else engine_left + beside.graphs)
     engine = engine_weight_bytes(shape, config)
     kv = cache(shape, config, machines, assume).bytes_per_device
     bucket = config.sync.bucket_megabytes * 2**20
@@ -245,15 +246,16 @@ def device_phases(
             "engine weights": engine,
             "KV cache": kv,
             "engine graphs, activations": reserve,
-            "left-overs": actor_left + engine_left,
+            "left-overs": engine_left if separate else actor_left + engine_left,
         },
         "update": fullest,
         "save": max((save(stage) for stage in all_stages), key=lambda owners: sum(owners.values())),
         "sync": {
             "actor weights": heaviest.weight_bytes,
             "gradients": heaviest.gradient_bytes,
-            "engine weights": engine,
-            "buckets": 2 * bucket + _gathered_bytes(shape, config),
+            # separate: the optimizer need not leave, and buckets are in the host's memory
+            **({"optimizer": fullest["optimizer"]} if separate else {"engine weights": engine}),
+            "buckets": (0 if separate else 2 * bucket) + _gathered_bytes(shape, config),
             "left-overs": left_overs,
         },
     }

@@ -105,6 +105,20 @@ def test_a_layout_that_cannot_fit_is_refused_and_the_nearest_that_does_is_named(
     assert make_plan(override(plan.config, words), h100).problems == []
 
 
+def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_theirs(h100: Machines) -> None:
+    config = recipe("qwen3_30b_a3b_dapo_32xh100")
+    shared = make_plan(config, h100)
+    apart = make_plan(override(config, ["rollout.placement=separate"]), h100)
+    assert apart.phases["update"]["left-overs"] < shared.phases["update"]["left-overs"]
+    assert not {"engine weights", "KV cache"} & {*apart.phases["update"], *apart.phases["sync"]}
+    # the optimizer stays on the rank's device in a sync; shared, it makes room for the engine's weights
+    assert apart.phases["sync"]["optimizer"] == shared.phases["update"]["optimizer"]
+    assert "optimizer" not in shared.phases["sync"]
+    engine, beside = apart.phases["rollout"], shared.phases["rollout"]
+    assert engine["engine weights"] == beside["engine weights"]
+    assert engine["left-overs"] < beside["left-overs"]
+
+
 def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> None:
     settings = [
         "rollout.tensor_parallel=1",
