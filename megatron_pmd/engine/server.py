@@ -74,7 +74,7 @@ def meeting_address() -> str:
 
 @functools.cache
 def _authorities() -> ssl.SSLContext:
-    """For calls of http, too: httpx else reads the certificates of all authorities at each, 25 ms of a core."""
+    """httpx else reads the certificates of all authorities at each call, also of http: 25 ms of a core."""
     return httpx.create_ssl_context(trust_env=False)
 
 

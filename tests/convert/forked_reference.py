@@ -1,6 +1,6 @@
-"""transformers' logits as convert/reference.py has them, each in a process forked from one that imported it all.
+"""What convert/reference.py computes, in processes forked from one that has imported transformers.
 
-A process that starts as there spends 7 s of a core on its imports. tests/convert/test_proofs.py starts those.
+Those that it starts spend 7 s of a core on that; tests/convert/test_proofs.py has three of them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ def logits(folder: Path, tokens: list[int], rounded_to: torch.dtype | None = Non
     """In place of reference.logits, with its arguments."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "logits.safetensors"
-        words = (
-            str(folder), json.dumps(tokens), str(path), str(rounded_to or torch.float32).removeprefix("torch.")
-        )  # fmt: skip
+        dtype = str(rounded_to or torch.float32).removeprefix("torch.")
+        words = (str(folder), json.dumps(tokens), str(path), dtype)
         process = FORK_SERVER.Process(target=reference.main, args=words)
         process.start()
         process.join(DEADLINE_SECONDS)

@@ -15,7 +15,7 @@ from tests.convert.command_line import LEFT
 from tests.forked_command import ForkedCommand
 
 CALLS = httpx.Client(timeout=5, trust_env=False)
-"""One for all that is asked while a condition is waited for: a client reads all certificates when it is made."""
+"""One for all polls: a client reads the certificates of all authorities when it is made."""
 DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
 
