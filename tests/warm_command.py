@@ -5,6 +5,8 @@ A command that starts as a user starts it spends 9 s of a core on this; those of
 
 from __future__ import annotations
 
+import reasoning_gym  # noqa: F401
+
 from megatron_pmd.cli import main  # noqa: F401
 from megatron_pmd.convert import session, to_hugging_face, to_megatron  # noqa: F401
 from megatron_pmd.node.worker import import_what_ranks_need

@@ -46,11 +46,21 @@ class RouterSpec:
 
 
 START_ROUTER = """
-import json, sys
-from sglang_router.launch_router import launch_router, parse_router_args
-launch_router(parse_router_args(json.load(open(sys.argv[1]))))
+import argparse, json, sys
+from setproctitle import setproctitle
+from sglang_router.router import Router
+from sglang_router.router_args import RouterArgs
+
+setproctitle("sglang::router")
+parser = argparse.ArgumentParser()
+RouterArgs.add_cli_args(parser)
+Router.from_args(RouterArgs.from_cli_args(parser.parse_args(json.load(open(sys.argv[1]))))).start()
 """
-"""As `python -m sglang_router.launch_router`, which can be told its API key only on the command line."""
+"""As `python -m sglang_router.launch_router`, which can be told its API key only on the command line.
+
+That module also imports the balancer in Python (mini_lb.py), and with it SGLang, torch and transformers: 8 s
+of a core that every start of a run, and every replacement of an engine, would wait for.
+"""
 
 
 class RouterProcess(ServerProcess):

@@ -124,6 +124,28 @@ def exchange_unequal_parts(name: str | None) -> None:
         raise AssertionError("the scattered sums are wrong")
 
 
+def rotate_packed_rows() -> None:
+    """All sequences of a row at once, as megatron-core one by one: values and gradients, bit for bit."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    one_by_one, turn = rope_utils._apply_rotary_pos_emb_thd, rope_utils._apply_rotary_pos_emb_bshd
+    standins.rotate_at_once()
+    bounds, angles = torch.tensor([0, 4, 16, 20, 28], dtype=torch.int32), torch.randn(12, 1, 1, 8)
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        rows, weights = torch.randn(28 // size, 3, 10, requires_grad=True), torch.randn(28 // size, 3, 10)
+        group = mock.Mock(size=lambda size=size: size, rank=lambda rank=rank: rank)
+        found, turns = [], []
+        for rotate in (one_by_one, rope_utils._apply_rotary_pos_emb_thd):
+            with mock.patch.object(rope_utils, "_apply_rotary_pos_emb_bshd", wraps=turn) as counted:
+                rotated = rotate(rows, bounds, angles, cp_group=group)
+            found.append((rotated, *torch.autograd.grad((rotated * weights).sum(), rows)))
+            turns.append(counted.call_count)
+        if turns != [4, 1]:
+            raise AssertionError(f"{turns} turns of the four sequences: is the stand-in needed no more?")
+        if not all(torch.equal(theirs, ours) for theirs, ours in zip(*found, strict=True)):
+            raise AssertionError(f"rank {rank} of {size}: the rotated rows differ")
+
+
 def import_before_core() -> None:
     """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
     with mock.patch.object(bridge_import, "CORE_MODULES", ()):
@@ -156,6 +178,7 @@ def trials(models: Path) -> dict[str, str]:
         action = functools.partial(train_without, None, model_for[name], layout)
         trial(f"nothing left out, as for {name}", action, 2)
     trial("nothing left out, unequal parts", lambda: exchange_unequal_parts(None), 2)
+    trial("rotate_at_once", rotate_packed_rows)
     trial("uneven_collectives", lambda: exchange_unequal_parts("uneven_collectives"), 2)
     for name in standins.STAND_INS.keys() - {"uneven_collectives"}:
         layout = TWO_RANKS.get(name, {})

@@ -54,6 +54,10 @@ def test_training_is_not_right_without_the_stand_in(outcomes, name):
     )
 
 
+def test_rotating_all_sequences_of_a_row_at_once_gives_megatrons_numbers_and_megatron_does_not(outcomes):
+    assert outcomes["rotate_at_once"] == ""
+
+
 def test_a_model_on_the_meta_device_takes_no_memory_under_the_stand_ins(models, tmp_path):
     # of a process that has made no tensor in a device context before
     program = """

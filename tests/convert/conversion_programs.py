@@ -43,9 +43,12 @@ def round_trips(
 
     verified: those whose logits are compared on the way there, and on the way back.
     """
+    from megatron_pmd.convert import reference
     from megatron_pmd.convert.to_hugging_face import megatron_to_hf
     from megatron_pmd.convert.to_megatron import hf_to_megatron
+    from tests.convert import forked_reference
 
+    reference.logits = forked_reference.logits
     manifests = {}
     for model, folder, dtype in cases:
         folder.mkdir(parents=True)

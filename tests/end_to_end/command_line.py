@@ -14,6 +14,8 @@ import psutil
 from tests.convert.command_line import LEFT
 from tests.forked_command import ForkedCommand
 
+CALLS = httpx.Client(timeout=5, trust_env=False)
+"""One for all polls: a client reads the certificates of all authorities when it is made."""
 DEADLINE_SECONDS = 480
 RECIPE = "tiny_moe_cpu"
 
@@ -85,7 +87,7 @@ class CommandLine:
         headers = {"Authorization": f"Bearer {options['api-key']}"}
         url = f"http://{options['host']}:{options['port']}/v1/loads"
         try:
-            loads = httpx.get(url, headers=headers, timeout=5, trust_env=False).json()["loads"]
+            loads = CALLS.get(url, headers=headers).json()["loads"]
         except httpx.HTTPError:
             return 0
         return sum(load["num_running_reqs"] for load in loads)
