@@ -27,12 +27,15 @@ from megatron_pmd.plugins import Registry
 REWARDS = Registry(
     "reward",
     {
+        "code": "megatron_pmd.rewards.code:CodeReward",
         "exact": "megatron_pmd.rewards.exact:score",
         "math": "megatron_pmd.rewards.mathematics:score",
         "reasoning_gym": "megatron_pmd.rewards.procedural:score",
+        "remote": "megatron_pmd.rewards.remote:RemoteReward",
     },
 )
-"""Functions (response, problem) -> float by name. To add a reward, write its file and its line here."""
+"""Functions (response, problem) -> float by name, and classes that grade in sandboxes or over HTTP. To add a
+reward, write its file and its line here."""
 
 RENDERED = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize", "return_dict"}
 """What a prompt is rendered with, which no template argument may replace."""
@@ -94,19 +97,21 @@ class RemoteReward(Frozen):
 
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, `remote`, or your own (response, problem) -> float, as
-    `module:function` or `path/to/file.py:function`."""
+    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `remote`, or your own (response, problem) ->
+    float, as `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
+    tests_key: str | None = None
+    """Column of a problem's tests, for `code`; None: its answer has them."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
-    """For one sample; a reward that takes longer counts as 0."""
+    """For one sample, all its tests together; a reward that takes longer counts as 0."""
     memory_gigabytes: PositiveFloat = 0.5
-    """For one worker, beside what it has taken when the reward is loaded; a sample that needs more counts as
-    0. `remote` has none."""
+    """For one worker, beside what it has taken when the reward is loaded, or for one program of `code`; a
+    sample that needs more counts as 0. `remote` has none."""
     workers: PositiveInt = 2
-    """Processes; `remote` has none."""
+    """Processes, or sandboxes of `code`; `remote` has none."""
     correct: float = 1.0
     """A response with at least this reward is correct: for pass@k, the length reward and prioritised
     prompts."""
@@ -116,8 +121,16 @@ class Reward(Frozen):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if self.name != "remote":
-            REWARDS.reference(self.name, what="reward.name")
+        REWARDS.reference(self.name, what="reward.name")
+        return self
+
+    @model_validator(mode="after")
+    def _only_code_has_tests(self) -> Self:
+        if self.tests_key is not None and self.name != "code":
+            raise ConfigError(
+                f"reward.tests_key is set but reward.name is {self.name!r}, which runs no tests; "
+                "set reward.name=code"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -16,6 +13,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rewards.graders import extract
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rewards.threaded import ThreadedReward
 
 RETRY_PAUSE_SECONDS = 0.5
 """Before the first repetition of a request; doubled for each further one."""
@@ -24,8 +22,8 @@ SERVICE_FAILURES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers that are not about the sample: the request is sent again."""
 
 
-class RemoteReward:
-    """A client of the service in reward.remote, with the interface of RewardPool.
+class RemoteReward(ThreadedReward):
+    """A client of the service in reward.remote.
 
     POST url, JSON {"response", "truncated", "answer", "messages", "metadata", "index"} -> JSON
     {"reward": number}. What the service says about a sample (another status, no number) costs that sample:
@@ -35,33 +33,17 @@ class RemoteReward:
 
     def __init__(self, reward: Reward) -> None:
         assert reward.remote is not None, "config.Reward sees to that"
-        self._reward, self._remote = reward, reward.remote
-        self._threads = ThreadPoolExecutor(reward.remote.max_in_flight, thread_name_prefix="remote-reward")
+        super().__init__(reward, reward.remote.max_in_flight)
+        self._remote = reward.remote
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=reward.remote.max_in_flight)
         self._client = httpx.Client(timeout=reward.timeout_seconds, limits=limits, trust_env=False)
-        self._closing = threading.Event()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing.set()
-        self._threads.shutdown(cancel_futures=True)
+    def close(self) -> None:
         self._client.close()
 
-    def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
-        """Grade one sample in the background; the future holds PmdError if the service cannot be reached."""
-        return self._threads.submit(self._grade, response, problem, truncated)
-
-    def grade(self, items: list[tuple[str, Problem]]) -> list[Verdict]:
-        """Grade (response, problem) pairs; the verdicts come in the same order."""
-        return [future.result() for future in [self.submit(*item) for item in items]]
-
-    def _grade(self, response: str, problem: Problem, truncated: bool) -> Verdict:
+    def judge(self, response: str, problem: Problem, truncated: bool) -> Verdict:
         body = {
-            "response": extract(response, self._reward.answer),
+            "response": extract(response, self.reward.answer),
             "truncated": truncated,
             "answer": problem.answer,
             "messages": list(problem.messages),
@@ -81,11 +63,11 @@ class RemoteReward:
                     return _verdict(reply)
                 failure = f"HTTP {reply.status_code}: {reply.text[:200]}"
             if attempt < self._remote.retries:
-                self._closing.wait(RETRY_PAUSE_SECONDS * 2**attempt)
+                self.closing.wait(RETRY_PAUSE_SECONDS * 2**attempt)
         raise PmdError(
             f"the reward service {self._remote.url} failed {self._remote.retries + 1} times on problem "
             f"{problem.index}; last failure: {failure}; is it running, and is reward.timeout_seconds="
-            f"{self._reward.timeout_seconds:g} enough?"
+            f"{self.reward.timeout_seconds:g} enough?"
         )
 
 
