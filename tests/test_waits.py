@@ -36,6 +36,8 @@ ENDS_WITH = {
     "rewards/pool.py: task.result()": "nothing: it has ended",
     "rewards/sandbox.py: self._process.wait()": KILLED,
     "rewards/sandboxed.py: thread.join()": "a program's thread, which is killed with it at its deadline",
+    "rewards/service.py: known.result()": A_CALL,
+    "rewards/service.py: mine.result()": "nothing: it has ended",
     "rewards/threaded.py: future.result()": "a grading, which has a deadline",
     "rollout/generate_client.py: idle.wait()": "the rollout, whose requests have deadlines",
     "rollout/sampler.py: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)": "the rollout",

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from megatron_pmd.config.frozen import Frozen, Seed
+from megatron_pmd.config.services import Judge, RemoteReward
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry
 
@@ -29,6 +30,7 @@ REWARDS = Registry(
     {
         "code": "megatron_pmd.rewards.code:CodeReward",
         "exact": "megatron_pmd.rewards.exact:score",
+        "judge": "megatron_pmd.rewards.judge:JudgeReward",
         "math": "megatron_pmd.rewards.mathematics:score",
         "reasoning_gym": "megatron_pmd.rewards.procedural:score",
         "remote": "megatron_pmd.rewards.remote:RemoteReward",
@@ -84,34 +86,26 @@ class LengthReward(Frozen):
     """Iterations before it starts."""
 
 
-class RemoteReward(Frozen):
-    """A service that grades over HTTP (docs/rollout.md)."""
-
-    url: str = Field(pattern=r"^https?://")
-    """Gets a POST for each sample."""
-    retries: NonNegativeInt = 6
-    """Times a request is sent again when the service fails, waiting 0.5 s, 1 s, 2 s, …"""
-    max_in_flight: PositiveInt = 64
-    """Requests at one time."""
-
-
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `remote`, or your own (response, problem) ->
-    float, as `module:function` or `path/to/file.py:function`."""
+    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `judge` (docs/judges.md), `remote`, or your
+    own (response, problem) -> float, as `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
+    judge: Judge | None = None
+    """The chat model, for `judge`."""
     tests_key: str | None = None
     """Column of a problem's tests, for `code`; None: its answer has them."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
-    """For one sample, all its tests together; a reward that takes longer counts as 0."""
+    """For one sample, all its tests together; a reward that takes longer counts as 0. For one request to a
+    service: one that takes longer is sent again."""
     memory_gigabytes: PositiveFloat = 0.5
     """For one worker, beside what it has taken when the reward is loaded, or for one program of `code`; a
-    sample that needs more counts as 0. `remote` has none."""
+    sample that needs more counts as 0. A service has none."""
     workers: PositiveInt = 2
-    """Processes, or sandboxes of `code`; `remote` has none."""
+    """Processes, or sandboxes of `code`; a service has none."""
     correct: float = 1.0
     """A response with at least this reward is correct: for pass@k, the length reward and prioritised
     prompts."""
@@ -134,14 +128,15 @@ class Reward(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _remote_has_a_service(self) -> Self:
-        if (self.name == "remote") != (self.remote is not None):
-            raise ConfigError(
-                "reward.name=remote needs reward.remote.url"
-                if self.remote is None
-                else f"reward.remote is set but reward.name is {self.name!r}, which does not use it; "
-                "set reward.name=remote"
-            )
+    def _each_service_has_its_reward(self) -> Self:
+        for name, service in (("remote", self.remote), ("judge", self.judge)):
+            if (self.name == name) != (service is not None):
+                raise ConfigError(
+                    f"reward.name={name} needs reward.{name}.url"
+                    if service is None
+                    else f"reward.{name} is set but reward.name is {self.name!r}, which does not use it; "
+                    f"set reward.name={name}"
+                )
         return self
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_pmd.config import REWARDS, Reward
 from megatron_pmd.data.problems import Problem
@@ -32,7 +32,8 @@ def grading(
 def _grading_by(reward: Reward) -> RewardPool | ThreadedReward:
     """A function is called in worker processes; a class is what grades."""
     named = REWARDS.load(reward.name, what="reward.name")
-    return named(reward) if inspect.isclass(named) else RewardPool(reward)
+    made_by: Any = named if inspect.isclass(named) else RewardPool
+    return made_by(reward)
 
 
 class RewardsBySource:

@@ -15,7 +15,7 @@ from megatron_pmd.config import RemoteReward as Service
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
-from megatron_pmd.rewards import remote
+from megatron_pmd.rewards import service as service_module
 from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rewards.pool import RewardPool, Verdict
 from megatron_pmd.rewards.remote import RemoteReward
@@ -57,7 +57,7 @@ def service(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, li
         def handle_error(self, *_: Any) -> None: ...  # a client that gave up
 
     server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/grade", sent
     server.shutdown()
     server.server_close()
@@ -74,7 +74,7 @@ def reward(url: str, **changes: Any) -> Reward:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(service_module, "RETRY_PAUSE_SECONDS", 0.01)
 
 
 def test_the_service_gets_the_graded_part_and_the_problem_and_its_number_is_the_reward():

@@ -2,8 +2,9 @@
 
     python -m tools.bench.code [--workers 2] [--runs 1000]
 
-Three ways to the same verdicts: the reward with one test a sample, and with ten; and a bubblewrap and a Python
-for every run, with the mounts of the reward's sandbox and without its limits. A program reads a number and prints its successor. Starting the sandboxes is in the seconds alone.
+Three ways to the same verdicts: the reward with one test a sample, and with ten; and a bubblewrap and a
+Python for every run, with the mounts of the reward's sandbox and without its limits. A program reads a number
+and prints its successor. Starting the sandboxes is in the seconds alone.
 """
 
 from __future__ import annotations
