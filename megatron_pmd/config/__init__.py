@@ -47,7 +47,7 @@ from megatron_pmd.config.run import (
     StopAfter,
     WarmStart,
 )
-from megatron_pmd.config.services import Judge, RemoteReward
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
 
 __all__ = [
     "OBJECTIVES",
@@ -86,6 +86,7 @@ __all__ = [
     "RemoteReward",
     "Repetition",
     "Reward",
+    "RewardModel",
     "Rollout",
     "RunConfig",
     "Sampling",

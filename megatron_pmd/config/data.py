@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from megatron_pmd.config.frozen import Frozen, Seed
-from megatron_pmd.config.services import Judge, RemoteReward
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry
 
@@ -32,6 +32,7 @@ REWARDS = Registry(
         "exact": "megatron_pmd.rewards.exact:score",
         "judge": "megatron_pmd.rewards.judge:JudgeReward",
         "math": "megatron_pmd.rewards.mathematics:score",
+        "model": "megatron_pmd.rewards.model:ModelReward",
         "reasoning_gym": "megatron_pmd.rewards.procedural:score",
         "remote": "megatron_pmd.rewards.remote:RemoteReward",
     },
@@ -88,12 +89,14 @@ class LengthReward(Frozen):
 
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `judge` (docs/judges.md), `remote`, or your
-    own (response, problem) -> float, as `module:function` or `path/to/file.py:function`."""
+    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `judge` and `model` (docs/judges.md),
+    `remote`, or your own (response, problem) -> float, as `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
     judge: Judge | None = None
     """The chat model, for `judge`."""
+    model: RewardModel | None = None
+    """The reward model, for `model`."""
     tests_key: str | None = None
     """Column of a problem's tests, for `code`; None: its answer has them."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
@@ -129,7 +132,8 @@ class Reward(Frozen):
 
     @model_validator(mode="after")
     def _each_service_has_its_reward(self) -> Self:
-        for name, service in (("remote", self.remote), ("judge", self.judge)):
+        services = {"remote": self.remote, "judge": self.judge, "model": self.model}
+        for name, service in services.items():
             if (self.name == name) != (service is not None):
                 raise ConfigError(
                     f"reward.name={name} needs reward.{name}.url"

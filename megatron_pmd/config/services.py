@@ -39,6 +39,8 @@ class RemoteReward(Frozen):
     """Times a request is sent again when the service fails, waiting 0.5 s, 1 s, 2 s, …"""
     max_in_flight: PositiveInt = 64
     """Requests at one time."""
+    key_file: str | None = None
+    """A file with the service's key, which is sent as a bearer's token; the run's files have its path."""
 
 
 class Judge(RemoteReward):
@@ -58,8 +60,6 @@ class Judge(RemoteReward):
     """The reward is score / highest_score. A score that is not from 0 to this is none."""
     max_tokens: PositiveInt = 1024
     """Longest answer of the judge, in tokens, its thoughts included."""
-    key_file: str | None = None
-    """A file with the API's key, which is sent as a bearer's token; only its path is in the run's files."""
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
@@ -86,3 +86,12 @@ class Judge(RemoteReward):
                 "number, is expected"
             )
         return self
+
+
+class RewardModel(RemoteReward):
+    """A sequence-classification model that SGLang serves (docs/judges.md)."""
+
+    url: str = Field(pattern=r"^https?://")
+    """Of the SGLang server, as `http://HOST:PORT`: it gets a POST to url/classify for each sample."""
+    tokenizer: str
+    """The reward model's folder, for its tokenizer and chat template: the server is sent token ids."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import Reward
 from megatron_pmd.config.services import PLACEHOLDER
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import ConfigError
 from megatron_pmd.rewards.graders import extract
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rewards.service import ServiceReward
+from megatron_pmd.rewards.service import TOO_LONG, ServiceReward
 from megatron_pmd.rewards.stated_answer import after_thinking
 
 
@@ -25,14 +23,14 @@ class JudgeReward(ServiceReward):
 
     what = "judge"
     repeatable = True
-    about_a_sample = frozenset({400, 413, 422})  # it is too long for the model, most often
+    about_a_sample = TOO_LONG
 
     def __init__(self, reward: Reward) -> None:
         assert reward.judge is not None, "config.Reward sees to that"
         self._settings = reward.judge
         self._pattern = re.compile(self._settings.score_pattern)
         url = f"{self._settings.url.rstrip('/')}/chat/completions"
-        super().__init__(reward, self._settings, url, _key(self._settings.key_file))
+        super().__init__(reward, self._settings, url)
 
     def body(self, response: str, problem: Problem, truncated: bool) -> dict[str, Any]:
         """The response without its thoughts: a judge is to see what a user would."""
@@ -65,16 +63,3 @@ class JudgeReward(ServiceReward):
                 0.0, f"the judge gave {score:g}, which is not from 0 to {highest:g}: {said[-200:]!r}"
             )
         return Verdict(score / highest)
-
-
-def _key(file: str | None) -> str | None:
-    """What the file holds: a key on a command line or in a configuration would be in the run's files."""
-    if file is None:
-        return None
-    try:
-        key = Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"reward.judge.key_file: {file} cannot be read: {error}") from None
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(f"reward.judge.key_file: {file} does not hold a key: one line of ASCII is expected")
-    return key

@@ -6,13 +6,14 @@ import hashlib
 import json
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 
 from megatron_pmd.config import RemoteReward, Reward
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import PmdError
+from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rewards.threaded import ThreadedReward
 
@@ -20,6 +21,8 @@ RETRY_PAUSE_SECONDS = 0.5
 """Before the first repetition of a request; doubled for each further one."""
 SERVICE_FAILURES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers that are not about the sample: the request is sent again."""
+TOO_LONG = frozenset({400, 413, 422})
+"""Answers of a model's server about one sample: it is too long for the model, most often."""
 REMEMBERED = 100_000
 """Verdicts that are kept for requests which come again: 100 bytes or so each."""
 
@@ -39,13 +42,14 @@ class ServiceReward(ThreadedReward):
     """Failures that cost the sample; each other one, as a wrong key's, ends the run. None: all that are
     answers."""
 
-    def __init__(self, reward: Reward, service: RemoteReward, url: str, key: str | None = None) -> None:
-        """url: what is posted to. key: sent as a bearer's token."""
+    def __init__(self, reward: Reward, service: RemoteReward, url: str) -> None:
+        """url: what is posted to. ConfigError where the file of the service's key has none."""
         super().__init__(reward, service.max_in_flight)
         self.url, self._retries = url, service.retries
+        key = _key(service.key_file, f"reward.{reward.name}.key_file")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=service.max_in_flight)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._client = httpx.Client(
+        self.client = httpx.Client(
             timeout=reward.timeout_seconds, limits=limits, trust_env=False, headers=headers
         )
         self._verdicts: dict[bytes, Future[Verdict]] = {}
@@ -81,7 +85,7 @@ class ServiceReward(ThreadedReward):
         return mine.result()
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
     def _judged(self, content: str, problem: Problem) -> Verdict:
         reply = self._reply(content, problem)
@@ -101,7 +105,7 @@ class ServiceReward(ThreadedReward):
         failure = ""
         for attempt in range(self._retries + 1):
             try:
-                reply = self._client.post(self.url, content=content)
+                reply = self.client.post(self.url, content=content)
             except httpx.HTTPError as error:
                 failure = f"{type(error).__name__}: {error}"
             else:
@@ -115,3 +119,16 @@ class ServiceReward(ThreadedReward):
             f"{problem.index}; last failure: {failure}; is it running, and is reward.timeout_seconds="
             f"{self.reward.timeout_seconds:g} enough?"
         )
+
+
+def _key(file: str | None, setting: str) -> str | None:
+    """What the file holds: a key on a command line or in a configuration would be in the run's files."""
+    if file is None:
+        return None
+    try:
+        key = Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {file} cannot be read: {error}") from None
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(f"{setting}: {file} does not hold a key: one line of ASCII is expected")
+    return key

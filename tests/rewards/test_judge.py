@@ -128,7 +128,7 @@ def test_equal_responses_are_judged_once_also_while_the_first_is_on_its_way():
 def test_the_key_comes_from_a_file_and_is_sent_as_a_bearers_token(tmp_path: Path):
     (tmp_path / "key").write_text("sk-1\n")
     rewards = JudgeReward(reward("http://127.0.0.1:9/grade", key_file=str(tmp_path / "key")))
-    assert rewards._client.headers["Authorization"] == "Bearer sk-1"
+    assert rewards.client.headers["Authorization"] == "Bearer sk-1"
     assert rewards.url == "http://127.0.0.1:9/v1/chat/completions"
     for content in (b"", b"\xff\xfe", "ключ".encode(), b"two\nlines"):
         (tmp_path / "key").write_bytes(content)
