@@ -20,8 +20,10 @@ from megatron_pmd.rewards.code import CodeReward, program_in
 from megatron_pmd.rewards.code_tests import same_output
 from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rewards.pool import Verdict
+from tests.rewards import test_sandbox
 from tests.test_tutorials import blocks
 
+pytestmark = test_sandbox.pytestmark
 SUM = "print(sum(map(int, input().split())))"
 ADD = "def add(a, b): return a + b"
 METHOD = "class Solution:\n    def add(self, a: int, b: int) -> List[int]: return a + b"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +19,10 @@ from megatron_pmd.rewards import sandbox as sandbox_module
 from megatron_pmd.rewards.sandbox import Outcome, Sandbox, SandboxDied
 from megatron_pmd.rewards.sandboxed import BOUNDED_CALLS, PLAIN_CALLS
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None and not os.environ.get("CI"),
+    reason="needs bubblewrap (.ci/run installs it)",
+)
 HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 
 
