@@ -31,7 +31,7 @@ METHOD = "class Solution:\n    def add(self, a: int, b: int) -> List[int]: retur
 
 @pytest.fixture(scope="module")
 def rewards() -> Iterator[CodeReward]:
-    with CodeReward(Reward(name="code", workers=1, memory_gigabytes=0.2, timeout_seconds=2)) as made:
+    with CodeReward(Reward(name="code", workers=1, memory_gigabytes=0.2, timeout_seconds=30)) as made:
         yield made
 
 
@@ -41,7 +41,7 @@ def problem(tests: Any, **row: Any) -> Problem:
 
 
 def graded(rewards: CodeReward, response: str, tests: Any, **row: Any) -> Verdict:
-    return rewards.submit(response, problem(tests, **row)).result(timeout=30)
+    return rewards.submit(response, problem(tests, **row)).result(timeout=90)
 
 
 FORMS: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -115,10 +115,11 @@ def test_a_result_that_is_only_claimed_is_worth_nothing(rewards, response):
     assert graded(rewards, response, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == Verdict(0.0)
 
 
-def test_a_response_has_its_time_for_all_tests_together(rewards):
-    slow = "import time; time.sleep(0.9); print(1)"
-    assert graded(rewards, slow, {"inputs": [""], "outputs": ["1"]}) == Verdict(1.0)
-    assert graded(rewards, slow, {"inputs": [""] * 4, "outputs": ["1"] * 4}) == Verdict(0.0)
+def test_a_response_has_its_time_for_all_tests_together():
+    slow = "import time; time.sleep(0.4); print(1)"
+    with CodeReward(Reward(name="code", workers=1, timeout_seconds=2)) as rewards:
+        assert graded(rewards, slow, {"inputs": [""], "outputs": ["1"]}) == Verdict(1.0)
+        assert graded(rewards, slow, {"inputs": [""] * 6, "outputs": ["1"] * 6}) == Verdict(0.0)
 
 
 def test_a_sandbox_that_dies_is_replaced_and_costs_nothing(rewards):

@@ -32,7 +32,7 @@ def sandbox() -> Iterator[Sandbox]:
         yield made
 
 
-def run(sandbox: Sandbox, program: str, put_in: str = "", seconds: float = 5.0) -> Outcome:
+def run(sandbox: Sandbox, program: str, put_in: str = "", seconds: float = 30.0) -> Outcome:
     request = {"mode": "stdin", "program": program, "input": put_in}
     return sandbox.run(request, seconds, output_bytes=100_000)
 
@@ -84,7 +84,7 @@ HOSTILE = {
 def test_a_hostile_program_does_not_come_to_its_end_and_leaves_nothing(sandbox: Sandbox, program: str):
     began = time.monotonic()
     assert not run(sandbox, program, seconds=0.7).ended
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert [p.name() for p in processes(sandbox)] == ["bwrap", Path(sys.executable).resolve().name]
     assert run(sandbox, "print(int(input()) + 1)", "41\n") == Outcome(True, b"42\n")
 
