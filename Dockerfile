@@ -22,10 +22,10 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 \
     CUDA_HOME=/usr/local/cuda NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
 
-# without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run
+# without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run; bubblewrap is for reward.name=code
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-pip python3-venv ninja-build numactl \
-        ibverbs-providers libibverbs1 librdmacm1 \
+        ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/megatron-pmd

@@ -319,6 +319,7 @@ def tool_checks() -> list[Check]:
     return [
         judged("tools", "chromium", browser or "–", "to test the report", bool(browser), install, "unused"),
         presence("tools", "git", "apt-get install git: versions.json records the commit"),
+        presence("tools", "bwrap", "apt-get install bubblewrap: reward.name=code runs programs in it"),
     ]
 
 

@@ -71,7 +71,7 @@ class NonFiniteLoss(PmdError):
 
 
 class MissingPackage(PmdError):
-    """A package of one of the extras is not installed here; names the extra."""
+    """A package that is needed is not installed here; names the extra, or what installs it."""
 
     refuses = True
 

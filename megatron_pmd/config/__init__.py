@@ -22,7 +22,6 @@ from megatron_pmd.config.data import (
     LengthReward,
     ProblemSource,
     ReasoningGymSource,
-    RemoteReward,
     Reward,
     Sampling,
     Source,
@@ -48,6 +47,7 @@ from megatron_pmd.config.run import (
     StopAfter,
     WarmStart,
 )
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
 
 __all__ = [
     "OBJECTIVES",
@@ -70,6 +70,7 @@ __all__ = [
     "Frozen",
     "GroupFilter",
     "HeldOutSource",
+    "Judge",
     "Layout",
     "LengthReward",
     "Lora",
@@ -85,6 +86,7 @@ __all__ = [
     "RemoteReward",
     "Repetition",
     "Reward",
+    "RewardModel",
     "Rollout",
     "RunConfig",
     "Sampling",

@@ -21,18 +21,24 @@ from pydantic import (
 )
 
 from megatron_pmd.config.frozen import Frozen, Seed
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry
 
 REWARDS = Registry(
     "reward",
     {
+        "code": "megatron_pmd.rewards.code:CodeReward",
         "exact": "megatron_pmd.rewards.exact:score",
+        "judge": "megatron_pmd.rewards.judge:JudgeReward",
         "math": "megatron_pmd.rewards.mathematics:score",
+        "model": "megatron_pmd.rewards.model:ModelReward",
         "reasoning_gym": "megatron_pmd.rewards.procedural:score",
+        "remote": "megatron_pmd.rewards.remote:RemoteReward",
     },
 )
-"""Functions (response, problem) -> float by name. To add a reward, write its file and its line here."""
+"""Functions (response, problem) -> float by name, and classes that grade in sandboxes or over HTTP. To add a
+reward, write its file and its line here."""
 
 RENDERED = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize", "return_dict"}
 """What a prompt is rendered with, which no template argument may replace."""
@@ -81,32 +87,28 @@ class LengthReward(Frozen):
     """Iterations before it starts."""
 
 
-class RemoteReward(Frozen):
-    """A service that grades over HTTP (docs/rollout.md)."""
-
-    url: str = Field(pattern=r"^https?://")
-    """Gets a POST for each sample."""
-    retries: NonNegativeInt = 6
-    """Times a request is sent again when the service fails, waiting 0.5 s, 1 s, 2 s, …"""
-    max_in_flight: PositiveInt = 64
-    """Requests at one time."""
-
-
 class Reward(Frozen):
     name: str
-    """`math`, `reasoning_gym`, `exact`, `remote`, or your own (response, problem) -> float, as
-    `module:function` or `path/to/file.py:function`."""
+    """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `judge` and `model` (docs/judges.md),
+    `remote`, or your own (response, problem) -> float, as `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
+    judge: Judge | None = None
+    """The chat model, for `judge`."""
+    model: RewardModel | None = None
+    """The reward model, for `model`."""
+    tests_key: str | None = None
+    """Column of a problem's tests, for `code`; None: its answer has them."""
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
-    """For one sample; a reward that takes longer counts as 0."""
+    """For one sample, all its tests together; a reward that takes longer counts as 0. For one request to a
+    service: one that takes longer is sent again."""
     memory_gigabytes: PositiveFloat = 0.5
-    """For one worker, beside what it has taken when the reward is loaded; a sample that needs more counts as
-    0. `remote` has none."""
+    """For one worker, beside what it has taken when the reward is loaded, or for one program of `code`; a
+    sample that needs more counts as 0. A service has none."""
     workers: PositiveInt = 2
-    """Processes; `remote` has none."""
+    """Processes, or sandboxes of `code`; a service has none."""
     correct: float = 1.0
     """A response with at least this reward is correct: for pass@k, the length reward and prioritised
     prompts."""
@@ -116,19 +118,29 @@ class Reward(Frozen):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        if self.name != "remote":
-            REWARDS.reference(self.name, what="reward.name")
+        REWARDS.reference(self.name, what="reward.name")
         return self
 
     @model_validator(mode="after")
-    def _remote_has_a_service(self) -> Self:
-        if (self.name == "remote") != (self.remote is not None):
+    def _only_code_has_tests(self) -> Self:
+        if self.tests_key is not None and self.name != "code":
             raise ConfigError(
-                "reward.name=remote needs reward.remote.url"
-                if self.remote is None
-                else f"reward.remote is set but reward.name is {self.name!r}, which does not use it; "
-                "set reward.name=remote"
+                f"reward.tests_key is set but reward.name is {self.name!r}, which runs no tests; "
+                "set reward.name=code"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_service_has_its_reward(self) -> Self:
+        services = {"remote": self.remote, "judge": self.judge, "model": self.model}
+        for name, service in services.items():
+            if (self.name == name) != (service is not None):
+                raise ConfigError(
+                    f"reward.name={name} needs reward.{name}.url"
+                    if service is None
+                    else f"reward.{name} is set but reward.name is {self.name!r}, which does not use it; "
+                    f"set reward.name={name}"
+                )
         return self
 
 

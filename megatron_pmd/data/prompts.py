@@ -27,12 +27,7 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
     if the tokenizer (a Hugging Face one) has no chat template, or if that refuses a problem's messages or
     does not read one of its template arguments.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or "this model"
-        raise DataError(
-            f"the tokenizer of {name} has no chat template; put a chat_template.jinja into its folder "
-            "(a base model can take its instruct model's), or set chat_template in tokenizer_config.json"
-        )
+    need_chat_template(tokenizer)
     for problem in problems[:1]:
         _refuse_unread(problem.template_arguments, tokenizer)
     kept, lengths = [], []
@@ -62,6 +57,16 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
             else "no problems to tokenise"
         )
     return kept, len(problems) - len(kept)
+
+
+def need_chat_template(tokenizer: Any) -> None:
+    """DataError for a tokenizer without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        name = getattr(tokenizer, "name_or_path", "") or "this model"
+        raise DataError(
+            f"the tokenizer of {name} has no chat template; put a chat_template.jinja into its folder "
+            "(a base model can take its instruct model's), or set chat_template in tokenizer_config.json"
+        )
 
 
 def _refuse_unread(arguments: dict[str, Any], tokenizer: Any) -> None:

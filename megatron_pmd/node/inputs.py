@@ -15,15 +15,21 @@ def check_inputs(config: RunConfig, replay: Path | None) -> None:
     """Raise what a start would else meet a minute later.
 
     DataError for a file of problems that is not there or whose first problem cannot be read, ConfigError for
-    code of the user's that is not found, ModelError for a folder that is no model's. Nothing of the user's is
-    run here: the ranks' driver does that.
+    code of the user's that is not found, ModelError for a folder that is no model's, MissingPackage or
+    ConfigError where programs are to be graded and this node, the driver's, cannot make a sandbox. Nothing of
+    the user's is run here: the ranks' driver does that.
     """
     if replay is not None and not replay.exists():
         raise DataError(f"--replay {replay}: no such file or folder")
     for source in config.all_sources:
         check_source(source)
-    for name in {config.reward.name, *(reward.name for reward in config.rewards)}:
+    names = {config.reward.name, *(reward.name for reward in config.rewards)}
+    for name in names:
         plugins.find(REWARDS.reference(name, what="reward.name"), what="reward.name")
+    if "code" in names and replay is None:
+        from megatron_pmd.rewards.sandbox import Sandbox
+
+        Sandbox(memory_bytes=0).close()
     if config.rollout.function is not None:
         plugins.find(config.rollout.function, what="rollout.function")
     if (prepare := model_to_make(config)) is not None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from megatron_pmd.config import Reward
+from megatron_pmd.config import REWARDS, Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.pool import RewardPool, Verdict
-from megatron_pmd.rewards.remote import RemoteReward
+from megatron_pmd.rewards.threaded import ThreadedReward
 
 
-def grading(reward: Reward, of_sources: Sequence[Reward] = ()) -> RewardPool | RemoteReward | RewardsBySource:
+def grading(
+    reward: Reward, of_sources: Sequence[Reward] = ()
+) -> RewardPool | ThreadedReward | RewardsBySource:
     """What grades by these settings: `with grading(config.reward) as rewards`.
 
     of_sources: each source's, where there are several; those that are equal share their workers.
@@ -26,8 +29,11 @@ def grading(reward: Reward, of_sources: Sequence[Reward] = ()) -> RewardPool | R
     return RewardsBySource(reward, different) if len(different) > 1 else _grading_by(different[0])
 
 
-def _grading_by(reward: Reward) -> RewardPool | RemoteReward:
-    return RewardPool(reward) if reward.remote is None else RemoteReward(reward)
+def _grading_by(reward: Reward) -> RewardPool | ThreadedReward:
+    """A function is called in worker processes; a class is what grades."""
+    named = REWARDS.load(reward.name, what="reward.name")
+    made_by: Any = named if inspect.isclass(named) else RewardPool
+    return made_by(reward)
 
 
 class RewardsBySource:

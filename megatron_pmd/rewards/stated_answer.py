@@ -64,7 +64,7 @@ def stated_answer(response: str, *, truncated: bool, text: bool) -> str | None:
 
     text    the reference answer is words, not mathematics
     """
-    response = in_ascii(_END_TOKEN.sub("", _after_thinking(response)))
+    response = in_ascii(_END_TOKEN.sub("", after_thinking(response)))
     statements = sorted(
         _statements(response, truncated=truncated, text=text), key=lambda found: found[0], reverse=True
     )
@@ -74,7 +74,7 @@ def stated_answer(response: str, *, truncated: bool, text: bool) -> str | None:
     return None if truncated else _last_line(response, text=text)
 
 
-def _after_thinking(response: str) -> str:
+def after_thinking(response: str) -> str:
     """A thought that was never closed has no answer behind it."""
     _, closed, after = response.rpartition("</think>")
     return after if closed else response.partition("<think>")[0]

@@ -24,7 +24,7 @@ from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import RewardPool
-from megatron_pmd.rewards.remote import RemoteReward
+from megatron_pmd.rewards.threaded import ThreadedReward
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.sampler import Sampler
@@ -46,7 +46,7 @@ class LiveEngines:
         control: Control,
         folder: Path,
         tokenizer: Any,
-        rewards: RewardPool | RemoteReward | None,
+        rewards: RewardPool | ThreadedReward | None,
         console: Console,
         *,
         cpu: bool,

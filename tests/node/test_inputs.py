@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.config import RunConfig, override
-from megatron_pmd.errors import ConfigError, DataError, ModelError, PmdError
+from megatron_pmd.errors import ConfigError, DataError, MissingPackage, ModelError, PmdError
+from megatron_pmd.node.inputs import check_inputs
 from megatron_pmd.node.ranks import run_here
 from recipes import recipe
 
@@ -53,3 +54,13 @@ def test_the_name_of_a_start_that_is_refused_can_be_used_again(
         run_here(config(*settings), tmp_path / "runs" / "x")
     assert message in str(refused.value) and refused.value.refuses
     assert [path.name for path in (tmp_path / "runs" / "x").iterdir()] == ["lock"]
+
+
+def test_programs_are_graded_only_where_there_is_a_sandbox(
+    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(GOOD[0]))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingPackage, match="install the package bubblewrap"):
+        check_inputs(config("reward.name=code"), None)
+    check_inputs(config("reward.name=remote", "reward.remote.url=http://here/"), None)

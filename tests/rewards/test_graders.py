@@ -147,7 +147,7 @@ def test_a_reward_of_ones_own_is_named_by_module_and_function(tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_every_registered_reward_resolves(name):
-    assert callable(grader(Reward(name=name)))
+    assert callable(REWARDS.load(name, what="reward.name"))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_every_registered_reward_resolves(name):
     [
         (
             "maths",
-            r"no reward \(did you mean math\?\); use exact, math, reasoning_gym, or your own: module:name",
+            r"no reward \(did you mean math\?\); use code, exact, judge, math, .*, or your own: module:name",
         ),
         ("my_rewards:", "or your own: module:name"),
         (":score", "or your own: module:name"),

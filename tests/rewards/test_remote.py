@@ -15,7 +15,7 @@ from megatron_pmd.config import RemoteReward as Service
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
-from megatron_pmd.rewards import remote
+from megatron_pmd.rewards import service as service_module
 from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rewards.pool import RewardPool, Verdict
 from megatron_pmd.rewards.remote import RemoteReward
@@ -34,8 +34,10 @@ def _refuse(constant: str) -> None:
 
 
 @contextmanager
-def service(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Its URL, and what it was sent."""
+def service(
+    answer: Callable[[dict[str, Any]], Reply], info: Any = None, port: int = 0
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Its URL, and what it was sent. info: what it answers to every GET."""
     sent: list[dict[str, Any]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -44,7 +46,12 @@ def service(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, li
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
             sent.append(json.loads(content, parse_constant=_refuse))
-            status, content = answer(sent[-1])
+            self.reply(*answer(sent[-1]))
+
+        def do_GET(self) -> None:
+            self.reply(200, info)
+
+        def reply(self, status: int, content: Any) -> None:
             body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
@@ -56,8 +63,8 @@ def service(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[tuple[str, li
     class Server(http.server.ThreadingHTTPServer):
         def handle_error(self, *_: Any) -> None: ...  # a client that gave up
 
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Server(("127.0.0.1", port), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/grade", sent
     server.shutdown()
     server.server_close()
@@ -74,7 +81,7 @@ def reward(url: str, **changes: Any) -> Reward:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(service_module, "RETRY_PAUSE_SECONDS", 0.01)
 
 
 def test_the_service_gets_the_graded_part_and_the_problem_and_its_number_is_the_reward():
