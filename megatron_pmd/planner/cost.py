@@ -101,7 +101,9 @@ def decode_step_seconds(
     device = machines.device
     read = (engine_weight_bytes(shape, config) + cached) / assume.decode_bandwidth_share
     flops = 2 * shape.active * running / config.rollout.tensor_parallel
-    return max(read / device.memory_bytes_per_second, flops / device.bf16_flops) + assume.decode_overhead_seconds
+    return (
+        max(read / device.memory_bytes_per_second, flops / device.bf16_flops) + assume.decode_overhead_seconds
+    )
 
 
 def rollout_seconds(

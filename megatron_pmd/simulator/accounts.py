@@ -77,7 +77,8 @@ class Played:
     decoded_tokens: float = 0.0
 
     @property
-    def iteration_seconds(self) -> float:
+    def rollout_seconds(self) -> float:
+        """In which as many samples are trained on as a whole rollout has."""
         per_iteration = self.scenario.rules.prompts_per_rollout * self.scenario.rules.samples_per_prompt
         return self.times.seconds / (self.times.samples / per_iteration)
 
@@ -104,14 +105,22 @@ class Played:
         return times.slots_in_use / (fleet.count * fleet.slots * (times.seconds if alone else times.waiting))
 
     @property
-    def devices_idle(self) -> float:
-        """Share of the devices' time in which they neither decode, train, sync nor save."""
+    def device_shares(self) -> dict[str, float]:
+        """Shares of the devices' time by what they do in it; together 1.
+
+        `idle`: an engine without a request, and a trainer without a rollout on devices that are its alone.
+        """
         fleet, times, trainer = self.scenario.fleet, self.times, self.scenario.trainer
-        by_trainer = trainer.devices * (times.training + times.saving + times.syncing)
-        by_engines = fleet.devices_each * times.engines_working
-        if self.scenario.mode == "overlapped":
-            by_engines += fleet.devices_each * fleet.count * times.syncing
-        return max(0.0, 1 - (by_trainer + by_engines) / (self.scenario.devices * times.seconds) - self.time_lost)
+        alone, whole = self.scenario.mode == "overlapped", self.scenario.devices * times.seconds
+        syncing = self.scenario.devices if alone else trainer.devices
+        shares = {
+            "decode": fleet.devices_each * times.engines_working / whole,
+            "train": trainer.devices * times.training / whole,
+            "sync": syncing * times.syncing / whole,
+            "save": trainer.devices * times.saving / whole,
+            "lost to failures": self.time_lost,
+        }
+        return shares | {"idle": max(0.0, 1 - sum(shares.values()))}  # but for rounding it is not less
 
     @property
     def time_lost(self) -> float:

@@ -11,38 +11,8 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-
-@dataclass(eq=False, slots=True)
-class Response:
-    group: Group
-    tokens: int
-    """Of the whole response."""
-    done: float = 0.0
-    """Decoded so far, as far as they are kept."""
-    goal: float = 0.0
-    """Decoded of it when the engine lets it go."""
-    version: int = 0
-    """The weights that its first token is of."""
-
-    @property
-    def finished(self) -> bool:
-        return self.done >= self.tokens
-
-
-@dataclass(eq=False, slots=True)
-class Group:
-    version: int
-    """Of the engines' weights when it was begun."""
-    prompt_tokens: int
-    responses: list[Response] = field(default_factory=list)
-    unfinished: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Of its responses."""
-        return sum(response.tokens for response in self.responses)
+from megatron_pmd.simulator.groups import Response
 
 
 class _Engine:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_pmd.simulator.accounts import Accounts, Played, Times
-from megatron_pmd.simulator.engines import Engines, Group, Response
+from megatron_pmd.simulator.engines import Engines
+from megatron_pmd.simulator.groups import Group, Groups, Record, Response
 from megatron_pmd.simulator.lengths import Lengths
 from megatron_pmd.simulator.scenario import Scenario
 
@@ -29,8 +30,7 @@ class _Checkpoint:
 
     completed: int
     now: float
-    groups: Sequence[tuple[int, int, Sequence[tuple[int, float, int]]]]
-    """Version, prompt tokens, and of each response: tokens, those decoded, version."""
+    groups: Sequence[Record]
     accounts: Accounts
     times: Times
     staleness: Counter[int]
@@ -65,15 +65,12 @@ def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_
 
 class _Run:
     def __init__(self, scenario: Scenario, lengths: Lengths, seed: int) -> None:
-        self._scenario, self._lengths = scenario, lengths
-        # failures have a source of their own: the same seed draws the same lengths with and without them
-        self._chance, self._bad_luck = random.Random(seed), random.Random(f"failures {seed}")
+        self._scenario = scenario
+        self._groups = Groups(scenario.rules, lengths, random.Random(seed))
+        # a source of its own: the same seed draws the same lengths with and without failures
+        self._bad_luck = random.Random(f"failures {seed}")
         self.engines = Engines(scenario.fleet.count, scenario.fleet.step_seconds)
         self.now, self.completed = 0.0, 0
-        self._groups: list[Group] = []
-        """In the run, those begun first before others."""
-        self._complete = self._due = 0
-        """Complete groups; groups that are not complete and must be in the next rollout."""
         self._accounts, self._times, self.staleness = Accounts(), Times(), Counter[int]()
         self.failures = self.engine_failures = 0
         self._repairs: list[tuple[float, int]] = []
@@ -98,9 +95,9 @@ class _Run:
         if rules.staleness is None:
             self._sample_in_turn()
         else:
-            self._sample_beside()
+            self._sample_beside(rules.staleness)
         self._times.waiting += self.now - begun
-        self._train(self._taken())
+        self._train(self._groups.take())
         self.completed += 1
         if rules.save_every and self.completed % rules.save_every == 0:
             self._save()
@@ -111,83 +108,45 @@ class _Run:
         rules = self._scenario.rules
         partial, extra = rules.partial, 0
         if partial is not None:
-            self._begin_stale_anew(partial.max_staleness)
+            self._groups.begin_stale_anew(self.completed, self._accounts)
             extra = partial.extra_groups
-        self._begin(rules.prompts_per_rollout + extra - len(self._groups))
-        budget = partial.max_new_tokens if partial else None
+        lacking = rules.prompts_per_rollout + extra - len(self._groups)
+        self._groups.begin(lacking, self.completed, self._accounts)
+        self._groups.note_due(self.completed)
         deadline = self.now + ((partial.deadline_seconds if partial else None) or math.inf)
-        self._submit_open(budget)
+        self._submit(self._groups.open, partial.max_new_tokens if partial else None)
         self._pass(deadline, lambda: self._is_full or not self.engines.open)
         self._pass(math.inf, lambda: self._may_end or not self.engines.open)
         while not self._may_end:  # what is unfinished has used up its budget
-            self._submit_open(None)
+            self._submit(self._groups.open, None)
             self._pass(math.inf, lambda: self._may_end or not self.engines.open)
         self.engines.stop(self.now)
 
     @property
     def _is_full(self) -> bool:
-        return self._complete >= self._scenario.rules.prompts_per_rollout
+        return self._groups.complete >= self._scenario.rules.prompts_per_rollout
 
     @property
     def _may_end(self) -> bool:
         rules = self._scenario.rules
-        return self._is_full or (rules.partial is not None and self._complete >= rules.prompts_per_step)
+        return self._is_full or (
+            rules.partial is not None and self._groups.complete >= rules.prompts_per_step
+        )
 
-    def _sample_beside(self) -> None:
+    def _sample_beside(self, staleness: int) -> None:
         """Overlapped: engines have gone on; wait until the rollout is complete."""
-        rules = self._scenario.rules
-        staleness = rules.staleness or 0
-        begun = self._begin((staleness + 1) * rules.prompts_per_rollout - len(self._groups))
-        self._submit([response for group in begun for response in group.responses], None)
-        oldest = self.completed - staleness
-        self._due = sum(group.version <= oldest and group.unfinished > 0 for group in self._groups)
-        self._pass(math.inf, lambda: self._is_full and not self._due)
-
-    def _begin(self, count: int) -> list[Group]:
-        rules, begun = self._scenario.rules, []
-        for _ in range(count):
-            prompt, lengths = self._lengths.draw(self._chance, rules.samples_per_prompt)
-            group = Group(self.completed, prompt, unfinished=len(lengths))
-            group.responses = [Response(group, tokens) for tokens in lengths]
-            begun.append(group)
-            self._accounts.started += len(lengths)
-        self._groups += begun
-        return begun
-
-    def _begin_stale_anew(self, most: int) -> None:
-        """rollout.partial.max_staleness: what is older is thrown away and sampled anew."""
-        for group in self._groups:
-            for place, response in enumerate(group.responses):
-                if response.done and response.version < self.completed - most:
-                    self._accounts.dropped += 1
-                    self._accounts.dropped_tokens += response.done
-                    self._accounts.started += 1
-                    if response.finished:
-                        self._complete -= group.unfinished == 0
-                        group.unfinished += 1
-                    anew = self._lengths.draw(self._chance, 1)[1][0]
-                    group.responses[place] = Response(group, anew)
-
-    def _submit_open(self, budget: int | None) -> None:
-        open_ones = [r for group in self._groups for r in group.responses if not r.finished]
-        self._submit(open_ones, budget)
+        lacking = (staleness + 1) * self._scenario.rules.prompts_per_rollout - len(self._groups)
+        self._submit(self._groups.begin(lacking, self.completed, self._accounts), None)
+        self._groups.note_due(self.completed - staleness)
+        self._pass(math.inf, lambda: self._is_full and not self._groups.due)
 
     def _submit(self, responses: Sequence[Response], budget: int | None) -> None:
         for response in responses:
-            response.goal = response.tokens if budget is None else min(response.tokens, response.done + budget)
+            response.goal = (
+                response.tokens if budget is None else min(response.tokens, response.done + budget)
+            )
         self.engines.version = self.completed
         self.engines.submit(self.now, responses)
-
-    def _taken(self) -> list[Group]:
-        """The rollout: complete groups, those begun first before others, in whole optimizer steps."""
-        rules = self._scenario.rules
-        taken = [group for group in self._groups if not group.unfinished][: rules.prompts_per_rollout]
-        if len(taken) < rules.prompts_per_rollout:
-            taken = taken[: len(taken) // rules.prompts_per_step * rules.prompts_per_step]
-        chosen = set(map(id, taken))
-        self._groups = [group for group in self._groups if id(group) not in chosen]
-        self._complete -= len(taken)
-        return taken
 
     def _train(self, rollout: Sequence[Group]) -> None:
         trainer = self._scenario.trainer
@@ -234,7 +193,7 @@ class _Run:
                 return
             if moment == ends:
                 for response in self.engines.take_ended():
-                    self._note_end(response)
+                    self._groups.note_end(response)
             elif moment == repaired:
                 number = self._repairs.pop(self._repairs.index(min(self._repairs)))[1]
                 self.engines.mend(number, self.now)
@@ -242,15 +201,6 @@ class _Run:
                 self._lose_engine()
             else:
                 raise RunLost
-
-    def _note_end(self, response: Response) -> None:
-        group = response.group
-        if response.finished:
-            group.unfinished -= 1
-            if not group.unfinished:
-                self._complete += 1
-                staleness = self._scenario.rules.staleness or 0
-                self._due -= group.version <= self.completed - staleness
 
     # failures
 
@@ -264,20 +214,16 @@ class _Run:
 
     def _recorded(self, readable_from: float) -> _Checkpoint:
         self.engines.note_progress(self.now)
-        groups = [
-            (group.version, group.prompt_tokens, [(r.tokens, r.done, r.version) for r in group.responses])
-            for group in self._groups
-        ]
         accounts = self.accounts_now()
         return _Checkpoint(
-            self.completed, self.now, groups, accounts, self.times_now(), self.staleness.copy(), readable_from
-        )
+            self.completed, self.now, self._groups.records, accounts, self.times_now(), self.staleness.copy(),
+            readable_from,
+        )  # fmt: skip
 
     def restart(self) -> None:
         """Go back to the newest checkpoint that is readable; all engines begin anew with what it holds."""
         self.failures += 1
         saved = self._checkpoint if self._checkpoint.readable_from <= self.now else self._written
-        self._checkpoint = self._written = replace(saved, readable_from=0.0)
         before, then = self.accounts_now(), saved.accounts
         self.engines.stop(self.now)
         self.engines.working_seconds = saved.times.engines_working
@@ -293,17 +239,19 @@ class _Run:
             ),
         )
         self.completed, self.staleness = saved.completed, saved.staleness.copy()
-        self._groups = [_group(*record) for record in saved.groups]
-        self._complete = sum(not group.unfinished for group in self._groups)
+        self._groups.restore(saved.groups)
         lost = self._times.lost + self.now - saved.now
         restart = self._scenario.failures.restart_seconds
         self.now += restart
         self._times = replace(saved.times, lost=lost + restart)
+        # the next failure costs the time since now: what this one cost is counted
+        again = replace(saved, readable_from=0.0, now=self.now, times=self.times_now())
+        self._checkpoint = self._written = again
         self._repairs.clear()
         self._mend_engines()
         self._draw_failures()
         if self._scenario.mode == "overlapped":
-            self._submit_open(None)
+            self._submit(self._groups.open, None)
 
     def _mend_engines(self) -> None:
         self.engines.paused = True
@@ -327,14 +275,7 @@ class _Run:
         size = self._scenario.rules.samples_per_prompt
         return replace(
             self._accounts,
-            waiting=self._complete * size,
-            in_flight=(len(self._groups) - self._complete) * size,
-            kept_tokens=sum(r.done for group in self._groups for r in group.responses),
+            waiting=self._groups.complete * size,
+            in_flight=(len(self._groups) - self._groups.complete) * size,
+            kept_tokens=self._groups.kept_tokens,
         )
-
-
-def _group(version: int, prompt_tokens: int, responses: Sequence[tuple[int, float, int]]) -> Group:
-    group = Group(version, prompt_tokens)
-    group.responses = [Response(group, tokens, done, tokens, begun) for tokens, done, begun in responses]
-    group.unfinished = sum(not response.finished for response in group.responses)
-    return group

@@ -130,4 +130,3 @@ def _rules(plan: Plan, partial: PartialRollouts | None = None, staleness: int | 
         staleness,
         plan.config.checkpoint.every,
     )
-
