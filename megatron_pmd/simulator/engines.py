@@ -153,7 +153,7 @@ class Engines:
         self.open = 0
 
     def lose(self, number: int, now: float) -> float:
-        """An engine fails: its requests begin anew on the others. Returns the tokens that are lost with it."""
+        """An engine fails: its requests begin anew on the others. Returns the tokens that are lost."""
         self.note_progress(now)
         engine = self._engines[number]
         running = [response for _, _, response in sorted(engine.running)]

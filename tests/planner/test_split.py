@@ -38,7 +38,7 @@ def test_each_side_takes_as_much_longer_as_it_has_fewer_devices() -> None:
 
 @pytest.mark.parametrize("replicas", [8, 16, 24])
 def test_no_other_split_in_whole_nodes_has_a_shorter_iteration(replicas: int) -> None:
-    """Both sides' times follow from those of the whole: c / share. Of the engines' nodes, tried one by one."""
+    """Both sides' times follow from those of the whole: c / share."""
     plan = plan_of("qwen3_30b_a3b_dapo_32xh100", f"layout.data={replicas}")
     seconds, nodes = plan.cost.seconds, plan.nodes
     slower_sides = [

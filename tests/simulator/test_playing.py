@@ -40,7 +40,8 @@ scenarios = st.builds(
     ),
     st.builds(
         TrainerTimes, devices=st.just(4), per_token=st.sampled_from([0.0, 1e-4, 2e-3]),
-        release=st.just(0.5), sync=st.sampled_from([0.0, 2.0]), save=st.just(3.0), write=st.sampled_from([0.0, 40.0]),
+        release=st.just(0.5), sync=st.sampled_from([0.0, 2.0]), save=st.just(3.0),
+        write=st.sampled_from([0.0, 40.0]),
     ),
     st.builds(replace, st.sampled_from([*MODES.values()]), save_every=st.sampled_from([None, 1, 3])),
     st.builds(Failures, st.sampled_from([0.0, 1e-4]), st.sampled_from([5.0, 60.0])),
@@ -164,8 +165,8 @@ def test_where_nothing_fails_nothing_is_lost() -> None:
 def test_the_time_lost_is_that_of_a_poisson_process() -> None:
     """A segment of work τ between two checkpoints takes (1/λ + R)(exp(λτ) − 1) on average, R the restart.
 
-    Source: J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, 2006, eq.
-    13, with a restart that does not fail itself.
+    Source: J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, 2006,
+    eq. 13, with a restart that does not fail itself.
     """
     rate, segments, work = 1 / 120, 2000, 43.0
     played = failing(rate, 4 * segments)
@@ -196,7 +197,7 @@ def test_a_lost_engine_costs_its_running_tokens_and_the_run_goes_on() -> None:
 
 
 def test_a_checkpoint_counts_once_its_last_file_is_on_the_disk() -> None:
-    """Written in 1,000 s, beside iterations of 10 s: the first is readable long after, and the second waits."""
+    """Written in 1,000 s, beside iterations of 10 s: the second save waits for the first one."""
     fleet, rules = EngineFleet(1, 1, (0.1,) * 2), Rules(1, 2, save_every=4)
     trainer = TrainerTimes(4, per_token=0.0, save=3.0, write=1000.0)
     played = play(Scenario(fleet, trainer, rules), FIXED, 8, seed=0)
