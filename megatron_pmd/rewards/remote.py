@@ -16,6 +16,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError
 from megatron_pmd.rewards.graders import extract
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.waiting import waiting_for
 
 RETRY_PAUSE_SECONDS = 0.5
 """Before the first repetition of a request; doubled for each further one."""
@@ -70,6 +71,10 @@ class RemoteReward:
         }
         # a data file's columns may hold what JSON has no word for, a date say
         content = json.dumps(body, default=str, allow_nan=False)
+        with waiting_for(f"a verdict of the reward service {self._remote.url}"):
+            return self._asked(content, problem)
+
+    def _asked(self, content: str, problem: Problem) -> Verdict:
         failure = ""
         for attempt in range(self._remote.retries + 1):
             try:

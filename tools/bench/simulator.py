@@ -104,7 +104,8 @@ class Measured:
 def real_run(folder: Path, name: str, url: str, iterations: int, more: list[str]) -> Measured:
     """Run the recipe with the stub as its engine, and read its ledger."""
     command = [
-        sys.executable, "-m", "megatron_pmd.cli", "train", "tiny_moe_cpu", f"name={name}", f"iterations={iterations}",
+        sys.executable, "-m", "megatron_pmd.cli", "train", "tiny_moe_cpu", f"name={name}",
+        f"iterations={iterations}",
         f'rollout.servers=["{url}"]', *SETTINGS, *more,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
