@@ -57,9 +57,11 @@ def simulate(
         with needs("report"):
             lengths = recorded(rollouts)
     failures = Failures(1 / device_hours / 3600 if device_hours else 0.0, 60 * restart_minutes)
-    how = Play(lengths, iterations, iterations // 4, failures, sorted(set(staleness or [1])), seed)
-    title = f"{plan.config.name} on {plan.config.layout.ranks:,} x {plan.machines.device.name}"
+    own = plan.config.rollout
+    ages = staleness or [own.staleness if own.placement == "separate" else 1]
+    how = Play(lengths, iterations, iterations // 4, failures, sorted(set(ages)), seed)
     runs = compare(plan, how)
+    title = f"{plan.config.name} on {runs[0].scenario.devices:,} x {plan.machines.device.name}"
     show(title, runs, how)
     if not any(played.scenario.mode == "overlapped" for played in runs):
         typer.echo("No overlapped run: these devices cannot be split into engines and a trainer that fits.")

@@ -32,6 +32,13 @@ class Split:
         return max(self.sampling_seconds, self.training_seconds) + self.sync_seconds
 
 
+def split_of(plan: Plan) -> Split | None:
+    """The recipe's own with rollout.placement=separate, whose layout is the trainer's; else the balanced."""
+    if plan.config.rollout.placement == "separate":
+        return _split(plan, plan.config.engines, plan)
+    return balanced_split(plan)
+
+
 def balanced_split(plan: Plan) -> Split | None:
     """The split whose slower side takes least time; None if the devices cannot be split.
 
@@ -42,9 +49,8 @@ def balanced_split(plan: Plan) -> Split | None:
 
 
 def _splits(plan: Plan) -> Iterator[Split]:
-    config, shape, machines, assume = plan.config, plan.shape, plan.machines, plan.assumptions
-    layout, per_engine = config.layout, config.devices_per_engine
-    unit = machines.devices_per_node if plan.nodes > 1 else 1
+    config, layout, per_engine = plan.config, plan.config.layout, plan.config.devices_per_engine
+    unit = plan.machines.devices_per_node if plan.nodes > 1 else 1
     for replicas in range(1, layout.data):
         ranks = replicas * (layout.ranks // layout.data)
         engines, rest = divmod(layout.ranks - ranks, per_engine)
@@ -52,17 +58,20 @@ def _splits(plan: Plan) -> Iterator[Split]:
             continue
         try:
             fewer = override(config, [f"layout.data={replicas}"])
-            trainer = make_plan(fewer, machines, assume)
+            trainer = make_plan(fewer, plan.machines, plan.assumptions)
         except ConfigError:
             continue
-        if trainer.trainer_problems:
-            continue
-        seconds = trainer.cost.seconds
-        yield Split(
-            engines,
-            engines * per_engine,
-            trainer,
-            rollout_seconds(shape, config, machines, plan.cache, engines, assume),
-            seconds["anchor"] + seconds["update"],
-            transfer_seconds(shape, config, assume),
-        )
+        if not trainer.trainer_problems:
+            yield _split(plan, engines, trainer)
+
+
+def _split(plan: Plan, engines: int, trainer: Plan) -> Split:
+    config, shape, assume = plan.config, plan.shape, plan.assumptions
+    return Split(
+        engines,
+        engines * config.devices_per_engine,
+        trainer,
+        rollout_seconds(shape, config, plan.machines, plan.cache, engines, assume),
+        trainer.cost.seconds["anchor"] + trainer.cost.seconds["update"],
+        transfer_seconds(shape, config, assume),
+    )

@@ -12,7 +12,7 @@ from rich.text import Text
 from megatron_pmd.config import RunConfig
 from megatron_pmd.planner.memory import Owners, microbatches_per_step
 from megatron_pmd.planner.planning import Plan, gigabytes
-from megatron_pmd.planner.split import balanced_split
+from megatron_pmd.planner.split import split_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -126,9 +126,10 @@ def _time(plan: Plan) -> Table:
 
 def _apart(plan: Plan) -> Table:
     """Engines on devices of their own, that sample while the trainer trains."""
-    table = _table("engines on devices of their own, balanced", "", "")
+    separate, split = plan.config.rollout.placement == "separate", split_of(plan)
+    how = "as the recipe has it" if separate else "balanced"
+    table = _table(f"engines on devices of their own, {how}", "", "")
     table.show_header = False
-    split = balanced_split(plan)
     if split is None:
         table.add_row("no part of these devices", "holds the trainer alone")
         return table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.planner.memory import mean_response
 from megatron_pmd.planner.planning import Plan
-from megatron_pmd.planner.split import balanced_split
+from megatron_pmd.planner.split import split_of
 from megatron_pmd.simulator.accounts import Played
 from megatron_pmd.simulator.lengths import Lengths, LogNormal, log_normal_of_mean
 from megatron_pmd.simulator.playing import play
@@ -30,10 +30,15 @@ class Play:
 
 
 def compare(plan: Plan, how: Play) -> list[Played]:
-    """Colocated, partial, and overlapped with each staleness if the devices can be split."""
-    partial = plan.config.rollout.partial or extra_groups(plan)
-    scenarios = [colocated(plan, rules, how.failures) for rules in (None, partial)]
-    if split := balanced_split(plan):
+    """Colocated, partial, and overlapped with each staleness if the devices can be split.
+
+    A recipe of rollout.placement=separate, overlapped alone: its engines have devices beside its layout's.
+    """
+    scenarios = []
+    if plan.config.rollout.placement == "colocated":
+        partial = plan.config.rollout.partial or extra_groups(plan)
+        scenarios = [colocated(plan, rules, how.failures) for rules in (None, partial)]
+    if split := split_of(plan):
         scenarios += [overlapped(plan, split, n, how.failures) for n in how.staleness]
     return [play(s, how.lengths, how.iterations, how.seed, how.warm_up) for s in scenarios]
 

@@ -10,8 +10,8 @@ from megatron_pmd.simulator.accounts import Accounts
 from megatron_pmd.simulator.lengths import Lengths
 from megatron_pmd.simulator.scenario import Rules
 
-Record = tuple[int, int, Sequence[tuple[int, float, int]]]
-"""A group in a checkpoint: version, prompt tokens, and of each response: tokens, those decoded, version."""
+Record = tuple[int, Sequence[tuple[int, float, int]]]
+"""A group in a checkpoint: prompt tokens, and of each response: tokens, those decoded, version."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,8 +33,6 @@ class Response:
 
 @dataclass(eq=False, slots=True)
 class Group:
-    version: int
-    """Of the engines' weights when it was begun."""
     prompt_tokens: int
     responses: list[Response] = field(default_factory=list)
     unfinished: int = 0
@@ -52,18 +50,17 @@ class Groups:
         self._rules, self._lengths, self._chance = rules, lengths, chance
         self._groups: list[Group] = []
         self.complete = 0
-        self.due = 0
-        """Groups that are not complete and must be in the next rollout, as note_due() found."""
+        self._due: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def begin(self, count: int, version: int, accounts: Accounts) -> list[Response]:
+    def begin(self, count: int, accounts: Accounts) -> list[Response]:
         """New groups behind all others; returns their responses."""
         begun: list[Response] = []
         for _ in range(count):
             prompt, lengths = self._lengths.draw(self._chance, self._rules.samples_per_prompt)
-            group = Group(version, prompt, unfinished=len(lengths))
+            group = Group(prompt, unfinished=len(lengths))
             group.responses = [Response(group, tokens) for tokens in lengths]
             self._groups.append(group)
             begun += group.responses
@@ -90,10 +87,14 @@ class Groups:
         """Responses that are not finished."""
         return [r for group in self._groups for r in group.responses if not r.finished]
 
-    def note_due(self, oldest: int) -> None:
-        """From now on count as due what was begun under this version or an earlier one."""
-        self._oldest = oldest
-        self.due = sum(group.version <= oldest and group.unfinished > 0 for group in self._groups)
+    def note_due(self) -> None:
+        """From now on the groups that were begun first are due, as many as a rollout has."""
+        first = self._groups[: self._rules.prompts_per_rollout]
+        self._due = {id(group) for group in first if group.unfinished}
+
+    @property
+    def are_due_complete(self) -> bool:
+        return not self._due
 
     def note_end(self, response: Response) -> None:
         """A response's engine has let it go."""
@@ -102,7 +103,7 @@ class Groups:
             group.unfinished -= 1
             if not group.unfinished:
                 self.complete += 1
-                self.due -= group.version <= self._oldest
+                self._due.discard(id(group))
 
     def take(self) -> list[Group]:
         """A rollout: complete groups, those begun first before others, in whole optimizer steps."""
@@ -123,15 +124,15 @@ class Groups:
     @property
     def records(self) -> list[Record]:
         return [
-            (group.version, group.prompt_tokens, [(r.tokens, r.done, r.version) for r in group.responses])
+            (group.prompt_tokens, [(r.tokens, r.done, r.version) for r in group.responses])
             for group in self._groups
         ]
 
     def restore(self, records: Sequence[Record]) -> None:
         """Have the groups of a checkpoint in the place of these."""
         self._groups = []
-        for version, prompt_tokens, responses in records:
-            group = Group(version, prompt_tokens)
+        for prompt_tokens, responses in records:
+            group = Group(prompt_tokens)
             group.responses = [Response(group, tokens, done, tokens, v) for tokens, done, v in responses]
             group.unfinished = sum(not response.finished for response in group.responses)
             self._groups.append(group)

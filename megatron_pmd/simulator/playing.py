@@ -1,8 +1,8 @@
 """A run, played: the order of training/loop.py, with engines that decode event by event beside it.
 
-Overlapped runs of staleness n: at most (n + 1) x prompts_per_rollout groups are in the run, those that are
-being trained on included, so new ones begin after an update. The trainer takes complete groups, those begun
-first before others, once all are complete that would be too old in the next iteration.
+Overlapped runs of staleness n, as training/production.py: at most (n + 1) x prompts_per_rollout groups are in
+the run, those that are being trained on included, so new ones begin after an update. The trainer takes the
+groups that were begun first, once all of them are complete.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ class _Run:
             self._groups.begin_stale_anew(self.completed, self._accounts)
             extra = partial.extra_groups
         lacking = rules.prompts_per_rollout + extra - len(self._groups)
-        self._groups.begin(lacking, self.completed, self._accounts)
-        self._groups.note_due(self.completed)
+        self._groups.begin(lacking, self._accounts)
         deadline = self.now + ((partial.deadline_seconds if partial else None) or math.inf)
         self._submit(self._groups.open, partial.max_new_tokens if partial else None)
         self._pass(deadline, lambda: self._is_full or not self.engines.open)
@@ -136,9 +135,9 @@ class _Run:
     def _sample_beside(self, staleness: int) -> None:
         """Overlapped: engines have gone on; wait until the rollout is complete."""
         lacking = (staleness + 1) * self._scenario.rules.prompts_per_rollout - len(self._groups)
-        self._submit(self._groups.begin(lacking, self.completed, self._accounts), None)
-        self._groups.note_due(self.completed - staleness)
-        self._pass(math.inf, lambda: self._is_full and not self._groups.due)
+        self._submit(self._groups.begin(lacking, self._accounts), None)
+        self._groups.note_due()
+        self._pass(math.inf, lambda: self._groups.are_due_complete)
 
     def _submit(self, responses: Sequence[Response], budget: int | None) -> None:
         for response in responses:

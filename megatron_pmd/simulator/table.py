@@ -40,7 +40,7 @@ def show(title: str, runs: Sequence[Played], how: Play, console: Console | None 
         ("engines + trainer", devices_of),
         ("seconds for a rollout's samples", lambda p: f"{p.rollout_seconds:,.1f}"),
         ("samples/s", lambda p: f"{p.samples_per_second:,.2f}"),
-        ("  to colocated", lambda p: f"{p.samples_per_second / first:.2f} x"),
+        ("  to the first run", lambda p: f"{p.samples_per_second / first:.2f} x"),
         ("tokens/s per device", lambda p: f"{p.tokens_per_second_and_device:,.0f}"),
         ("trainer waits", lambda p: _percent(p.trainer_waits)),
         ("engine slots in use", lambda p: _percent(p.slots_used)),

@@ -1,10 +1,11 @@
 """Simulated runs beside real ones: the loop, the trainer and the router of a run, with engines that sleep.
 
-    python -m tools.bench.simulator [--iterations 10] [--repetitions 2]      # about 10 minutes
+    python -m tools.bench.simulator [--iterations 8] [--repetitions 2]      # about 15 minutes
 
 The engine is a stub (tools/bench/stub_engine.py) in the place of a server that others started
-(rollout.servers). The simulator is told the engine's speed and slots, the distribution of lengths, and what
-the run's own ledger says of training, sync and release; it is not told how long a rollout took.
+(rollout.servers). The simulator is told the engine's speed and slots, the lengths that the run sampled, and
+what its ledger says of training, sync and release; it is not told how long a rollout took, nor how long the
+trainer waited for one.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from megatron_pmd.config import PartialRollouts
 from megatron_pmd.files import read_records
 from megatron_pmd.rollout_file import read_lengths
 from megatron_pmd.simulator.accounts import Played
-from megatron_pmd.simulator.lengths import LogNormal
+from megatron_pmd.simulator.lengths import recorded
 from megatron_pmd.simulator.playing import play
 from megatron_pmd.simulator.scenario import EngineFleet, Rules, Scenario, TrainerTimes
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine
 
 ROOT = Path(__file__).parents[2]
-PROMPTS, SAMPLES, STEP, EXTRA = 32, 4, 8, 8
-ENGINE = {"median_tokens": 60, "sigma": 0.8, "tokens_per_second": 20, "slots": 32}
+PROMPTS, SAMPLES, STEP, EXTRA = 16, 4, 4, 4
+ENGINE = {"median_tokens": 60, "sigma": 0.8, "tokens_per_second": 20, "slots": 16}
 MOST_TOKENS = 240
 """Of a response; a prompt and it are within the 512 positions of the recipe's model."""
 SIMULATED = 400
@@ -52,6 +53,20 @@ SETTINGS = [
     f"batch.samples_per_prompt={SAMPLES}", f"batch.prompts_per_step={STEP}",
     f"batch.max_response_tokens={MOST_TOKENS}",
 ]  # fmt: skip
+
+
+KINDS: dict[str, tuple[Rules, list[str]]] = {
+    "colocated": (Rules(PROMPTS, SAMPLES, STEP), []),
+    "partial": (
+        Rules(PROMPTS, SAMPLES, STEP, PartialRollouts(extra_groups=EXTRA)),
+        [f"rollout.partial.extra_groups={EXTRA}"],
+    ),
+    "overlapped": (
+        Rules(PROMPTS, SAMPLES, STEP, staleness=1),
+        ["rollout.placement=separate", "rollout.staleness=1"],
+    ),
+}
+"""What is played, and the settings of the real run."""
 
 
 class StubServer(StubEngine):
@@ -138,16 +153,15 @@ def measured(run: Path, iterations: int) -> Measured:
     )
 
 
-def simulated(real: Measured, partial: PartialRollouts | None, prompt_tokens: int) -> Played:
-    """The same run, from the stub's settings and the run's training times."""
+def simulated(real: Measured, rules: Rules, rollouts: Path) -> Played:
+    """The same run, from the stub's settings, the run's lengths and its training times."""
     step = (1 / ENGINE["tokens_per_second"],) * int(ENGINE["slots"])
     scenario = Scenario(
         EngineFleet(1, 1, step),
         TrainerTimes(1, real.per_token, real.release, real.sync),
-        Rules(PROMPTS, SAMPLES, STEP, partial),
+        rules,
     )
-    lengths = LogNormal(ENGINE["median_tokens"], ENGINE["sigma"], MOST_TOKENS, prompt_tokens)
-    return play(scenario, lengths, SIMULATED, seed=0, warm_up=WARM_UP)
+    return play(scenario, recorded(rollouts), SIMULATED, seed=0, warm_up=WARM_UP)
 
 
 async def _serve(settings: dict[str, Any]) -> None:
@@ -172,8 +186,9 @@ def _compared(name: str, real: Measured, played: Played) -> dict[str, Any]:
 
 
 def main(
-    iterations: Annotated[int, typer.Option(min=WARM_UP + 2)] = 10,
+    iterations: Annotated[int, typer.Option(min=WARM_UP + 2)] = 8,
     repetitions: Annotated[int, typer.Option(min=1)] = 2,
+    only: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(KINDS)}; all")] = None,
     serve: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make the runs, play them, and print both, a line of JSON a run."""
@@ -182,24 +197,23 @@ def main(
             runner.run(_serve(ENGINE))
         return
     command = [sys.executable, "-m", "tools.bench.simulator", "--serve"]
-    kinds = {"colocated": None, "partial": PartialRollouts(extra_groups=EXTRA)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for turn in range(repetitions):
-            for kind, partial in kinds.items():
-                more = [f"seed={turn}", *([f"rollout.partial.extra_groups={EXTRA}"] if partial else [])]
+            for kind in only or KINDS:
+                rules, more = KINDS[kind]
                 load = os.getloadavg()[0]
                 pipe = subprocess.PIPE
                 stub = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
                 assert stub.stdin is not None and stub.stdout is not None
                 try:
                     url = f"http://127.0.0.1:{int(stub.stdout.readline())}"
-                    real = real_run(folder, f"{kind}-{turn}", url, iterations, more)
+                    real = real_run(folder, f"{kind}-{turn}", url, iterations, [f"seed={turn}", *more])
                 finally:
                     stub.stdin.close()
                     stub.wait(60)
-                prompt = read_lengths(folder / "runs" / f"{kind}-{turn}" / "rollouts" / "0.parquet")[0][0]
-                found = _compared(f"{kind}, turn {turn}", real, simulated(real, partial, prompt))
+                rollouts = folder / "runs" / f"{kind}-{turn}" / "rollouts"
+                found = _compared(f"{kind}, turn {turn}", real, simulated(real, rules, rollouts))
                 print(json.dumps(found | {"load": load, "cores": os.cpu_count()}), flush=True)
 
 
