@@ -25,7 +25,7 @@ def name_of(played: Played) -> str:
 def devices_of(played: Played) -> str:
     scenario = played.scenario
     if scenario.mode != "overlapped":
-        return f"{scenario.devices:,} in turn"
+        return f"{scenario.devices:,}"
     return f"{scenario.fleet.count * scenario.fleet.devices_each:,} + {scenario.trainer.devices:,}"
 
 
@@ -34,11 +34,11 @@ def show(title: str, runs: Sequence[Played], how: Play, console: Console | None 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for played in runs:
-        table.add_column(name_of(played).replace(", ", "\n"), justify="right")
+        table.add_column(name_of(played).replace(", ", "\n"), justify="right", min_width=10)
     first = runs[0].samples_per_second
     rows: list[tuple[str, Callable[[Played], str]]] = [
         ("engines + trainer", devices_of),
-        ("seconds for a rollout's samples", lambda p: f"{p.rollout_seconds:,.1f}"),
+        ("seconds per rollout", lambda p: f"{p.rollout_seconds:,.1f}"),
         ("samples/s", lambda p: f"{p.samples_per_second:,.2f}"),
         ("  to the first run", lambda p: f"{p.samples_per_second / first:.2f} x"),
         ("tokens/s per device", lambda p: f"{p.tokens_per_second_and_device:,.0f}"),

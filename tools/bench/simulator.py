@@ -38,8 +38,8 @@ from tools.bench.stub_engine import STOP_TOKEN, StubEngine
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, SAMPLES, STEP, EXTRA = 16, 4, 4, 4
-ENGINE = {"median_tokens": 60, "sigma": 0.8, "tokens_per_second": 20, "slots": 16}
-MOST_TOKENS = 240
+ENGINE = {"median_tokens": 30, "sigma": 0.8, "tokens_per_second": 10, "slots": 16}
+MOST_TOKENS = 120
 """Of a response; a prompt and it are within the 512 positions of the recipe's model."""
 SIMULATED = 400
 """Iterations: so many that the simulated mean has no error of its own."""
