@@ -1,4 +1,4 @@
-"""The command line: megatron-pmd train · data · evaluate · convert · report · doctor · simulate, and those of launch."""
+"""The command line: train · data · evaluate · convert · report · doctor · simulate, and those of launch."""
 
 from __future__ import annotations
 
