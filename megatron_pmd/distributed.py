@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_pmd.errors import PmdError
 from megatron_pmd.heartbeat import Heartbeat
+from megatron_pmd.waiting import waiting_for
 
 T = TypeVar("T")
 PIECE_BYTES = 2**28
@@ -26,7 +28,7 @@ class Control:
 
     def __init__(self, timeout_seconds: float, heartbeat: Heartbeat | None = None) -> None:
         """heartbeat: says of this rank when it waits here for others."""
-        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat, self._timeout_seconds = heartbeat or Heartbeat(), timeout_seconds
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         assert isinstance(group, dist.ProcessGroup), "every rank is a member"
         self._group = group
@@ -34,18 +36,26 @@ class Control:
         self.node = int(os.environ.get("GROUP_RANK", "0"))
         """The machine this rank runs on, as torchrun counts them."""
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a collective; on the driver it is told. The others wait for the driver in every rollout."""
+        others = f"the other {self.world - 1} ranks, in {self.heartbeat.place}"
+        told = waiting_for(others, self._timeout_seconds) if self.is_driver else nullcontext()
+        with self.heartbeat.waiting(), told:
+            yield
+
     @property
     def is_driver(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        with self.heartbeat.waiting():
+        with self._waiting():
             dist.barrier(self._group)
 
     def from_driver(self, value: Any = None) -> Any:
         """The driver's value, on every rank."""
         box = [value]
-        with self.heartbeat.waiting():
+        with self._waiting():
             dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
@@ -67,13 +77,13 @@ class Control:
 
         data: uint8 [bytes], contiguous.
         """
-        with self.heartbeat.waiting():
+        with self._waiting():
             for piece in data.split(PIECE_BYTES):
                 dist.send(piece, rank, group=self._group)
 
     def receive_bytes(self, data: torch.Tensor, rank: int) -> None:
         """Fill data, uint8 [bytes], contiguous, with as many bytes that the other rank sends."""
-        with self.heartbeat.waiting():
+        with self._waiting():
             for piece in data.split(PIECE_BYTES):
                 dist.recv(piece, rank, group=self._group)
 
@@ -96,13 +106,13 @@ class Control:
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on the driver; None elsewhere."""
         values = [None] * self.world if self.is_driver else None
-        with self.heartbeat.waiting():
+        with self._waiting():
             dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
-        with self.heartbeat.waiting():
+        with self._waiting():
             dist.all_gather_object(values, value, group=self._group)
         return values

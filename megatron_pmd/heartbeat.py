@@ -51,6 +51,11 @@ class Heartbeat:
     def beat(self) -> None:
         self._write(waits=False)
 
+    @property
+    def place(self) -> str:
+        """The phase that this rank is in."""
+        return f"{self._phase} of iteration {self._iteration}"
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Within it this rank waits for others."""

@@ -15,10 +15,9 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_pmd.errors import LaunchError
+from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
-SILENT_SECONDS = 10.0
-"""So long a holder is waited for without a word."""
 HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -31,28 +30,34 @@ def locked(path: Path, what: str, *, way_out: str, patience_seconds: float = 0.0
     and the time since when it holds it. A file system without locks is told of, and trusted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    begun, told = time.monotonic(), False
     # Of a record, not of the file (flock): a process forked from this one must not hold it on. It is also the
     # one that all nodes see over NFS. Closing any descriptor of the file gives it back: none else opens it.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        while not _taken(descriptor, path):
-            waited = time.monotonic() - begun
-            if waited > patience_seconds:
-                raise LaunchError(f"{what} already, by {_holder(descriptor)} ({path}); {way_out}")
-            if waited > SILENT_SECONDS and not told:
-                told = True
-                print(
-                    f"{what} by {_holder(descriptor)} ({path}): waiting for its end, at most "
-                    f"{patience_seconds:g} s", file=sys.stderr, flush=True,
-                )  # fmt: skip
-            time.sleep(POLL_SECONDS)
+        if not _taken(descriptor, path):
+
+            def words() -> str:
+                return f"the end of {_holder(descriptor)}: {what} by it ({path})"
+
+            with waiting_for(words, patience_seconds):
+                if not _is_given_back(descriptor, path, patience_seconds):
+                    raise LaunchError(f"{what} already, by {_holder(descriptor)} ({path}); {way_out}")
         record = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(record).encode() + b"\n", 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_given_back(descriptor: int, path: Path, patience_seconds: float) -> bool:
+    """Whether its holder ends in time, and the lock is ours."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < patience_seconds:
+        if _taken(descriptor, path):
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 def _taken(descriptor: int, path: Path) -> bool:

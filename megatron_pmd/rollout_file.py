@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
 from megatron_pmd.batch import Sample, Segment
@@ -146,6 +147,27 @@ def read_rollout(path: Path) -> tuple[list[Sample], int]:
     if not samples:
         raise DataError(f"{path}: the rollout holds no samples")
     return samples, iteration
+
+
+def read_lengths(path: Path) -> list[tuple[int, list[int]]]:
+    """Of each group in a rollout file, or in all of a folder: tokens of its prompt, and of its responses.
+
+    Raises DataError where there is no rollout.
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    groups: dict[tuple[Path, int], tuple[int, list[int]]] = {}
+    for name in files:
+        with _opened(name) as (file, _):
+            rows = file.read(columns=["group", "prompt_tokens", "response_tokens"])
+        prompts, responses = (
+            compute.list_value_length(rows[column]).to_pylist()
+            for column in ("prompt_tokens", "response_tokens")
+        )
+        for group, prompt, response in zip(rows["group"].to_pylist(), prompts, responses, strict=True):
+            groups.setdefault((name, group), (prompt, []))[1].append(response)
+    if not groups:
+        raise DataError(f"{path}: holds no rollout; a run writes them to runs/NAME/rollouts")
+    return list(groups.values())
 
 
 def check_rollouts(path: Path, iterations: range) -> None:

@@ -41,3 +41,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     named = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
     asked = any(path == CONTRACT or CONTRACT in path.parents for path in named)
     return True if collection_path == CONTRACT and not asked else None
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for is told after 50 ms in the place of ten seconds."""
+    from megatron_pmd import waiting
+
+    monkeypatch.setattr(waiting, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "LOOKS_APART_SECONDS", 0.02)
+    waiting._HERE.begin_anew()  # a thread that still looks every second would come too late

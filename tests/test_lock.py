@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_pmd import lock
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.lock import locked
 
@@ -55,16 +54,15 @@ def test_a_second_process_is_told_who_holds_the_lock_and_since_when(
 def test_who_waits_for_a_lock_says_for_what(
     holder: subprocess.Popen[str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    impatient: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(lock, "SILENT_SECONDS", 0.1)
     path, what = tmp_path / "runs/x/lock", "runs/x is being trained"
     with pytest.raises(LaunchError), locked(path, what, way_out="", patience_seconds=0.7):
         raise AssertionError("two hold it")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"runs/x is being trained by process {holder.pid} on ")
-    assert line.endswith("waiting for its end, at most 0.7 s")
+    assert line.startswith(f"waiting for the end of process {holder.pid} on ")
+    assert line.endswith(f": runs/x is being trained by it ({path}), 0 s so far, at most 1 s")
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(holder: subprocess.Popen[str], tmp_path: Path) -> None:

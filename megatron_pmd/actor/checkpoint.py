@@ -49,6 +49,7 @@ from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, DamagedCheckpoint
 from megatron_pmd.files import write_whole
+from megatron_pmd.waiting import waiting_for
 
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
 FAILURES = (Exception, CheckpointException)
@@ -152,7 +153,8 @@ class Saver:
         megatron-core takes such a one for done, and then blames another rank, or nobody.
         """
         try:
-            return self._writer is None or self._writer.is_done(wait=wait)
+            with waiting_for(f"the files of {partial}"):
+                return self._writer is None or self._writer.is_done(wait=wait)
         except HelperEnded as ended:
             raise _not_written(partial, ended) from ended
 

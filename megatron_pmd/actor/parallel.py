@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_pmd.config import Layout
 from megatron_pmd.errors import LayoutError
+from megatron_pmd.waiting import waiting_for
 
 T = TypeVar("T")
 
@@ -38,7 +39,10 @@ def initialize(layout: Layout, *, seed: int, timeout_seconds: float) -> None:
     if world == 1:  # torch's TCPStore would listen on all of the machine's addresses, for nobody
         dist.init_process_group(backend, timeout=deadline, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=deadline)
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        all_ranks = f"all of the {world} ranks that torchrun speaks of (WORLD_SIZE) to come to {where}"
+        with waiting_for(all_ranks, timeout_seconds):
+            dist.init_process_group(backend, timeout=deadline)
     form_groups(layout, seed=seed, timeout_seconds=timeout_seconds)
 
 

@@ -1,4 +1,4 @@
-"""The command line: megatron-pmd train · data · evaluate · convert · report · doctor, and those of launch."""
+"""The command line: train · data · evaluate · convert · report · doctor · simulate, and those of launch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_pmd.cli.convert import app as convert
 from megatron_pmd.cli.data import data as show_data
 from megatron_pmd.cli.extras import needs
 from megatron_pmd.cli.numbers import finite
+from megatron_pmd.cli.simulate import simulate
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
 from megatron_pmd.outcome import RunOutcome, Status
@@ -93,7 +94,7 @@ def doctor() -> None:
 
 
 app.command("data")(show_data)
-for command in (train, cluster.plan, cluster.launch, cluster.status, cluster.logs, cluster.cancel):
+for command in (train, cluster.plan, simulate, cluster.launch, cluster.status, cluster.logs, cluster.cancel):
     app.command()(command)
 
 

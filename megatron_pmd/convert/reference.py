@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.waiting import waiting_for
 
 DEADLINE_SECONDS = 3600
 
@@ -28,22 +29,13 @@ def logits(folder: Path, tokens: list[int], rounded_to: torch.dtype | None = Non
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "logits.safetensors"
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                __name__,
-                str(folder),
-                json.dumps(tokens),
-                str(path),
-                str(rounded_to or torch.float32).removeprefix("torch."),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        dtype = str(rounded_to or torch.float32).removeprefix("torch.")
+        command = [sys.executable, "-m", __name__, str(folder), json.dumps(tokens), str(path), dtype]
+        with waiting_for(f"transformers' logits of {folder}", DEADLINE_SECONDS):
+            process = subprocess.run(
+                command, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
         if process.returncode:
             reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             raise ModelError(f"{folder}: transformers cannot run it: {reason}")

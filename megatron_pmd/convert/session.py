@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from threading import Timer
 from typing import Any
 
 from megatron_pmd import network
 
 TIMEOUT_SECONDS = timedelta(days=1).total_seconds()
 """A rank with small parts waits this long for one with large ones."""
-PATIENCE_SECONDS = 10.0
-"""So long the other ranks are waited for without a word."""
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
@@ -40,23 +36,8 @@ def ranks() -> Iterator[Any]:
     world = int(os.environ["WORLD_SIZE"])
     if world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    with _saying_what_is_waited_for(world):
-        parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
+    parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     try:
         yield Control(TIMEOUT_SECONDS)
     finally:
         torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def _saying_what_is_waited_for(world: int) -> Iterator[None]:
-    """Around the meeting of the ranks; torchrun ends them all when one of them ends."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    words = f"waiting at {where} for all of the {world} ranks that torchrun speaks of (WORLD_SIZE)"
-    timer = Timer(PATIENCE_SECONDS, print, [words], {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

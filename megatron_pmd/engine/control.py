@@ -22,6 +22,7 @@ import torch
 from megatron_pmd.engine.server import tail
 from megatron_pmd.engine.sglang_server import LOADER, NO_WEIGHTS, EngineSpec
 from megatron_pmd.errors import EngineError, StaleWeights
+from megatron_pmd.waiting import waiting_for
 
 Tag = Literal["weights", "kv_cache"]
 CONNECT_SECONDS = 10.0
@@ -237,9 +238,10 @@ class EngineControl:
         accept: Sequence[int] = (200,),
     ) -> httpx.Response:
         try:
-            response = self._client.request(
-                method, path, json=body, params=query, headers=self._headers(path)
-            )
+            with waiting_for(f"{self._where()} to answer {path}", self.timeout_seconds):
+                response = self._client.request(
+                    method, path, json=body, params=query, headers=self._headers(path)
+                )
         except httpx.TimeoutException:
             raise EngineError(
                 f"{self._where()} did not answer {path} within {self.timeout_seconds:g} s; {self._log()}"

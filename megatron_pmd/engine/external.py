@@ -9,6 +9,7 @@ from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import POLL_SECONDS, answers
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import EngineError
+from megatron_pmd.waiting import waiting_for
 
 KEY, ADMIN_KEY = "PMD_SERVER_KEY", "PMD_SERVER_ADMIN_KEY"
 """Environment variables with the servers' `--api-key` and `--admin-api-key`; unset: they have none."""
@@ -33,10 +34,11 @@ class ExternalEngine:
     def wait_ready(self, deadline_seconds: float) -> None:
         """Block until the server generates; EngineError at the deadline."""
         started = time.monotonic()
-        while not answers(self.url + "/health_generate", ANSWER_SECONDS):
-            if (waited := time.monotonic() - started) > deadline_seconds:
-                raise EngineError(f"{self._where()} did not answer for {waited:.0f} s; is it running?")
-            time.sleep(POLL_SECONDS)
+        with waiting_for(self._where(), deadline_seconds):
+            while not answers(self.url + "/health_generate", ANSWER_SECONDS):
+                if (waited := time.monotonic() - started) > deadline_seconds:
+                    raise EngineError(f"{self._where()} did not answer for {waited:.0f} s; is it running?")
+                time.sleep(POLL_SECONDS)
 
     def check_alive(self) -> None:
         if not self.alive():

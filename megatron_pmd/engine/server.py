@@ -19,11 +19,9 @@ import httpx
 from megatron_pmd.errors import EngineError
 from megatron_pmd.files import write_whole
 from megatron_pmd.network import LOOPBACK, address_towards
+from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
-PATIENCE_SECONDS = 10.0
-"""So long a server's start is waited for without a word."""
-REPEAT_SECONDS = 300.0
 LOG_TAIL_LINES = 15
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
@@ -160,7 +158,12 @@ class ServerProcess:
 
         After 10 s, and then every 5 minutes, prints what is being waited for. meanwhile: why it takes long.
         """
-        started, patience = time.monotonic(), PATIENCE_SECONDS
+        remark = (f": {meanwhile}" if meanwhile else "") + f"; log: {self.log}"
+        with waiting_for(self._where(), deadline_seconds, remark=remark):
+            self._wait_ready(deadline_seconds)
+
+    def _wait_ready(self, deadline_seconds: float) -> None:
+        started = time.monotonic()
         while not self.ready():
             waited = time.monotonic() - started
             if not self.alive():
@@ -170,15 +173,6 @@ class ServerProcess:
             if waited > deadline_seconds:
                 raise EngineError(
                     f"{self._where()} was not ready {waited:.0f} s after its start; {self._log()}"
-                )
-            if waited > patience:
-                patience = waited + REPEAT_SECONDS
-                print(
-                    f"waiting for {self._where()}, {waited:.0f} s so far, at most {deadline_seconds:.0f} s"
-                    + (f": {meanwhile}" if meanwhile else "")
-                    + f"; log: {self.log}",
-                    file=sys.stderr,
-                    flush=True,
                 )
             time.sleep(POLL_SECONDS)
 

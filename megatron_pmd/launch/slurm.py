@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 from megatron_pmd.errors import LaunchError
+from megatron_pmd.waiting import waiting_for
 
 DEADLINE_SECONDS = 60.0
 NO_SUCH_JOB = "Invalid job id specified"
@@ -20,7 +21,8 @@ def slurm(*command: str, deadline_seconds: float = DEADLINE_SECONDS) -> str:
             "in a job, Slurm's commands must be on the PATH of the batch script"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
+        with waiting_for(f"an answer of {' '.join(command)}", deadline_seconds):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{' '.join(command)}: no answer within {deadline_seconds:g} s") from None
     if done.returncode:

@@ -30,8 +30,10 @@ from megatron_pmd.network import Interface
 from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.node.caches import keep_compiled_kernels
 from megatron_pmd.observe.versions import versions
+from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
+QUERY_SECONDS = 60.0
 GPU_QUERY = "index,driver_version,ecc.errors.uncorrected.volatile.total,memory.used,memory.total"
 
 
@@ -103,22 +105,21 @@ def exchange(report: Report, meeting: Path, allocation: Allocation, deadline_sec
     report.clock_offset_seconds = time.time() - partial.stat().st_mtime
     partial.write_text(json.dumps(asdict(report)))
     partial.rename(own)
-    limit = time.monotonic() + deadline_seconds
-    waiting = set(range(allocation.nodes))
-    while waiting := {rank for rank in waiting if not (meeting / f"{rank}.json").exists()}:
-        if time.monotonic() > limit:
-            names = os.environ.get("PMD_NODES", "").split()
-            missing = [names[rank] if rank < len(names) else f"number {rank}" for rank in sorted(waiting)]
-            refuse(
-                {
-                    name: [
-                        f"no report in {meeting} after {deadline_seconds:g} s: is the folder mounted there?"
-                    ]
-                    for name in missing
-                },
-                allocation,
-            )
-        time.sleep(POLL_SECONDS)
+    limit, names = time.monotonic() + deadline_seconds, os.environ.get("PMD_NODES", "").split()
+
+    def missing() -> list[str]:
+        absent = [rank for rank in range(allocation.nodes) if not (meeting / f"{rank}.json").exists()]
+        return [names[rank] if rank < len(names) else f"number {rank}" for rank in absent]
+
+    def words() -> str:
+        return f"pre-flight reports in {meeting} of nodes {' '.join(missing())}"
+
+    with waiting_for(words, deadline_seconds):
+        while absent := missing():
+            if time.monotonic() > limit:
+                problem = f"no report in {meeting} after {deadline_seconds:g} s: is the folder mounted there?"
+                refuse({name: [problem] for name in absent}, allocation)
+            time.sleep(POLL_SECONDS)
     return [Report(**json.loads((meeting / f"{rank}.json").read_text())) for rank in range(allocation.nodes)]
 
 
@@ -223,7 +224,8 @@ def cuda_problems(ranks: int, deadline_seconds: float) -> list[str]:
     program = f"import torch\nfor i in range({ranks}): torch.ones(1, device=f'cuda:{{i}}').sum().item()"
     command = [sys.executable, "-W", "ignore", "-c", program]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
+        with waiting_for(f"torch to compute on {ranks} GPUs", deadline_seconds):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
     except subprocess.TimeoutExpired:
         return [f"CUDA did not start on {ranks} GPUs within {deadline_seconds:g} s"]
     if done.returncode == 0:
@@ -257,7 +259,9 @@ def refuse_gpu_node() -> None:
 def _nvidia_smi() -> str:
     query = ["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        with waiting_for("nvidia-smi", QUERY_SECONDS):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=QUERY_SECONDS, check=True)
+        return done.stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,12 +26,11 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.store import open_store
+from megatron_pmd.waiting import waiting_for
 
 BACKEND = "megatron-pmd"
 DEADLINE_SECONDS = 300.0
 """For all nodes to come; on Slurm each has passed its pre-flight just before."""
-PATIENCE_SECONDS = 10.0
-"""So long the others are waited for without a word."""
 POLL_SECONDS = 0.05
 CONNECT_SECONDS = 1.0
 STORE_TIMEOUT = timedelta(minutes=10)
@@ -112,14 +110,10 @@ class NumberedNodes(RendezvousHandler):
 
     def _tries(self, what: str) -> Iterator[None]:
         """One yield a try, until the deadline; says after 10 s what is waited for."""
-        begun, told = time.monotonic(), False
-        while (waited := time.monotonic() - begun) < self._deadline_seconds:
-            if waited > PATIENCE_SECONDS and not told:
-                told = True
-                print(
-                    f"waiting for {what}, at most {self._deadline_seconds:g} s", file=sys.stderr, flush=True
-                )
-            yield
+        begun = time.monotonic()
+        with waiting_for(what, self._deadline_seconds):
+            while time.monotonic() - begun < self._deadline_seconds:
+                yield
 
     @property
     def _where(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
@@ -10,6 +11,8 @@ from megatron_pmd.planner.memory import (
     Cache,
     checkpoint_bytes,
     engine_weight_bytes,
+    mean_length,
+    mean_response,
     microbatches_per_step,
 )
 from megatron_pmd.planner.saving import save_of
@@ -58,8 +61,7 @@ def cost(
 ) -> Cost:
     """One iteration's operations and seconds."""
     batch, ranks, device = config.batch, config.layout.ranks, machines.device
-    response = batch.max_response_tokens * assume.response_share
-    length = batch.max_prompt_tokens / 2 + response
+    response, length = mean_response(config, assume), mean_length(config, assume)
     tokens = batch.samples_per_rollout * length
     forward = tokens * forward_flops_per_token(shape, length / 2)
     update = forward * (4 if config.actor.recompute == "full" else 3)
@@ -67,13 +69,12 @@ def cost(
     peak = ranks * (device.fp8_flops if config.actor.fp8 else device.bf16_flops)
     moved = max(stage.weight_bytes + stage.optimizer_bytes for stage in all_stages)
     nodes = -(-ranks // machines.devices_per_node)
-    weight_bytes = shape.total * BYTES[config.model.precision]
     seconds = {
-        "rollout": _rollout_seconds(shape, config, machines, kv, length, response, assume),
+        "rollout": rollout_seconds(shape, config, machines, kv, config.engines, assume),
         "release": moved / device.host_bytes_per_second,
         "anchor": forward * bubble / peak / assume.forward_efficiency,
         "update": update * bubble / peak / assume.train_efficiency,
-        "sync": weight_bytes / assume.sync_bytes_per_second + moved / device.host_bytes_per_second,
+        "sync": transfer_seconds(shape, config, assume) + moved / device.host_bytes_per_second,
         "save": max(
             save_of(shape, config, stage, machines, assume).stall_seconds(assume) for stage in all_stages
         ),
@@ -82,25 +83,36 @@ def cost(
     return Cost(tokens, batch.samples_per_rollout * response, forward, update, seconds)
 
 
-def _rollout_seconds(
-    shape: Shape,
-    config: RunConfig,
-    machines: Machines,
-    kv: Cache,
-    length: float,
-    response: float,
-    assume: Assumptions,
-) -> float:
-    """Decoding bound by memory: each step reads the engine's weights and the running requests' cache.
+def transfer_seconds(shape: Shape, config: RunConfig, assume: Assumptions) -> float:
+    """In which all weights pass from the actors to the engines, without what else moves in a sync."""
+    return shape.total * BYTES[config.model.precision] / assume.sync_bytes_per_second
 
-    With many requests every expert is read in every step.
+
+def decode_step_seconds(
+    shape: Shape, config: RunConfig, machines: Machines, kv: Cache, running: int, assume: Assumptions
+) -> float:
+    """In which an engine adds one token to each of so many running requests of mean length.
+
+    Decoding is bound by memory: a step reads the engine's weights and the running requests' cache. With many
+    requests every expert is read in every step.
     """
-    if kv.running < 1:
-        return float("inf")
-    cached = kv.bytes_per_device / kv.tokens * length / 2 * kv.running if kv.tokens else 0.0
+    length = mean_length(config, assume)
+    cached = kv.bytes_per_device / kv.tokens * length / 2 * running if kv.tokens else 0.0
     device = machines.device
     read = (engine_weight_bytes(shape, config) + cached) / assume.decode_bandwidth_share
-    flops = 2 * shape.active * kv.running / config.rollout.tensor_parallel
-    step = max(read / device.memory_bytes_per_second, flops / device.bf16_flops)
-    samples = config.batch.samples_per_rollout / config.engines
-    return samples * response / kv.running * (step + assume.decode_overhead_seconds)
+    flops = 2 * shape.active * running / config.rollout.tensor_parallel
+    return (
+        max(read / device.memory_bytes_per_second, flops / device.bf16_flops) + assume.decode_overhead_seconds
+    )
+
+
+def rollout_seconds(
+    shape: Shape, config: RunConfig, machines: Machines, kv: Cache, engines: int, assume: Assumptions
+) -> float:
+    """In which so many engines decode a rollout's tokens, each with as many requests as it may run."""
+    samples = config.batch.samples_per_rollout / engines
+    running = min(kv.slots, math.ceil(samples))
+    if running < 1:
+        return math.inf
+    step = decode_step_seconds(shape, config, machines, kv, running, assume)
+    return samples * mean_response(config, assume) / running * step

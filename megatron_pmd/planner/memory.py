@@ -40,8 +40,21 @@ class Cache:
     """Over the whole engine."""
     longest_samples: int
     """So many samples of the greatest length fit at one time."""
+    slots: int
+    """Requests of mean length that the engine may decode at one time, as rollout.max_running_requests and the
+    cache allow."""
     running: int
-    """Requests decoded at one time, as rollout.max_running_requests and the cache allow for mean lengths."""
+    """Requests decoded at one time: as many as a rollout asks of the engine, at most `slots`."""
+
+
+def mean_response(config: RunConfig, assume: Assumptions) -> float:
+    """Tokens of a response."""
+    return config.batch.max_response_tokens * assume.response_share
+
+
+def mean_length(config: RunConfig, assume: Assumptions) -> float:
+    """Tokens of a prompt with its response."""
+    return config.batch.max_prompt_tokens / 2 + mean_response(config, assume)
 
 
 def activation_bytes(shape: Shape, config: RunConfig, stage: Stage, assume: Assumptions) -> float:
@@ -172,13 +185,14 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
         if rollout.max_total_tokens is not None:
             tokens = min(tokens, rollout.max_total_tokens)
     longest = batch.max_prompt_tokens + batch.max_response_tokens
-    mean = batch.max_prompt_tokens / 2 + batch.max_response_tokens * assume.response_share
     asked = -(-batch.samples_per_rollout // config.engines)
+    slots = min(rollout.max_running_requests, int(tokens / mean_length(config, assume)))
     return Cache(
         bytes_per_device=tokens / groups * token,
         tokens=tokens,
         longest_samples=tokens // longest,
-        running=min(rollout.max_running_requests, int(tokens / mean), asked),
+        slots=slots,
+        running=min(slots, asked),
     )
 
 

@@ -53,14 +53,20 @@ class Plan:
         """Those that another layout could mend."""
         return [*self._device_problems(), *self._engine_problems(), *self._node_problems()]
 
-    def _device_problems(self) -> list[str]:
+    @property
+    def trainer_problems(self) -> list[str]:
+        """Those of a trainer without engines; what engines leave on its devices is counted all the same."""
+        return [*self._device_problems(("update", "save")), *self._node_problems()]
+
+    def _device_problems(self, phases: tuple[str, ...] = ("update", "save", "sync")) -> list[str]:
         if self.machines.shares_host_memory:
             return []
         device, found = self.machines.device, []
         room = device.memory_bytes * self.assumptions.safety
-        for phase, owners in self.phases.items():
+        for phase in phases:
+            owners = self.phases[phase]
             need = sum(owners.values())
-            if need > room and phase != "rollout":
+            if need > room:
                 greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
                 parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
                 found.append(

@@ -12,14 +12,14 @@ from rich.text import Text
 from megatron_pmd.config import RunConfig
 from megatron_pmd.planner.memory import Owners, microbatches_per_step
 from megatron_pmd.planner.planning import Plan, gigabytes
+from megatron_pmd.planner.split import split_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print everything the plan knows, its assumptions last."""
     console = console or Console()
-    console.print(
-        Group(_run(plan), _devices(plan), _hosts(plan), _engines(plan), _time(plan), _assumed(plan))
-    )
+    tables = (_run(plan), _devices(plan), _hosts(plan), _engines(plan), _time(plan), _apart(plan))
+    console.print(Group(*tables, _assumed(plan)))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -121,6 +121,26 @@ def _time(plan: Plan) -> Table:
     )
     rate = cost.response_tokens / cost.iteration_seconds / plan.config.layout.ranks
     table.add_row("response tokens per second and rank", f"{rate:,.0f}")
+    return table
+
+
+def _apart(plan: Plan) -> Table:
+    """Engines on devices of their own, that sample while the trainer trains."""
+    separate, split = plan.config.rollout.placement == "separate", split_of(plan)
+    how = "as the recipe has it" if separate else "balanced"
+    table = _table(f"engines on devices of their own, {how}", "", "")
+    table.show_header = False
+    if split is None:
+        table.add_row("no part of these devices", "holds the trainer alone")
+        return table
+    device = plan.machines.device.name
+    engines = f"{split.engines} of {plan.config.devices_per_engine} {device}"
+    table.add_row(f"engines: {engines}, which sample a rollout in", f"{split.sampling_seconds:,.1f} s")
+    layout = split.trainer.config.layout
+    trainer = f"{layout.ranks} {device}, layout.data={layout.data}"
+    table.add_row(f"trainer: {trainer}, anchor and update in", f"{split.training_seconds:,.1f} s")
+    table.add_row("sync, in which both stand still", f"{split.sync_seconds:,.1f} s")
+    table.add_row("[bold]one iteration, overlapped", f"{split.iteration_seconds:,.1f} s")
     return table
 
 

@@ -24,6 +24,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.processes import become_helper, data_bytes, limit_further_memory
 from megatron_pmd.rewards.graders import Grader, grader
+from megatron_pmd.waiting import waiting_for
 
 START_SECONDS = 180.0
 """For the first worker to import the reward's libraries; slow on a busy network file system."""
@@ -90,7 +91,8 @@ class RewardPool:
         self._incoming.put(first)
         self._keeper.start()
         try:
-            failure = first.verdict.result(START_SECONDS).error
+            with waiting_for(f"the first worker of reward {name}", START_SECONDS):
+                failure = first.verdict.result(START_SECONDS).error
         except TimeoutError:
             self.close()
             raise PmdError(f"reward {name}: no worker process was ready after {START_SECONDS:g} s") from None

@@ -16,6 +16,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rewards.threaded import ThreadedReward
+from megatron_pmd.waiting import waiting_for
 
 RETRY_PAUSE_SECONDS = 0.5
 """Before the first repetition of a request; doubled for each further one."""
@@ -88,7 +89,8 @@ class ServiceReward(ThreadedReward):
         self.client.close()
 
     def _judged(self, content: str, problem: Problem) -> Verdict:
-        reply = self._reply(content, problem)
+        with waiting_for(f"a verdict of the {self.what} {self.url}"):
+            reply = self._reply(content, problem)
         if reply.status_code != 200:
             said = f"the {self.what} answered HTTP {reply.status_code}: {reply.text[:200]}"
             if self.about_a_sample is None or reply.status_code in self.about_a_sample:

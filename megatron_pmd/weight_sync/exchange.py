@@ -8,6 +8,7 @@ it is made, and nothing else shares its deadline.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
+from megatron_pmd.waiting import waiting_for
 from megatron_pmd.weight_sync.bucket_layout import padded
 from megatron_pmd.weight_sync.plan import Region, message_bytes
 
@@ -26,6 +28,7 @@ class Exchange:
     def __init__(self, control: Control, timeout_seconds: float) -> None:
         """timeout_seconds: a rank waits so long at most, in one call, for those that have to take part."""
         self._group: Any = None
+        self._timeout_seconds = timeout_seconds
         if control.world > 1:
             self._group = dist.new_group(
                 backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -36,7 +39,8 @@ class Exchange:
     def add_up(self, values: torch.Tensor) -> list[int]:
         """Of every rank's values the sums, modulo 2^64, as signed numbers; values: int64 [any number]."""
         if self._group is not None:
-            dist.all_reduce(values, group=self._group)
+            with self._waiting("the sums of a weight bucket from the other ranks"):
+                dist.all_reduce(values, group=self._group)
         return values.tolist()
 
     def swap(
@@ -49,9 +53,14 @@ class Exchange:
             dist.P2POp(dist.irecv, data, rank, self._group)
             for (rank, _), data in zip(incoming, came, strict=True)
         ]
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
+        ranks = sorted({rank for rank, _ in (*outgoing, *incoming)})
+        with self._waiting(f"weights to and from ranks {', '.join(map(str, ranks))}"):
+            for work in dist.batch_isend_irecv(operations) if operations else []:
+                work.wait()
         return came
+
+    def _waiting(self, what: str) -> AbstractContextManager[None]:
+        return waiting_for(f"{what}, in a sync", self._timeout_seconds)
 
 
 def packed(regions: Sequence[Region], parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from megatron_pmd.device import current_device
 from megatron_pmd.errors import ConfigError, EngineError
 from megatron_pmd.network import LOOPBACK
 from megatron_pmd.store import open_store
+from megatron_pmd.waiting import waiting_for
 
 if TYPE_CHECKING:
     from megatron_pmd.config import RunConfig
@@ -171,7 +172,8 @@ class Broadcast(Colocated):
                     # An engine that refused the request never joins in: without a deadline, this would hang.
                     work = dist.broadcast(tensor, 0, group=self._group, async_op=True)
                     assert work is not None, "this rank is in the group"
-                    work.wait(self._deadline)
+                    with waiting_for("engines to take a broadcast tensor", self._deadline.total_seconds()):
+                        work.wait(self._deadline)
                 except RuntimeError as error:
                     self._members = []  # the group is of no use any more
                     raise EngineError(

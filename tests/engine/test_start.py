@@ -17,8 +17,9 @@ from megatron_pmd.errors import EngineError
 from recipes import recipe
 
 
-def test_a_start_that_takes_long_says_what_is_waited_for_until_its_deadline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.1)
+def test_a_start_that_takes_long_says_what_is_waited_for_until_its_deadline(
+    tmp_path, monkeypatch, capsys, impatient
+):
     monkeypatch.setattr(server, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(ServerProcess, "ready", lambda self: False)
     command, url = [sys.executable, "-c", "import signal; signal.pause()"], "http://127.0.0.1:9"

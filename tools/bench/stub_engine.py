@@ -172,14 +172,17 @@ class StubEngine:
             decoding.version = self.weight_version
         return web.json_response({"decoded_tokens": self.decoded_tokens})
 
-    async def start(self) -> int:
-        """Serve on loopback, in the running loop; returns the port."""
-        app = web.Application(client_max_size=1 << 30)
+    def routes(self, app: web.Application) -> None:
         app.router.add_post("/generate", self.generate)
         app.router.add_post("/abort_request", self.abort)
         app.router.add_post("/update_weight_version", self.set_version)
         app.router.add_post("/pause_generation", self.pause)
         app.router.add_post("/continue_generation", self.go_on)
+
+    async def start(self) -> int:
+        """Serve on loopback, in the running loop; returns the port."""
+        app = web.Application(client_max_size=1 << 30)
+        self.routes(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=65535).start()

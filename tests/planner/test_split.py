@@ -1,0 +1,70 @@
+"""Splits of a plan's devices between engines and trainer."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from megatron_pmd.config import override
+from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.planner.planning import Plan, make_plan
+from megatron_pmd.planner.split import Split, balanced_split
+from megatron_pmd.planner.table import show
+from recipes import recipe
+
+
+def plan_of(name: str, *settings: str) -> Plan:
+    return make_plan(override(recipe(name), list(settings)), load_cluster("h100").machines)
+
+
+def split_of(plan: Plan) -> Split:
+    split = balanced_split(plan)
+    assert split is not None
+    return split
+
+
+def test_each_side_takes_as_much_longer_as_it_has_fewer_devices() -> None:
+    """Operations are shared out evenly, and an engine's slots are full either way."""
+    plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
+    split, alone = split_of(plan), plan.cost.seconds
+    trainers = split.trainer.config.layout.ranks
+    assert split.engine_devices + trainers == 32
+    assert split.sampling_seconds == pytest.approx(alone["rollout"] * 32 / split.engine_devices)
+    assert split.training_seconds == pytest.approx((alone["anchor"] + alone["update"]) * 32 / trainers)
+    assert split.sync_seconds == pytest.approx(2 * plan.shape.total / plan.assumptions.sync_bytes_per_second)
+
+
+@pytest.mark.parametrize("replicas", [8, 16, 24])
+def test_no_other_split_in_whole_nodes_has_a_shorter_iteration(replicas: int) -> None:
+    """Both sides' times follow from those of the whole: c / share."""
+    plan = plan_of("qwen3_30b_a3b_dapo_32xh100", f"layout.data={replicas}")
+    seconds, nodes = plan.cost.seconds, plan.nodes
+    slower_sides = [
+        max(
+            seconds["rollout"] * nodes / engines,
+            (seconds["anchor"] + seconds["update"]) * nodes / (nodes - engines),
+        )
+        for engines in range(1, nodes)
+    ]
+    split = split_of(plan)
+    assert split.engine_devices % 8 == 0
+    assert max(split.sampling_seconds, split.training_seconds) == pytest.approx(min(slower_sides), rel=0.01)
+
+
+def test_a_trainer_that_does_not_fit_its_devices_is_no_split() -> None:
+    """Of 128 GPUs the trainer of 235 billion parameters needs all that the recipe gives it."""
+    plan = plan_of("qwen3_235b_a22b_128xh100")
+    assert balanced_split(plan) is None
+    text = StringIO()
+    show(plan, Console(file=text, width=120))
+    assert "no part of these devices" in text.getvalue()
+
+
+def test_a_plan_names_the_split() -> None:
+    text = StringIO()
+    plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
+    show(plan, Console(file=text, width=120))
+    assert "engines: 4 of 4 H100" in text.getvalue()
+    assert "trainer: 16 H100, layout.data=4" in text.getvalue()
