@@ -34,7 +34,7 @@ help:
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
-	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
+	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md and docs/models.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
 	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
 
@@ -102,6 +102,7 @@ format: setup
 docs: setup
 	$(BIN)/python tools/write_config_reference.py
 	$(BIN)/python -m tools.write_proof_table
+	$(BIN)/python -m tools.write_model_table
 
 docs-site: $(DOCS)/.installed
 	@$(DOCS)/bin/python tools/stage_docs.py build/docs

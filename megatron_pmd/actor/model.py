@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
-from megatron_pmd.actor import lora, muon, settings
+from megatron_pmd.actor import families, lora, muon, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
@@ -27,6 +29,7 @@ from megatron_pmd.hugging_face import TensorFiles
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2")
 YARN_ROPE = {
     "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
 }  # fmt: skip
@@ -47,8 +50,10 @@ def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
 def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     """AutoBridge of a folder with a config.json: enough to map weights; to run the model see load_bridge.
 
-    Raises ModelError for a family that the bridge does not know, naming those it does.
+    Raises ModelError for a family that the bridge does not know, naming those it does, and for one that
+    families.py refuses.
     """
+    families.know_kimi()
     if torch.cuda.is_available():
         importlib.import_module("megatron.bridge")
     else:
@@ -64,8 +69,9 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"{path}: Megatron-Bridge cannot map this model: {error}\nIt knows {known}"
         ) from None
+    families.check_family(path, bridge)
     config = bridge.hf_pretrained.config
-    if config.model_type == "deepseek_v3" and not hasattr(config, "scoring_func"):
+    if config.model_type in DEEPSEEK_V3 and not hasattr(config, "scoring_func"):
         # transformers' DeepseekV3 scores by sigmoid always, and does not write it; the bridge assumes softmax
         config.scoring_func = "sigmoid"
     return bridge
@@ -82,12 +88,12 @@ def check_rope(path: Path, config: Any) -> None:
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
-    yarn = config.model_type == "deepseek_v3" and kind == "yarn" and rope.keys() >= YARN_ROPE
+    yarn = config.model_type in (*DEEPSEEK_V3, "deepseek_v2") and kind == "yarn" and rope.keys() >= YARN_ROPE
     if "rope_theta" not in rope or not (kind == "default" or llama3 or yarn):
         raise ModelError(
             f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
             f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, and for the "
-            f"DeepSeek-V3 family `yarn` with {', '.join(sorted(YARN_ROPE))}"
+            f"DeepSeek families `yarn` with {', '.join(sorted(YARN_ROPE))}"
         )
 
 
@@ -116,6 +122,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
+    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config.model_type, config.layout)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:
@@ -123,7 +130,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     if not torch.cuda.is_available():
         from megatron_pmd.actor.cpu.modules import block_spec
 
-        provider.transformer_layer_spec = block_spec
+        provider.transformer_layer_spec = partial(block_spec, of_family=provider.transformer_layer_spec)
     provider.finalize()
     provider.finalize_model_grads_func = finalize_model_grads
     return provider
@@ -136,6 +143,8 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
     missing or has the wrong shape.
     """
     provider = provider_for(bridge, config)
+    # Gemma's asks it which stage it is
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     virtual = config.layout.virtual_pipeline
     chunks = [
         provider.provide(
@@ -209,10 +218,11 @@ def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = Fal
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust).state_dict()
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     experts = {
-        "gate_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
-        "up_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
-        "down_proj": [config.hidden_size, getattr(config, "moe_intermediate_size", 0)],
+        "gate_proj": [width, config.hidden_size],
+        "up_proj": [width, config.hidden_size],
+        "down_proj": [config.hidden_size, width],
     }
     for name, shape in present.items():
         if name in expected:
