@@ -21,7 +21,7 @@ NEMO := .venv-nemo
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-moe test transformers-4 gpu-contract lint format docs docs-site clean
+.PHONY: help setup nemo demo demo-moe demo-lora test transformers-4 gpu-contract lint format docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,7 @@ help:
 	@echo "make setup      install the pinned stack into $(VENV), as far as a CPU needs it (PYTHON=path of a Python 3.12)"
 	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
+	@echo "make demo-lora  the same with adapters alone (LoRA), in half the actor's memory"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
@@ -65,6 +66,9 @@ $(NEMO)/.installed: pyproject.toml constraints/nemo.txt
 
 demo: setup
 	@$(BIN)/megatron-pmd train smollm2_135m_cpu
+
+demo-lora: setup
+	@$(BIN)/megatron-pmd train smollm2_135m_lora_cpu
 
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu

@@ -54,6 +54,8 @@ REFUSED: dict[str, str] = {
 
 LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"})
 """SGLang serves these on GPUs only."""
+READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
+"""Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 

@@ -24,7 +24,8 @@ from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
 from megatron_pmd.errors import ConfigError, ModelError
-from megatron_pmd.hugging_face import TensorFiles
+from megatron_pmd.fp8 import BLOCK, SCALE_SUFFIX, is_scale
+from megatron_pmd.hugging_face import StoredTensor, TensorFiles
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -105,11 +106,12 @@ def check_files(path: Path) -> None:
 
 
 def tensors_in(path: Path) -> dict[str, list[int]]:
-    """Name and shape of every tensor in a Hugging Face folder, from the files' headers.
+    """Name and shape of every tensor in a Hugging Face folder, by the files' headers; no scales of FP8.
 
     Raises ModelError for a truncated file, or one that the index names and the folder lacks.
     """
-    return {name: tensor.shape for name, tensor in TensorFiles(path).tensors.items()}
+    files = TensorFiles(path).tensors
+    return {name: tensor.shape for name, tensor in files.items() if not is_scale(name, files)}
 
 
 def provider_for(bridge: Any, config: RunConfig) -> Any:
@@ -199,16 +201,31 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     missing = sorted(needed - files.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    quantized = [name for name, tensor in files.items() if tensor.dtype == "F8_E4M3"]
-    if quantized:
-        raise ModelError(
-            f"{path}: {quantized[0]} is FP8, which no actor trains from. Write a bf16 folder, and set "
-            f"model.path to it: megatron-pmd convert hf-to-megatron {path} --out CHECKPOINT, then "
-            "megatron-pmd convert megatron-to-hf CHECKPOINT --dtype bf16 --out FOLDER"
-        )
+    check_fp8(path, files, bridge.hf_pretrained.config)
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
-    check_shapes(path, {name: tensor.shape for name, tensor in files.items()}, trust=trust)
+    check_shapes(path, tensors_in(path), trust=trust)
     bridge.load_hf_weights(chunks)
+
+
+def check_fp8(path: Path, files: dict[str, StoredTensor], config: Any) -> None:
+    """Raises ModelError for FP8 that Megatron-Bridge does not turn into bf16 as it reads the folder."""
+    quantized = [name for name, tensor in files.items() if tensor.dtype == "F8_E4M3"]
+    if not quantized:
+        return
+    without = [name for name in quantized if name + SCALE_SUFFIX not in files]
+    size = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    if without or size != [BLOCK, BLOCK]:
+        raise ModelError(
+            f"{path}: {(without or quantized)[0]} is FP8, with weight_block_size={size} in config.json; "
+            f"FP8 is read in blocks of {BLOCK} x {BLOCK}, each with its scale in a tensor *{SCALE_SUFFIX}"
+        )
+    if config.model_type not in families.READ_FROM_FP8:
+        raise ModelError(
+            f"{path}: {quantized[0]} is FP8, from which {', '.join(sorted(families.READ_FROM_FP8))} are "
+            f"trained directly. Write a bf16 folder, and set model.path to it: megatron-pmd convert "
+            f"hf-to-megatron {path} --out CHECKPOINT, then megatron-pmd convert megatron-to-hf CHECKPOINT "
+            "--dtype bf16 --out FOLDER"
+        )
 
 
 def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = False) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.actor.reference import compute
 from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
@@ -70,7 +74,12 @@ MODELS: dict[str, Case] = {
         dict(EXPERTS, num_experts=4, num_shared_experts=1, first_k_dense_replace=1),
         dict(tensor=2, expert=2),
     ),
-    "kimi_k2": ("DeepseekV3", dict(FAMILIES["deepseek"][1], n_group=1), dict(tensor=2, expert=2)),
+    "kimi_k2": (
+        "DeepseekV3",
+        # matrices larger than a block of FP8
+        dict(FAMILIES["deepseek"][1], n_group=1, intermediate_size=160, moe_intermediate_size=144),
+        dict(tensor=2, expert=2),
+    ),
 }  # fmt: skip
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
@@ -84,6 +93,35 @@ def write_family(folder: Path, kind: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         config |= {"model_type": kind, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
         (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
+    """The model of a folder with its matrices in FP8 blocks; what they stand for, in float64.
+
+    Each is rounded to the nearest of the numbers that e4m3 has, which are written out here.
+    """
+    codes = np.arange(127)  # 127 is NaN; those above are negative
+    exponent, mantissa = codes >> 3, codes & 7
+    numbers = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    shutil.copytree(source, folder)
+    held, meant = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in held if re.search(r"(_proj|_mqa)\.weight$", n)]:
+        weight = held[name].double().numpy()
+        scales = np.empty([-(-size // 128) for size in weight.shape], dtype=np.float32)
+        code, values = np.empty(weight.shape, dtype=np.uint8), np.empty_like(weight)
+        for i, j in np.ndindex(*scales.shape):
+            own = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            scales[i, j] = np.abs(weight[own]).max() / 448
+            nearest = np.abs(np.abs(weight[own] / scales[i, j])[..., None] - numbers).argmin(-1)
+            code[own] = nearest + 128 * (weight[own] < 0)
+            values[own] = np.sign(weight[own]) * numbers[nearest] * np.float64(scales[i, j])
+        held[name] = torch.from_numpy(code).view(torch.float8_e4m3fn)
+        held[name + "_scale_inv"], meant[name] = torch.from_numpy(scales), values
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
 
 
 def write_refused(folder: Path, kind: str, architecture: str, **changes: Any) -> None:

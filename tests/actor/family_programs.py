@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.model import load_bridge, open_bridge, provider_for
 from megatron_pmd.actor.parallel import holds_logits
 from megatron_pmd.errors import PmdError
-from tests.actor.actor_programs import Trial
+from tests.actor.actor_programs import Trial, start
 from tests.actor.tiny_models import STEPS, config_for
 
 
@@ -32,15 +33,20 @@ def family(path: Path, layout: dict[str, int]) -> dict[str, Any]:
     return result
 
 
-def refusals(folders: dict[str, Path], layouts: dict[str, tuple[Path, dict[str, int]]]) -> dict[str, Any]:
-    """What opening each folder says, what building a model under each layout says, and the known classes."""
+def refusals(
+    folders: dict[str, Path], layouts: dict[str, tuple[Path, dict[str, int]]], quantized: Path
+) -> dict[str, Any]:
+    """What opening each folder says, what building a model under each layout says, and the known classes;
+    and what the actor holds of the model in the folder `quantized`."""
     from megatron.bridge import AutoBridge
 
     said = {name: _said(lambda folder=folder: open_bridge(folder)) for name, folder in folders.items()}
     for name, (path, layout) in layouts.items():
         config = config_for(path, layout)
         said[name] = _said(lambda path=path, config=config: provider_for(load_bridge(path), config))
-    return {"said": said, "known": AutoBridge.list_supported_models()}
+    config = config_for(quantized)
+    held = dict(Actor(config, start(config.layout)).export())
+    return {"said": said, "known": AutoBridge.list_supported_models(), "read from FP8": held}
 
 
 def _said(call: Any) -> tuple[str, str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_pmd.actor import families
-from tests.actor.family_models import MODELS, write_family, write_refused
+from megatron_pmd.convert import precision
+from megatron_pmd.hugging_face import TensorFiles
+from tests.actor.family_models import MODELS, write_family, write_quantized, write_refused
 from tests.actor.launch import launch
 from tests.actor.reference import Reference
 from tests.actor.tiny_models import FAMILIES
@@ -94,7 +97,14 @@ OTHERS: dict[str, dict[str, Any]] = {"deepseek_v2, groups": dict(topk_method="gr
 
 
 @pytest.fixture(scope="module")
-def refused(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def quantized(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """Kimi-K2 as it is published, in FP8, and what its matrices stand for."""
+    folder = tmp_path_factory.mktemp("quantized") / "kimi_k2"
+    return folder, write_quantized(folders / "kimi_k2", folder)
+
+
+@pytest.fixture(scope="module")
+def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     root = tmp_path_factory.mktemp("refused")
@@ -105,7 +115,8 @@ def refused(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
     layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in families.NORMS_OF_ALL_HEADS}
-    return program("refusals", folders={f.name: f for f in root.iterdir()}, layouts=layouts)[0]
+    named = {folder.name: folder for folder in root.iterdir()}
+    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0])[0]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)
@@ -124,6 +135,20 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
     kinds = {name: {kind for kind, own in CLASSES.items() if own == name} for name in text}
     assert sum(map(bool, kinds.values())) > 25
     assert [name for name, own in kinds.items() if own and not own & listed] == []
+
+
+def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(quantized, refused):
+    """bf16 has 8 bits: half a step is 2^-9. Tensors that are not FP8 stay as they are."""
+    folder, meant = quantized
+    files, held = TensorFiles(folder), refused["read from FP8"]
+    assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
+    for name, tensor in held.items():
+        if name not in meant:
+            assert torch.equal(tensor, files.get(name))
+            continue
+        for read in (tensor, precision.plain(name, files)):
+            error = np.abs(read.double().numpy() - meant[name])
+            assert (error <= 2.0**-9 * 1.0001 * np.abs(meant[name])).all(), name
 
 
 def test_transformers_does_not_know_kimi_k2():
