@@ -138,7 +138,7 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
 
 
 def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(quantized, refused):
-    """bf16 has 8 bits: half a step is 2^-9. Tensors that are not FP8 stay as they are."""
+    """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is."""
     folder, meant = quantized
     files, held = TensorFiles(folder), refused["read from FP8"]
     assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
@@ -148,7 +148,7 @@ def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf
             continue
         for read in (tensor, precision.plain(name, files)):
             error = np.abs(read.double().numpy() - meant[name])
-            assert (error <= 2.0**-9 * 1.0001 * np.abs(meant[name])).all(), name
+            assert (error <= 2.0**-8 * 1.0001 * np.abs(meant[name])).all(), name
 
 
 def test_transformers_does_not_know_kimi_k2():
