@@ -21,7 +21,8 @@ NEMO := .venv-nemo
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-moe demo-overlap test transformers-4 gpu-contract lint format docs docs-site clean
+.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract lint format docs \
+	docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -29,13 +30,14 @@ help:
 	@echo "make setup      install the pinned stack into $(VENV), as far as a CPU needs it (PYTHON=path of a Python 3.12)"
 	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
+	@echo "make demo-lora  the same with adapters alone (LoRA), in half the actor's memory"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
 	@echo "make demo-overlap  the same, sampled ahead by an engine that never waits"
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
-	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md from the tests"
+	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md and docs/models.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
 	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
 
@@ -66,6 +68,9 @@ $(NEMO)/.installed: pyproject.toml constraints/nemo.txt
 
 demo: setup
 	@$(BIN)/megatron-pmd train smollm2_135m_cpu
+
+demo-lora: setup
+	@$(BIN)/megatron-pmd train smollm2_135m_lora_cpu
 
 demo-moe: setup
 	@$(BIN)/megatron-pmd train tiny_moe_cpu
@@ -106,6 +111,7 @@ format: setup
 docs: setup
 	$(BIN)/python tools/write_config_reference.py
 	$(BIN)/python -m tools.write_proof_table
+	$(BIN)/python -m tools.write_model_table
 
 docs-site: $(DOCS)/.installed
 	@$(DOCS)/bin/python tools/stage_docs.py build/docs

@@ -7,7 +7,7 @@ and `x.weight_scale_inv` with weight ≈ value * scale_inv, block by block.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ def is_quantized(name: str) -> bool:
     """Whether the tensor of this Hugging Face name becomes FP8; see QUANTIZED for what does not."""
     module, _, kind = name.rpartition(".")
     return kind == "weight" and module.rpartition(".")[2] in QUANTIZED
+
+
+def is_scale(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is the scales of another one of a folder; names: of all its tensors."""
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in names
 
 
 def quantize(weight: torch.Tensor) -> Blocks:

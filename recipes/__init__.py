@@ -17,7 +17,9 @@ RECIPES = Registry(
     "recipe",
     {
         "deepseek_v3_256xh100": "recipes.deepseek_v3_256xh100:deepseek_v3_256xh100",
+        "deepseek_v3_lora_64xh100": "recipes.deepseek_v3_256xh100:deepseek_v3_lora_64xh100",
         "kimi_k2_1t_512xh100": "recipes.kimi_k2_1t_512xh100:kimi_k2_1t_512xh100",
+        "kimi_k2_lora_64xh100": "recipes.kimi_k2_1t_512xh100:kimi_k2_lora_64xh100",
         "moonlight_16b_a3b_16xh100": "recipes.moonlight_16b_a3b_16xh100:moonlight_16b_a3b_16xh100",
         "qwen2_5_7b_dapo_8xh100": "recipes.qwen2_5_7b_dapo_8xh100:qwen2_5_7b_dapo_8xh100",
         "qwen3_0_6b_gsm8k_1xh100": "recipes.qwen3_0_6b_gsm8k_1xh100:qwen3_0_6b_gsm8k_1xh100",
@@ -27,7 +29,9 @@ RECIPES = Registry(
             "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_dapo_tau005_32xh100"
         ),
         "qwen3_30b_a3b_fp8_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_fp8_32xh100",
+        "qwen3_30b_a3b_lora_8xh100": "recipes.qwen3_30b_a3b_lora_8xh100:qwen3_30b_a3b_lora_8xh100",
         "smollm2_135m_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_cpu",
+        "smollm2_135m_lora_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_lora_cpu",
         "tiny_moe_cpu": "recipes.tiny_moe_cpu:tiny_moe_cpu",
         "tiny_moe_overlap_cpu": "recipes.tiny_moe_overlap_cpu:tiny_moe_overlap_cpu",
     },

@@ -1,9 +1,9 @@
-"""DeepSeek-V3: 671 billion parameters on 32 nodes."""
+"""DeepSeek-V3, 671 billion parameters: all of them trained on 32 nodes, or adapters on 8."""
 
 from __future__ import annotations
 
 from megatron_pmd.config import RunConfig
-from recipes.deepseek import on_dapo
+from recipes.deepseek import adapters_on_dapo, on_dapo
 
 
 def deepseek_v3_256xh100() -> RunConfig:
@@ -19,3 +19,8 @@ def deepseek_v3_256xh100() -> RunConfig:
         layers_first=7,
         layers_last=6,
     )
+
+
+def deepseek_v3_lora_64xh100() -> RunConfig:
+    """Adapters of DeepSeek-V3-Base on DAPO-Math-17k: 8 nodes of 8 H100, two engines."""
+    return adapters_on_dapo("deepseek_v3_lora_64xh100", model="models/DeepSeek-V3-Base")

@@ -19,6 +19,7 @@ from megatron_pmd.config import (
     Rollout,
     RunConfig,
     Sync,
+    override,
 )
 from megatron_pmd.objectives.pmd import Pmd
 
@@ -61,6 +62,21 @@ def smollm2_135m_cpu() -> RunConfig:
         evaluation=Evaluation(prompts=64, samples_per_prompt=2),
         checkpoint=Checkpoint(every=6),
     )
+
+
+def smollm2_135m_lora_cpu() -> RunConfig:
+    """The same with adapters alone trained, and micro-batches of a quarter: the actor needs half the memory.
+
+    With a scale of alpha / rank = 2, at this rate a step goes about as far as one of all weights at 3e-5.
+    """
+    settings = [
+        "name=smollm2_135m_lora_cpu",
+        "actor.lora.rank=32",
+        "actor.lora.alpha=64",
+        "optimizer.learning_rate=5e-5",
+        "batch.max_tokens_per_microbatch=256",
+    ]
+    return override(smollm2_135m_cpu(), settings)
 
 
 def make_model(folder: Path) -> None:

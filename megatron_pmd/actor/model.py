@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
-from megatron_pmd.actor import lora, muon, settings
+from megatron_pmd.actor import families, lora, muon, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
 from megatron_pmd.errors import ConfigError, ModelError
-from megatron_pmd.hugging_face import TensorFiles
+from megatron_pmd.fp8 import BLOCK, SCALE_SUFFIX, is_scale
+from megatron_pmd.hugging_face import StoredTensor, TensorFiles
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2")
 YARN_ROPE = {
     "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
 }  # fmt: skip
@@ -47,8 +51,10 @@ def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
 def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     """AutoBridge of a folder with a config.json: enough to map weights; to run the model see load_bridge.
 
-    Raises ModelError for a family that the bridge does not know, naming those it does.
+    Raises ModelError for a family that the bridge does not know, naming those it does, and for one that
+    families.py refuses.
     """
+    families.know_kimi()
     if torch.cuda.is_available():
         importlib.import_module("megatron.bridge")
     else:
@@ -64,8 +70,9 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"{path}: Megatron-Bridge cannot map this model: {error}\nIt knows {known}"
         ) from None
+    families.check_family(path, bridge)
     config = bridge.hf_pretrained.config
-    if config.model_type == "deepseek_v3" and not hasattr(config, "scoring_func"):
+    if config.model_type in DEEPSEEK_V3 and not hasattr(config, "scoring_func"):
         # transformers' DeepseekV3 scores by sigmoid always, and does not write it; the bridge assumes softmax
         config.scoring_func = "sigmoid"
     return bridge
@@ -82,12 +89,12 @@ def check_rope(path: Path, config: Any) -> None:
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
-    yarn = config.model_type == "deepseek_v3" and kind == "yarn" and rope.keys() >= YARN_ROPE
+    yarn = config.model_type in (*DEEPSEEK_V3, "deepseek_v2") and kind == "yarn" and rope.keys() >= YARN_ROPE
     if "rope_theta" not in rope or not (kind == "default" or llama3 or yarn):
         raise ModelError(
             f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
             f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, and for the "
-            f"DeepSeek-V3 family `yarn` with {', '.join(sorted(YARN_ROPE))}"
+            f"DeepSeek families `yarn` with {', '.join(sorted(YARN_ROPE))}"
         )
 
 
@@ -99,11 +106,12 @@ def check_files(path: Path) -> None:
 
 
 def tensors_in(path: Path) -> dict[str, list[int]]:
-    """Name and shape of every tensor in a Hugging Face folder, from the files' headers.
+    """Name and shape of every tensor in a Hugging Face folder, by the files' headers; no scales of FP8.
 
     Raises ModelError for a truncated file, or one that the index names and the folder lacks.
     """
-    return {name: tensor.shape for name, tensor in TensorFiles(path).tensors.items()}
+    files = TensorFiles(path).tensors
+    return {name: tensor.shape for name, tensor in files.items() if not is_scale(name, files)}
 
 
 def provider_for(bridge: Any, config: RunConfig) -> Any:
@@ -116,6 +124,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
+    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config.model_type, config.layout)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:
@@ -123,7 +132,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     if not torch.cuda.is_available():
         from megatron_pmd.actor.cpu.modules import block_spec
 
-        provider.transformer_layer_spec = block_spec
+        provider.transformer_layer_spec = partial(block_spec, of_family=provider.transformer_layer_spec)
     provider.finalize()
     provider.finalize_model_grads_func = finalize_model_grads
     return provider
@@ -136,6 +145,8 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
     missing or has the wrong shape.
     """
     provider = provider_for(bridge, config)
+    # Gemma's asks it which stage it is
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     virtual = config.layout.virtual_pipeline
     chunks = [
         provider.provide(
@@ -190,16 +201,31 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     missing = sorted(needed - files.keys())
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    quantized = [name for name, tensor in files.items() if tensor.dtype == "F8_E4M3"]
-    if quantized:
-        raise ModelError(
-            f"{path}: {quantized[0]} is FP8, which no actor trains from. Write a bf16 folder, and set "
-            f"model.path to it: megatron-pmd convert hf-to-megatron {path} --out CHECKPOINT, then "
-            "megatron-pmd convert megatron-to-hf CHECKPOINT --dtype bf16 --out FOLDER"
-        )
+    check_fp8(path, files, bridge.hf_pretrained.config)
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
-    check_shapes(path, {name: tensor.shape for name, tensor in files.items()}, trust=trust)
+    check_shapes(path, tensors_in(path), trust=trust)
     bridge.load_hf_weights(chunks)
+
+
+def check_fp8(path: Path, files: dict[str, StoredTensor], config: Any) -> None:
+    """Raises ModelError for FP8 that Megatron-Bridge does not turn into bf16 as it reads the folder."""
+    quantized = [name for name, tensor in files.items() if tensor.dtype == "F8_E4M3"]
+    if not quantized:
+        return
+    without = [name for name in quantized if name + SCALE_SUFFIX not in files]
+    size = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    if without or size != [BLOCK, BLOCK]:
+        raise ModelError(
+            f"{path}: {(without or quantized)[0]} is FP8, with weight_block_size={size} in config.json; "
+            f"FP8 is read in blocks of {BLOCK} x {BLOCK}, each with its scale in a tensor *{SCALE_SUFFIX}"
+        )
+    if config.model_type not in families.READ_FROM_FP8:
+        raise ModelError(
+            f"{path}: {quantized[0]} is FP8, from which {', '.join(sorted(families.READ_FROM_FP8))} are "
+            f"trained directly. Write a bf16 folder, and set model.path to it: megatron-pmd convert "
+            f"hf-to-megatron {path} --out CHECKPOINT, then megatron-pmd convert megatron-to-hf CHECKPOINT "
+            "--dtype bf16 --out FOLDER"
+        )
 
 
 def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = False) -> None:
@@ -209,10 +235,11 @@ def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = Fal
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config, trust_remote_code=trust).state_dict()
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     experts = {
-        "gate_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
-        "up_proj": [getattr(config, "moe_intermediate_size", 0), config.hidden_size],
-        "down_proj": [config.hidden_size, getattr(config, "moe_intermediate_size", 0)],
+        "gate_proj": [width, config.hidden_size],
+        "up_proj": [width, config.hidden_size],
+        "down_proj": [config.hidden_size, width],
     }
     for name, shape in present.items():
         if name in expected:

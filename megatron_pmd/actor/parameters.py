@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_pmd.actor.cpu.modules import block_spec
 from megatron_pmd.actor.model import load_bridge, open_bridge
@@ -188,11 +190,12 @@ def build_whole(bridge: Any, *, dtype: torch.dtype, on_meta: bool = False) -> An
         should_pad_vocab=False,
         moe_router_dtype="fp32",
         # its parameters have the names of Transformer Engine's spec, and it builds on any machine
-        transformer_layer_spec=block_spec,
+        transformer_layer_spec=partial(block_spec, of_family=provider.transformer_layer_spec),
     )
     for name, value in settings.items():
         setattr(provider, name, value)
     provider.finalize()
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     return provider.provide(pre_process=True, post_process=True)
 
 

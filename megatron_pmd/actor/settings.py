@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_pmd.actor import muon
 from megatron_pmd.config import Actor, Experts, RunConfig
@@ -27,6 +28,8 @@ CPU_FIELDS = dict(
     moe_permute_fusion=False,
     moe_router_fusion=False,
     moe_shared_expert_overlap=False,
+    # of TE's kernels; a family that names one would write it into the environment of this process
+    attention_backend=AttnBackend.auto,
     # freeing a stage's output while gloo still sends it gives nondeterministic gradients
     deallocate_pipeline_outputs=False,
 )
@@ -109,6 +112,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # an auxiliary loss depends on how samples are packed; it is turned on through actor.megatron
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        moe_z_loss_coeff=None,
         mtp_num_layers=None,  # layers that predict further tokens are no part of the policy
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),

@@ -12,6 +12,7 @@ from megatron_pmd.actor.parameters import model_of
 from megatron_pmd.convert import precision
 from megatron_pmd.convert.sharded import ShardedReader
 from megatron_pmd.errors import CheckpointError
+from megatron_pmd.fp8 import is_scale
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 
 
@@ -26,7 +27,7 @@ class Side(Protocol):
 class _Folder:
     def __init__(self, folder: Path) -> None:
         self._files = TensorFiles(folder)
-        self.names = [name for name in self._files.tensors if not precision.is_scale(name, self._files)]
+        self.names = [name for name in self._files.tensors if not is_scale(name, self._files.tensors)]
 
     def get(self, name: str) -> torch.Tensor:
         return precision.plain(name, self._files)

@@ -46,11 +46,6 @@ def stored_bytes(name: str, elements: int, held: torch.dtype, asked: Precision |
     return elements * dtype_of(name, held, asked).itemsize
 
 
-def is_scale(name: str, files: TensorFiles) -> bool:
-    """Whether a tensor is the scales of another one of the folder."""
-    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in files.tensors
-
-
 def plain_dtype(name: str, files: TensorFiles) -> torch.dtype:
     """The dtype that `plain` gives.
 

@@ -26,6 +26,7 @@ from megatron_pmd.convert.side_files import copy_side_files
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.fp8 import is_scale
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 
 
@@ -96,7 +97,7 @@ def _checked(source: Path) -> tuple[TensorFiles, Model, dict[str, str]]:
     files, model = TensorFiles(source), model_of(source)
     left_out = unused(files, model)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    check_shapes(source, {name: s for name, s in shapes.items() if not precision.is_scale(name, files)})
+    check_shapes(source, {name: s for name, s in shapes.items() if not is_scale(name, files.tensors)})
     return files, model, left_out
 
 
@@ -154,7 +155,7 @@ def unused(files: TensorFiles, model: Model) -> dict[str, str]:
     ignored = [*(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
     reasons = {}
     for name in sorted(files.tensors.keys() - model.by_tensor().keys()):
-        if precision.is_scale(name, files):
+        if is_scale(name, files.tensors):
             continue  # read together with its values
         if model.tied and name == "lm_head.weight":
             if bytes_of(files.get(name)) != bytes_of(files.get("model.embed_tokens.weight")):

@@ -20,6 +20,7 @@ from megatron_pmd.engine.installed_options import check_options, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
 from megatron_pmd.errors import ConfigError, MissingPackage
+from megatron_pmd.files import read_object
 from megatron_pmd.fp8 import names_in, quantization_config
 
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
@@ -139,6 +140,11 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
     if spec.rollout.fp8:
         options["json_model_override_args"] = json.dumps({"quantization_config": _fp8_config(spec)})
+    elif not spec.load_model_weights and "quantization_config" in (
+        read_object(Path(spec.model.path) / "config.json") or {}
+    ):
+        # the folder is FP8, and the actor sends bf16
+        options["json_model_override_args"] = json.dumps({"quantization_config": None})
     options |= _cpu_options(spec) if spec.cpu else _gpu_options(spec)
     return options | spec.rollout.sglang
 

@@ -42,7 +42,7 @@ class Reference:
     steps: list[Step]
 
 
-def compute(model_folder: Path) -> Reference:
+def compute(model_folder: Path, steps: list[list[int]] = STEPS) -> Reference:
     # two threads on tensors this small wait for each other: minutes on a busy machine
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
@@ -66,10 +66,10 @@ def compute(model_folder: Path) -> Reference:
         for s in samples
     ]
     optimizer = AdamW(model)
-    steps = [_step(model, optimizer, samples, anchors, indices) for indices in STEPS]
+    taken = [_step(model, optimizer, samples, anchors, indices) for indices in steps]
     prompts = [torch.full((len(s.prompt_tokens),), torch.nan) for s in samples]
     anchor = torch.cat([part for pair in zip(prompts, anchors, strict=True) for part in pair])
-    return Reference(samples, entropy_sum, anchor, steps)
+    return Reference(samples, entropy_sum, anchor, taken)
 
 
 def log_softmax(model: Any, sample: Sample) -> torch.Tensor:
@@ -95,12 +95,18 @@ def _step(
 
     Σ and |y| are over the tokens that count.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     model.zero_grad()
     loss, entropy = loss_of(model, samples, anchors, indices)
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = optimizer.step()
-    return Step(float(loss.detach()), norm, as_in_files(gradient), as_in_files(model.state_dict()), entropy)
+    before, after = (
+        {name: tensor.clone() for name, tensor in revert_weight_conversion(model, tensors).items()}
+        for tensors in (gradient, model.state_dict())
+    )
+    return Step(float(loss.detach()), norm, before, after, entropy)
 
 
 def loss_of(

@@ -57,6 +57,18 @@ LLAMA3 = dict(
     original_max_position_embeddings=4096,
 )  # fmt: skip
 
+IN_BLOCKS = (
+    edit_config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    edit_weights(
+        lambda t: t.update(
+            {
+                **{k: t[k].to(torch.float8_e4m3fn) for k in t if "q_proj" in k},
+                **{f"{k}_scale_inv": torch.ones(1, 1) for k in t if "q_proj" in k},
+            }
+        )
+    ),
+)
+
 # name: (family, what is done to its folder, the error, what the message must contain)
 FOLDERS: dict[str, tuple[str, Change, str, list[str]]] = {
     "no configuration": ("qwen3", lambda f: (f / "config.json").unlink(), "ModelError", ["no config.json"]),
@@ -114,9 +126,15 @@ FOLDERS: dict[str, tuple[str, Change, str, list[str]]] = {
         edit_weights(lambda t: t.update({k: t[k].to(torch.float8_e4m3fn) for k in t if "q_proj" in k})),
         "ModelError",
         [
-            "q_proj.weight is FP8, which no actor trains from",
-            "convert megatron-to-hf CHECKPOINT --dtype bf16",
+            "q_proj.weight is FP8, with weight_block_size=None in config.json",
+            "read in blocks of 128 x 128",
         ],
+    ),
+    "a family's FP8 that is not read": (
+        "qwen3",
+        lambda folder: [change(folder) for change in IN_BLOCKS],
+        "ModelError",
+        ["is FP8, from which deepseek_v3, kimi_k2 are", "convert megatron-to-hf CHECKPOINT --dtype bf16"],
     ),
     "an index naming a file that is not there": (
         "qwen3",

@@ -78,10 +78,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def write_model(folder: Path, family: str, **changes: Any) -> None:
     """A model with random weights; norms and biases are random too, so that a lost one shows."""
+    name, settings = FAMILIES[family]
+    write(folder, name, {**settings, **changes})
+
+
+def write(folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """As write_model; name: what transformers calls the family's classes."""
     import transformers
 
-    name, settings = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings, **changes})
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings})
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).float()
     with torch.no_grad():

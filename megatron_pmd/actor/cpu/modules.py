@@ -24,7 +24,10 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 
 from megatron_pmd.actor.packing import Row
 
@@ -41,12 +44,12 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps, self.offset = eps, float(config.layernorm_zero_centered_gamma)
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype) - self.offset)
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight + self.offset, self.eps)
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -76,10 +79,20 @@ class PackedAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.window: int | None = None
+        """Tokens before its own that a query sees; None: all."""
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0]
         self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 
     def forward(
@@ -105,7 +118,10 @@ class PackedAttention(MegatronModule):
             return padded.index_put((sequence, place), x.to(dtype)).transpose(1, 2)
 
         asked, place, width = sequence, position, longest
+        keys = torch.arange(longest)
         mask: dict[str, Any] = {"is_causal": True}
+        if self.window is not None:
+            mask = {"attn_mask": self._sees(keys, keys)}
         if self.context.size() > 1:
             row = Row(size=self.context.size())
             held = [
@@ -116,9 +132,9 @@ class PackedAttention(MegatronModule):
             own = held[self.context.rank()]
             asked, width = sequence[own], longest // row.size
             place = torch.arange(len(own)) - bounds[asked] // row.size
-            # a place without a query sees every key: a row of nothing but masked keys would give NaN
-            seen = torch.full((len(lengths), width), longest).index_put((asked, place), position[own])
-            mask = {"attn_mask": (seen[:, :, None] >= torch.arange(longest))[:, None]}
+            # a place without a query is taken for the last: a row of nothing but masked keys would give NaN
+            last = torch.full((len(lengths), width), longest - 1)
+            mask = {"attn_mask": self._sees(last.index_put((asked, place), position[own]), keys)[:, None]}
         output = F.scaled_dot_product_attention(
             batched(query, asked, place, width),
             batched(key, sequence, position, longest),
@@ -128,6 +144,11 @@ class PackedAttention(MegatronModule):
             **mask,
         )
         return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
+
+    def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Whether a query sees a key. queries [..., queries] and keys [keys]: their positions."""
+        before = queries[..., None] - keys
+        return (before >= 0) if self.window is None else (before >= 0) & (before <= self.window)
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -141,12 +162,13 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.in_features, self.out_features = input_size, self.output_size_per_partition
-        self.eps = config.layernorm_epsilon
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.eps, self.offset = config.layernorm_epsilon, float(config.layernorm_zero_centered_gamma)
+        norm = torch.ones(input_size, dtype=config.params_dtype) - self.offset
+        self.layer_norm_weight = torch.nn.Parameter(norm)
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = F.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps)
+        normed = F.rms_norm(x, (x.size(-1),), self.layer_norm_weight + self.offset, self.eps)
         output, bias = super().forward(normed, *args, **kwargs)
         return ((output, normed) if self.return_layernorm_output else output), bias
 
@@ -249,8 +271,11 @@ class TERowParallelGroupedLinear(_GroupedLinear):
     parallel_dimension = 1
 
 
-def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
-    """megatron-core's local layer spec with the modules above where Transformer Engine's would stand."""
+def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
+    """megatron-core's local layer spec with the modules above where Transformer Engine's would stand.
+
+    of_family: the function that makes the layers of Megatron-Bridge's family, with Transformer Engine.
+    """
     latent = config.multi_latent_attention
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if is_moe else None,
@@ -273,6 +298,7 @@ def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
         layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        _whole_norms(spec, of_family)
     if is_moe:
         layer.pre_mlp_layernorm = RMSNorm
         layer.mlp.keywords["submodules"].experts = partial(
@@ -287,8 +313,31 @@ def layer_spec(config: Any, is_moe: bool) -> ModuleSpec:
     return spec
 
 
-def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The specs of this pipeline stage's layers; handles models whose layers are not all MoE."""
+def _whole_norms(spec: ModuleSpec, of_family: Any) -> None:
+    """What Megatron-Bridge gives the two families that normalise the queries of all heads at once."""
+    # can be imported only once model.load_bridge has prepared for it
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import (
+        FullDimKNorm,
+        FullDimQNorm,
+        minimax_m2_layer_spec,
+    )
+    from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
+
+    attention = spec.submodules.self_attention
+    if of_family is olmoe_layer_spec:
+        attention.module = OLMoESelfAttention
+    elif of_family is minimax_m2_layer_spec:
+        attention.submodules.q_layernorm = FullDimQNorm
+        attention.submodules.k_layernorm = FullDimKNorm
+
+
+def block_spec(
+    config: Any, vp_stage: int | None = None, *, of_family: Any = None
+) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's layers; handles models whose layers are not all MoE.
+
+    of_family: see layer_spec.
+    """
     pattern = [False] * config.num_layers
     if config.num_moe_experts:
         frequency = config.moe_layer_freq
@@ -298,5 +347,5 @@ def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubm
         ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(config, is_moe) for is_moe in pattern[first : first + count]]
+    layers = [layer_spec(config, is_moe, of_family) for is_moe in pattern[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -1,0 +1,133 @@
+"""Tiny random models of the families that Megatron-Bridge maps: two layers, 64 wide."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.actor.reference import compute
+from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
+
+EXPERTS: dict[str, Any] = dict(head_dim=16, moe_intermediate_size=32, num_experts_per_tok=2)
+WINDOW: dict[str, Any] = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=40.0, beta_fast=32, beta_slow=1, mscale=0.707,
+    mscale_all_dim=0.707, original_max_position_embeddings=16,
+)  # fmt: skip
+
+Case = tuple[str, dict[str, Any], dict[str, int]]
+"""What transformers calls its classes, settings beside tiny_models.COMMON, the layout on two ranks."""
+MODELS: dict[str, Case] = {
+    "mistral": ("Mistral", dict(sliding_window=8), dict(tensor=2)),
+    "gemma": ("Gemma", dict(head_dim=16), dict(pipeline=2)),
+    "glm4_moe": (
+        "Glm4Moe",
+        dict(
+            EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
+            norm_topk_prob=True, routed_scaling_factor=2.5, use_qk_norm=True, attention_bias=True,
+        ),
+        dict(tensor=2, expert=2),
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        dict(LATENT, q_lora_rank=32, n_shared_experts=1),
+        dict(tensor=2, expert=2),
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        dict(
+            LATENT, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", norm_topk_prob=False,
+            routed_scaling_factor=1.0, rope_parameters=YARN,
+        ),
+        dict(tensor=2, expert=2),
+    ),
+    "olmoe": (
+        "Olmoe",
+        # the row of a token for padding starts as zero, and gets no gradient in transformers
+        dict(
+            num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, intermediate_size=32,
+            pad_token_id=None,
+        ),
+        dict(expert=2, data=2),
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        dict(
+            head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
+        ),
+        dict(expert=2, data=2),
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        dict(EXPERTS | WINDOW, num_experts=4, num_shared_experts=1),
+        dict(pipeline=2),
+    ),
+    "hy_v3": (
+        "HYV3",
+        dict(EXPERTS, num_experts=4, num_shared_experts=1, first_k_dense_replace=1),
+        dict(tensor=2, expert=2),
+    ),
+    "kimi_k2": (
+        "DeepseekV3",
+        # matrices larger than a block of FP8
+        dict(FAMILIES["deepseek"][1], n_group=1, intermediate_size=160, moe_intermediate_size=144),
+        dict(tensor=2, expert=2),
+    ),
+}  # fmt: skip
+"""By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
+
+
+def write_family(folder: Path, kind: str) -> None:
+    """The model, and what transformers computes with it."""
+    name, settings, _ = MODELS[kind]
+    write(folder, name, {**settings, "num_hidden_layers": 2})
+    torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
+    if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": kind, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
+    """The model of a folder with its matrices in FP8 blocks; what they stand for, in float64.
+
+    Each is rounded to the nearest of the numbers that e4m3 has, which are written out here.
+    """
+    codes = np.arange(127)  # 127 is NaN; those above are negative
+    exponent, mantissa = codes >> 3, codes & 7
+    numbers = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    shutil.copytree(source, folder)
+    held, meant = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in held if re.search(r"(_proj|_mqa)\.weight$", n)]:
+        weight = held[name].double().numpy()
+        scales = np.empty([-(-size // 128) for size in weight.shape], dtype=np.float32)
+        code, values = np.empty(weight.shape, dtype=np.uint8), np.empty_like(weight)
+        for i, j in np.ndindex(*scales.shape):
+            own = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            scales[i, j] = np.abs(weight[own]).max() / 448
+            nearest = np.abs(np.abs(weight[own] / scales[i, j])[..., None] - numbers).argmin(-1)
+            code[own] = nearest + 128 * (weight[own] < 0)
+            values[own] = np.sign(weight[own]) * numbers[nearest] * np.float64(scales[i, j])
+        held[name] = torch.from_numpy(code).view(torch.float8_e4m3fn)
+        held[name + "_scale_inv"], meant[name] = torch.from_numpy(scales), values
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+def write_refused(folder: Path, kind: str, architecture: str, **changes: Any) -> None:
+    """A folder with a configuration alone."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[kind](**changes)
+    config.architectures = [architecture]
+    config.save_pretrained(folder)

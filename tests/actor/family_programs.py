@@ -1,0 +1,57 @@
+"""What tests/actor/test_families.py runs on actor ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_pmd.actor.actor import Actor
+from megatron_pmd.actor.model import load_bridge, open_bridge, provider_for
+from megatron_pmd.actor.parallel import holds_logits
+from megatron_pmd.errors import PmdError
+from tests.actor.actor_programs import Trial, start
+from tests.actor.tiny_models import STEPS, config_for
+
+
+def families(cases: dict[str, tuple[Path, dict[str, int]]]) -> dict[str, Any]:
+    """Log-probs, the loaded tensors exported again, loss and whole gradient of one step; by case."""
+    return {name: family(path, layout) for name, (path, layout) in cases.items()}
+
+
+def family(path: Path, layout: dict[str, int]) -> dict[str, Any]:
+    trial = Trial(config_for(path, layout))
+    microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
+    result: dict[str, Any] = {
+        "log_probs": trial.actor.log_probs(trial.batch, microbatches).log_probs,
+        "holds_logits": holds_logits(),
+        "exported": trial.weights(),
+    }
+    with trial.gradient_before_clipping(result):
+        result["step"] = trial.step(STEPS[0])
+    return result
+
+
+def refusals(
+    folders: dict[str, Path], layouts: dict[str, tuple[Path, dict[str, int]]], quantized: Path
+) -> dict[str, Any]:
+    """What opening each folder says, what building a model under each layout says, and the known classes;
+    and what the actor holds of the model in the folder `quantized`."""
+    from megatron.bridge import AutoBridge
+
+    said = {name: _said(lambda folder=folder: open_bridge(folder)) for name, folder in folders.items()}
+    for name, (path, layout) in layouts.items():
+        config = config_for(path, layout)
+        said[name] = _said(lambda path=path, config=config: provider_for(load_bridge(path), config))
+    config = config_for(quantized)
+    held = dict(Actor(config, start(config.layout)).export())
+    return {"said": said, "known": AutoBridge.list_supported_models(), "read from FP8": held}
+
+
+def _said(call: Any) -> tuple[str, str]:
+    try:
+        call()
+    except PmdError as error:
+        return type(error).__name__, str(error)
+    return "no error", ""

@@ -1,0 +1,106 @@
+"""Write docs/models.md from what tests/actor/test_families.py compares and what the actor refuses.
+
+python -m tools.write_model_table
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
+from tests.actor.conftest import LAYOUTS
+from tests.actor.family_models import MODELS
+from tests.actor.tiny_models import FAMILIES
+from tools.write_proof_table import proofs, table, words
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+OF_FOUR_LAYERS = {
+    "llama": ("llama", "llama3"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "qwen3_moe": ("qwen3moe",),
+    "deepseek_v3": ("moonlight", "deepseek"),
+}
+"""The families of tests/actor/test_logits.py and test_layouts.py, by model_type."""
+
+HEAD = """\
+# Model families
+
+Written by `make docs` from the lists of `tests/actor/test_families.py`; edit those.
+
+Whether a model can be trained follows from `model_type` in its config.json:
+
+```bash
+grep model_type models/Qwen3-30B-A3B-Base/config.json
+```
+
+## What works
+
+Of each of these a tiny random model is compared with transformers in float64. Log-probabilities are within
+1e-5. The whole gradient of each tensor is within 1e-5 of its norm. Every tensor comes back from the actor bit
+for bit. The third column has the layouts that are compared on two or more CPU processes. Other layouts of a
+family are not compared.
+"""
+REPLAYS = """\
+"Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
+only. "Engines not tried": SGLang has a class for the model, and no test has started it. "Whole loop": a test
+runs SGLang with such a model ([proofs](proofs.md)). **Nothing of this was run on a GPU.**
+
+These settings are refused, although the family works:
+
+- DeepSeek-V2 with `topk_method=group_limited_greedy` (the large V2): megatron-core chooses groups otherwise.
+- OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
+- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, and `yarn`
+  of DeepSeek and Kimi.
+
+Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
+trained.
+"""
+NOT = """\
+## What is refused
+
+Megatron-Bridge maps these too. The actor refuses them with a `ModelError`, `models of type … are refused`,
+and the reason. Some would load without an error and compute other logits.
+"""
+OTHERS = """\
+Multimodal models are refused too. A family of your own, which you register with Megatron-Bridge, is not
+refused: `CONTRIBUTING.md`, "A model family", says how.
+"""
+
+
+def compared(kind: str) -> str:
+    """The layouts on which a family is compared, in words."""
+    if kind in OF_FOUR_LAYERS:
+        own = OF_FOUR_LAYERS[kind]
+        assert set(own) <= FAMILIES.keys()
+        layouts = [layout for family, layout in LAYOUTS.values() if family in own]
+    else:
+        layouts = [MODELS[kind][2]]
+    return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
+
+
+def on_a_cpu(kind: str) -> str:
+    """How a model of the family can be trained there, as far as a test shows it."""
+    if kind in LATENT_ATTENTION:
+        return "replays"
+    (served,) = (proof.families for proof in proofs() if proof.title == "SGLang")
+    return "whole loop" if served & {*OF_FOUR_LAYERS.get(kind, ())} else "replays; engines not tried"
+
+
+def page() -> str:
+    """docs/models.md."""
+    works = [[f"`{kind}`", names, compared(kind), on_a_cpu(kind)] for kind, names in PROVEN.items()]
+    parts = [
+        HEAD,
+        table(["model_type", "models", "layouts compared, beside one process", "on a CPU"], works),
+        REPLAYS,
+        NOT,
+        table(["model_type", "why"], [[f"`{kind}`", reason] for kind, reason in REFUSED.items()]),
+        OTHERS,
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(PAGE)
