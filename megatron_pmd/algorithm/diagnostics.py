@@ -30,7 +30,6 @@ def diagnostics(
     group: ArrayLike,
     baseline: str,
     tau: ArrayLike,
-    stale: bool = False,
 ) -> dict[str, float]:
     """One optimizer step's diagnostics, over all its micro-batches and data-parallel ranks.
 
@@ -38,7 +37,6 @@ def diagnostics(
     advantage, reward [sequences] in reward units, in the same order
     group             [sequences] integer label of the sequence's prompt; every group whole
     baseline, tau     as given to baselines.advantages
-    stale             whether older policies π_b sampled: adds what says how far they are from π_t
 
     Returns (N sequences; "per token" divides the sum by the counted tokens of the step):
 
@@ -56,9 +54,6 @@ def diagnostics(
     mismatch/mean_abs, max_abs         |log π_t − log π_b| per token
     mismatch/sequence_sum_abs          |Σ (log π_t − log π_b)|, mean over sequences
     mismatch/effective_sample_size     (Σ w)² / (N Σ w²), between 0 and 1, of the loss's weights w
-    stale/effective_sample_size        the same of w = π_t/π_b
-    stale/chi2_weight                  ν, mean over groups: the weight of the implicit χ² penalty against π_b,
-    nats (stale_optimum.py); mean baselines alone
 
     Sequences without a counted token are left out of progress and r2: nothing can move them.
     Raises ValueError for arrays of different lengths or for none at all.
@@ -82,8 +77,6 @@ def diagnostics(
         "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
         "mismatch/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum()),
     }
-    if stale:
-        result |= _stale(values["mismatch_sum"], r, labels, baseline=baseline, tau=tau)
     for name, estimate in (("k1", -s), ("k2", values["kl_k2"]), ("k3", values["kl_k3"])):
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
         result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)
@@ -216,18 +209,26 @@ def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: 
     }
 
 
-def _stale(
-    log_weight: Floats, reward: Floats, group: NDArray[np.generic], *, baseline: str, tau: Floats
+def stale_diagnostics(
+    log_weight: ArrayLike, *, reward: ArrayLike, group: ArrayLike, baseline: str, tau: ArrayLike
 ) -> dict[str, float]:
-    """log_weight: log π_t − log π_b of each sequence. A group's samples stand for π_b, each 1/K of it.
+    """How far older policies π_b, which sampled, are from π_t; of one optimizer step, as diagnostics().
 
-    π_t is theirs by their weights, which add up to 1 (self-normalised).
+    log_weight        [sequences] Σ log π_t − log π_b over each sequence's counted tokens, nats
+    others            as in diagnostics()
+
+    stale/effective_sample_size  (Σ w)² / (N Σ w²) of w = π_t/π_b, between 0 and 1
+    stale/chi2_weight            ν, mean over groups: the weight of the implicit χ² penalty against π_b, nats
+    (stale_optimum.py); mean baselines alone
+
+    A group's samples stand for π_b, each 1/K of it. π_t is theirs by their weights, which add up to 1.
     """
+    log_weight, reward, group = np.asarray(log_weight), np.asarray(reward, np.float64), np.asarray(group)
+    tau = np.broadcast_to(np.asarray(tau, np.float64), reward.shape)
     weight = np.exp(log_weight - log_weight.max())
     values = {"stale/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum())}
     if not baseline.startswith("mean"):
         return values
-    tau = np.broadcast_to(tau, reward.shape)
     found = []
     for rows in rows_by_size(group):
         size = rows.shape[1]

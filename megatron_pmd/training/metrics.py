@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_pmd.actor.actor import AnchorReport, StepReport
 from megatron_pmd.actor.expert_load import imbalance
 from megatron_pmd.actor.noise_floor import FloorReport
-from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile
+from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile, stale_diagnostics
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import RunConfig
 from megatron_pmd.training.subproblem import Subproblem
@@ -111,15 +112,16 @@ def step_values(
         return values
     reporting = [r for r in reports if len(r.samples)]
     samples = np.concatenate([r.samples for r in reporting])
-    return values | diagnostics(
-        {
-            name: np.concatenate([r.per_sequence[name] for r in reporting])
-            for name in reporting[0].per_sequence
-        },
-        advantage=batch.samples.advantages[samples],
-        reward=batch.samples.rewards[samples],
-        group=batch.samples.groups[samples],
-        baseline=subproblem.config.algorithm.baseline,
-        tau=batch.samples.taus[samples],
-        stale=subproblem.config.rollout.staleness > 0,
-    )
+    per_sequence = {
+        name: np.concatenate([r.per_sequence[name] for r in reporting]) for name in reporting[0].per_sequence
+    }
+    of_samples: dict[str, Any] = {
+        "reward": batch.samples.rewards[samples],
+        "group": batch.samples.groups[samples],
+        "baseline": subproblem.config.algorithm.baseline,
+        "tau": batch.samples.taus[samples],
+    }
+    values |= diagnostics(per_sequence, advantage=batch.samples.advantages[samples], **of_samples)
+    if subproblem.config.rollout.staleness:
+        values |= stale_diagnostics(per_sequence["mismatch_sum"], **of_samples)
+    return values

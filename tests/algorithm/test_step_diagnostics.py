@@ -13,6 +13,7 @@ from megatron_pmd.algorithm.diagnostics import (
     histogram_quantile,
     magnitude_histogram,
     over_iteration,
+    stale_diagnostics,
     targets,
 )
 from megatron_pmd.algorithm.losses import LossInput
@@ -296,13 +297,9 @@ def test_groups_of_several_taus_are_measured_as_each_alone(baseline):
 
 
 def test_samples_of_the_anchor_itself_have_its_own_chi2_weight_and_all_count():
-    a = advantages(REWARDS, GROUPS, baseline="mean", tau=0.1)
-    result = diagnostics(
-        arrays(np.zeros(12)), advantage=a, reward=REWARDS, group=GROUPS, baseline="mean", tau=0.1, stale=True
-    )
+    result = stale_diagnostics(np.zeros(12), reward=REWARDS, group=GROUPS, baseline="mean", tau=0.1)
     assert result["stale/effective_sample_size"] == pytest.approx(1)
-    assert result["stale/chi2_weight"] == pytest.approx(result["pmd/chi2_weight"])
-    assert set(result) == KEYS | {"stale/effective_sample_size", "stale/chi2_weight"}
+    assert result["stale/chi2_weight"] == pytest.approx(measure(np.zeros(12))["pmd/chi2_weight"])
 
 
 @pytest.mark.parametrize(("tau", "nu"), [(0.1, 1.009), (1.0, 0.135)])
@@ -310,21 +307,12 @@ def test_older_samples_have_the_chi2_weight_of_the_closed_forms_table(tau, nu):
     """docs/algorithm.md: success 0.3 under π_t, 0.1 under the policy that sampled; here 1 sample in 10."""
     reward, group = np.array([1.0] + [0.0] * 9), np.zeros(10, int)
     weight = np.where(reward == 1, 0.3 / 0.1, 0.7 / 0.9)
-    a = advantages(reward, group, baseline="mean", tau=tau)
-    result = diagnostics(
-        arrays(np.zeros(10), mismatch_sum=np.log(weight)),
-        advantage=a, reward=reward, group=group, baseline="mean", tau=tau, stale=True,
-    )  # fmt: skip
+    result = stale_diagnostics(np.log(weight), reward=reward, group=group, baseline="mean", tau=tau)
     assert result["stale/chi2_weight"] == pytest.approx(nu, abs=1e-3)
-    assert result["stale/effective_sample_size"] == pytest.approx(
-        weight.sum() ** 2 / (10 * (weight**2).sum())
-    )
+    effective = weight.sum() ** 2 / (10 * (weight**2).sum())
+    assert result["stale/effective_sample_size"] == pytest.approx(effective)
 
 
 def test_a_partition_baseline_has_no_chi2_weight_towards_who_sampled():
-    a = advantages(REWARDS, GROUPS, baseline="partition", tau=0.1)
-    result = diagnostics(
-        arrays(np.zeros(12)),
-        advantage=a, reward=REWARDS, group=GROUPS, baseline="partition", tau=0.1, stale=True,
-    )  # fmt: skip
-    assert set(result) == KEYS | {"stale/effective_sample_size"}
+    result = stale_diagnostics(np.zeros(12), reward=REWARDS, group=GROUPS, baseline="partition", tau=0.1)
+    assert set(result) == {"stale/effective_sample_size"}
