@@ -48,7 +48,7 @@ class CodeReward(ThreadedReward):
         """DataError where reward.tests_key is no column of the problem's row."""
         try:
             cases = tests_of(problem, self.reward.tests_key)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Verdict(0.0, str(error))
         program = program_in(extract(response, self.reward.answer))
         if program is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import select
@@ -15,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import orjson
 
 from megatron_pmd.errors import ConfigError, MissingPackage, PmdError
 from megatron_pmd.rewards import sandboxed
@@ -60,14 +59,16 @@ class Sandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={},
+            bufsize=0,
             start_new_session=True,  # an interrupt from the terminal is not for it
         )
         try:
             self._receive(START_SECONDS)
         except SandboxDied as error:
-            self.close()
+            self._process.kill()
             assert self._process.stderr is not None, "it is a pipe"
             said = self._process.stderr.read().decode(errors="replace").strip()
+            self.close()
             raise ConfigError(
                 f"reward.name=code: no sandbox can be made on {socket.gethostname()}: "
                 f"{said[-500:] or error}; "
@@ -86,19 +87,21 @@ class Sandbox:
         """End it, with whatever runs in it. Harmless when repeated."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
 
     def run(self, request: dict[str, Any], seconds: float, output_bytes: int) -> Outcome:
         """Run a program: `request` has its `mode`, `program`, and what sandboxed.py wants for the mode.
 
         output_bytes: a program that writes more is ended. SandboxDied if no answer comes.
         """
-        message = orjson.dumps(
-            request | {"seconds": seconds, "memory_bytes": self._memory_bytes, "output_bytes": output_bytes}
-        )
+        limits = {"seconds": seconds, "memory_bytes": self._memory_bytes, "output_bytes": output_bytes}
+        # orjson refuses what tests may have: integers of 20 digits, halves of surrogate pairs
+        message = json.dumps(request | limits).encode()
         assert self._process.stdin is not None, "it is a pipe"
         try:
-            self._process.stdin.write(sandboxed.LENGTH.pack(len(message)) + message)
-            self._process.stdin.flush()
+            sandboxed.write_all(self._process.stdin.fileno(), sandboxed.LENGTH.pack(len(message)) + message)
         except OSError as error:
             raise SandboxDied(f"the sandbox is gone: {error}") from None
         answer = self._receive(seconds + GRACE_SECONDS)
@@ -112,10 +115,12 @@ class Sandbox:
     def _read(self, count: int, deadline: float) -> bytes:
         assert self._process.stdout is not None, "it is a pipe"
         descriptor = self._process.stdout.fileno()
+        watch = select.poll()  # select takes no descriptor over 1,023, and a driver has thousands
+        watch.register(descriptor, select.POLLIN)
         parts = bytearray()
         while len(parts) < count:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            if left <= 0 or not watch.poll(left * 1000):
                 raise SandboxDied("the sandbox does not answer")
             part = os.read(descriptor, count - len(parts))
             if not part:

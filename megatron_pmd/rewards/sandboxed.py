@@ -220,7 +220,7 @@ def _answer(request: dict[str, Any]) -> bytes:
     reading, writing = os.pipe()
     try:
         # seekable, and nobody has to write while the program reads
-        _write(given, request.get("input", "").encode(errors="surrogatepass"))
+        write_all(given, request.get("input", "").encode(errors="surrogatepass"))
         os.lseek(given, 0, os.SEEK_SET)
         deadline = time.monotonic() + request["seconds"]
         pid = os.fork()
@@ -281,7 +281,7 @@ def _read(descriptor: int, count: int) -> bytes:
     return bytes(parts)
 
 
-def _write(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -301,11 +301,11 @@ def main() -> None:
     del _prelude["__builtins__"]
     gc.collect()
     gc.freeze()  # a fork's collector would else touch, and so copy, every page
-    _write(1, LENGTH.pack(0))
+    write_all(1, LENGTH.pack(0))
     while True:
         request = json.loads(_read(0, *LENGTH.unpack(_read(0, LENGTH.size))))
         answer = _answer(request)
-        _write(1, LENGTH.pack(len(answer)) + answer)
+        write_all(1, LENGTH.pack(len(answer)) + answer)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ class ServiceReward(ThreadedReward):
         raise NotImplementedError
 
     def verdict(self, answer: Any) -> Verdict:
-        """What an answer of status 200 says, as JSON has it; whatever is not there raises LookupError,
-        TypeError or ValueError."""
+        """What an answer of status 200 says, as JSON has it; whatever is not there or of another
+        type raises LookupError, TypeError, AttributeError or ValueError."""
         raise NotImplementedError
 
     def judge(self, response: str, problem: Problem, truncated: bool) -> Verdict:
@@ -100,7 +100,7 @@ class ServiceReward(ThreadedReward):
             )
         try:
             return self.verdict(reply.json())
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Verdict(0.0, f"the {self.what} gave no reward: {reply.text[:200]}")
 
     def _reply(self, content: str, problem: Problem) -> httpx.Response:

@@ -115,6 +115,16 @@ def test_a_result_that_is_only_claimed_is_worth_nothing(rewards, response):
     assert graded(rewards, response, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == Verdict(0.0)
 
 
+def test_values_that_json_writers_and_readers_refuse_are_compared_or_worth_nothing(rewards):
+    large = {"fn_name": "add", "inputs": [[10**30, 1], ["\ud800", "é"]], "outputs": [10**30 + 1, "\ud800é"]}
+    assert graded(rewards, ADD, large) == Verdict(1.0)
+    nested = "import os\nos.write(3, b'[' * 60_000)\nos._exit(0)"
+    assert graded(rewards, nested, large) == Verdict(0.0)
+    assert graded(rewards, "def add(a, b): return {1, 2}", large) == Verdict(0.0)
+    deep = graded(rewards, ADD, "[" * 100_000)
+    assert deep.reward == 0.0 and deep.error
+
+
 def test_a_response_has_its_time_for_all_tests_together():
     slow = "import time; time.sleep(0.4); print(1)"
     with CodeReward(Reward(name="code", workers=1, timeout_seconds=2)) as rewards:

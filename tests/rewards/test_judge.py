@@ -91,6 +91,7 @@ def test_a_pattern_and_a_highest_score_of_ones_own():
         (says("Score: 11"), "the judge gave 11, which is not from 0 to 10"),
         (says("Score: -1"), "the judge gave -1"),
         ((200, {"choices": []}), "the judge gave no reward"),
+        ((200, {"choices": [{"message": {"content": [1]}}]}), "the judge gave no reward"),
         ((200, b"<html>"), "the judge gave no reward: <html>"),
         ((400, b"too long"), "the judge answered HTTP 400: too long"),
     ],
