@@ -13,12 +13,10 @@ from megatron_pmd.planner.planning import Plan, make_plan
 
 @dataclass(frozen=True)
 class Split:
-    """The devices of a plan, shared out between engines and a trainer of fewer data-parallel replicas."""
+    """Engines with devices of their own, and a trainer on the others."""
 
-    engines: int
-    engine_devices: int
     trainer: Plan
-    """Of the trainer's devices alone."""
+    """Of a recipe with rollout.placement=separate: its layout is the trainer's."""
     sampling_seconds: float
     """In which the engines decode one rollout."""
     training_seconds: float
@@ -27,51 +25,69 @@ class Split:
     """Both sides stand still."""
 
     @property
+    def engines(self) -> int:
+        return self.trainer.config.engines
+
+    @property
+    def engine_devices(self) -> int:
+        return self.engines * self.trainer.config.devices_per_engine
+
+    @property
     def iteration_seconds(self) -> float:
         """Of an overlapped run without a checkpoint."""
         return max(self.sampling_seconds, self.training_seconds) + self.sync_seconds
 
+    @property
+    def settings(self) -> list[str]:
+        """That make the recipe so, as one would type them."""
+        config = self.trainer.config
+        return [
+            "rollout.placement=separate",
+            f"rollout.ranks_per_engine={config.ranks_per_engine}",
+            f"layout.data={config.layout.data}",
+        ]
+
 
 def split_of(plan: Plan) -> Split | None:
-    """The recipe's own with rollout.placement=separate, whose layout is the trainer's; else the balanced."""
-    if plan.config.rollout.placement == "separate":
-        return _split(plan, plan.config.engines, plan)
-    return balanced_split(plan)
+    """The recipe's own with rollout.placement=separate; else the balanced one."""
+    return _split(plan, plan) if plan.config.rollout.placement == "separate" else balanced_split(plan)
 
 
 def balanced_split(plan: Plan) -> Split | None:
-    """The split whose slower side takes least time; None if the devices cannot be split.
+    """The split of a plan's devices whose slower side takes least time; None if they cannot be split.
 
-    Each side has whole nodes where there are several. The trainer keeps its tensor, pipeline and context
-    sizes, and what it holds in an update and in a save fits its devices.
+    Every node has both: so many ranks and the engine that belongs to them, once or several times
+    (launch/script.py). The trainer keeps its tensor, pipeline and context sizes, and what it holds in an
+    update and in a save fits its devices.
     """
     return min(_splits(plan), key=lambda split: split.iteration_seconds, default=None)
 
 
 def _splits(plan: Plan) -> Iterator[Split]:
-    config, layout, per_engine = plan.config, plan.config.layout, plan.config.devices_per_engine
-    unit = plan.machines.devices_per_node if plan.nodes > 1 else 1
-    for replicas in range(1, layout.data):
-        ranks = replicas * (layout.ranks // layout.data)
-        engines, rest = divmod(layout.ranks - ranks, per_engine)
-        if ranks % unit or rest:
+    layout, per_engine = plan.config.layout, plan.config.devices_per_engine
+    together = min(plan.machines.devices_per_node, layout.ranks)
+    replica = layout.ranks // layout.data
+    for ranks_each in range(1, together - per_engine + 1):
+        ranks, rest = divmod(layout.ranks * ranks_each, ranks_each + per_engine)
+        if rest or together % (ranks_each + per_engine) or ranks % replica:
             continue
+        settings = [
+            "rollout.placement=separate", "rollout.partial=null", f"rollout.ranks_per_engine={ranks_each}",
+            f"layout.data={ranks // replica}",
+        ]  # fmt: skip
         try:
-            fewer = override(config, [f"layout.data={replicas}"])
-            trainer = make_plan(fewer, plan.machines, plan.assumptions)
+            trainer = make_plan(override(plan.config, settings), plan.machines, plan.assumptions)
         except ConfigError:
             continue
         if not trainer.trainer_problems:
-            yield _split(plan, engines, trainer)
+            yield _split(plan, trainer)
 
 
-def _split(plan: Plan, engines: int, trainer: Plan) -> Split:
-    config, shape, assume = plan.config, plan.shape, plan.assumptions
+def _split(plan: Plan, trainer: Plan) -> Split:
+    shape, assume, engines = plan.shape, plan.assumptions, trainer.config.engines
     return Split(
-        engines,
-        engines * config.devices_per_engine,
         trainer,
-        rollout_seconds(shape, config, plan.machines, plan.cache, engines, assume),
+        rollout_seconds(shape, trainer.config, plan.machines, plan.cache, engines, assume),
         trainer.cost.seconds["anchor"] + trainer.cost.seconds["update"],
-        transfer_seconds(shape, config, assume),
+        transfer_seconds(shape, trainer.config, assume),
     )

@@ -137,10 +137,12 @@ def _apart(plan: Plan) -> Table:
     engines = f"{split.engines} of {plan.config.devices_per_engine} {device}"
     table.add_row(f"engines: {engines}, which sample a rollout in", f"{split.sampling_seconds:,.1f} s")
     layout = split.trainer.config.layout
-    trainer = f"{layout.ranks} {device}, layout.data={layout.data}"
+    trainer = f"{layout.ranks} {device}"
     table.add_row(f"trainer: {trainer}, anchor and update in", f"{split.training_seconds:,.1f} s")
     table.add_row("sync, in which both stand still", f"{split.sync_seconds:,.1f} s")
     table.add_row("[bold]one iteration, overlapped", f"{split.iteration_seconds:,.1f} s")
+    if not separate:
+        table.add_row("settings", " ".join(split.settings))
     return table
 
 

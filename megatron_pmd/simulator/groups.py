@@ -129,11 +129,18 @@ class Groups:
         ]
 
     def restore(self, records: Sequence[Record]) -> None:
-        """Have the groups of a checkpoint in the place of these."""
+        """Have the groups of a checkpoint in the place of these.
+
+        Of overlapped runs it has what is finished; the rest is sampled again.
+        """
+        keeps_all = self._rules.staleness is None
         self._groups = []
         for prompt_tokens, responses in records:
             group = Group(prompt_tokens)
-            group.responses = [Response(group, tokens, done, tokens, v) for tokens, done, v in responses]
+            group.responses = [
+                Response(group, tokens, done if keeps_all or done >= tokens else 0.0, tokens, version)
+                for tokens, done, version in responses
+            ]
             group.unfinished = sum(not response.finished for response in group.responses)
             self._groups.append(group)
         self.complete = sum(not group.unfinished for group in self._groups)

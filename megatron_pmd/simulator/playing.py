@@ -227,18 +227,17 @@ class _Run:
         self.engines.stop(self.now)
         self.engines.working_seconds = saved.times.engines_working
         self.engines.slot_seconds = saved.times.slots_in_use
+        self._groups.restore(saved.groups)
+        lost_tokens = before.kept_tokens - self._groups.kept_tokens
+        lost_tokens += before.trained_tokens - then.trained_tokens
+        lost_tokens += before.dropped_tokens - then.dropped_tokens
         self._accounts = replace(
             then,
             started=before.started,
             lost=then.lost + before.started - then.started,
-            lost_tokens=before.lost_tokens
-            + sum(
-                getattr(before, name) - getattr(then, name)
-                for name in ("trained_tokens", "kept_tokens", "dropped_tokens")
-            ),
+            lost_tokens=before.lost_tokens + lost_tokens,
         )
         self.completed, self.staleness = saved.completed, saved.staleness.copy()
-        self._groups.restore(saved.groups)
         lost = self._times.lost + self.now - saved.now
         restart = self._scenario.failures.restart_seconds
         self.now += restart

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from io import StringIO
+from pathlib import PurePosixPath
 
 import pytest
 from rich.console import Console
 
 from megatron_pmd.config import override
 from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.launch.script import job_for
 from megatron_pmd.planner.planning import Plan, make_plan
 from megatron_pmd.planner.split import Split, balanced_split
+from megatron_pmd.planner.split import split_of as split_of_recipe
 from megatron_pmd.planner.table import show
 from recipes import recipe
 
@@ -36,21 +39,26 @@ def test_each_side_takes_as_much_longer_as_it_has_fewer_devices() -> None:
     assert split.sync_seconds == pytest.approx(2 * plan.shape.total / plan.assumptions.sync_bytes_per_second)
 
 
-@pytest.mark.parametrize("replicas", [8, 16, 24])
-def test_no_other_split_in_whole_nodes_has_a_shorter_iteration(replicas: int) -> None:
-    """Both sides' times follow from those of the whole: c / share."""
-    plan = plan_of("qwen3_30b_a3b_dapo_32xh100", f"layout.data={replicas}")
-    seconds, nodes = plan.cost.seconds, plan.nodes
-    slower_sides = [
-        max(
-            seconds["rollout"] * nodes / engines,
-            (seconds["anchor"] + seconds["update"]) * nodes / (nodes - engines),
-        )
-        for engines in range(1, nodes)
-    ]
+def test_no_other_split_has_a_shorter_iteration() -> None:
+    """Of a node of 8 GPUs, two for each engine: 2 or 6 ranks and their engine fill it."""
+    plan = plan_of("qwen2_5_7b_dapo_8xh100")
+    training = plan.cost.seconds["anchor"] + plan.cost.seconds["update"]
+    assert (plan.config.layout.tensor, plan.config.devices_per_engine) == (2, 2)
+    sides = {
+        ranks: max(plan.cost.seconds["rollout"] * 8 / (8 - ranks), training * 8 / ranks) for ranks in (4, 6)
+    }
     split = split_of(plan)
-    assert split.engine_devices % 8 == 0
-    assert max(split.sampling_seconds, split.training_seconds) == pytest.approx(min(slower_sides), rel=0.01)
+    assert split.trainer.config.layout.ranks == min(sides, key=lambda ranks: sides[ranks])
+    assert max(split.sampling_seconds, split.training_seconds) == pytest.approx(min(sides.values()), rel=0.01)
+
+
+def test_the_settings_of_a_split_make_a_recipe_that_has_it_and_that_launches() -> None:
+    plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
+    split = split_of(plan)
+    own = split_of_recipe(plan_of("qwen3_30b_a3b_dapo_32xh100", *split.settings))
+    assert own == split
+    job = job_for(split.trainer.config, load_cluster("h100"), PurePosixPath("/shared/x"))
+    assert (job.nodes, job.ranks_per_node, job.gpus_per_node) == (4, 4, 8)
 
 
 def test_a_trainer_that_does_not_fit_its_devices_is_no_split() -> None:
@@ -67,4 +75,5 @@ def test_a_plan_names_the_split() -> None:
     plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
     show(plan, Console(file=text, width=120))
     assert "engines: 4 of 4 H100" in text.getvalue()
-    assert "trainer: 16 H100, layout.data=4" in text.getvalue()
+    assert "trainer: 16 H100" in text.getvalue()
+    assert "rollout.placement=separate rollout.ranks_per_engine=4 layout.data=4" in text.getvalue()

@@ -1,6 +1,7 @@
 """Simulated runs beside real ones: the loop, the trainer and the router of a run, with engines that sleep.
 
-    python -m tools.bench.simulator [--iterations 8] [--repetitions 2]      # about 15 minutes
+    python -m tools.bench.simulator                    # all, about 15 minutes
+    python -m tools.bench.simulator --only driver      # rollouts alone, without a trainer: 3 minutes
 
 The engine is a stub (tools/bench/stub_engine.py) in the place of a server that others started
 (rollout.servers). The simulator is told the engine's speed and slots, the lengths that the run sampled, and
@@ -31,9 +32,10 @@ from megatron_pmd.config import PartialRollouts
 from megatron_pmd.files import read_records
 from megatron_pmd.rollout_file import read_lengths
 from megatron_pmd.simulator.accounts import Played
-from megatron_pmd.simulator.lengths import recorded
+from megatron_pmd.simulator.lengths import LogNormal, recorded
 from megatron_pmd.simulator.playing import play
 from megatron_pmd.simulator.scenario import EngineFleet, Rules, Scenario, TrainerTimes
+from tools.bench import rollout
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +166,26 @@ def simulated(real: Measured, rules: Rules, rollouts: Path) -> Played:
     return play(scenario, recorded(rollouts), SIMULATED, seed=0, warm_up=WARM_UP)
 
 
+def driver(partial: PartialRollouts | None) -> dict[str, Any]:
+    """The rollouts of tools/bench/rollout.py, one after another without a trainer; per second samples."""
+    tail = rollout.TAIL
+    real = rollout.consecutive(partial)
+    rules = Rules(rollout.TAIL_GROUPS, rollout.TAIL_GROUP_SIZE, 1, partial)
+    fleet = EngineFleet(1, 1, (1 / tail["tokens_per_second"],) * int(tail["slots"]))
+    lengths = LogNormal(tail["median_tokens"], tail["sigma"], 1 << 20, 2)
+    played = play(Scenario(fleet, TrainerTimes(1, 0.0), rules), lengths, SIMULATED // 10, 0, rollout.WARM_UP)
+    return {
+        "run": f"driver, {'partial' if partial else 'complete'}",
+        "samples per second, real": real["samples_per_second"],
+        "samples per second, simulated": played.samples_per_second,
+        "difference": played.samples_per_second / real["samples_per_second"] - 1,
+        "slots in use, real": real["slots_busy"],
+        "slots in use, simulated": played.slots_used,
+        "age, real": real["mean_age_iterations"],
+        "age, simulated": played.mean_staleness,
+    }
+
+
 async def _serve(settings: dict[str, Any]) -> None:
     # the router first speaks HTTP/2 to an engine that it does not know
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
@@ -172,15 +194,15 @@ async def _serve(settings: dict[str, Any]) -> None:
 
 
 def _compared(name: str, real: Measured, played: Played) -> dict[str, Any]:
-    rollout = played.times.waiting / (SIMULATED - WARM_UP)
+    sampling = played.times.waiting / (SIMULATED - WARM_UP)
     return {
         "run": name,
         "rollout, real": real.rollout,
-        "rollout, simulated": rollout,
+        "rollout, simulated": sampling,
         "iteration, real": real.iteration,
         "iteration, simulated": played.rollout_seconds,
         "difference": played.rollout_seconds / real.iteration - 1,
-        "difference of rollouts": rollout / real.rollout - 1,
+        "difference of rollouts": sampling / real.rollout - 1,
         "iterations": [round(seconds, 2) for seconds in real.iterations],
     }
 
@@ -188,7 +210,7 @@ def _compared(name: str, real: Measured, played: Played) -> dict[str, Any]:
 def main(
     iterations: Annotated[int, typer.Option(min=WARM_UP + 2)] = 8,
     repetitions: Annotated[int, typer.Option(min=1)] = 2,
-    only: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(KINDS)}; all")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"of driver, {', '.join(KINDS)}; all")] = None,
     serve: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make the runs, play them, and print both, a line of JSON a run."""
@@ -196,11 +218,21 @@ def main(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(ENGINE))
         return
+    if not only or "driver" in only:
+        extra = PartialRollouts(extra_groups=rollout.EXTRA_GROUPS, max_staleness=100)
+        for partial in (None, extra):
+            load = {"load": os.getloadavg()[0], "cores": os.cpu_count()}
+            print(json.dumps(driver(partial) | load), flush=True)
+    runs_of_the_loop(iterations, repetitions, [kind for kind in only or KINDS if kind in KINDS])
+
+
+def runs_of_the_loop(iterations: int, repetitions: int, kinds: list[str]) -> None:
+    """Whole runs, with router and trainer; a line of JSON each."""
     command = [sys.executable, "-m", "tools.bench.simulator", "--serve"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for turn in range(repetitions):
-            for kind in only or KINDS:
+            for kind in kinds:
                 rules, more = KINDS[kind]
                 load = os.getloadavg()[0]
                 pipe = subprocess.PIPE
