@@ -2,6 +2,8 @@
 
     python -m tools.bench.simulator                    # all, about 15 minutes
     python -m tools.bench.simulator --only driver      # rollouts alone, without a trainer: 3 minutes
+    python -m tools.bench.simulator --only colocated --only overlapped --tokens-per-second 50
+                                                       # sampling about as slow as training
 
 The engine is a stub (tools/bench/stub_engine.py) in the place of a server that others started
 (rollout.servers). The simulator is told the engine's speed and slots, the lengths that the run sampled, and
@@ -211,9 +213,11 @@ def main(
     iterations: Annotated[int, typer.Option(min=WARM_UP + 2)] = 8,
     repetitions: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[list[str] | None, typer.Option(help=f"of driver, {', '.join(KINDS)}; all")] = None,
+    tokens_per_second: Annotated[float, typer.Option(help="of one response")] = ENGINE["tokens_per_second"],
     serve: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make the runs, play them, and print both, a line of JSON a run."""
+    ENGINE["tokens_per_second"] = tokens_per_second
     if serve:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(ENGINE))
@@ -228,7 +232,8 @@ def main(
 
 def runs_of_the_loop(iterations: int, repetitions: int, kinds: list[str]) -> None:
     """Whole runs, with router and trainer; a line of JSON each."""
-    command = [sys.executable, "-m", "tools.bench.simulator", "--serve"]
+    speed = f"--tokens-per-second={ENGINE['tokens_per_second']}"
+    command = [sys.executable, "-m", "tools.bench.simulator", "--serve", speed]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for turn in range(repetitions):
