@@ -29,7 +29,7 @@ OVERLAP = [
     "rollout.placement=separate",
     "rollout.staleness=1",
     # slower than training: an update always meets running responses
-    "rollout.max_running_requests=4",
+    "rollout.max_running_requests=1",
     "batch.max_response_tokens=40",
     "checkpoint.hf_export=false",
 ]
