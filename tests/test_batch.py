@@ -52,7 +52,7 @@ def test_mixed_versions_are_refused_unless_declared_and_named():
         StaleWeights, match=r"version 7 has tokens sampled under \[5\]; without rollout\.part"
     ):
         batch.refuse_undeclared_versions(0)
-    with pytest.raises(StaleWeights, match=r"under \[5\].*max_staleness=1 declares 6 the oldest"):
+    with pytest.raises(StaleWeights, match=r"under \[5\].*staleness=1 declares 6 the oldest"):
         batch.refuse_undeclared_versions(1)
     batch.refuse_undeclared_versions(2)
     newer = RolloutBatch.pack([sample(3)], 1.0, weight_version=6)

@@ -12,6 +12,7 @@ import torch
 from megatron_pmd.device import DeviceMemory, Part, SharedDevice, describe_left_overs
 from megatron_pmd.training import phases
 from megatron_pmd.training.state import Iteration
+from recipes import recipe
 
 PARTS: tuple[Part, ...] = ("parameters", "optimizer", "weights", "kv_cache")
 TOGETHER = [
@@ -78,6 +79,7 @@ def test_left_overs_are_measured_between_the_engines_and_the_actor_and_told_once
         actor=SimpleNamespace(wake=lambda: held.update(actor=50 * GB)),
         control=SimpleNamespace(gather=lambda value: [value]),
         log=SimpleNamespace(say=told.append),
+        config=recipe("tiny_moe_cpu"),
         begun=begun,
     )
     iteration = Iteration(4, left_over=[])

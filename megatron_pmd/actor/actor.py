@@ -23,7 +23,7 @@ from megatron_pmd.actor.router_losses import RouterLosses
 from megatron_pmd.actor.routing_replay import RoutingReplay
 from megatron_pmd.algorithm.diagnostics import magnitude_histogram
 from megatron_pmd.algorithm.losses import Loss, LossInput, LossTerms, next_token
-from megatron_pmd.batch import NOT_SAMPLED, RolloutBatch
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice, on_device
 from megatron_pmd.distributed import Control
@@ -38,7 +38,7 @@ class AnchorReport:
     sum_absolute, max_absolute   over |log π_t − log π_b| of those of this rank's response tokens that the
                  engines sampled under the batch's weight version; tokens counts them
     histogram    of the same differences, see diagnostics.magnitude_histogram
-    entropy_sum  of all tokens of these responses that engines sampled, nats; sampled counts them
+    entropy_sum  of all tokens of these responses that count in the loss, nats; counted counts them
     """
 
     log_probs: torch.Tensor
@@ -47,7 +47,7 @@ class AnchorReport:
     histogram: np.ndarray
     entropy_sum: float
     tokens: int
-    sampled: int
+    counted: int
     expert_tokens: ExpertTokens = field(default_factory=dict)
 
     @classmethod
@@ -194,8 +194,8 @@ class Actor:
         """One forward pass over the micro-batches: log π of each response token under the current weights."""
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
-        versions = torch.from_numpy(batch.tokens.versions)
-        sampled, current = versions != NOT_SAMPLED, versions == batch.weight_version
+        counted = torch.from_numpy(batch.tokens.counted)
+        current = torch.from_numpy(batch.tokens.versions == batch.weight_version)
         parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:
@@ -205,7 +205,7 @@ class Actor:
             self._run(batch, microbatches, keep, forward_only=True)
         for source, log_probs, entropy in parts:
             result[source] = log_probs.cpu()
-            entropy_sum.add_(entropy.cpu()[sampled[source]].sum())
+            entropy_sum.add_(entropy.cpu()[counted[source]].sum())
         computed = ~result.isnan() if holds_logits() else torch.zeros_like(result, dtype=torch.bool)
         compared = computed & current
         difference = (result - torch.from_numpy(batch.tokens.engine_log_probs))[compared].abs().double()
@@ -216,7 +216,7 @@ class Actor:
             histogram=magnitude_histogram(difference.numpy()),
             entropy_sum=float(entropy_sum) if holds_logits() else 0.0,
             tokens=len(difference),
-            sampled=int((computed & sampled).sum()),
+            counted=int((computed & counted).sum()),
             expert_tokens=expert_tokens,
         )
 

@@ -48,9 +48,9 @@ def anchor_values(reports: Sequence[AnchorReport]) -> dict[str, float]:
 
     Nothing of it where no token was sampled under the actor's weights: all were sampled ahead.
     """
-    tokens, sampled = sum(r.tokens for r in reports), sum(r.sampled for r in reports)
+    tokens, counted = sum(r.tokens for r in reports), sum(r.counted for r in reports)
     values = {
-        "entropy": sum(r.entropy_sum for r in reports) / max(sampled, 1),
+        "entropy": sum(r.entropy_sum for r in reports) / max(counted, 1),
         **imbalance([r.expert_tokens for r in reports]),
     }
     if tokens:

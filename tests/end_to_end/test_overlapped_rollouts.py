@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 
 import psutil
 import pytest
 
-from megatron_pmd.config import override
+from megatron_pmd.config import build, override
 from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.data.tokenizer import load_tokenizer
 from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.training.sampler_process import TITLE
-from recipes import recipe
 from tests.end_to_end.command_line import (
     DEADLINE_SECONDS,
-    RECIPE,
-    SMALL,
     CommandLine,
     descendants,
     wait_until,
@@ -29,9 +27,10 @@ OVERLAP = [
     "rollout.placement=separate",
     "rollout.staleness=1",
     # slower than training: an update always meets running responses
-    "rollout.max_running_requests=1",
-    "batch.max_response_tokens=40",
+    "rollout.max_running_requests=4",
+    "batch.max_response_tokens=160",
     "checkpoint.hf_export=false",
+    "data.evaluation=null",
 ]
 
 
@@ -50,8 +49,8 @@ def test_rollouts_go_on_through_updates_a_killed_sampler_and_a_resume(command_li
     command_line.run("overlap", *OVERLAP, "iterations=5")
     lines = [m for m in command_line.lines("overlap", "metrics.jsonl") if m["kind"] == "iteration"]
     assert [m["iteration"] for m in lines] == [0, 1, 2, 3, 4]
-    model = f"model.path={command_line.folder / recipe(RECIPE).model.path}"
-    config = override(recipe(RECIPE), [*SMALL, *OVERLAP, model])
+    given = json.loads((command_line.path("overlap") / "config.json").read_text())
+    config = override(build(given), [f"model.path={command_line.folder / given['model']['path']}"])
     order = ProblemSets.load(config, load_tokenizer(config.model), print).train
     mixed = 0
     for t, line in enumerate(lines):

@@ -100,12 +100,14 @@ def test_no_rollout_is_begun_before_its_weights_allow_it_and_all_are_taken_in_or
 
 
 def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled_what() -> None:
-    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=800)
+    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=200)
 
     async def body() -> None:
         producing = production(configured(1), prompts())
         producing.publish(0, WIDTH, endpoint(url))
-        await asyncio.sleep(0.2)
+        while engine.running < 2 * PROMPTS * SAMPLES:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
         producing.publish(1, WIDTH, endpoint(url))  # the sampler knows of new weights before the engines
         await update(engine, url, 1)
         first = await producing.take(0)
@@ -113,7 +115,7 @@ def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled
             whole = [engine.token(sample.seed, i) for i in range(engine.length(sample.seed))]
             assert sample.response_tokens.tolist() == whole
             assert [segment.weight_version for segment in sample.segments] == [0, 1]
-            assert sample.segments[0].tokens > 50 and sample.weight_version == 1
+            assert sample.segments[0].tokens > 20 and sample.weight_version == 1
         values = staleness_values(first.samples(Numbers()), 1)
         assert values["staleness/max"] == 1 and values["staleness/mixed_responses"] == 1.0
         assert values["staleness/mean"] == pytest.approx(values["staleness/share_1"])
@@ -195,8 +197,9 @@ def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_on
         groups = read_carried_over(tmp_path, order.problem)
         ahead = Ahead(1, saved[0], groups)
         producing = Production(configured(2), order, ahead, Numbers(), Grading(lambda *_: 1.0))
+        while engine.running:  # what the other process asked for
+            await asyncio.sleep(0.01)
         producing.publish(1, WIDTH, endpoint(url))
-        engine.weight_version = "1"
         decoded = engine.decoded_tokens
         carried = sum(member.length for group in groups for member in group.members)
         for t in (1, 2, 3):

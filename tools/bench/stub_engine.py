@@ -76,6 +76,11 @@ class StubEngine:
         self._paused, self._goes_on = asyncio.Event(), asyncio.Event()
         self._goes_on.set()
 
+    @property
+    def running(self) -> int:
+        """Requests that it works on, or that wait for a slot."""
+        return len(self._running)
+
     def length(self, seed: int) -> int:
         """Tokens of the whole response to this seed, its stop token included."""
         return response_length(seed, self.median_tokens, self.sigma)
