@@ -46,6 +46,7 @@ ENDS_WITH = {
     "rollout/sampler.py: self._may_end.wait()": "the rollout, whose requests have deadlines",
     "rollout_file.py: begun.result()": WORK_OF_ITS_OWN,
     "rollout_file.py: self.wait()": WORK_OF_ITS_OWN,
+    "training/production.py: before.wait()": "the rollout before, which sets it however it ends",
     "training/sampler_process.py: self._closed.wait()": "the driver, whose end of the pipe closes with it",
     "training/sampler_process.py: self._pipe.recv()": "the same; the driver calls it when something is there",
     "training/sampler_process.py: self._process.join()": KILLED,

@@ -9,6 +9,7 @@ Short responses do not come before long ones: a rollout is taken when all its gr
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,9 @@ class Production:
         self._taken_next = self._next = ahead.first
         """Iterations whose rollouts are taken, and begun, next."""
         self._interrupted = False
+        self._opened = asyncio.Event()
+        """Set when the last of the begun rollouts has sent its requests."""
+        self._opened.set()
 
     def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
         """The engines have these weights: begin what they allow. What was lost with engines, or with the
@@ -85,11 +89,23 @@ class Production:
             self._next += 1
 
     def _draw(self, iteration: int, rollout: RolloutGroups) -> None:
-        self._begun[iteration] = rollout, asyncio.create_task(self._drawn(rollout))
+        before, self._opened = self._opened, asyncio.Event()
+        drawing = self._drawn_behind(before, rollout, self._opened)
+        self._begun[iteration] = rollout, asyncio.create_task(drawing)
 
-    async def _drawn(self, rollout: RolloutGroups) -> None:
+    async def _drawn_behind(
+        self, before: asyncio.Event, rollout: RolloutGroups, opened: asyncio.Event
+    ) -> None:
+        """Engines take requests as they come: those of an older rollout are to be first."""
+        await before.wait()
+        try:
+            await self._drawn(rollout, opened.set)
+        finally:
+            opened.set()
+
+    async def _drawn(self, rollout: RolloutGroups, on_open: Callable[[], None] = lambda: None) -> None:
         assert self._sampler is not None, "weights are published"
-        await self._sampler.draw(rollout, newest_version=lambda: self._version)
+        await self._sampler.draw(rollout, newest_version=lambda: self._version, on_open=on_open)
 
     async def take(self, iteration: int) -> RolloutGroups:
         """The rollout of an iteration, once it is complete, or as it is after interrupt().
