@@ -89,16 +89,14 @@ class Sampler:
         rollout: RolloutGroups,
         on_sample: Callable[[], None] = lambda: None,
         newest_version: Callable[[], int] | None = None,
-        on_open: Callable[[], None] = lambda: None,
     ) -> None:
         """As run(), in a loop that may draw others beside it; an interruption then has to be that of all.
 
         newest_version: the weights that engines have been given by now; None: the rollout's all the time.
-        on_open: called when all its first requests are on their way.
         """
         newest_version = newest_version or (lambda: rollout.settings.weight_version)
         budget = rollout.rules.partial.max_new_tokens if rollout.rules.partial else None
-        await _Draw(self, rollout, on_sample, newest_version, budget).run(on_open)
+        await _Draw(self, rollout, on_sample, newest_version, budget).run()
         # all that is unfinished has used up its budget, and no optimizer step is full
         while not rollout.may_end and not self.interrupted():
             await _Draw(self, rollout, on_sample, newest_version, None).run()
@@ -132,13 +130,12 @@ class _Draw:
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def run(self, on_open: Callable[[], None] = lambda: None) -> None:
+    async def run(self) -> None:
         async with GenerateClient(self._sampler.endpoint) as self._client:
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())
                     await self._open_all()
-                    on_open()
             except* PmdError as failures:
                 raise failures.exceptions[0] from None
 

@@ -62,9 +62,9 @@ class Production:
         self._taken_next = self._next = ahead.first
         """Iterations whose rollouts are taken, and begun, next."""
         self._interrupted = False
-        self._opened = asyncio.Event()
-        """Set when the last of the begun rollouts has sent its requests."""
-        self._opened.set()
+        self._answered = asyncio.Event()
+        """Set when the engines have answered a request of the rollout that was begun last."""
+        self._answered.set()
 
     def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
         """The engines have these weights: begin what they allow. What was lost with engines, or with the
@@ -89,23 +89,24 @@ class Production:
             self._next += 1
 
     def _draw(self, iteration: int, rollout: RolloutGroups) -> None:
-        before, self._opened = self._opened, asyncio.Event()
-        drawing = self._drawn_behind(before, rollout, self._opened)
+        before, self._answered = self._answered, asyncio.Event()
+        drawing = self._drawn_behind(before, rollout, self._answered)
         self._begun[iteration] = rollout, asyncio.create_task(drawing)
 
     async def _drawn_behind(
-        self, before: asyncio.Event, rollout: RolloutGroups, opened: asyncio.Event
+        self, before: asyncio.Event, rollout: RolloutGroups, answered: asyncio.Event
     ) -> None:
-        """Engines take requests as they come: those of an older rollout are to be first."""
+        """Engines take requests as they come, and the router may let some overtake others that are sent in
+        the same moment: those of a rollout wait until an older one's have arrived."""
         await before.wait()
         try:
-            await self._drawn(rollout, opened.set)
+            await self._drawn(rollout, answered.set)
         finally:
-            opened.set()
+            answered.set()
 
-    async def _drawn(self, rollout: RolloutGroups, on_open: Callable[[], None] = lambda: None) -> None:
+    async def _drawn(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
         assert self._sampler is not None, "weights are published"
-        await self._sampler.draw(rollout, newest_version=lambda: self._version, on_open=on_open)
+        await self._sampler.draw(rollout, on_sample, lambda: self._version)
 
     async def take(self, iteration: int) -> RolloutGroups:
         """The rollout of an iteration, once it is complete, or as it is after interrupt().
