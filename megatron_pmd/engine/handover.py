@@ -70,9 +70,6 @@ class Pauses(Handover):
     again under the new weights: each token is of one policy.
     """
 
-    def __init__(self, fleet: Fleet, clock: SubphaseClock) -> None:
-        super().__init__(fleet, clock)
-
     def before_restart(self) -> None:
         """An engine finds its own device as at its first start."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from abc import abstractmethod
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,14 +57,14 @@ class ServiceReward(ThreadedReward):
         self._verdicts: dict[bytes, Future[Verdict]] = {}
         self._door = threading.Lock()
 
+    @abstractmethod
     def body(self, response: str, problem: Problem, truncated: bool) -> dict[str, Any]:
         """What is posted, as JSON."""
-        raise NotImplementedError
 
+    @abstractmethod
     def verdict(self, answer: Any) -> Verdict:
         """What an answer of status 200 says, as JSON has it; whatever is not there or of another
         type raises LookupError, TypeError, AttributeError or ValueError."""
-        raise NotImplementedError
 
     def judge(self, response: str, problem: Problem, truncated: bool) -> Verdict:
         # a data file's columns may hold what JSON has no word for, a date say

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.pool import Verdict
 
 
-class ThreadedReward:
+class ThreadedReward(ABC):
     """The interface of RewardPool over threads that wait. A reward of this kind says how to `judge`."""
 
     def __init__(self, reward: Reward, threads: int) -> None:
@@ -39,9 +40,10 @@ class ThreadedReward:
         """Grade (response, problem) pairs; the verdicts come in the same order."""
         return [future.result() for future in [self.submit(*item) for item in items]]
 
+    @abstractmethod
     def judge(self, response: str, problem: Problem, truncated: bool) -> Verdict:
         """Grade one sample, in one of the threads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what the threads used; they have ended."""

@@ -12,9 +12,9 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from megatron_pmd.rollout.generate_client import Endpoint
 
 if TYPE_CHECKING:
     from megatron_pmd.data.prompts import PromptOrder
-    from megatron_pmd.engine.keys import Keys
     from megatron_pmd.rollout.groups import RolloutGroups
     from megatron_pmd.training.production import Ahead, Production
 
@@ -52,8 +51,6 @@ class Setup:
     config: RunConfig
     prompts: PromptOrder
     ahead: Ahead
-    keys: Keys
-    """Of the engines."""
 
 
 class SamplerProcess:
@@ -78,9 +75,9 @@ class SamplerProcess:
             self._answer(READY, START_SECONDS)
             self._ready = True
 
-    def publish(self, version: int, routing_width: int, router_url: str, engine_urls: Sequence[str]) -> None:
+    def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
         """See Production.publish."""
-        self._call("publish", version, routing_width, router_url, engine_urls, seconds=START_SECONDS)
+        self._call("publish", version, routing_width, endpoint, seconds=START_SECONDS)
 
     def take(self, iteration: int, seconds: float) -> tuple[RolloutGroups, Ahead]:
         """See Production.take; with what stands behind it then, without responses."""
@@ -154,14 +151,14 @@ def _main(pipe: Connection, parent: int, setup: Setup) -> None:
         production = Production(config, setup.prompts, setup.ahead, tokenizer, grader)
         pipe.send((None, None))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Service(pipe, production, setup).serve())
+            runner.run(_Service(pipe, production, config.rollout.staleness).serve())
 
 
 class _Service:
     """The process's end of the pipe."""
 
-    def __init__(self, pipe: Connection, production: Production, setup: Setup) -> None:
-        self._pipe, self._production, self._setup = pipe, production, setup
+    def __init__(self, pipe: Connection, production: Production, staleness: int) -> None:
+        self._pipe, self._production, self._staleness = pipe, production, staleness
         self._closed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -202,27 +199,10 @@ class _Service:
             )
         self._pipe.send((result, failure))
 
-    async def _publish(
-        self, version: int, routing_width: int, router_url: str, engine_urls: Sequence[str]
-    ) -> None:
-        from megatron_pmd.engine.router import reaches
-
-        sampling, keys = self._setup.config.rollout, self._setup.keys
-        self._production.publish(
-            version,
-            routing_width,
-            Endpoint(
-                router_url=router_url,
-                engine_urls=engine_urls,
-                headers=keys.headers,
-                abort_headers=keys.admin_headers,
-                request_timeout_seconds=sampling.request_timeout_seconds,
-                retries=sampling.retries,
-                any_engine_alive=lambda: reaches(router_url, engine_urls),
-                # as many rollouts are drawn at one time, and an evaluation
-                max_in_flight=max(1, connections_possible() // (sampling.staleness + 2)),
-            ),
-        )
+    async def _publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
+        # as many rollouts are drawn at one time, and an evaluation
+        at_once = max(1, connections_possible() // (self._staleness + 2))
+        self._production.publish(version, routing_width, replace(endpoint, max_in_flight=at_once))
 
     async def _take(self, iteration: int) -> tuple[RolloutGroups, Ahead]:
         rollout = await self._production.take(iteration)

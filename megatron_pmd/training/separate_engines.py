@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.handover import Handover, Pauses
+from megatron_pmd.engine.router import reaches
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.training.production import Ahead
@@ -93,7 +96,9 @@ class SeparateEngines(LiveEngines):
 
     def _publish(self, sampler: SamplerProcess) -> None:
         if self._published is not None:
-            sampler.publish(*self._published, self.router.url, self.fleet.urls)
+            alive = functools.partial(reaches, self.router.url, self.fleet.urls)  # a pipe takes no lambda
+            endpoint = dataclasses.replace(self._endpoint(), any_engine_alive=alive)
+            sampler.publish(*self._published, endpoint)
 
     def _asked(self, ask: Callable[[SamplerProcess], T]) -> T:
         """The sampler's answer; one that was killed is started again from what is known of it."""
@@ -111,7 +116,7 @@ class SeparateEngines(LiveEngines):
         if self._sampler is None:
             assert self._problems is not None, "only the driver has a sampler"
             assert self._ahead is not None, "and knows what is ahead"
-            setup = Setup(self._config, self._problems.train, self._ahead, self.fleet.keys)
+            setup = Setup(self._config, self._problems.train, self._ahead)
             self._sampler = SamplerProcess(setup, self._asked_meanwhile)
             self._sampler.wait_ready()
             self._publish(self._sampler)

@@ -11,8 +11,8 @@ import pytest
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.engine.keys import NO_KEYS
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.training.production import Ahead
 from megatron_pmd.training.sampler_process import SamplerLost, SamplerProcess, Setup
 from recipes import recipe
@@ -34,7 +34,7 @@ def setup(folder: Path, reward: str) -> Setup:
     config: RunConfig = override(recipe("tiny_moe_cpu"), settings)
     problems = [Problem(index=i, messages=(), answer=str(i), tokens=(4, 5)) for i in range(100)]
     order = PromptSource(problems, 0, "in_order")
-    return Setup(config, order, Ahead(0, order.state(), []), NO_KEYS)
+    return Setup(config, order, Ahead(0, order.state(), []))
 
 
 def test_a_reward_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_rollout_comes_whole_through_the_pipe_and_a_killed_process_is_told_fro
     process = SamplerProcess(given, meanwhile)
     with serving(WithinVocabulary(median_tokens=6)) as url:
         process.wait_ready()
-        process.publish(0, 0, url, [url])
+        process.publish(0, 0, Endpoint(url, [url], {}, 20.0, 1, bool))
         rollout, ahead = process.take(0, seconds=30)
         samples = rollout.samples(make_tokenizer())
         assert len(samples) == given.config.batch.samples_per_rollout
