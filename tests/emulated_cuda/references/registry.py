@@ -11,6 +11,8 @@ TRANSFORMER_ENGINE: dict[str, Function] = {}
 """Name in transformer_engine_torch -> what stands for it. It is called with the binding's own arguments."""
 TRITON: dict[str, Function] = {}
 """Name of a Triton kernel -> what stands for it. It is called with the grid, and the kernel's arguments."""
+KEPT: set[str] = set()
+"""Functions of transformer_engine_torch that answer a question without a device: they stay."""
 
 
 class NoReferenceError(NotImplementedError):
@@ -25,6 +27,11 @@ def reference(name: str) -> Callable[[Function], Function]:
 def triton_reference(name: str) -> Callable[[Function], Function]:
     """The decorated function stands for the Triton kernel NAME; its first argument is the grid."""
     return _into(TRITON, name)
+
+
+def kept(*names: str) -> None:
+    """`transformer_engine_torch.NAME` stays as it is, for each of the names."""
+    KEPT.update(names)
 
 
 def _into(table: dict[str, Function], name: str) -> Callable[[Function], Function]:
