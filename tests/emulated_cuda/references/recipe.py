@@ -1,0 +1,145 @@
+"""Scales from largest magnitudes, and the parts of a parameter that its owner quantises.
+
+Answers csrc/extensions/recipe.cpp, fp8_partial_cast.cpp and multi_tensor/compute_scale.cpp, and the kernels in
+transformer_engine/common/recipe and common/multi_tensor/compute_scale.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocate import BLOCK, MX_BLOCK
+from .float8 import LARGEST_FP32, e8m0, e8m0_reciprocal, encode, largest, magnitude, scale_from_amax
+from .quantise import tiles
+from .registry import reference
+
+
+@reference("compute_amax")
+def compute_amax(input: Tensor, amax: Tensor) -> None:
+    """The largest magnitude, in place of what amax [1] held."""
+    amax.copy_((magnitude(input) if input.numel() else input.new_zeros((), dtype=torch.float32)).reshape(amax.shape))
+
+
+@reference("fused_amax_and_scale_update_after_reduction")
+def fused_amax_and_scale_update_after_reduction(
+    amax_reduction_buffer: Tensor,
+    amax_histories: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    amax_compute_algo: str,
+    fp8_dtype: Any,
+    margin: float,
+) -> None:
+    """Delayed scaling, after a step: roll each history [length, tensors], and set the scales [tensors] from it.
+
+    Row 0 collects during a step. Rolled, it is the last row, the others move up, and row 0 is 0. A tensor without
+    a magnitude this time keeps its history. The scale is largest / amax / 2**margin, of the largest in the history
+    ("max") or of this step ("most_recent"); it stays where that is 0 or not finite (kernel_bulk of
+    delayed_scaling.cu).
+    """
+    if amax_compute_algo not in {"max", "most_recent"}:
+        raise RuntimeError(f"Unsupported amax compute algorithm ({amax_compute_algo})")
+    scaled_max = largest(fp8_dtype) * 2.0**-margin
+    start = 0
+    for history, scale in zip(amax_histories, scales, strict=True):
+        reduced = amax_reduction_buffer.reshape(-1)[start : start + history.shape[1]]
+        start += history.shape[1]
+        last = torch.where(reduced != 0, reduced, history[0])
+        rolled = torch.cat([torch.zeros_like(last)[None], history[2:], last[None]])[-history.shape[0] :]
+        if history.shape[0] == 1:
+            rolled = torch.zeros_like(history)
+        seen = torch.cat([history[1:], last[None]]).amax(0)
+        # Without a magnitude this time the kernel looks at no history either: "max" then gives 0.
+        amax = last if amax_compute_algo == "most_recent" else torch.where(last != 0, seen, 0.0)
+        history.copy_(torch.where(last != 0, rolled, history))
+        new = (scaled_max / amax).clamp(max=LARGEST_FP32)
+        scale.copy_(torch.where(amax.isfinite() & (amax > 0), new, scale))
+
+
+@reference("multi_tensor_compute_scale_and_scale_inv")
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: Sequence[Sequence[Tensor]],
+    max_fp8: float,
+    force_pow_2_scales: bool,
+    epsilon: float,
+) -> None:
+    """Lists of amax, scale and its inverse; the flag plays no part."""
+    for amax, scale, scale_inv in zip(*tensor_lists, strict=True):
+        scale.copy_(scale_from_amax(amax, max_fp8, power_of_two=force_pow_2_scales, epsilon=epsilon))
+        scale_inv.copy_(scale.reciprocal())
+
+
+@reference("multi_tensor_compute_scale_inv_e8m0")
+def multi_tensor_compute_scale_inv_e8m0(
+    chunk_size: int, dummy: None, tensor_lists: Sequence[Sequence[Tensor]]
+) -> None:
+    """Lists of amax in bf16, and E8M0 bytes for E4M3."""
+    for amax, scale_inv in zip(*tensor_lists, strict=True):
+        scale_inv.copy_(e8m0(amax.float() * (1 / largest(7))))
+
+
+def _whole(part: Tensor, rows: int, columns: int, start: int, filler: float) -> Tensor:
+    """fp32 [rows, columns] with the part at its place in the flattened matrix."""
+    matrix = torch.full((rows * columns,), filler, device=part.device)
+    matrix[start : start + part.numel()] = part.reshape(-1).float()
+    return matrix.reshape(rows, columns)
+
+
+def _spread(scales: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
+    return scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+
+
+@reference("fp8_block_scaling_compute_partial_amax")
+def fp8_block_scaling_compute_partial_amax(
+    tensor: Tensor, amax: Tensor, h: int, w: int, start_offset: int, block_len: int
+) -> None:
+    """Largest magnitude of each 128 x 128 block of a parameter [h, w], of which this rank owns a part."""
+    found = magnitude(tiles(_whole(tensor, h, w, start_offset, 0.0), BLOCK, BLOCK), (1, 3))
+    amax[: found.shape[0], : found.shape[1]] = found
+
+
+@reference("fp8_block_scaling_partial_cast")
+def fp8_block_scaling_partial_cast(
+    inp: Tensor, out: Tensor, scale: Tensor, h: int, w: int, start_offset: int, block_len: int, out_dtype: Any
+) -> None:
+    """The owned part's bytes, with the scale of each block.
+
+    The kernel also writes beside the part, in its rows of the block: what the gather after it overwrites.
+    """
+    factor = _spread(scale, h, w, BLOCK, BLOCK).reshape(-1)[start_offset : start_offset + inp.numel()]
+    out.reshape(-1).copy_(encode(inp.reshape(-1).float() * factor, out_dtype))
+
+
+@reference("mxfp8_scaling_compute_partial_amax")
+def mxfp8_scaling_compute_partial_amax(
+    input: Tensor, amax_rowwise: Tensor, amax_colwise: Tensor, rows: int, cols: int, start_offset: int
+) -> None:
+    """Largest magnitude of each 1 x 32 and each 32 x 1 block, in the type of the input."""
+    matrix = _whole(input, rows, cols, start_offset, 0.0)
+    for amax, block in ((amax_rowwise, (1, MX_BLOCK)), (amax_colwise, (MX_BLOCK, 1))):
+        found = magnitude(tiles(matrix, *block), (1, 3))
+        amax[: found.shape[0], : found.shape[1]] = found.to(amax.dtype)
+
+
+@reference("mxfp8_scaling_partial_cast")
+def mxfp8_scaling_partial_cast(
+    input: Tensor,
+    output_rowwise: Tensor,
+    output_colwise: Tensor,
+    scale_inv_rowwise: Tensor,
+    scale_inv_colwise: Tensor,
+    rows: int,
+    cols: int,
+    start_offset: int,
+) -> None:
+    """The owned part's E4M3 bytes, by rows and by columns."""
+    owned = slice(start_offset, start_offset + input.numel())
+    ways = ((output_rowwise, scale_inv_rowwise, (1, MX_BLOCK)), (output_colwise, scale_inv_colwise, (MX_BLOCK, 1)))
+    for output, scale_inv, block in ways:
+        factor = _spread(e8m0_reciprocal(scale_inv), rows, cols, *block).reshape(-1)[owned]
+        output.reshape(-1).copy_(encode(input.reshape(-1).float() * factor, 7))
