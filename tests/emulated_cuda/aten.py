@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 KEPT = {
     "_local_scalar_dense", "_efficientzerotensor", "_pin_memory", "_reshape_alias", "alias", "as_strided",
@@ -75,21 +74,14 @@ class Emulated:
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         named = dict(zip(self._names, positional, strict=False)) | named
-        device: torch.device | None = None
-
-        def to_host(value: Any) -> Any:
-            nonlocal device
-            if isinstance(value, torch.Tensor) and value.is_cuda:
-                device = device or value.device
-                return on_host(value)
-            return value
-
-        host = tree_map(to_host, named)
+        found: list[torch.device] = []
+        host = {name: _to_host(value, found) for name, value in named.items()}
         if isinstance(wanted := named.get("device"), torch.device) and wanted.type == "cuda":
-            host["device"], device = torch.device("cpu"), device or wanted
+            host["device"] = torch.device("cpu")
+            found.append(wanted)
         if host.get("pin_memory"):
             host["pin_memory"] = False
-        device = device or torch.device("cuda", torch.cuda.current_device())
+        device = found[0] if found else torch.device("cuda", torch.cuda.current_device())
         if self._draws:
             host["generator"] = _host_generator(named.get("generator"), device)
         with torch.no_grad():
@@ -109,7 +101,7 @@ class Emulated:
                     on_host(named[alias]).copy_(value)
                 results.append(named[alias])
             else:
-                results.append(tree_map(lambda x: on_device(x, device) if _is_host(x) else x, value))
+                results.append(_to_device(value, device))
         return results[0] if len(self._results) == 1 else tuple(results)
 
 
@@ -118,8 +110,24 @@ def _mark(argument: Any) -> str:
     return next(iter(argument.alias_info.before_set), "")
 
 
-def _is_host(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+def _to_host(value: Any, devices: list[torch.device]) -> Any:
+    """The argument as the CPU's kernel takes it; adds the devices of its tensors to the list."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_cuda:
+            return value
+        devices.append(value.device)
+        return on_host(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(each, devices) for each in value)
+    return value
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return on_device(value, device) if value.device.type == "cpu" else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_device(each, device) for each in value)
+    return value
 
 
 def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

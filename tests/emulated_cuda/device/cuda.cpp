@@ -24,6 +24,7 @@ CUresult translated(cudaError_t error) { return static_cast<CUresult>(error); }
 extern "C" {
 CUresult cuInit(unsigned) { OK; }
 CUresult cuLogsRegisterCallback(CUlogsCallback, void*, CUlogsCallbackHandle* handle) { *handle = nullptr; OK; }
+CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle) { OK; }
 CUresult cuDriverGetVersion(int* v) { *v = CUDA_VERSION; OK; }
 CUresult cuDeviceGetCount(int* n) { return translated(cudaGetDeviceCount(n)); }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) { *device = ordinal; OK; }
