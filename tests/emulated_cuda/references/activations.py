@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .allocate import rows_and_columns
 from .bias import sum_of_rows
+from .host import fp32, on_device
 from .quantise import finish
 from .registry import Function, NoReferenceError, reference
 
@@ -60,7 +61,14 @@ SQUARED_RELU = Activation(lambda x: torch.relu(x).square(), lambda x: torch.relu
 IDENTITY = Activation(lambda x: x, torch.ones_like)
 
 PLAIN = {"gelu": GELU, "qgelu": QUICK_GELU, "relu": RELU, "srelu": SQUARED_RELU, "silu": SILU}
-GATED = {"glu": SIGMOID, "geglu": GELU, "qgeglu": QUICK_GELU, "reglu": RELU, "sreglu": SQUARED_RELU, "swiglu": SILU}
+GATED = {
+    "glu": SIGMOID,
+    "geglu": GELU,
+    "qgeglu": QUICK_GELU,
+    "reglu": RELU,
+    "sreglu": SQUARED_RELU,
+    "swiglu": SILU,
+}
 """Of the first half of a row; the second half is its factor."""
 
 
@@ -79,43 +87,41 @@ def clamped(limit: float, alpha: float, offset: float) -> tuple[Activation, Acti
 
 
 def _gated(x: Tensor, first: Activation, second: Activation) -> Tensor:
-    a, b = x.float().chunk(2, -1)
+    a, b = x.chunk(2, -1)
     return first.value(a) * second.value(b)
 
 
 def _gated_gradient(grad: Tensor, x: Tensor, first: Activation, second: Activation) -> Tensor:
-    a, b = x.float().chunk(2, -1)
-    upstream = grad.float()
-    return torch.cat(
-        [first.slope(a) * upstream * second.value(b), second.slope(b) * upstream * first.value(a)], -1
-    )
+    a, b = x.chunk(2, -1)
+    return torch.cat([first.slope(a) * grad * second.value(b), second.slope(b) * grad * first.value(a)], -1)
 
 
 def _forward(activation: Activation) -> Function:
     def forward(input: Tensor, quantizer: Any) -> Any:
-        return finish(activation.value(input.float()), input.dtype, quantizer)
+        return finish(activation.value(fp32(input)), input.dtype, quantizer, input.device)
 
     return forward
 
 
 def _backward(activation: Activation) -> Function:
     def backward(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> Any:
-        gradient = activation.slope(fwd_input.float()) * grad.float()
-        return finish(gradient.reshape(fwd_input.shape), fwd_input.dtype, quantizer)
+        gradient = activation.slope(fp32(fwd_input)) * fp32(grad).reshape(fwd_input.shape)
+        return finish(gradient, fwd_input.dtype, quantizer, grad.device)
 
     return backward
 
 
 def _gated_forward(first: Activation) -> Function:
     def forward(input: Tensor, quantizer: Any) -> Any:
-        return finish(_gated(input, first, IDENTITY), input.dtype, quantizer)
+        return finish(_gated(fp32(input), first, IDENTITY), input.dtype, quantizer, input.device)
 
     return forward
 
 
 def _gated_backward(first: Activation) -> Function:
     def backward(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> Any:
-        return finish(_gated_gradient(grad, fwd_input, first, IDENTITY), fwd_input.dtype, quantizer)
+        gradient = _gated_gradient(fp32(grad), fp32(fwd_input), first, IDENTITY)
+        return finish(gradient, fwd_input.dtype, quantizer, grad.device)
 
     return backward
 
@@ -123,10 +129,11 @@ def _gated_backward(first: Activation) -> Function:
 def _bias_and_backward(activation: Activation) -> Function:
     def backward(grad: Tensor, fwd_input: Tensor, quantizer: Any) -> list[Any]:
         """[gradient of the bias, of the input]; with a fused kernel, the bias sums what is not rounded."""
-        gradient = (activation.slope(fwd_input.float()) * grad.float()).reshape(fwd_input.shape)
+        gradient = activation.slope(fp32(fwd_input)) * fp32(grad).reshape(fwd_input.shape)
         fused = type(quantizer).__name__ in {"Float8Quantizer", "MXFP8Quantizer"}
-        summed = gradient if fused else gradient.to(grad.dtype)
-        return [sum_of_rows(summed, grad.dtype), finish(gradient, grad.dtype, quantizer)]
+        summed = gradient if fused else gradient.to(grad.dtype).float()
+        target = finish(gradient, grad.dtype, quantizer, grad.device)
+        return [sum_of_rows(summed, grad.dtype, grad.device), target]
 
     return backward
 
@@ -145,7 +152,8 @@ def clamped_swiglu(
     input: Tensor, quantizer: Any, limit: float = 7.0, alpha: float = 1.702, glu_linear_offset: float = 1.0
 ) -> Any:
     """GPT-OSS's SwiGLU."""
-    return finish(_gated(input, *clamped(limit, alpha, glu_linear_offset)), input.dtype, quantizer)
+    values = _gated(fp32(input), *clamped(limit, alpha, glu_linear_offset))
+    return finish(values, input.dtype, quantizer, input.device)
 
 
 @reference("clamped_dswiglu")
@@ -158,19 +166,15 @@ def clamped_dswiglu(
     glu_linear_offset: float = 1.0,
 ) -> Any:
     """Gradient of clamped_swiglu."""
-    gradient = _gated_gradient(grad, fwd_input, *clamped(limit, alpha, glu_linear_offset))
-    return finish(gradient, fwd_input.dtype, quantizer)
+    gradient = _gated_gradient(fp32(grad), fp32(fwd_input), *clamped(limit, alpha, glu_linear_offset))
+    return finish(gradient, fwd_input.dtype, quantizer, grad.device)
 
 
 def _scaled(input: Tensor, factors: Tensor, first: Activation, second: Activation, quantizer: Any) -> Any:
-    x = input.reshape(rows_and_columns(input.shape))
-    values = _gated(x, first, second) * factors.reshape(-1, 1).float()
+    x = fp32(input).reshape(rows_and_columns(input.shape))
+    values = _gated(x, first, second) * fp32(factors).reshape(-1, 1)
     # The kernel writes the type of its input, and quantising reads that.
-    return _requantised(values.to(input.dtype).reshape(*input.shape[:-1], -1), quantizer)
-
-
-def _requantised(values: Tensor, quantizer: Any) -> Any:
-    return values if quantizer is None else finish(values, values.dtype, quantizer)
+    return finish(values.reshape(*input.shape[:-1], -1), input.dtype, quantizer, input.device, fused=False)
 
 
 def _scaled_gradient(
@@ -181,18 +185,21 @@ def _scaled_gradient(
     quantizer: Any,
     compute_scale_grad: bool,
 ) -> tuple[Any, Tensor | None]:
-    x = input.reshape(rows_and_columns(input.shape))
-    upstream = grad.reshape(x.shape[0], -1).float()
-    gradient = _gated_gradient(upstream * factors.reshape(-1, 1).float(), x, *halves).to(input.dtype)
-    of_factors = None
-    if compute_scale_grad:
-        of_factors = (upstream * _gated(x, *halves)).sum(1).to(factors.dtype).reshape(factors.shape)
-    return _requantised(gradient.reshape(input.shape), quantizer), of_factors
+    x = fp32(input).reshape(rows_and_columns(input.shape))
+    upstream = fp32(grad).reshape(x.shape[0], -1)
+    gradient = _gated_gradient(upstream * fp32(factors).reshape(-1, 1), x, *halves).reshape(input.shape)
+    of_input = finish(gradient, input.dtype, quantizer, input.device, fused=False)
+    if not compute_scale_grad:
+        return of_input, None
+    of_factors = (upstream * _gated(x, *halves)).sum(1)
+    return of_input, on_device(of_factors, factors.dtype, factors.device, factors.shape)
 
 
 def _refuse_interleaved(name: str, size: int) -> None:
     if size:
-        raise NoReferenceError(f"The emulated device has no reference for {name} with glu_interleave_size={size}")
+        raise NoReferenceError(
+            f"The emulated device has no reference for {name} with glu_interleave_size={size}"
+        )
 
 
 @reference("scaled_swiglu")

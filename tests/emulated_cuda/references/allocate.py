@@ -26,7 +26,12 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 def kind(quantizer: Any) -> str:
     """The quantizer's class by name, with Hybrid, custom and NVFP4 ones refused."""
     name: str = type(quantizer).__name__
-    if name not in {"Float8Quantizer", "Float8CurrentScalingQuantizer", "Float8BlockQuantizer", "MXFP8Quantizer"}:
+    if name not in {
+        "Float8Quantizer",
+        "Float8CurrentScalingQuantizer",
+        "Float8BlockQuantizer",
+        "MXFP8Quantizer",
+    }:
         raise NoReferenceError(f"The emulated device has no reference for quantising with {name}")
     return name
 
@@ -65,7 +70,9 @@ def mx_scales(shape: Sequence[int], columnwise: bool) -> tuple[int, int]:
     """Shape of the E8M0 scales of MXFP8Quantizer, padded to the GEMM's tiles."""
     rows, columns = rows_and_columns(shape)
     if rows % MX_BLOCK or columns % MX_BLOCK:
-        raise RuntimeError(f"MXFP8 requires tensor dims that are divisible by {MX_BLOCK} (got shape={list(shape)})")
+        raise RuntimeError(
+            f"MXFP8 requires tensor dims that are divisible by {MX_BLOCK} (got shape={list(shape)})"
+        )
     if columnwise:
         return multiple(rows // MX_BLOCK, 4), multiple(columns, 128)
     return multiple(rows, 128), multiple(columns // MX_BLOCK, 4)
@@ -95,7 +102,10 @@ def _buffer_shapes(quantizer: Any, shape: Sequence[int]) -> dict[str, tuple[Sequ
         f"{name}_{part}": description
         for name in along
         if wanted[name]
-        for part, description in (("data", (along[name], torch.uint8)), ("scale_inv", (scales[name], scale_type)))
+        for part, description in (
+            ("data", (along[name], torch.uint8)),
+            ("scale_inv", (scales[name], scale_type)),
+        )
     }
 
 
@@ -117,7 +127,14 @@ def empty(
     if quantizer is None:
         return allocate(shape, dtype)
     if kind(quantizer) in {"Float8Quantizer", "Float8CurrentScalingQuantizer"}:
-        return assemble(quantizer, shape, dtype, device, _per_tensor_buffers(quantizer, shape, allocate), internal=quantizer.internal)
+        return assemble(
+            quantizer,
+            shape,
+            dtype,
+            device,
+            _per_tensor_buffers(quantizer, shape, allocate),
+            internal=quantizer.internal,
+        )
     buffers = {name: allocate(*description) for name, description in _buffer_shapes(quantizer, shape).items()}
     return assemble(quantizer, shape, dtype, device, buffers, internal=quantizer.internal)
 
@@ -168,7 +185,7 @@ def fit(quantizer: Any, target: Any) -> Any:
         target._fp8_dtype = DType(int(quantizer.dtype))
         return target
     shape = shape_of(target)
-    device = (target._rowwise_data if target._rowwise_data is not None else target._columnwise_data).device
+    device = device_of(target)
     wanted = _buffer_shapes(quantizer, shape)
     for part in BLOCK_BUFFERS:
         if part not in wanted:
@@ -184,8 +201,11 @@ def fit(quantizer: Any, target: Any) -> Any:
 
 def _fit_per_tensor(quantizer: Any, target: Any) -> None:
     shape = shape_of(target)
-    device = target._scale_inv.device
-    wanted = {"_data": (quantizer.rowwise_usage, shape), "_transpose": (quantizer.columnwise_usage, transposed(shape))}
+    device = device_of(target)
+    wanted = {
+        "_data": (quantizer.rowwise_usage, shape),
+        "_transpose": (quantizer.columnwise_usage, transposed(shape)),
+    }
     if not any(use for use, _ in wanted.values()):
         raise RuntimeError("Invalid quantizer usages.")
     for part, (use, size) in wanted.items():
@@ -208,6 +228,15 @@ def shape_of(target: Any) -> list[int]:
     if columnwise is None:
         raise RuntimeError(f"{type(target).__name__} has no data.")
     return restored(columnwise.shape) if turned else list(columnwise.shape)
+
+
+def device_of(target: Any) -> torch.device:
+    """Where the buffers of a quantised tensor are."""
+    for part in ("_scale_inv", *(f"_{name}" for name in BLOCK_BUFFERS)):
+        if (buffer := getattr(target, part, None)) is not None:
+            device: torch.device = buffer.device
+            return device
+    raise RuntimeError(f"{type(target).__name__} has no data.")
 
 
 @reference("create_empty_quantized_tensor")
@@ -246,7 +275,9 @@ def bulk_allocate(
     ]
 
 
-def empty_in_one_buffer(quantizers: Sequence[Any], shapes: Sequence[Sequence[int]], device: torch.device) -> list[Any]:
+def empty_in_one_buffer(
+    quantizers: Sequence[Any], shapes: Sequence[Sequence[int]], device: torch.device
+) -> list[Any]:
     """Storages of one format by blocks, as split_quantize allocates them: rows in one buffer, columns in another.
 
     Whatever their quantizers say, they are internal, and pose as fp32 (bulk_allocate_fp8_blockwise_tensors and

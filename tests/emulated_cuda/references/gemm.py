@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from .activations import GELU
-from .allocate import empty, rows_and_columns, shape_of
+from .allocate import rows_and_columns, shape_of
 from .bias import sum_of_rows
 from .float8 import torch_type
-from .quantise import finish, store, values_of
-from .registry import NoReferenceError, reference
+from .host import fp32, host, on_device
+from .quantise import finish, values_of
+from .registry import NoReferenceError, kept, reference
+
+
+kept("get_num_cublas_streams", "get_cublasLt_version")
 
 
 def _is_quantised(operand: Any) -> bool:
@@ -31,13 +35,13 @@ def _shape(operand: Any) -> Sequence[int]:
 
 
 def _matrix(operand: Any, *, by_columns: bool) -> Tensor:
-    """fp32 [rows, columns] of an operand that the GEMM reads along its rows or along its columns."""
+    """fp32 [rows, columns], on the host, of an operand that the GEMM reads along its rows or along its columns."""
     if _is_quantised(operand):
         values = values_of(operand, columnwise=by_columns)
     elif hasattr(operand, "_quantizer"):
         raise NoReferenceError(f"The emulated device has no reference for a GEMM of {type(operand).__name__}")
     else:
-        values = operand.float()
+        values = fp32(operand)
     return values.reshape(rows_and_columns(_shape(operand)))
 
 
@@ -128,22 +132,23 @@ def generic_gemm(
     shape = _output_shape(A, transA, B, transB)
     dtype = _result_type(A, D, output_dtype)
     is_empty = 0 in (*_shape(A), *_shape(B))
-    device = workspace.device
     if is_empty:
-        values = torch.zeros(rows_and_columns(shape), device=device)
+        values = torch.zeros(rows_and_columns(shape))
     else:
         values = alpha * _product(A, transA, B, transB)
     of_bias, pre_gelu = None, None
     if bias is not None and grad:
-        of_bias = _gradient_of_bias(B, transB, dtype, is_empty)
+        of_bias = _gradient_of_bias(B, transB, dtype, workspace.device, is_empty)
     elif bias is not None:
-        values = values + bias.float()
+        values = values + fp32(bias)
     if gelu:
-        values, pre_gelu, of_bias = _gelu(values, shape, gelu_in, grad, of_bias, _aux_type(A, B, bias_type, dtype))
+        auxiliary = _auxiliary_type(A, B, bias_type, dtype)
+        values, pre_gelu, of_bias = _gelu(values.reshape(shape), gelu_in, grad, of_bias, auxiliary, workspace.device)
     if accumulate:
         D = _accumulated(D, values.reshape(shape), 1.0 if beta is None else beta, quantizer)
     else:
-        D = _written(values.reshape(shape), D, dtype, quantizer, _is_fused(A, B, quantizer))
+        fused = _is_fused(A, B, quantizer)
+        D = finish(values.reshape(shape), dtype, quantizer, workspace.device, D, fused=fused)
     return [D, of_bias, pre_gelu, extra_output]
 
 
@@ -155,49 +160,45 @@ def _result_type(a: Any, out: Any, output_dtype: Any) -> torch.dtype:
     return torch_type(a._fp8_dtype) if _is_quantised(a) else a.dtype
 
 
-def _aux_type(a: Any, b: Any, bias_type: Any, dtype: torch.dtype) -> torch.dtype:
+def _auxiliary_type(a: Any, b: Any, bias_type: Any, dtype: torch.dtype) -> torch.dtype:
     return torch_type(bias_type) if _is_quantised(a) or _is_quantised(b) else dtype
 
 
-def _gradient_of_bias(b: Any, transb: bool, dtype: torch.dtype, is_empty: bool) -> Tensor:
+def _gradient_of_bias(b: Any, transb: bool, dtype: torch.dtype, device: torch.device, is_empty: bool) -> Tensor:
     """Sum of the rows of B: the epilogue BGRADB, which cuBLAS does not have for blocks."""
     if is_empty:
-        return torch.zeros(_shape(b)[-1], dtype=dtype, device=_device(b))
+        return torch.zeros(_shape(b)[-1], dtype=dtype, device=device)
     if _scaling(b) == "block":
         raise RuntimeError(
-            "Epilogue requested outside of the available and tested cuBLAS functionality for float8 block scaled GEMM"
+            "Epilogue requested outside of the available and tested cuBLAS functionality for float8 block "
+            "scaled GEMM"
         )
-    return sum_of_rows(_matrix(b, by_columns=transb), dtype)
-
-
-def _device(operand: Any) -> torch.device:
-    return operand._scale_inv.device if hasattr(operand, "_scale_inv") else operand.device
+    return sum_of_rows(_matrix(b, by_columns=transb), dtype, device)
 
 
 def _gelu(
     values: Tensor,
-    shape: Sequence[int],
     gelu_in: Tensor | None,
     grad: bool,
     of_bias: Tensor | None,
-    aux_type: torch.dtype,
+    auxiliary: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The epilogues GELU_AUX(_BIAS) and DGELU(_BGRAD): the latter's bias is that before the GELU."""
     if not grad:
-        pre_gelu = values.to(aux_type).reshape(shape)
-        return GELU.value(values), pre_gelu, of_bias
+        return GELU.value(values), on_device(values, auxiliary, device), of_bias
     if gelu_in is None:
         raise RuntimeError("A GEMM with the gradient of a GELU needs gelu_in")
-    values = values * GELU.slope(gelu_in.reshape(values.shape).float())
+    values = values * GELU.slope(fp32(gelu_in).reshape(values.shape))
     if of_bias is not None:
-        of_bias = sum_of_rows(values, of_bias.dtype)
+        of_bias = sum_of_rows(values, of_bias.dtype, device)
     return values, None, of_bias
 
 
 def _accumulated(out: Any, values: Tensor, beta: float, quantizer: Any) -> Any:
     if quantizer is not None or out is None or _is_quantised(out):
         raise NoReferenceError("The emulated device has no reference for a GEMM that accumulates into FP8")
-    out.copy_(values + beta * out.float())
+    host(out).copy_(values + beta * fp32(out))
     return out
 
 
@@ -205,14 +206,6 @@ def _is_fused(a: Any, b: Any, quantizer: Any) -> bool:
     """Whether cuBLAS writes FP8 itself: per-tensor operands, delayed scaling."""
     per_tensor = hasattr(a, "_scale_inv") or hasattr(b, "_scale_inv")
     return type(quantizer).__name__ == "Float8Quantizer" and per_tensor
-
-
-def _written(values: Tensor, out: Any, dtype: torch.dtype, quantizer: Any, fused: bool) -> Any:
-    if quantizer is None:
-        return finish(values, dtype, None, out)
-    target = empty(quantizer, values.shape, dtype, values.device) if out is None else out
-    store(values if fused else values.to(dtype), quantizer, target, source=dtype)
-    return target
 
 
 @reference("te_general_grouped_gemm")
@@ -241,24 +234,22 @@ def te_general_grouped_gemm(
     outputs = _rows_of(D[0], A, transa, B, transb) if single_output else D
     for a, b, out, bias_of, pre_gelu in zip(A, B, outputs, bias, pre_gelu_out, strict=True):
         if 0 in (*_shape(a), *_shape(b)):
-            if not accumulate:
-                out.zero_()
-            if grad:
-                bias_of.zero_()
-            pre_gelu.zero_()
+            written = [*([] if accumulate else [out]), *([bias_of] if grad else []), pre_gelu]
+            for tensor in written:
+                host(tensor).zero_()
             continue
         values = _product(a, transa, b, transb)
         if grad and bias_of.numel():
-            bias_of.copy_(_gradient_of_bias(b, transb, bias_of.dtype, False))
+            host(bias_of).copy_(_matrix(b, by_columns=transb).sum(0))
         elif bias_of.numel():
-            values = values + bias_of.float()
+            values = values + fp32(bias_of)
         if pre_gelu.numel() and grad:
-            values = values * GELU.slope(pre_gelu.reshape(values.shape).float())
+            values = values * GELU.slope(fp32(pre_gelu).reshape(values.shape))
         elif pre_gelu.numel():
-            pre_gelu.copy_(values.reshape(pre_gelu.shape))
+            host(pre_gelu).copy_(values.reshape(pre_gelu.shape))
             values = GELU.value(values)
         values = values.reshape(out.shape)
-        out.copy_(values + out.float() if accumulate else values)
+        host(out).copy_(values + fp32(out) if accumulate else values)
     return list(bias)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .float8 import encode, magnitude
+from .host import fp32, host, on_device
 from .registry import reference
 
 Lists = Sequence[Sequence[Tensor]]
@@ -33,17 +34,17 @@ def _adam(
     Mode 0 adds the decay to the gradient (L2), mode 1 to the update (AdamW).
     """
     gradient, parameter, first, second = lists
-    g, p = gradient.float(), parameter.float()
+    g, p = fp32(gradient), fp32(parameter)
     if mode == 0:
         g = g + weight_decay * p
-    m = betas[0] * first.float() + (1 - betas[0]) * g
-    v = betas[1] * second.float() + (1 - betas[1]) * g * g
+    m = betas[0] * fp32(first) + (1 - betas[0]) * g
+    v = betas[1] * fp32(second) + (1 - betas[1]) * g * g
     update = (m / corrections[0]) / ((v / corrections[1]).sqrt() + epsilon)
     if mode == 1:
         update = update + weight_decay * p
     # The parameter moves by the moments before they are rounded to their own type.
-    first.copy_(m)
-    second.copy_(v)
+    host(first).copy_(m)
+    host(second).copy_(v)
     return p - lr * update
 
 
@@ -71,7 +72,7 @@ def multi_tensor_adam(
         source = master[0] if master else parameter
         new = _adam((gradient, source, first, second), **settings)
         for target in (parameter, *master):
-            target.copy_(new)
+            host(target).copy_(new)
 
 
 def _fp32(number: float) -> float:
@@ -113,11 +114,12 @@ def multi_tensor_adam_param_remainder(
     """
     settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
     for gradient, parameter, first, second, remainder in zip(*tensor_lists, strict=True):
-        upper = parameter.view(torch.int16).int() - (remainder < 0).int()
+        halves, remainder = host(parameter).view(torch.int16), host(remainder)
+        upper = halves.int() - (remainder < 0).int()
         bits = (upper << 16) | (remainder.int() & 0xFFFF)
         new = _adam((gradient, bits.view(torch.float32), first, second), **settings).view(torch.int32)
         lower = (new & 0xFFFF).to(torch.int16)
-        parameter.view(torch.int16).copy_((new >> 16) + (lower < 0).int())
+        halves.copy_((new >> 16) + (lower < 0).int())
         remainder.copy_(lower)
 
 
@@ -140,22 +142,22 @@ def multi_tensor_adam_fp8(
     settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
     for gradient, codes, first, second, master, scale, amax, scale_inv in zip(*tensor_lists, strict=True):
         new = _adam((gradient, master, first, second), **settings)
-        master.copy_(new)
-        codes.copy_(encode(new * scale, fp8_dtype).view(codes.dtype).reshape(codes.shape))
-        amax.copy_(torch.maximum(amax, magnitude(new)))
-        scale_inv.copy_(scale.reciprocal())
+        host(master).copy_(new)
+        host(codes).view(torch.uint8).copy_(encode(new * host(scale), fp8_dtype).reshape(codes.shape))
+        host(amax).copy_(torch.maximum(host(amax), magnitude(new)))
+        host(scale_inv).copy_(host(scale).reciprocal())
 
 
 def _capturable(tensor_lists: Lists, noop_flag: Tensor, inv_scale: Tensor, settings: dict[str, Any]) -> None:
-    if noop_flag.item() == 1:
+    if host(noop_flag).item() == 1:
         return
     for gradient, parameter, first, second, *master in zip(*tensor_lists, strict=True):
-        unscaled = gradient.float() * inv_scale
-        gradient.copy_(unscaled)
+        unscaled = fp32(gradient) * fp32(inv_scale)
+        host(gradient).copy_(unscaled)
         source = master[0] if master else parameter
         new = _adam((unscaled, source, first, second), **settings)
         for target in (parameter, *master):
-            target.copy_(new)
+            host(target).copy_(new)
 
 
 @reference("multi_tensor_adam_capturable")
@@ -174,7 +176,8 @@ def multi_tensor_adam_capturable(
     inv_scale: Tensor,
 ) -> None:
     """multi_tensor_adam with tensors for what changes, which unscales the gradients and heeds the flag."""
-    settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
+    rate, count = fp32(lr), int(host(step))
+    settings = _settings(rate, beta1, beta2, epsilon, count, mode, bias_correction, weight_decay)
     _capturable(tensor_lists, noop_flag, inv_scale, settings)
 
 
@@ -196,27 +199,28 @@ def multi_tensor_sgd(
     scale: float,
 ) -> None:
     """Lists of gradient, parameter, momentum and maybe a copy of the parameter in another type."""
-    if noop_flag.item():
+    if host(noop_flag).item():
         return
     for gradient, parameter, moving, *model in zip(*tensor_lists, strict=True):
-        g, p = gradient.float() * scale, parameter.float()
+        g, p = fp32(gradient) * scale, fp32(parameter)
         if not wd_after_momentum:
             g = g + wd * p
         if momentum:
-            moved = g if first_run else moving.float() * momentum + (1 - dampening) * g
-            moving.copy_(moved)
+            moved = g if first_run else fp32(moving) * momentum + (1 - dampening) * g
+            host(moving).copy_(moved)
             g = g + momentum * moved if nesterov else moved
         if wd_after_momentum:
             g = g + wd * p
         for target in (parameter, *model):
-            target.copy_(p - lr * g)
+            host(target).copy_(p - lr * g)
 
 
 def _scale(is_infinite: Tensor, tensor_lists: Lists, scale: float | Tensor) -> None:
     for source, target in zip(*tensor_lists, strict=True):
-        if not source.isfinite().all():
-            is_infinite.fill_(1)
-        target.copy_(source.float() * scale)
+        values = fp32(source)
+        if not values.isfinite().all():
+            host(is_infinite).fill_(1)
+        host(target).copy_(values * scale)
 
 
 @reference("multi_tensor_scale")
@@ -228,16 +232,18 @@ def multi_tensor_scale(chunk_size: int, is_infinite: Tensor, tensor_lists: Lists
 @reference("multi_tensor_scale_tensor")
 def multi_tensor_scale_tensor(chunk_size: int, is_infinite: Tensor, tensor_lists: Lists, scale: Tensor) -> None:
     """multi_tensor_scale with the factor on the device."""
-    _scale(is_infinite, tensor_lists, scale.float())
+    _scale(is_infinite, tensor_lists, fp32(scale))
 
 
 def _norms(
     noop_flag: Tensor, tensor_lists: Lists, factor: Tensor | float, per_tensor: bool | None
 ) -> tuple[Tensor, Tensor]:
-    squares = torch.stack([(tensor.float() * factor).square().sum() for tensor in tensor_lists[0]])
+    squares = torch.stack([(fp32(tensor) * factor).square().sum() for tensor in tensor_lists[0]])
     if not squares.isfinite().all():
-        noop_flag.fill_(1)
-    return squares.sum().sqrt().reshape(1), squares.sqrt() if per_tensor else squares.new_empty(0)
+        host(noop_flag).fill_(1)
+    whole, each = squares.sum().sqrt().reshape(1), squares.sqrt() if per_tensor else squares[:0]
+    device = tensor_lists[0][0].device
+    return on_device(whole, torch.float32, device), on_device(each, torch.float32, device)
 
 
 @reference("multi_tensor_l2norm")
@@ -257,4 +263,4 @@ def multi_tensor_unscale_l2norm(
     per_tensor_python: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """multi_tensor_l2norm of the tensors x inv_scale, which stay as they are."""
-    return _norms(noop_flag, tensor_lists, inv_scale.float(), per_tensor_python)
+    return _norms(noop_flag, tensor_lists, fp32(inv_scale), per_tensor_python)

@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import BLOCK, MX_BLOCK, empty, empty_in_one_buffer, fit, kind, multiple, rows_and_columns, shape_of
+from .allocate import (
+    BLOCK,
+    MX_BLOCK,
+    device_of,
+    empty,
+    empty_in_one_buffer,
+    fit,
+    kind,
+    multiple,
+    rows_and_columns,
+    shape_of,
+)
 from .float8 import (
     decode,
     e8m0,
@@ -24,17 +35,20 @@ from .float8 import (
     scale_from_amax,
     torch_type,
 )
+from .host import fp32, host, on_device
 from .registry import NoReferenceError, reference
 from .swizzle import swizzled, unswizzled
 
 
 def is_skipped(noop: Tensor | None) -> bool:
     """Whether the flag says that the kernel shall leave its output as it is."""
-    return noop is not None and bool(noop.reshape(-1)[0] == 1)
+    return noop is not None and bool(host(noop).reshape(-1)[0] == 1)
 
 
-def store(values: Tensor, quantizer: Any, target: Any, *, source: torch.dtype, noop: Tensor | None = None) -> None:
-    """Quantizer::quantize: the values into the target's buffers.
+def store(
+    values: Tensor, quantizer: Any, target: Any, *, source: torch.dtype, noop: Tensor | None = None
+) -> None:
+    """Quantizer::quantize: values of the host, in fp32, into the target's buffers.
 
     source is the type that the kernel reads; a fused kernel quantises its fp32 results themselves, and its values
     are then finer than that.
@@ -44,10 +58,11 @@ def store(values: Tensor, quantizer: Any, target: Any, *, source: torch.dtype, n
     if values.numel() == 0 or (skipped and name != "Float8CurrentScalingQuantizer"):
         return
     if name == "Float8Quantizer":
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, magnitude(values)))
-        _store_per_tensor(values, quantizer.scale, target, quantizer.dtype)
+        amax = host(quantizer.amax)
+        amax.copy_(torch.maximum(amax, magnitude(values)))
+        _store_per_tensor(values, host(quantizer.scale), target, quantizer.dtype)
     elif name == "Float8CurrentScalingQuantizer":
-        scale = _current_scale(values, quantizer)
+        scale = _current_scale(values, quantizer, target._scale_inv.device)
         if not skipped:
             _store_per_tensor(values, scale, target, quantizer.dtype)
     elif name == "MXFP8Quantizer":
@@ -56,12 +71,14 @@ def store(values: Tensor, quantizer: Any, target: Any, *, source: torch.dtype, n
         _store_blocks(values, quantizer, target, torch.finfo(source).max)
 
 
-def _current_scale(values: Tensor, quantizer: Any) -> Tensor:
-    """[1] One collective per call, whether or not the flag says to skip: another rank may not skip."""
+def _current_scale(values: Tensor, quantizer: Any, device: torch.device) -> Tensor:
+    """[1] of the host. One collective per call, whether or not the flag says to skip: another rank may not skip."""
     amax = magnitude(values).reshape(1)
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
-        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
+        shared = on_device(amax, amax.dtype, device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
+        amax = host(shared)
     return scale_from_amax(
         amax,
         largest(quantizer.dtype),
@@ -77,10 +94,15 @@ def _store_per_tensor(values: Tensor, scale: Tensor, target: Any, dtype: Any) ->
             "Columnwise-only per-tensor FP8 quantization is not implemented; the cast-transpose kernel requires "
             "rowwise output storage."
         )
-    target._data.copy_(encode(values.float() * scale, dtype).reshape(target._data.shape))
+    codes = encode(values * scale, dtype)
+    _write(target._data, codes)
     if target._transpose is not None and not target._transpose_invalid:
-        target._transpose.copy_(turned(target._data).reshape(target._transpose.shape))
-    target._scale_inv.copy_(scale.reciprocal().reshape(target._scale_inv.shape))
+        _write(target._transpose, turned(codes))
+    _write(target._scale_inv, scale.reciprocal())
+
+
+def _write(target: Tensor, values: Tensor) -> None:
+    host(target).copy_(values.reshape(target.shape))
 
 
 def turned(values: Tensor) -> Tensor:
@@ -91,7 +113,9 @@ def turned(values: Tensor) -> Tensor:
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """With zeros up to a multiple of rows and of columns."""
     high, wide = matrix.shape
-    return torch.nn.functional.pad(matrix, (0, multiple(wide, columns) - wide, 0, multiple(high, rows) - high))
+    return torch.nn.functional.pad(
+        matrix, (0, multiple(wide, columns) - wide, 0, multiple(high, rows) - high)
+    )
 
 
 def tiles(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -101,7 +125,7 @@ def tiles(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _store_blocks(values: Tensor, quantizer: Any, target: Any, instead_of_infinity: float) -> None:
-    matrix = values.reshape(rows_and_columns(values.shape)).float()
+    matrix = values.reshape(rows_and_columns(values.shape))
     ways = (
         (matrix, target._rowwise_data, target._rowwise_scale_inv),
         (matrix.t(), target._columnwise_data, target._columnwise_scale_inv),
@@ -120,15 +144,15 @@ def _store_blocks(values: Tensor, quantizer: Any, target: Any, instead_of_infini
         )
         codes = encode(blocks * scale[:, None, :, None], quantizer.dtype)
         flat = codes.reshape(codes.shape[0] * codes.shape[1], -1)[: source.shape[0], : source.shape[1]]
-        data.copy_(flat.reshape(data.shape))
+        _write(data, flat)
         inverse = scale.reciprocal() if high == BLOCK else scale.reciprocal().t()
-        scale_inv[: inverse.shape[0], : inverse.shape[1]] = inverse
+        host(scale_inv)[: inverse.shape[0], : inverse.shape[1]] = inverse
 
 
 def _store_mx(values: Tensor, quantizer: Any, target: Any) -> None:
     if quantizer.with_2d_quantization:
         raise NoReferenceError("The emulated device has no reference for MXFP8Quantizer with 32 x 32 blocks")
-    matrix = values.reshape(rows_and_columns(values.shape)).float()
+    matrix = values.reshape(rows_and_columns(values.shape))
     ways = (
         ((1, MX_BLOCK), target._rowwise_data, "_rowwise_scale_inv"),
         ((MX_BLOCK, 1), target._columnwise_data, "_columnwise_scale_inv"),
@@ -140,39 +164,52 @@ def _store_mx(values: Tensor, quantizer: Any, target: Any) -> None:
         # The kernel multiplies by 1/448 (or 1/57344) in fp32 instead of dividing.
         exponent = e8m0(magnitude(blocks, (1, 3)) * (1 / largest(quantizer.dtype)))
         codes = encode(blocks * e8m0_reciprocal(exponent)[:, None, :, None], quantizer.dtype)
-        data.copy_(codes.reshape(data.shape))
+        _write(data, codes)
         scales = getattr(target, name)
-        whole = torch.zeros_like(scales)
+        whole = torch.zeros(scales.shape, dtype=torch.uint8)
         whole[: exponent.shape[0], : exponent.shape[1]] = exponent
-        scales.copy_(swizzled(whole, columnwise=block[1] == 1) if target._with_gemm_swizzled_scales else whole)
+        _write(
+            scales, swizzled(whole, columnwise=block[1] == 1) if target._with_gemm_swizzled_scales else whole
+        )
 
 
-def finish(values: Tensor, dtype: torch.dtype, quantizer: Any, out: Any = None) -> Any:
-    """The end of a kernel that computes in fp32: its result in dtype, or quantised.
+def finish(
+    values: Tensor,
+    dtype: torch.dtype,
+    quantizer: Any,
+    device: torch.device,
+    out: Any = None,
+    *,
+    fused: bool | None = None,
+) -> Any:
+    """The end of a kernel that computes in fp32 (values, on the host): its result in dtype, or quantised.
 
-    Only with delayed scaling are the fp32 values quantised. For the other recipes they are rounded to dtype first:
-    by a kernel that writes them (Impl::UNFUSED and FUSED_..._AMAX_FP8 of csrc/extensions), or in the kernel, so that
-    both ways give the same (quantize_mxfp8.cuh).
+    Only with delayed scaling are the fp32 values quantised (fused). For the other recipes they are rounded to dtype
+    first: by a kernel that writes them (Impl::UNFUSED and FUSED_..._AMAX_FP8 of csrc/extensions), or in the kernel,
+    so that both ways give the same (quantize_mxfp8.cuh).
     """
     if quantizer is None:
         if out is None:
-            return values.to(dtype)
-        out.copy_(values.reshape(out.shape))
+            return on_device(values, dtype, device)
+        _write(out, values)
         return out
-    target = empty(quantizer, values.shape, dtype, values.device) if out is None else out
-    fused = kind(quantizer) == "Float8Quantizer"
-    store(values if fused else values.to(dtype), quantizer, target, source=dtype)
+    target = empty(quantizer, values.shape, dtype, device) if out is None else out
+    if fused is None:
+        fused = kind(quantizer) == "Float8Quantizer"
+    source = values if fused else fp32(on_device(values, dtype, device))
+    store(source, quantizer, target, source=dtype)
     return target
 
 
 def values_of(tensor: Any, *, columnwise: bool = False) -> Tensor:
-    """fp32 values of a quantised tensor as its rows have them, or as its columns have them; the logical shape."""
+    """fp32 values, on the host, of a quantised tensor as its rows have them, or as its columns have them; the logical shape."""
     if hasattr(tensor, "_scale_inv"):
         return _per_tensor_values(tensor, columnwise)
     way = "columnwise" if columnwise else "rowwise"
     data, scales = getattr(tensor, f"_{way}_data"), getattr(tensor, f"_{way}_scale_inv")
     if data is None:
         raise RuntimeError(f"{type(tensor).__name__} is missing {way} usage")
+    data, scales = host(data), host(scales)
     codes = decode(data, tensor._fp8_dtype).reshape(rows_and_columns(data.shape))
     if hasattr(tensor, "_with_gemm_swizzled_scales"):
         values = _mx_values(codes, scales, columnwise, tensor._with_gemm_swizzled_scales)
@@ -186,11 +223,11 @@ def _per_tensor_values(tensor: Any, columnwise: bool) -> Tensor:
     if columnwise:
         if tensor._transpose is None or tensor._transpose_invalid:
             raise RuntimeError(f"{type(tensor).__name__} is missing column-wise usage")
-        codes = turned(tensor._transpose.reshape(tensor._transpose.shape[0], -1))
-        return (decode(codes.contiguous(), tensor._fp8_dtype) * tensor._scale_inv).reshape(shape_of(tensor))
+        codes = host(tensor._transpose).reshape(tensor._transpose.shape[0], -1).t().contiguous()
+        return (decode(codes, tensor._fp8_dtype) * host(tensor._scale_inv)).reshape(shape_of(tensor))
     if tensor._data is None:
         raise RuntimeError(f"{type(tensor).__name__} is missing row-wise usage")
-    return decode(tensor._data, tensor._fp8_dtype) * tensor._scale_inv
+    return decode(host(tensor._data), tensor._fp8_dtype) * host(tensor._scale_inv)
 
 
 def _spread_blocks(scales: Tensor, shape: Sequence[int], squares: bool) -> Tensor:
@@ -217,7 +254,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         output = empty(quantizer, tensor.shape, tensor.dtype, tensor.device)
     else:
         fit(quantizer, output)
-    store(tensor, quantizer, output, source=tensor.dtype, noop=noop)
+    store(fp32(tensor), quantizer, output, source=tensor.dtype, noop=noop)
     return output
 
 
@@ -225,13 +262,16 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 def dequantize(input: Any, otype: Any) -> Tensor:
     """The values of a quantised tensor, from its rows where it has them."""
     rowwise = input._data if hasattr(input, "_scale_inv") else input._rowwise_data
-    return values_of(input, columnwise=rowwise is None).to(torch_type(otype))
+    values = values_of(input, columnwise=rowwise is None)
+    return on_device(values, torch_type(otype), device_of(input))
 
 
 @reference("multi_tensor_quantize")
 def multi_tensor_quantize(tensor_list: Sequence[Tensor], quantizer_list: Sequence[Any]) -> list[Any]:
     """Each tensor with its quantizer."""
-    return [quantize(tensor, quantizer) for tensor, quantizer in zip(tensor_list, quantizer_list, strict=True)]
+    return [
+        quantize(tensor, quantizer) for tensor, quantizer in zip(tensor_list, quantizer_list, strict=True)
+    ]
 
 
 @reference("split_quantize")
@@ -250,5 +290,5 @@ def split_quantize(
         return multi_tensor_quantize(parts, quantizer_list)
     targets = empty_in_one_buffer(quantizer_list, [part.shape for part in parts], tensor.device)
     for part, quantizer, target in zip(parts, quantizer_list, targets, strict=True):
-        store(part, quantizer, target, source=tensor.dtype)
+        store(fp32(part), quantizer, target, source=tensor.dtype)
     return targets

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .allocate import BLOCK, MX_BLOCK
 from .float8 import LARGEST_FP32, e8m0, e8m0_reciprocal, encode, largest, magnitude, scale_from_amax
+from .host import fp32, host
 from .quantise import tiles
 from .registry import reference
 
@@ -21,7 +22,7 @@ from .registry import reference
 @reference("compute_amax")
 def compute_amax(input: Tensor, amax: Tensor) -> None:
     """The largest magnitude, in place of what amax [1] held."""
-    amax.copy_((magnitude(input) if input.numel() else input.new_zeros((), dtype=torch.float32)).reshape(amax.shape))
+    host(amax).fill_(magnitude(fp32(input)) if input.numel() else 0.0)
 
 
 @reference("fused_amax_and_scale_update_after_reduction")
@@ -45,7 +46,8 @@ def fused_amax_and_scale_update_after_reduction(
     scaled_max = largest(fp8_dtype) * 2.0**-margin
     start = 0
     for history, scale in zip(amax_histories, scales, strict=True):
-        reduced = amax_reduction_buffer.reshape(-1)[start : start + history.shape[1]]
+        history, scale = host(history), host(scale)
+        reduced = host(amax_reduction_buffer).reshape(-1)[start : start + history.shape[1]]
         start += history.shape[1]
         last = torch.where(reduced != 0, reduced, history[0])
         rolled = torch.cat([torch.zeros_like(last)[None], history[2:], last[None]])[-history.shape[0] :]
@@ -70,8 +72,9 @@ def multi_tensor_compute_scale_and_scale_inv(
 ) -> None:
     """Lists of amax, scale and its inverse; the flag plays no part."""
     for amax, scale, scale_inv in zip(*tensor_lists, strict=True):
-        scale.copy_(scale_from_amax(amax, max_fp8, power_of_two=force_pow_2_scales, epsilon=epsilon))
-        scale_inv.copy_(scale.reciprocal())
+        new = scale_from_amax(fp32(amax), max_fp8, power_of_two=force_pow_2_scales, epsilon=epsilon)
+        host(scale).copy_(new)
+        host(scale_inv).copy_(new.reciprocal())
 
 
 @reference("multi_tensor_compute_scale_inv_e8m0")
@@ -80,13 +83,13 @@ def multi_tensor_compute_scale_inv_e8m0(
 ) -> None:
     """Lists of amax in bf16, and E8M0 bytes for E4M3."""
     for amax, scale_inv in zip(*tensor_lists, strict=True):
-        scale_inv.copy_(e8m0(amax.float() * (1 / largest(7))))
+        host(scale_inv).copy_(e8m0(fp32(amax) * (1 / largest(7))))
 
 
-def _whole(part: Tensor, rows: int, columns: int, start: int, filler: float) -> Tensor:
-    """fp32 [rows, columns] with the part at its place in the flattened matrix."""
-    matrix = torch.full((rows * columns,), filler, device=part.device)
-    matrix[start : start + part.numel()] = part.reshape(-1).float()
+def _whole(part: Tensor, rows: int, columns: int, start: int) -> Tensor:
+    """fp32 [rows, columns] with the part at its place in the flattened matrix, and else 0."""
+    matrix = torch.zeros(rows * columns)
+    matrix[start : start + part.numel()] = fp32(part).reshape(-1)
     return matrix.reshape(rows, columns)
 
 
@@ -99,8 +102,8 @@ def fp8_block_scaling_compute_partial_amax(
     tensor: Tensor, amax: Tensor, h: int, w: int, start_offset: int, block_len: int
 ) -> None:
     """Largest magnitude of each 128 x 128 block of a parameter [h, w], of which this rank owns a part."""
-    found = magnitude(tiles(_whole(tensor, h, w, start_offset, 0.0), BLOCK, BLOCK), (1, 3))
-    amax[: found.shape[0], : found.shape[1]] = found
+    found = magnitude(tiles(_whole(tensor, h, w, start_offset), BLOCK, BLOCK), (1, 3))
+    host(amax)[: found.shape[0], : found.shape[1]] = found
 
 
 @reference("fp8_block_scaling_partial_cast")
@@ -111,8 +114,8 @@ def fp8_block_scaling_partial_cast(
 
     The kernel also writes beside the part, in its rows of the block: what the gather after it overwrites.
     """
-    factor = _spread(scale, h, w, BLOCK, BLOCK).reshape(-1)[start_offset : start_offset + inp.numel()]
-    out.reshape(-1).copy_(encode(inp.reshape(-1).float() * factor, out_dtype))
+    factor = _spread(host(scale), h, w, BLOCK, BLOCK).reshape(-1)[start_offset : start_offset + inp.numel()]
+    host(out).copy_(encode(fp32(inp).reshape(-1) * factor, out_dtype).reshape(out.shape))
 
 
 @reference("mxfp8_scaling_compute_partial_amax")
@@ -120,10 +123,10 @@ def mxfp8_scaling_compute_partial_amax(
     input: Tensor, amax_rowwise: Tensor, amax_colwise: Tensor, rows: int, cols: int, start_offset: int
 ) -> None:
     """Largest magnitude of each 1 x 32 and each 32 x 1 block, in the type of the input."""
-    matrix = _whole(input, rows, cols, start_offset, 0.0)
+    matrix = _whole(input, rows, cols, start_offset)
     for amax, block in ((amax_rowwise, (1, MX_BLOCK)), (amax_colwise, (MX_BLOCK, 1))):
         found = magnitude(tiles(matrix, *block), (1, 3))
-        amax[: found.shape[0], : found.shape[1]] = found.to(amax.dtype)
+        host(amax)[: found.shape[0], : found.shape[1]] = found.to(amax.dtype)
 
 
 @reference("mxfp8_scaling_partial_cast")
@@ -139,7 +142,10 @@ def mxfp8_scaling_partial_cast(
 ) -> None:
     """The owned part's E4M3 bytes, by rows and by columns."""
     owned = slice(start_offset, start_offset + input.numel())
-    ways = ((output_rowwise, scale_inv_rowwise, (1, MX_BLOCK)), (output_colwise, scale_inv_colwise, (MX_BLOCK, 1)))
+    ways = (
+        (output_rowwise, scale_inv_rowwise, (1, MX_BLOCK)),
+        (output_colwise, scale_inv_colwise, (MX_BLOCK, 1)),
+    )
     for output, scale_inv, block in ways:
-        factor = _spread(e8m0_reciprocal(scale_inv), rows, cols, *block).reshape(-1)[owned]
-        output.reshape(-1).copy_(encode(input.reshape(-1).float() * factor, 7))
+        factor = _spread(e8m0_reciprocal(host(scale_inv)), rows, cols, *block).reshape(-1)[owned]
+        host(output).copy_(encode(fp32(input).reshape(-1) * factor, 7).reshape(output.shape))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .allocate import transposed
+from .host import host, on_device
 from .quantise import turned
 from .registry import reference
 
@@ -18,7 +19,7 @@ def fp8_transpose(input: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
     if out is None:
         out = torch.empty(transposed(input.shape), dtype=torch.uint8, device=input.device)
     if input.numel():
-        out.copy_(turned(input).view(out.dtype).reshape(out.shape))
+        host(out).copy_(turned(host(input)).reshape(out.shape))
     return out
 
 
@@ -27,9 +28,9 @@ def swap_first_dims(tensor: Tensor, *, out: Tensor | None) -> Tensor:
     """[b, a, ...] of [a, b, ...]."""
     if tensor.dim() < 2:
         raise RuntimeError(f"Invalid input tensor dimensions (shape={list(tensor.shape)})")
-    swapped = tensor.transpose(0, 1)
+    swapped = host(tensor).transpose(0, 1)
     if out is None:
-        return swapped.contiguous()
+        return on_device(swapped, tensor.dtype, tensor.device)
     # The kernel takes both for [a, b, rest]: out may have its first two dimensions as one.
-    out.copy_(swapped.reshape(out.shape))
+    host(out).copy_(swapped.reshape(out.shape))
     return out
