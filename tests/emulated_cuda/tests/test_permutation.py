@@ -115,7 +115,10 @@ def all_calls() -> list[Call]:
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    half, codes = values(TOKENS, HIDDEN).bfloat16(), torch.randint(0, 256, (TOKENS, HIDDEN), dtype=torch.uint8)
+    half, codes = (
+        values(TOKENS, HIDDEN).bfloat16(),
+        torch.randint(0, 256, (TOKENS, HIDDEN), dtype=torch.uint8),
+    )
     return [
         *map_calls(chosen, empty_map()),
         permute_call(half.float(), row_id_map, None, None, None, rows),
@@ -138,7 +141,9 @@ def test_every_reference_leaves_what_its_kernel_leaves(tmp_path):
     for call, other in zip(calls, kernels, strict=True):
         for number, (ours, theirs) in enumerate(zip(call.arguments, other.arguments, strict=True)):
             if isinstance(ours, torch.Tensor):
-                torch.testing.assert_close(ours, theirs, msg=lambda m: f"{call.kernel}, argument {number}: {m}")
+                torch.testing.assert_close(
+                    ours, theirs, msg=lambda m: f"{call.kernel}, argument {number}: {m}"
+                )
 
 
 def test_the_map_is_that_of_the_librarys_worked_example():
