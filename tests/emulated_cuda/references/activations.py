@@ -1,7 +1,7 @@
 """Activations, gated ones, and ones with a factor per row; their gradients, also beside a bias's.
 
-Answers csrc/extensions/activation.cpp and the dbias_d* of bias.cpp; the formulas, with their constants, are those of
-transformer_engine/common/util/math.h, vectorized_pointwise.h and activation/scaled_activation.cu.
+Answers csrc/extensions/activation.cpp and the dbias_d* of bias.cpp; the formulas, with their constants, are
+those of transformer_engine/common/util/math.h, vectorized_pointwise.h and activation/scaled_activation.cu.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ GATED = {
 
 
 def clamped(limit: float, alpha: float, offset: float) -> tuple[Activation, Activation]:
-    """The two halves of GPT-OSS's SwiGLU: the first up to limit, the second within limit on both sides, plus offset."""
+    """Halves of GPT-OSS's SwiGLU: one up to limit; one within limit on both sides, plus offset."""
     inner = _weighted_by_sigmoid(alpha)
     first = Activation(
         lambda x: inner.value(x.clamp(max=limit)),

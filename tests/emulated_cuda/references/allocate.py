@@ -1,7 +1,7 @@
 """What a quantised tensor consists of, allocated or fitted to its quantizer.
 
-Answers create_tensor, convert_and_update_tensor and get_scale_shape of the quantizers in csrc/quantizer.cpp, on
-Hopper: its FP8 GEMM takes rows only, so what is read by columns is kept transposed.
+Answers create_tensor, convert_and_update_tensor and get_scale_shape of the quantizers in csrc/quantizer.cpp,
+on Hopper: its FP8 GEMM takes rows only, so what is read by columns is kept transposed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _per_tensor_buffers(quantizer: Any, shape: Sequence[int], allocate: Allocate
 
 
 def _buffer_shapes(quantizer: Any, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-    """Name -> shape and type of the buffers of the formats with a scale per block, as the quantizer wants them."""
+    """Name -> shape and type of the buffers that the quantizer wants, of a format with a scale per block."""
     if kind(quantizer) == "MXFP8Quantizer":
         along = {"rowwise": shape, "columnwise": shape}
         scales = {name: mx_scales(shape, name == "columnwise") for name in along}
@@ -119,7 +119,7 @@ def empty(
     device: torch.device,
     pin_memory: bool = False,
 ) -> Any:
-    """The quantizer's create_tensor: a Tensor, or a Storage where the quantizer is internal; dtype is what it poses as."""
+    """The quantizer's create_tensor: a Tensor, or a Storage if it is internal; dtype is what it poses as."""
 
     def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(list(shape), dtype=dtype, device=device, pin_memory=pin_memory)
@@ -278,10 +278,10 @@ def bulk_allocate(
 def empty_in_one_buffer(
     quantizers: Sequence[Any], shapes: Sequence[Sequence[int]], device: torch.device
 ) -> list[Any]:
-    """Storages of one format by blocks, as split_quantize allocates them: rows in one buffer, columns in another.
+    """Storages of one format by blocks: all rows in one buffer, all columns in another, as split_quantize has.
 
-    Whatever their quantizers say, they are internal, and pose as fp32 (bulk_allocate_fp8_blockwise_tensors and
-    bulk_allocate_mxfp8_tensors of csrc/extensions/cast.cpp).
+    Whatever their quantizers say, they are internal, and pose as fp32 (bulk_allocate_fp8_blockwise_tensors
+    and bulk_allocate_mxfp8_tensors of csrc/extensions/cast.cpp).
     """
     found: list[dict[str, Any]] = [{} for _ in quantizers]
     for way in ("rowwise", "columnwise"):

@@ -1,4 +1,7 @@
-"""The gradient of a bias beside the quantised gradient. Answers csrc/extensions/bias.cpp (dbias_d* are in activations.py)."""
+"""The gradient of a bias beside the quantised gradient.
+
+Answers csrc/extensions/bias.cpp; its dbias_d* are in activations.py.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Matrix products: plain, and a list of them.
 
-Answers csrc/extensions/gemm.cpp and transformer_engine/common/gemm/cublaslt_gemm.cu on Hopper. A is the weight (or
-what plays its part) and B the activation, in cuBLAS's order of columns: D = op(B) op(A), where a matrix is taken by
-its rows when it is A transposed or B plain ("TN"), and by its columns otherwise. Products are summed in fp32, also
-where cuBLAS would take TF32, and rounded once.
+Answers csrc/extensions/gemm.cpp and transformer_engine/common/gemm/cublaslt_gemm.cu on Hopper. A is the
+weight (or what plays its part) and B the activation, in cuBLAS's order of columns: D = op(B) op(A), where a
+matrix is taken by its rows when it is A transposed or B plain ("TN"), and by its columns otherwise. Products
+are summed in fp32, also where cuBLAS would take TF32, and rounded once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from .host import fp32, host, on_device
 from .quantise import finish, values_of
 from .registry import NoReferenceError, kept, reference
 
-
 kept("get_num_cublas_streams", "get_cublasLt_version")
 
 
@@ -35,7 +34,7 @@ def _shape(operand: Any) -> Sequence[int]:
 
 
 def _matrix(operand: Any, *, by_columns: bool) -> Tensor:
-    """fp32 [rows, columns], on the host, of an operand that the GEMM reads along its rows or along its columns."""
+    """fp32 [rows, columns], on the host, of an operand that the GEMM reads by rows or by columns."""
     if _is_quantised(operand):
         values = values_of(operand, columnwise=by_columns)
     elif hasattr(operand, "_quantizer"):
@@ -72,14 +71,15 @@ def _check(a: Any, transa: bool, b: Any, transb: bool) -> None:
     scaling = _scaling(a)
     if scaling != _scaling(b):
         raise RuntimeError(
-            f"Inputs A and B to GEMM need to have compatible scaling modes, but got {scaling} and {_scaling(b)}"
+            "Inputs A and B to GEMM need to have compatible scaling modes, but got "
+            f"{scaling} and {_scaling(b)}"
         )
     if scaling not in {"tensor", "block"}:
         return
     m, k = rows_and_columns(_shape(a))[:: 1 if transa else -1]
     n = rows_and_columns(_shape(b))[transb]
     if k % 16:
-        raise RuntimeError(f"Leading dimension requirement on A for FP8 GEMM. Caller must pad. ({k} % 16 != 0)")
+        raise RuntimeError(f"Leading dimension requirement for FP8 GEMM. Caller must pad. ({k} % 16 != 0)")
     if scaling == "tensor":
         return
     if a._is_2D_scaled and b._is_2D_scaled:
@@ -143,7 +143,9 @@ def generic_gemm(
         values = values + fp32(bias)
     if gelu:
         auxiliary = _auxiliary_type(A, B, bias_type, dtype)
-        values, pre_gelu, of_bias = _gelu(values.reshape(shape), gelu_in, grad, of_bias, auxiliary, workspace.device)
+        values, pre_gelu, of_bias = _gelu(
+            values.reshape(shape), gelu_in, grad, of_bias, auxiliary, workspace.device
+        )
     if accumulate:
         D = _accumulated(D, values.reshape(shape), 1.0 if beta is None else beta, quantizer)
     else:
@@ -164,7 +166,9 @@ def _auxiliary_type(a: Any, b: Any, bias_type: Any, dtype: torch.dtype) -> torch
     return torch_type(bias_type) if _is_quantised(a) or _is_quantised(b) else dtype
 
 
-def _gradient_of_bias(b: Any, transb: bool, dtype: torch.dtype, device: torch.device, is_empty: bool) -> Tensor:
+def _gradient_of_bias(
+    b: Any, transb: bool, dtype: torch.dtype, device: torch.device, is_empty: bool
+) -> Tensor:
     """Sum of the rows of B: the epilogue BGRADB, which cuBLAS does not have for blocks."""
     if is_empty:
         return torch.zeros(_shape(b)[-1], dtype=dtype, device=device)

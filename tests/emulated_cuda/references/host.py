@@ -1,7 +1,7 @@
 """How a reference reads and writes the device's memory without allocating any of it.
 
-What a reference computes on the way lies on the host. The device's account then has what the kernel's own binding
-allocates, no more, and the operators run without a detour through the dispatcher.
+What a reference computes on the way lies on the host. The device's account then has what the kernel's own
+binding allocates, no more, and the operators run without a detour through the dispatcher.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm. Answers csrc/extensions/normalization.cpp and transformer_engine/common/normalization."""
+"""RMSNorm and LayerNorm.
+
+Answers csrc/extensions/normalization.cpp and transformer_engine/common/normalization.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Kernels over lists of tensors: Adam and its variants, SGD, scaling, norms.
 
-Answers csrc/extensions/multi_tensor/*.cpp and transformer_engine/common/multi_tensor. Everything is computed in fp32
-and rounded to the type of each tensor where it is stored.
+Answers csrc/extensions/multi_tensor/*.cpp and transformer_engine/common/multi_tensor. Everything is computed
+in fp32 and rounded to the type of each tensor where it is stored.
 """
 
 from __future__ import annotations
@@ -80,7 +80,14 @@ def _fp32(number: float) -> float:
 
 
 def _settings(
-    lr: Any, beta1: float, beta2: float, epsilon: float, step: Any, mode: int, bias_correction: int, decay: float
+    lr: Any,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: Any,
+    mode: int,
+    bias_correction: int,
+    decay: float,
 ) -> dict[str, Any]:
     # Arguments of the kernel are fp32: 1 - 0.999 is then 0.00099998713.
     betas = (_fp32(beta1), _fp32(beta2))
@@ -110,7 +117,8 @@ def multi_tensor_adam_param_remainder(
 ) -> None:
     """Lists of gradient, bf16 parameter, moments and the lower 16 bits (int16) of the fp32 parameter.
 
-    The bf16 parameter is the upper half of the bits, one up where the lower half is negative: rounded half up.
+    The bf16 parameter is the upper half of the bits, one up where the lower half is negative: rounded half
+    up.
     """
     settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
     for gradient, parameter, first, second, remainder in zip(*tensor_lists, strict=True):
@@ -230,7 +238,9 @@ def multi_tensor_scale(chunk_size: int, is_infinite: Tensor, tensor_lists: Lists
 
 
 @reference("multi_tensor_scale_tensor")
-def multi_tensor_scale_tensor(chunk_size: int, is_infinite: Tensor, tensor_lists: Lists, scale: Tensor) -> None:
+def multi_tensor_scale_tensor(
+    chunk_size: int, is_infinite: Tensor, tensor_lists: Lists, scale: Tensor
+) -> None:
     """multi_tensor_scale with the factor on the device."""
     _scale(is_infinite, tensor_lists, fp32(scale))
 

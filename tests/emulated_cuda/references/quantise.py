@@ -50,8 +50,8 @@ def store(
 ) -> None:
     """Quantizer::quantize: values of the host, in fp32, into the target's buffers.
 
-    source is the type that the kernel reads; a fused kernel quantises its fp32 results themselves, and its values
-    are then finer than that.
+    source is the type that the kernel reads; a fused kernel quantises its fp32 results themselves, and its
+    values are then finer than that.
     """
     name = kind(quantizer)
     skipped = is_skipped(noop)
@@ -72,7 +72,10 @@ def store(
 
 
 def _current_scale(values: Tensor, quantizer: Any, device: torch.device) -> Tensor:
-    """[1] of the host. One collective per call, whether or not the flag says to skip: another rank may not skip."""
+    """[1] of the host.
+
+    One collective per call, whether or not the flag says to skip: another rank may not skip.
+    """
     amax = magnitude(values).reshape(1)
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
@@ -91,8 +94,8 @@ def _store_per_tensor(values: Tensor, scale: Tensor, target: Any, dtype: Any) ->
     if target._data is None:
         # Quantizer::quantize of csrc/quantizer.cpp raises the same: its kernel writes rows in every case.
         raise NotImplementedError(
-            "Columnwise-only per-tensor FP8 quantization is not implemented; the cast-transpose kernel requires "
-            "rowwise output storage."
+            "Columnwise-only per-tensor FP8 quantization is not implemented; "
+            "the cast-transpose kernel requires rowwise output storage."
         )
     codes = encode(values * scale, dtype)
     _write(target._data, codes)
@@ -184,9 +187,9 @@ def finish(
 ) -> Any:
     """The end of a kernel that computes in fp32 (values, on the host): its result in dtype, or quantised.
 
-    Only with delayed scaling are the fp32 values quantised (fused). For the other recipes they are rounded to dtype
-    first: by a kernel that writes them (Impl::UNFUSED and FUSED_..._AMAX_FP8 of csrc/extensions), or in the kernel,
-    so that both ways give the same (quantize_mxfp8.cuh).
+    Only with delayed scaling are the fp32 values quantised (fused). For the other recipes they are rounded to
+    dtype first: by a kernel that writes them (Impl::UNFUSED and FUSED_..._AMAX_FP8 of csrc/extensions), or in
+    the kernel, so that both ways give the same (quantize_mxfp8.cuh).
     """
     if quantizer is None:
         if out is None:
@@ -202,7 +205,7 @@ def finish(
 
 
 def values_of(tensor: Any, *, columnwise: bool = False) -> Tensor:
-    """fp32 values, on the host, of a quantised tensor as its rows have them, or as its columns have them; the logical shape."""
+    """fp32 values, on the host, of a quantised tensor, by its rows or by its columns; the logical shape."""
     if hasattr(tensor, "_scale_inv"):
         return _per_tensor_values(tensor, columnwise)
     way = "columnwise" if columnwise else "rowwise"

@@ -1,7 +1,7 @@
 """Scales from largest magnitudes, and the parts of a parameter that its owner quantises.
 
-Answers csrc/extensions/recipe.cpp, fp8_partial_cast.cpp and multi_tensor/compute_scale.cpp, and the kernels in
-transformer_engine/common/recipe and common/multi_tensor/compute_scale.cu.
+Answers csrc/extensions/recipe.cpp, fp8_partial_cast.cpp and multi_tensor/compute_scale.cpp, and the kernels
+in transformer_engine/common/recipe and common/multi_tensor/compute_scale.cu.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def fused_amax_and_scale_update_after_reduction(
     fp8_dtype: Any,
     margin: float,
 ) -> None:
-    """Delayed scaling, after a step: roll each history [length, tensors], and set the scales [tensors] from it.
+    """Delayed scaling, after a step: roll each history [length, tensors], and set the scales [tensors].
 
-    Row 0 collects during a step. Rolled, it is the last row, the others move up, and row 0 is 0. A tensor without
-    a magnitude this time keeps its history. The scale is largest / amax / 2**margin, of the largest in the history
-    ("max") or of this step ("most_recent"); it stays where that is 0 or not finite (kernel_bulk of
-    delayed_scaling.cu).
+    Row 0 collects during a step. Rolled, it is the last row, the others move up, and row 0 is 0. A tensor
+    without a magnitude this time keeps its history. The scale is largest / amax / 2**margin, of the largest
+    in the history ("max") or of this step ("most_recent"); it stays where that is 0 or not finite
+    (kernel_bulk of delayed_scaling.cu).
     """
     if amax_compute_algo not in {"max", "most_recent"}:
         raise RuntimeError(f"Unsupported amax compute algorithm ({amax_compute_algo})")

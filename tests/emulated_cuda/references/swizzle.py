@@ -1,8 +1,9 @@
 """The order in which a Blackwell GEMM reads E8M0 scales: tiles of 128 x 4 bytes.
 
-Answers csrc/extensions/swizzle.cpp and transformer_engine/common/swizzle/swizzle.cu. The layout is that of cuBLAS's
-"1D Block Scaling Factors Layout": in a tile, the byte of row r and column c lies at (r % 32) * 16 + (r // 32) * 4 + c;
-tiles follow each other along the columns, then down. Scales of columns are tiled as their transpose.
+Answers csrc/extensions/swizzle.cpp and transformer_engine/common/swizzle/swizzle.cu. The layout is that of
+cuBLAS's "1D Block Scaling Factors Layout": in a tile, the byte of row r and column c lies at (r % 32) * 16 +
+(r // 32) * 4 + c; tiles follow each other along the columns, then down. Scales of columns are tiled as their
+transpose.
 """
 
 from __future__ import annotations
