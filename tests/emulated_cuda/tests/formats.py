@@ -46,7 +46,11 @@ def power_of_two_scale(block: Matrix, form: str) -> float:
 def mx_scale(block: Matrix, form: str) -> float:
     """One over the least power of two that brings the block below largest (OCP MX, rounded up)."""
     amax = np.abs(block).max(initial=0.0)
-    return float(2.0 ** -np.ceil(np.log2(np.float32(amax) * np.float32(1 / LARGEST[form])))) if amax else 2.0**127
+    return (
+        float(2.0 ** -np.ceil(np.log2(np.float32(amax) * np.float32(1 / LARGEST[form]))))
+        if amax
+        else 2.0**127
+    )
 
 
 def by_blocks(

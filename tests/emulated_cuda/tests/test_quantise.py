@@ -62,7 +62,9 @@ def test_delayed_scaling_uses_the_scale_it_was_given_and_collects_the_largest_ma
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_tensorwise_scaling_maps_the_largest_magnitude_onto_the_largest_code(form: str, power_of_two: bool) -> None:
+def test_tensorwise_scaling_maps_the_largest_magnitude_onto_the_largest_code(
+    form: str, power_of_two: bool
+) -> None:
     x = values()
     found = Float8CurrentScalingQuantizer(FORMS[form], device="cuda", force_pow_2_scales=power_of_two)(x)
     plain = formats.matrix(x).reshape(-1, SHAPE[-1])
@@ -72,7 +74,9 @@ def test_tensorwise_scaling_maps_the_largest_magnitude_onto_the_largest_code(for
     assert same(found._transpose, expected.T)
     assert found._scale_inv.item() == np.float32(1) / np.float32(scales.item())
     assert found.dequantize().dtype == torch.bfloat16
-    assert formats.relative(found.dequantize().reshape(plain.shape), plain) < 2.0 ** (-4 if form == "E4M3" else -3)
+    assert formats.relative(found.dequantize().reshape(plain.shape), plain) < 2.0 ** (
+        -4 if form == "E4M3" else -3
+    )
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -85,10 +89,13 @@ def test_blockwise_scaling_has_a_scale_for_each_128_values_or_square(dims: int, 
     found = quantizer(x)
     plain = formats.matrix(x).reshape(-1, SHAPE[-1])
     scale_of = formats.power_of_two_scale if power_of_two else formats.tensor_scale
-    ways = (plain, found._rowwise_data, found._rowwise_scale_inv), (
-        np.ascontiguousarray(plain.T),
-        found._columnwise_data,
-        found._columnwise_scale_inv,
+    ways = (
+        (plain, found._rowwise_data, found._rowwise_scale_inv),
+        (
+            np.ascontiguousarray(plain.T),
+            found._columnwise_data,
+            found._columnwise_scale_inv,
+        ),
     )
     for source, data, scale_inv in ways:
         expected, scales = formats.by_blocks(source, "E4M3", (128 if dims == 2 else 1, 128), scale_of)
@@ -108,10 +115,13 @@ def test_mxfp8_has_a_power_of_two_for_each_32_values(form: str) -> None:
     x = values()
     found = MXFP8Quantizer(FORMS[form], rowwise=True, columnwise=True)(x)
     plain = formats.matrix(x).reshape(-1, SHAPE[-1])
-    ways = ((1, 32), found._rowwise_data, found._rowwise_scale_inv), (
-        (32, 1),
-        found._columnwise_data,
-        found._columnwise_scale_inv,
+    ways = (
+        ((1, 32), found._rowwise_data, found._rowwise_scale_inv),
+        (
+            (32, 1),
+            found._columnwise_data,
+            found._columnwise_scale_inv,
+        ),
     )
     for block, data, scale_inv in ways:
         expected, scales = formats.by_blocks(plain, form, block, formats.mx_scale)
@@ -144,16 +154,12 @@ def test_swizzled_scales_lie_where_cublas_documents_them(columnwise: bool) -> No
 
 QUANTIZERS = {
     "delayed": lambda: Float8Quantizer(
-        torch.ones(1, device="cuda"), torch.zeros(1, device="cuda"), FORMS["E4M3"]
+        torch.full((1,), 1 / 16, device="cuda"), torch.zeros(1, device="cuda"), FORMS["E4M3"]
     ),
     "tensorwise": lambda: Float8CurrentScalingQuantizer(FORMS["E4M3"], device="cuda"),
     "blockwise": lambda: Float8BlockQuantizer(FORMS["E4M3"], rowwise=True, columnwise=True),
     "mxfp8": lambda: MXFP8Quantizer(FORMS["E4M3"]),
 }
-
-
-def buffers(tensor: Any) -> list[torch.Tensor]:
-    return [part for part in tensor.prepare_for_saving()[0] if part is not None]
 
 
 @pytest.mark.parametrize("recipe", QUANTIZERS)
@@ -164,8 +170,8 @@ def test_new_values_go_into_the_same_memory_and_a_flag_of_1_leaves_the_old_ones(
     before = target.dequantize(dtype=torch.float32)
     quantizer.update_quantized(values() * 3, target, noop_flag=torch.ones(1, device="cuda"))
     assert torch.equal(target.dequantize(dtype=torch.float32), before)
-    quantizer.update_quantized(values() * 3, target, noop_flag=torch.zeros(1, device="cuda"))
-    assert formats.relative(target.dequantize(dtype=torch.float32), values() * 3) < 0.05
+    quantizer.update_quantized(values() * 2, target, noop_flag=torch.zeros(1, device="cuda"))
+    assert formats.relative(target.dequantize(dtype=torch.float32), values() * 2) < 0.05
     assert places == {
         name: part.data_ptr() for name, part in vars(target).items() if isinstance(part, torch.Tensor)
     }
