@@ -28,7 +28,7 @@ FP8_FAMILIES = {
     ),
 }  # fmt: skip
 """By name, the family and what differs from its tiny model: FP8 takes multiples of 16, its blocks of 128."""
-FP8_WIDTHS = dict(hidden_size=128, intermediate_size=256)
+FP8_WIDTHS = dict(hidden_size=128, intermediate_size=256, initializer_range=0.03)
 
 
 @pytest.fixture(scope="session")
