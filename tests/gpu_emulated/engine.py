@@ -1,4 +1,4 @@
-"""A process that stands for an engine's rank: loads what it is told of into a model that keeps the tensors."""
+"""A process that stands for an engine's rank: loads what it is told of into a model that keeps it."""
 
 from __future__ import annotations
 

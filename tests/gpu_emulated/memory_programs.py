@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.outcome import RunOutcome
+from megatron_pmd.training.trainer import Trainer
 from megatron_pmd.weight_sync.push import WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial
@@ -61,7 +64,7 @@ def holders() -> Iterator[tuple[str, Any]]:
     for holder in gc.get_objects():
         kind = type(holder)
         if kind.__name__ == "_lru_cache_wrapper":
-            yield holder.__qualname__, [list(part) if isinstance(part, list) else part for part in _kept_by(holder)]
+            yield holder.__qualname__, _kept_by(holder)
         elif str(kind.__module__).startswith(OWNERS) and not isinstance(holder, type):
             for name, value in list(getattr(holder, "__dict__", {}).items()):
                 yield f"{kind.__name__}.{name.lstrip('_')}", value
@@ -95,8 +98,8 @@ def named_blocks() -> dict[str, int]:
     return total
 
 
-def bits(trial: Trial) -> dict[str, str]:
-    """A digest of every tensor of the model and of the optimizer, wherever it lies."""
+def tensors_of(trial: Trial) -> dict[str, torch.Tensor]:
+    """Every tensor of the model and of the optimizer that has a dimension."""
     found: dict[str, torch.Tensor] = {}
     for chunk in trial.actor.chunks:
         for name, parameter in chunk.named_parameters():
@@ -104,17 +107,26 @@ def bits(trial: Trial) -> dict[str, str]:
             raw = getattr(parameter, "_rowwise_data", None)
             raw = getattr(parameter, "_data", None) if raw is None else raw
             found[name] = parameter.detach() if raw is None else raw
-    for number, part in enumerate(getattr(trial.actor.optimizer, "chained_optimizers", [trial.actor.optimizer])):
+    for number, part in enumerate(trial.actor.optimizer.chained_optimizers):
         for i, inner in enumerate(getattr(part.optimizer, "sub_optimizers", [part.optimizer])):
             for j, parameter in enumerate(p for group in inner.param_groups for p in group["params"]):
                 found[f"main {number} {i} {j}"] = parameter.detach()
                 states = inner.state.get(parameter, {})
                 found |= {f"{k} {number} {i} {j}": v for k, v in states.items() if torch.is_tensor(v)}
+    return {name: tensor for name, tensor in found.items() if tensor.dim()}
+
+
+def bits(trial: Trial) -> dict[str, str]:
+    """A digest of each."""
     return {
         name: hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in found.items()
-        if tensor.dim()
+        for name, tensor in tensors_of(trial).items()
     }
+
+
+def places(trial: Trial) -> dict[str, str]:
+    """The kind of device that each is on."""
+    return {name: tensor.device.type for name, tensor in tensors_of(trial).items()}
 
 
 def peaks(action: Any) -> dict[str, int]:
@@ -146,11 +158,12 @@ def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
     del alone
     gc.collect()
     trial, phases = Trial(config), {}
-    actor, steps = trial.actor, list[Any]()
+    actor, steps, saved = trial.actor, list[Any](), list[Path]()
     microbatches = actor.microbatches(trial.batch, np.arange(16))
     phases["first anchor"] = peaks(lambda: actor.log_probs(trial.batch, microbatches))
     phases["first update"] = peaks(lambda: steps.append(trial.step(STEPS[0])))
-    result |= {"resident": named_blocks(), "bits": bits(trial), "away": [], "allocated": []}
+    result |= {"resident": named_blocks(), "bits": bits(trial), "places": places(trial)}
+    result |= {"away": [], "allocated": []}
     for _ in range(2):
         resident = torch.cuda.memory_allocated()
         actor.release_optimizer()
@@ -159,11 +172,14 @@ def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
         result["allocated"].append((resident, without_optimizer, torch.cuda.memory_allocated()))
         result["away"].append(named_blocks())
         actor.wake()
-    result["returned bits"] = bits(trial)
+    result |= {"returned bits": bits(trial), "returned places": places(trial)}
     phases["update"] = peaks(lambda: steps.append(trial.step(STEPS[1])))
     result |= {"steps": steps, "last bits": bits(trial)}
     phases["anchor"] = peaks(lambda: actor.log_probs(trial.batch, microbatches))
-    phases["save"] = peaks(lambda: trial.save(folder))
+    phases["save"] = peaks(lambda: saved.append(trial.save(folder)))
+    result["saved bits"] = bits(trial)
+    phases["load"] = peaks(lambda: actor.load(saved[0]))
+    result["loaded bits"] = bits(trial)
     phases["sync"] = sync_peaks(trial)
     return result | {"phases": phases}
 
@@ -178,26 +194,29 @@ def sync_peaks(trial: Trial) -> dict[str, int]:
         timeout_seconds=60, on_device=True,
     )  # fmt: skip
     actor.release_optimizer()
-    found = peaks(lambda: push.push(shards, 1, serves=[0]))
-    actor.release_parameters()
-    actor.wake()
-    return found
+    return peaks(lambda: push.push(shards, 1, serves=[0]))
 
 
-def out_of_memory(config: RunConfig) -> list[tuple[str, str]]:
-    """How a run would end whose step needs more than the device has."""
-    trial = Trial(config)
-    kept = [torch.empty(torch.cuda.mem_get_info()[0] - 2**21, dtype=torch.uint8, device="cuda")]
-    del kept[1:]
-    microbatches, outcomes = [list(range(16))], []
-    for action in (
-        lambda: trial.actor.log_probs(trial.batch, microbatches),
-        lambda: trial.step_of(microbatches, 1e-4),
-    ):
+def out_of_memory(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """By phase, the outcome of a run that needs more than the device has in it: error and reason."""
+    trial, outcomes = Trial(config), {}
+    microbatches = [list(range(16))]
+    kept = torch.empty(torch.cuda.mem_get_info()[0] - 2**21, dtype=torch.uint8, device="cuda")
+    phases = {
+        "anchor": lambda: trial.actor.log_probs(trial.batch, microbatches),
+        "update": lambda: trial.step_of(microbatches, 1e-4),
+    }
+    # of a run, what a phase asks of it before it begins
+    run: Any = SimpleNamespace(
+        config=config, control=trial.control, state=SimpleNamespace(completed=0),
+        log=SimpleNamespace(phase=contextlib.nullcontext), _end_if_it_must=lambda name: None,
+    )  # fmt: skip
+    for name, action in phases.items():
         try:
-            action()
-            outcomes.append(("", ""))
+            with Trainer.phase(run, name):
+                action()
         except Exception as error:
             outcome = RunOutcome.of(error)
-            outcomes.append((str(outcome.error), outcome.reason))
+            outcomes[name] = str(outcome.error), outcome.reason
+    del kept
     return outcomes

@@ -41,8 +41,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def held_bytes() -> int:
-    """What this process holds of its device, by the device's own account."""
-    torch.cuda.empty_cache()
+    """What this process holds of its device, by the device's own account: tensors, and freed blocks too."""
     runtime = ctypes.CDLL("libcudart.so.13")
     runtime.emulated_held_bytes.restype = ctypes.c_size_t
     return int(runtime.emulated_held_bytes(torch.cuda.current_device()))
@@ -71,14 +70,14 @@ def updates(cases: dict[str, tuple[RunConfig, bool]], *, together: bool) -> dict
             control = start(config.layout)
             actor = Actor(config, control)
             shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=fp8)
+            torch.cuda.empty_cache()
             before = held_bytes()
-            push = push_into(engine, control)
-            report = push.push(shards, 1, serves=serves)
+            report = push_into(engine, control).push(shards, 1, serves=serves)
             results[name] = {
-                "received": engine.keep(), "left": held_bytes() - before, "buckets": report.buckets,
+                "left": held_bytes() - before, "received": engine.keep(), "buckets": report.buckets,
                 "told": engine.descriptions, "export": to_host(dict(actor.export())),
             }  # fmt: skip
-            del actor, shards, push
+            del actor, shards
             gc.collect()
     return results
 
@@ -89,6 +88,7 @@ def faults(config: RunConfig) -> dict[Any, Any]:
     actor = Actor(config, control)
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes)
     result: dict[Any, Any] = {"sender died": sender_that_died(), "export": to_host(dict(actor.export()))}
+    torch.cuda.empty_cache()
     before = held_bytes()
     with contextlib.closing(EngineProcesses([0])) as engine:
         push = push_into(engine, control)

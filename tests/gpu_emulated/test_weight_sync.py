@@ -8,6 +8,7 @@ import torch
 from megatron_pmd.config import override
 from megatron_pmd.fp8 import SCALE_SUFFIX, dequantize, is_quantized
 from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.conftest import asked_for
 from tests.gpu_emulated.launch import launch
 from tests.gpu_emulated.sync_programs import FAULTS
 
@@ -35,17 +36,19 @@ def config(models, model, words, layout=None):
 
 
 @pytest.fixture(scope="module")
-def one_rank(models):
-    cases = {name: (config(models, model, words), fp8) for name, (model, words, fp8) in CASES.items()}
-    return launch("sync_programs.updates", [config for config, _ in cases.values()], cases=cases, together=False)[0]
+def one_rank(request, models):
+    asked = asked_for(request, "case", CASES)
+    cases = {name: (config(models, model, words), fp8) for name, (model, words, fp8) in asked.items()}
+    configs = [config for config, _ in cases.values()]
+    return launch("sync_programs.updates", configs, cases=cases, together=False)[0]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(models):
+def two_ranks(request, models):
     """Of rank 0, which leads the engine."""
     cases = {
         name: (config(models, model, GATHERED if fp8 else [], layout), fp8)
-        for name, (model, layout, fp8) in TWO_RANKS.items()
+        for name, (model, layout, fp8) in asked_for(request, "layout", TWO_RANKS).items()
     }
     configs = [config for config, _ in cases.values()]
     return launch("sync_programs.updates", configs, ranks=2, cases=cases, together=True)[0]
@@ -80,18 +83,18 @@ def test_nothing_of_an_update_is_left_on_the_device(one_rank, case):
     assert one_rank[case]["left"] == 0
 
 
-@pytest.mark.parametrize("case", TWO_RANKS)
-def test_an_engine_of_two_ranks_gets_the_weights_of_two_actor_ranks_each_on_its_own_device(two_ranks, case):
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_an_engine_of_two_ranks_gets_the_weights_of_two_actor_ranks_each_on_its_own_device(two_ranks, layout):
     """Of the experts each rank gets its half; the rest is whole on both."""
-    received, export = two_ranks[case]["received"], two_ranks[case]["export"]
+    received, export = two_ranks[layout]["received"], two_ranks[layout]["export"]
     for rank, tensors in enumerate(received):
         own = {
             name: tensor
             for name, tensor in export.items()
             if ".experts." not in name or int(name.split(".experts.")[1].split(".")[0]) // 2 == rank
         }
-        assert_is_the_export(tensors, own, fp8=TWO_RANKS[case][2])
-    assert two_ranks[case]["left"] == 0
+        assert_is_the_export(tensors, own, fp8=TWO_RANKS[layout][2])
+    assert two_ranks[layout]["left"] == 0
 
 
 def test_a_handle_whose_process_was_killed_is_refused_by_the_buckets_name(faulty):
