@@ -109,8 +109,8 @@ def saying_who_fills_it(phase: str) -> Iterator[None]:
         raise DeviceFull(
             f"{phase}: of the {memory.total / 1e9:.1f} GB of {current_device()}, "
             f"{memory.tensors / 1e9:.1f} GB are tensors of this rank, "
-            f"{(memory.actor - memory.tensors) / 1e9:.1f} GB freed blocks of its allocator, {memory.others / 1e9:.1f} GB "
-            "an engine's, NCCL's and others'; lower "
+            f"{(memory.actor - memory.tensors) / 1e9:.1f} GB freed blocks of its allocator, "
+            f"{memory.others / 1e9:.1f} GB an engine's, NCCL's and others'; lower "
             "batch.max_tokens_per_microbatch (or, in a sync, sync.bucket_megabytes), or set "
             "actor.recompute=full, optimizer.offload=1 or a larger layout; `megatron-pmd plan` counts each "
             f"phase. torch said: {str(error).partition('. GPU')[0]}"
