@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
-from megatron_pmd.actor import families, lora, muon, settings
+from megatron_pmd.actor import families, latent_attention, lora, muon, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
@@ -133,6 +133,9 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
         from megatron_pmd.actor.cpu.modules import block_spec
 
         provider.transformer_layer_spec = partial(block_spec, of_family=provider.transformer_layer_spec)
+    elif provider.multi_latent_attention:
+        layers = partial(latent_attention.block_spec, of_family=provider.transformer_layer_spec)
+        provider.transformer_layer_spec = layers
     provider.finalize()
     provider.finalize_model_grads_func = finalize_model_grads
     return provider

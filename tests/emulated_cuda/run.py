@@ -50,6 +50,8 @@ def environment(folder: Path, state: Path, devices: int = 1) -> dict[str, str]:
         # a compiled function would launch Triton's kernels; uncompiled it is the same function
         "TORCH_COMPILE_DISABLE": "1",
         "NVTE_DISABLE_NVRTC": "1",
+        # DeepEP refuses two libraries of NCCL in a process: DeepEP's own pulls the real one in
+        "EP_SUPPRESS_NCCL_CHECK": "1",
         "CUDA_HOME": str(build.packages_folder() / "cu13"),
     }
 

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tenso
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -29,6 +28,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
+from megatron_pmd.actor.latent_attention import LatentAttention
 from megatron_pmd.actor.packing import Row
 
 FP32_ATTENTION_TOKENS = 256
@@ -200,14 +200,6 @@ class TELinear(torch.nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
-
-
-class LatentAttention(MLASelfAttention):
-    """MLA with the modules its spec names: megatron-core would look for a fused norm of its own backend."""
-
-    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
 
 class _GroupedLinear(torch.nn.Module):

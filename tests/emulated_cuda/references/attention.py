@@ -9,13 +9,13 @@ for `bshd` and `sbhd`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tests.emulated_cuda.references.registry import NoReferenceError, reference
+from .host import host, on_the_host
+from .registry import NoReferenceError, reference
 
 Tensor = torch.Tensor
 FORMATS = ("thd", "bshd", "sbhd")
@@ -63,7 +63,7 @@ class Span:
 
 def spans(form: str, shape: torch.Size, bounds: Tensor, padded: Tensor | None, padding: bool) -> list[Span]:
     """Where each sequence stands; one of a batch is as long as its row unless the mask says that rows are padded."""
-    lengths = bounds.diff().tolist()
+    lengths = host(bounds).diff().tolist()
     if form == "thd":
         starts = (bounds if padded is None else padded)[:-1].tolist()
         return [Span(i, s, n) for i, (s, n) in enumerate(zip(starts, lengths, strict=True))]
@@ -120,16 +120,29 @@ def per_group(gradient: Tensor, groups: int) -> Tensor:
     return gradient.unflatten(1, (groups, -1)).sum(2)
 
 
-def pairs(
-    query: Tensor, key: Tensor, layout: str, kind: str, bounds: tuple[Tensor, Tensor],
+@dataclass(frozen=True)
+class Problem:
+    """What an attention is, apart from its numbers.
+
+    layout        (format of queries, format of keys and values)
+    sequences     of each sequence, where its queries and its keys stand
+    """
+
+    layout: tuple[str, str]
+    sequences: list[tuple[Span, Span]]
+    mask: Mask
+    scale: float
+
+
+def problem_of(
+    layout: str, kind: str, mask: Mask, scale: float, query: Tensor, key: Tensor, bounds: tuple[Tensor, Tensor],
     padded: tuple[Tensor | None, Tensor | None],
-) -> Iterator[tuple[Span, Span]]:  # fmt: skip
-    """The spans of queries and of keys of each sequence."""
+) -> Problem:  # fmt: skip
     padding = "padding" in kind
     of_query, of_key = formats_of(layout)
     queries = spans(of_query, query.shape, bounds[0], padded[0], padding)
     keys = spans(of_key, key.shape, bounds[1], padded[1], padding)
-    return zip(queries, keys, strict=True)
+    return Problem((of_query, of_key), list(zip(queries, keys, strict=True)), mask, scale)
 
 
 def check(
@@ -178,35 +191,43 @@ def fused_attn_fwd(
         (s_quantizer, o_quantizer),
     )  # fmt: skip
     refuse_unless(page_table_k is None and page_table_v is None, "fused_attn_fwd", "pages of keys")
-    kind, mask = (
-        short_name(attn_mask_type),
-        mask_of(short_name(attn_mask_type), window_size, bottom_right_diagonal),
-    )
-    of_query, of_key = formats_of(layout)
-    of_output = short_name(o_format)
-    output = Q.new_zeros(shape_in(of_query, of_output, (*Q.shape[:-1], V.shape[-1])))
-    if of_query == "thd":
+    kind = short_name(attn_mask_type)
+    mask = mask_of(kind, window_size, bottom_right_diagonal)
+    bounds, padded = (cu_seqlens_q, cu_seqlens_kv), (cu_seqlens_q_padded, cu_seqlens_kv_padded)
+    problem = problem_of(layout, kind, mask, attn_scale, Q, K, bounds, padded)
+    form, of_output = problem.layout[0], short_name(o_format)
+    out_shape = shape_in(form, of_output, (*Q.shape[:-1], V.shape[-1]))
+    output = torch.zeros(out_shape, dtype=fake_dtype, device=Q.device)
+    if form == "thd":
         shape: tuple[int, ...] = (Q.shape[0], Q.shape[1], 1)
     else:
-        batch, longest = (Q.shape[0], Q.shape[1]) if of_query == "bshd" else (Q.shape[1], Q.shape[0])
+        batch, longest = (Q.shape[0], Q.shape[1]) if form == "bshd" else (Q.shape[1], Q.shape[0])
         shape = (batch, Q.shape[2], longest, 1)
     statistics = torch.full(shape, math.nan, dtype=torch.float32, device=Q.device)
-    largest = statistics.clone()
-    bounds, padded = (cu_seqlens_q, cu_seqlens_kv), (cu_seqlens_q_padded, cu_seqlens_kv_padded)
-    for here, there in pairs(Q, K, layout, kind, bounds, padded):
-        query, key, value = here.of(Q, of_query), there.of(K, of_key), there.of(V, of_key)
+    largest = torch.full_like(statistics, math.nan) if return_max_logit else None
+    attend(problem, Q, K, V, output, of_output, statistics, largest)
+    state = random_state(rng_gen, rng_elts_per_thread, Q.device)
+    return [output, statistics, *([] if largest is None else [largest]), state]
+
+
+@on_the_host
+def attend(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, output: Tensor, of_output: str, statistics: Tensor,
+    largest: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the outputs, log Σ exp of the scores and the largest score of each query."""
+    of_query, of_key = problem.layout
+    for here, there in problem.sequences:
         if not here.length:
             continue
-        products = scores(query, key, attn_scale, mask)
+        query, value = here.of(q, of_query), there.of(v, of_key)
+        products = scores(query, there.of(k, of_key), problem.scale, problem.mask)
         normaliser = products.logsumexp(-1)
         weights = (products - normaliser[..., None]).exp().nan_to_num(0.0)
-        here.of(output, of_output).copy_(
-            torch.einsum("hqk,khd->qhd", weights, per_head(value, query.shape[1]))
-        )
+        here.of(output, of_output).copy_(torch.einsum("hqk,khd->qhd", weights, per_head(value, q.shape[-2])))
         here.statistics(statistics).copy_(normaliser)
-        here.statistics(largest).copy_(products.amax(-1) if there.length else normaliser)
-    state = random_state(rng_gen, rng_elts_per_thread, Q.device)
-    return [output, statistics, *([largest] if return_max_logit else []), state]
+        if largest is not None:
+            here.statistics(largest).copy_(products.amax(-1) if there.length else normaliser)
 
 
 def shape_in(form: str, wanted: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -235,34 +256,42 @@ def fused_attn_bwd(
     layout = check(
         kernel, Q, qkv_layout, bias_type, softmax_type, p_dropout, (s_quantizer, dp_quantizer, dqkv_quantizer)
     )  # fmt: skip
-    refuse_unless(
-        short_name(dqkv_layout) == layout, kernel, f"gradients as {short_name(dqkv_layout)} of {layout}"
-    )
-    kind, mask = (
-        short_name(attn_mask_type),
-        mask_of(short_name(attn_mask_type), window_size, bottom_right_diagonal),
-    )
-    of_query, of_key = formats_of(layout)
-    of_output, of_gradient = short_name(o_format), short_name(do_format)
-    statistics = Aux_CTX_Tensors[0]
-    d_query, d_key, d_value = gradients(layout, Q, K, V)
+    wanted = short_name(dqkv_layout)
+    refuse_unless(wanted == layout, kernel, f"gradients as {wanted} of operands as {layout}")
+    kind = short_name(attn_mask_type)
+    mask = mask_of(kind, window_size, bottom_right_diagonal)
     bounds, padded = (cu_seqlens_q, cu_seqlens_kv), (cu_seqlens_q_padded, cu_seqlens_kv_padded)
-    for here, there in pairs(Q, K, layout, kind, bounds, padded):
+    problem = problem_of(layout, kind, mask, attn_scale, Q, K, bounds, padded)
+    found = gradients(layout, Q, K, V)
+    forms = short_name(o_format), short_name(do_format)
+    differentiate(problem, forms, (Q, K, V), O, dO, Aux_CTX_Tensors[0], found)
+    return [*found, None, None]
+
+
+@on_the_host
+def differentiate(
+    problem: Problem, forms: tuple[str, str], operands: tuple[Tensor, Tensor, Tensor], output: Tensor,
+    gradient: Tensor, statistics: Tensor, found: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Writes the gradients of the operands; forms are those of the output and of its gradient."""
+    of_query, of_key = problem.layout
+    d_query, d_key, d_value = found
+    for here, there in problem.sequences:
         if not here.length or not there.length:
             continue
-        query, key, value = here.of(Q, of_query), there.of(K, of_key), there.of(V, of_key)
+        query = here.of(operands[0], of_query)
+        key, value = (there.of(operand, of_key) for operand in operands[1:])
         heads, groups = query.shape[1], key.shape[1]
-        output, gradient = here.of(O, of_output).float(), here.of(dO, of_gradient).float()
+        out, d_out = here.of(output, forms[0]).float(), here.of(gradient, forms[1]).float()
         normaliser = here.statistics(statistics)[..., None]
-        weights = (scores(query, key, attn_scale, mask) - normaliser).exp()
+        weights = (scores(query, key, problem.scale, problem.mask) - normaliser).exp()
         weights = weights.masked_fill(normaliser == -math.inf, 0.0)
-        d_weights = torch.einsum("qhd,khd->hqk", gradient, per_head(value, heads))
-        d_scores = weights * (d_weights - (output * gradient).sum(-1).t()[..., None]) * attn_scale
+        d_weights = torch.einsum("qhd,khd->hqk", d_out, per_head(value, heads))
+        d_scores = weights * (d_weights - (out * d_out).sum(-1).t()[..., None]) * problem.scale
         here.of(d_query, of_query).copy_(torch.einsum("hqk,khd->qhd", d_scores, per_head(key, heads)))
         of_keys = torch.einsum("hqk,qhd->khd", d_scores, query.float())
         there.of(d_key, of_key).copy_(per_group(of_keys, groups))
-        there.of(d_value, of_key).copy_(per_group(torch.einsum("hqk,qhd->khd", weights, gradient), groups))
-    return [d_query, d_key, d_value, None, None]
+        there.of(d_value, of_key).copy_(per_group(torch.einsum("hqk,qhd->khd", weights, d_out), groups))
 
 
 def gradients(layout: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.emulated_cuda.references.registry import NoReferenceError, reference
+from .host import on_the_host
+from .registry import NoReferenceError, reference
 
 Tensor = torch.Tensor
 
@@ -24,6 +25,7 @@ def half_rows(cu_seqlens: Tensor, second: bool) -> Tensor:
 
 
 @reference("thd_read_half_tensor")
+@on_the_host
 def thd_read_half_tensor(tensor: Tensor, cu_seqlens: Tensor, half_idx: int) -> Tensor:
     """[tokens / 2, h, d] of [tokens, h, d], or [2, tokens / 2, h, d] of [2, tokens, h, d].
 
@@ -56,6 +58,7 @@ def _statistics(
 
 
 @reference("thd_second_half_lse_correction")
+@on_the_host
 def thd_second_half_lse_correction(
     lse: Tensor, lse_per_step: Tensor, cu_seqlens: Tensor, lse_packed: bool
 ) -> None:
@@ -65,6 +68,7 @@ def thd_second_half_lse_correction(
 
 
 @reference("thd_read_second_half_lse")
+@on_the_host
 def thd_read_second_half_lse(
     lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int
 ) -> Tensor:
@@ -76,6 +80,7 @@ def thd_read_second_half_lse(
 
 
 @reference("thd_out_correction")
+@on_the_host
 def thd_out_correction(
     out: Tensor, out_per_step: Tensor, old_lse: Tensor, lse: Tensor, lse_per_step: Tensor, cu_seqlens: Tensor,
     only_second_half: bool, lse_packed: bool,
@@ -107,6 +112,7 @@ CORRECTIONS = (("add", "copy"), ("add", "none"), ("copy", "none"), ("copy", "zer
 
 
 @reference("thd_grad_correction")
+@on_the_host
 def thd_grad_correction(
     grad: Tensor, grad_per_step: Tensor, cu_seqlens: Tensor, first_half: str, second_half: str
 ) -> None:
@@ -145,12 +151,14 @@ def rank_order(cu_seqlens: Tensor, tokens: int, ranks: int) -> Tensor:
 
 
 @reference("thd_get_partitioned_indices")
+@on_the_host
 def thd_get_partitioned_indices(cu_seqlens: Tensor, total_tokens: int, world_size: int, rank: int) -> Tensor:
     """int32 [total_tokens / world_size]: where the rank's tokens stand in the whole row."""
     return rank_order(cu_seqlens, total_tokens, world_size).view(world_size, -1)[rank].int()
 
 
 @reference("thd_sequence_order_to_cp_rank_order")
+@on_the_host
 def thd_sequence_order_to_cp_rank_order(
     inp: Tensor, cu_seqlens: Tensor, cp_size: int, total_tokens: int
 ) -> Tensor:
@@ -159,6 +167,7 @@ def thd_sequence_order_to_cp_rank_order(
 
 
 @reference("thd_cp_rank_order_to_sequence_order")
+@on_the_host
 def thd_cp_rank_order_to_sequence_order(
     inp: Tensor, cu_seqlens: Tensor, cp_size: int, total_tokens: int
 ) -> Tensor:
@@ -169,6 +178,7 @@ def thd_cp_rank_order_to_sequence_order(
 
 
 @reference("thd_copy_valid_tokens_from_per_split_to_rank_local")
+@on_the_host
 def thd_copy_valid_tokens_from_per_split_to_rank_local(
     out: Tensor, inp: Tensor, cu_seqlens_padded: Tensor, cu_seqlens: Tensor
 ) -> None:

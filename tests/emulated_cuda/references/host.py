@@ -6,11 +6,14 @@ binding allocates, no more, and the operators run without a detour through the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from ..aten import on_device as copied_to_device
 from ..aten import on_host
 
 
@@ -31,3 +34,30 @@ def on_device(
     result = torch.empty(values.shape if shape is None else list(shape), dtype=dtype, device=device)
     host(result).copy_(values.reshape(result.shape))
     return result
+
+
+def on_the_host[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """The function is called with the host's view of its tensors; new tensors that it returns go to the device."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        devices: list[torch.device] = []
+
+        def to_host(value: object) -> object:
+            if type(value) not in (Tensor, torch.nn.Parameter):
+                return value
+            assert isinstance(value, Tensor)
+            if value.is_cuda:
+                devices.append(value.device)
+            return host(value)
+
+        def to_device(value: object) -> object:
+            if isinstance(value, Tensor) and devices and not value.is_cuda:
+                return copied_to_device(value, devices[0])
+            return value
+
+        there, more = tree_map(to_host, (arguments, named))
+        result: R = tree_map(to_device, function(*there, **more))
+        return result
+
+    return call

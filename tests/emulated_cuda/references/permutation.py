@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from tests.emulated_cuda.references.registry import triton_reference
+from .host import on_the_host
+from .registry import triton_reference
 
 Tensor = torch.Tensor
 
 
 @triton_reference("_row_id_map_pass_1_kernel")
+@on_the_host
 def row_id_map_pass_1(
     grid: Any, routing_map: Tensor, num_tokens: int, stride_routing_map_token: int, stride_routing_map_expert: int,
     stride_row_id_map_token: int, stride_row_id_map_expert: int, row_id_map: Tensor, workspace: Tensor,
@@ -35,6 +37,7 @@ def row_id_map_pass_1(
 
 
 @triton_reference("_row_id_map_pass_2_kernel")
+@on_the_host
 def row_id_map_pass_2(
     grid: Any, row_id_map: Tensor, workspace: Tensor, num_tokens: int, stride_row_id_map_token: int,
     stride_row_id_map_expert: int, WORKSPACE_LOAD_WIDTH: int, BLOCK_SIZE: int, **meta: Any,
@@ -48,6 +51,7 @@ def row_id_map_pass_2(
 
 
 @triton_reference("_row_id_map_pass_3_kernel")
+@on_the_host
 def row_id_map_pass_3(
     grid: Any, row_id_map: Tensor, stride_row_id_map_token: int, stride_row_id_map_expert: int, num_experts: int,
     LOAD_SIZE: int, **meta: Any,
@@ -71,6 +75,7 @@ def entries(row_id_map: Tensor, experts: int, pad_offsets: Tensor | None) -> tup
 
 
 @triton_reference("_permute_kernel")
+@on_the_host
 def permute(
     grid: Any, input: Tensor, row_id_map: Tensor, probs: Tensor | None, scale: Tensor | None,
     permuted_scale: Tensor | None, pad_offsets: Tensor | None, output_buf: Any, permuted_probs_buf: Any,
@@ -95,6 +100,7 @@ def permute(
 
 
 @triton_reference("_unpermute_kernel")
+@on_the_host
 def unpermute(
     grid: Any, input: Tensor, row_id_map: Tensor, merging_probs: Tensor | None, permuted_probs: Tensor | None,
     pad_offsets: Tensor | None, output_buf: Any, unpermuted_probs_buf: Any, stride_row_id_map_token: int,
@@ -118,6 +124,7 @@ def unpermute(
 
 
 @triton_reference("_unpermute_bwd_with_merging_probs_kernel")
+@on_the_host
 def unpermute_backward(
     grid: Any, fwd_output_grad: Tensor, fwd_input: Tensor, merging_probs: Tensor, row_id_map: Tensor,
     pad_offsets: Tensor | None, stride_row_id_map_token: int, stride_row_id_map_expert: int,
@@ -138,6 +145,7 @@ def unpermute_backward(
 
 
 @triton_reference("_make_chunk_sort_map_kernel")
+@on_the_host
 def make_chunk_sort_map(
     grid: Any, split_sizes: Tensor, sorted_indices: Tensor, dst_rows: Tensor, num_splits: int, **meta: Any
 ) -> None:
@@ -153,6 +161,7 @@ def make_chunk_sort_map(
 
 
 @triton_reference("_sort_chunks_by_map_kernel")
+@on_the_host
 def sort_chunks_by_map(
     grid: Any, input: Tensor, row_id_map: Tensor, probs: Tensor | None, output_buf: Any, stride_input_token: int,
     stride_input_hidden: int, stride_output_token: int, stride_output_hidden: int, stride_probs_token: int | None,

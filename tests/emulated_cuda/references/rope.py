@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tests.emulated_cuda.references.attention import refuse_unless, short_name
-from tests.emulated_cuda.references.registry import reference, triton_reference
+from .attention import refuse_unless, short_name
+from .host import on_the_host
+from .registry import reference, triton_reference
 
 Tensor = torch.Tensor
 
@@ -33,7 +34,10 @@ def chunked(place: Tensor, length: Tensor | int, ranks: int, rank: int) -> Tenso
     """From a place in what the rank holds of a sequence, `length` tokens, to the place in the whole sequence."""
     if ranks == 1:
         return place
-    first, second = place + rank * length // 2, place + length * ranks - (rank + 1) * length // 2 - length // 2
+    first, second = (
+        place + rank * length // 2,
+        place + length * ranks - (rank + 1) * length // 2 - length // 2,
+    )
     return torch.where(place < length // 2, first, second)
 
 
@@ -76,6 +80,7 @@ def rotated(values: Tensor, freqs: Tensor, place: Tensor, interleaved: bool, *, 
 
 
 @reference("fused_rope_forward")
+@on_the_host
 def fused_rope_forward(
     input: Tensor, freqs: Tensor, start_positions: Tensor | None, qkv_format: Any, interleaved: bool,
     cu_seqlens: Tensor | None, cp_size: int, cp_rank: int,
@@ -88,6 +93,7 @@ def fused_rope_forward(
 
 
 @reference("fused_rope_backward")
+@on_the_host
 def fused_rope_backward(
     output_grads: Tensor, freqs: Tensor, start_positions: Tensor | None, qkv_format: Any, interleaved: bool,
     cu_seqlens: Tensor | None, cp_size: int, cp_rank: int,
@@ -99,6 +105,7 @@ def fused_rope_backward(
 
 
 @reference("fused_qkv_rope_forward")
+@on_the_host
 def fused_qkv_rope_forward(
     qkv_input: Tensor, q_freqs: Tensor, k_freqs: Tensor, start_positions: Tensor | None, qkv_split_arg_list: list[int],
     qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
@@ -118,6 +125,7 @@ def fused_qkv_rope_forward(
 
 
 @reference("fused_qkv_rope_backward")
+@on_the_host
 def fused_qkv_rope_backward(
     q_grad_out: Tensor, k_grad_out: Tensor, v_grad_out: Tensor, q_freqs: Tensor, k_freqs: Tensor,
     qkv_split_arg_list: list[int], qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
@@ -162,28 +170,35 @@ def turn_together(halves: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton_reference("rotary_fwd_q_kernel")
+@on_the_host
 def rotary_fwd_q_kernel(
     grid: Any, Q: Tensor, COS: Tensor, SIN: Tensor, qk_head_dim: int, emb_dim: int, head_num: int,
     batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int, stride_x_nheads: int,
     cp_rank: int, cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """The last emb_dim numbers of queries [rows, heads, qk_head_dim + emb_dim] are turned in place."""
-    cos, sin = (angles_of_rows(t, len(Q), batch_size, cu_seqlens_q, cp_size, cp_rank)[:, None] for t in (COS, SIN))
+    cos, sin = (
+        angles_of_rows(t, len(Q), batch_size, cu_seqlens_q, cp_size, cp_rank)[:, None] for t in (COS, SIN)
+    )
     Q[..., qk_head_dim:] = turn_apart(Q[..., qk_head_dim:], cos, sin).to(Q.dtype)
 
 
 @triton_reference("rotary_bwd_q_kernel")
+@on_the_host
 def rotary_bwd_q_kernel(
     grid: Any, DO: Tensor, COS: Tensor, SIN: Tensor, qk_head_dim: int, emb_dim: int, head_num: int,
     batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int, stride_x_nheads: int,
     cp_rank: int, cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """The gradient of rotary_fwd_q_kernel, in place."""
-    cos, sin = (angles_of_rows(t, len(DO), batch_size, cu_seqlens_q, cp_size, cp_rank)[:, None] for t in (COS, SIN))
+    cos, sin = (
+        angles_of_rows(t, len(DO), batch_size, cu_seqlens_q, cp_size, cp_rank)[:, None] for t in (COS, SIN)
+    )
     DO[..., qk_head_dim:] = turn_together(DO[..., qk_head_dim:], cos, sin).to(DO.dtype)
 
 
 @triton_reference("rotary_fwd_kv_kernel")
+@on_the_host
 def rotary_fwd_kv_kernel(
     grid: Any, KV: Tensor, K_POS_EMB: Tensor, O_KEY: Tensor, O_VALUE: Tensor, COS: Tensor, SIN: Tensor, emb_dim: int,
     k_dim: int, v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None, cu_seqlens_kv: Tensor | None,
@@ -199,6 +214,7 @@ def rotary_fwd_kv_kernel(
 
 
 @triton_reference("rotary_bwd_kv_kernel")
+@on_the_host
 def rotary_bwd_kv_kernel(
     grid: Any, dK: Tensor, dV: Tensor, dKV: Tensor, dEMB: Tensor, COS: Tensor, SIN: Tensor, emb_dim: int, k_dim: int,
     v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None, cu_seqlens_kv: Tensor | None,
