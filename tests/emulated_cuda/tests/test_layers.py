@@ -87,10 +87,11 @@ def test_a_linear_layer_is_the_products_of_its_recipe(name: str) -> None:
     with torch.no_grad():
         layer.bias.copy_(random(OUTER, seed=3))
     x, upstream = random(TOKENS, INNER), random(TOKENS, OUTER, seed=1)
-    output, of_x = passed(layer, x, upstream, kind and kind())
+    # [sequence, batch, hidden], as in megatron-core
+    output, of_x = passed(layer, x.reshape(16, 4, INNER), upstream.reshape(16, 4, OUTER), kind and kind())
     expected = rounding.products(matrix(x), matrix(layer.weight), matrix(upstream))
-    assert relative(output, expected[0] + matrix(layer.bias)) < BF16
-    assert relative(of_x, expected[1]) < BF16
+    assert relative(output.flatten(0, 1), expected[0] + matrix(layer.bias)) < BF16
+    assert relative(of_x.flatten(0, 1), expected[1]) < BF16
     assert relative(layer.weight.grad, expected[2]) < BF16
     assert relative(layer.bias.grad, matrix(upstream).sum(0)) < BF16
 
