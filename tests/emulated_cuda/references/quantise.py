@@ -212,12 +212,15 @@ def values_of(tensor: Any, *, columnwise: bool = False) -> Tensor:
     data, scales = getattr(tensor, f"_{way}_data"), getattr(tensor, f"_{way}_scale_inv")
     if data is None:
         raise RuntimeError(f"{type(tensor).__name__} is missing {way} usage")
-    scales, codes = host(scales), decode(host(data), tensor._fp8_dtype)
-    if hasattr(tensor, "_with_gemm_swizzled_scales"):
+    data, scales = host(data), host(scales)
+    codes = decode(data, tensor._fp8_dtype)
+    if columnwise and not hasattr(tensor, "_with_gemm_swizzled_scales"):
+        codes = codes.reshape(codes.shape[0], -1)  # it lies transposed
+    else:
         codes = codes.reshape(rows_and_columns(data.shape))
+    if hasattr(tensor, "_with_gemm_swizzled_scales"):
         values = _mx_values(codes, scales, columnwise, tensor._with_gemm_swizzled_scales)
     else:
-        codes = codes.reshape(data.shape[0], -1) if columnwise else codes.reshape(rows_and_columns(data.shape))
         values = codes * _spread_blocks(scales, codes.shape, tensor._is_2D_scaled)
         values = values.t() if columnwise else values
     return values.reshape(shape_of(tensor))
