@@ -148,7 +148,7 @@ def test_delayed_scaling_takes_its_scales_from_the_passes_before() -> None:
         output, of_x = passed(layer, x, upstream, DelayedScaling())
         scales = np.max(seen, axis=0) if seen else None
         scale_x, scale_w, scale_g = (
-            np.float32([448, 448, 57344]) / np.float32(scales) if scales is not None else np.ones(3)
+            np.array([448, 448, 57344], np.float32) / np.array(scales, np.float32) if scales is not None else np.ones(3)
         )
         rounding = Rounding(
             (whole("E4M3", scale_x),) * 2, whole("E4M3", scale_w), (whole("E5M2", scale_g),) * 2
