@@ -36,9 +36,9 @@ def parts(tensors, rank):
 
 
 def test_the_first_rank_attends_to_the_second_ranks_keys_never_and_the_second_to_the_firsts():
-    """Rank 1 holds chunks 1 and 2 of four: it sees its own, and chunk 0 of rank 0 whole (section "lower-triangle").
+    """Rank 1 holds chunks 1 and 2 of four: it sees its own, and chunk 0 of rank 0 whole ("lower-triangle").
 
-    Rank 0 holds chunks 0 and 3: its chunk 3 sees both of rank 1's (section "upper-triangle").
+    Rank 0 holds chunks 0 and 3: its chunk 3 sees both of rank 1's ("upper-triangle").
     """
     q, k, v, do = operands(sum(LENGTHS))
     whole_out, whole_stats, state = forward(q, k, v, bounds(*LENGTHS), bounds(*LENGTHS))
@@ -71,7 +71,7 @@ def test_the_first_rank_attends_to_the_second_ranks_keys_never_and_the_second_to
     dq0, dk0, dv0, *_ = backward(q0, k0, v0, out0, do0, [stats, state], here, here)
     second_stats = cp.thd_read_second_half_lse(new, here, True, len(q0) // 2).t()[..., None]
     second_out, second_do = (cp.thd_read_half_tensor(t, here, 1) for t in (out0, do0))
-    dq, dk1, _, *_ = backward(
+    dq, *_ = backward(
         second_q0, k1, v1, second_out, second_do, [second_stats, state], half, here, mask="PADDING_MASK"
     )
     cp.thd_grad_correction(dq0, dq, here, "none", "add")
