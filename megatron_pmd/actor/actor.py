@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,8 @@ class Actor:
                 sums.examples.append(terms)
                 return terms.sum * examples.scale, torch.zeros_like(terms.count, dtype=torch.int), None
             terms = objective(x)
-            sums.reports.append((microbatch, terms))
+            # detached: with CUDA a pipeline's schedule puts other data into the loss that it was given
+            sums.reports.append((microbatch, replace(terms, sum=terms.sum.detach())))
             sums.entropies.append((entropy * x.mask).sum())
             sums.tokens += int(batch.tokens.counted[source.numpy()].sum())  # the host's own copy
             # the ranks that share out the sequences compute one loss: one of them counts it

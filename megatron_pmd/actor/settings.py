@@ -292,12 +292,16 @@ def set_environment(config: RunConfig) -> None:
     CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of communication and compute on devices before Blackwell, on
     which tensor and context parallelism rely. NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 lets blocks have the fp32
     scales that SGLang's blockwise kernels use; without it Transformer Engine rounds them to powers of two.
+    NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 lets a run with delayed scaling be resumed: the history of its
+    scales is a pickle in the run's own checkpoint, which Transformer Engine otherwise refuses to load.
     """
     wanted = {}
     if torch.cuda.get_device_capability()[0] < 10 and config.layout.tensor * config.layout.context > 1:
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if config.actor.fp8 and config.actor.fp8.recipe == "blockwise":
         wanted["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
+    if config.actor.fp8 and config.actor.fp8.recipe == "delayed":
+        wanted["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
     for name, value in wanted.items():
         if os.environ.setdefault(name, value) != value:
             raise ConfigError(

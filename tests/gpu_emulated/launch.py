@@ -41,9 +41,9 @@ def launch(program: str, config: RunConfig, *, ranks: int = 1, **arguments: Any)
                     subprocess.Popen(command, env=os.environ | place | own, stdout=file, stderr=file)
                 )
         codes = [process.wait(DEADLINE_SECONDS) for process in running]
-        for rank, code in enumerate(codes):
-            if code:
-                raise AssertionError(f"{program}: rank {rank} of {ranks}: {code}:\n{logs[rank].read_text()[-6000:]}")
+        failed = [f"rank {r}: {code}:\n{logs[r].read_text()[-4000:]}" for r, code in enumerate(codes) if code]
+        if failed:
+            raise AssertionError(f"{program} on {ranks} ranks:\n" + "\n".join(failed))
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

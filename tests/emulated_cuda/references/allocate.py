@@ -278,7 +278,7 @@ def bulk_allocate(
 def empty_in_one_buffer(
     quantizers: Sequence[Any], shapes: Sequence[Sequence[int]], device: torch.device
 ) -> list[Any]:
-    """Storages of one format by blocks: all rows in one buffer, all columns in another, as split_quantize has.
+    """Storages of one format by blocks: all rows in one buffer, all columns in another, as in split_quantize.
 
     Whatever their quantizers say, they are internal, and pose as fp32 (bulk_allocate_fp8_blockwise_tensors
     and bulk_allocate_mxfp8_tensors of csrc/extensions/cast.cpp).

@@ -69,7 +69,8 @@ def scale_from_amax(
     With power_of_two, the mantissa is cut off: the scale is rounded down.
     """
     amax = torch.where(amax < epsilon, epsilon, amax).float()
-    scale = limit / amax
+    # `limit / amax` would be the reciprocal times limit, which rounds twice.
+    scale = torch.full_like(amax, limit) / amax
     scale = torch.where(scale.isinf(), instead_of_infinity, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)

@@ -57,7 +57,7 @@ def fused_amax_and_scale_update_after_reduction(
         # Without a magnitude this time the kernel looks at no history either: "max" then gives 0.
         amax = last if amax_compute_algo == "most_recent" else torch.where(last != 0, seen, 0.0)
         history.copy_(torch.where(last != 0, rolled, history))
-        new = (scaled_max / amax).clamp(max=LARGEST_FP32)
+        new = (torch.full_like(amax, scaled_max) / amax).clamp(max=LARGEST_FP32)
         scale.copy_(torch.where(amax.isfinite() & (amax > 0), new, scale))
 
 

@@ -1,0 +1,62 @@
+"""Every parallel layout, over the emulated NCCL, gives the losses and gradients of one device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_pmd.config import Layout
+from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.launch import launch
+
+LAYOUTS = {
+    "dense, tensor=2": ("qwen2", dict(tensor=2)),
+    "dense, pipeline=2": ("qwen3", dict(pipeline=2)),
+    "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),
+    "dense, data=2": ("llama", dict(data=2)),
+    "moe, tensor=2, expert=2": ("qwen3moe", dict(tensor=2, expert=2)),
+    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
+    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+    "latent, pipeline=2": ("moonlight", dict(pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    cases = {
+        name: (config_for(models / family, layout), folder / str(i))
+        for i, (name, (family, layout)) in enumerate(LAYOUTS.items())
+    }
+    assert all(Layout(**layout).ranks == 2 for _, layout in LAYOUTS.values())
+    # the environment of tensor parallelism: CUDA_DEVICE_MAX_CONNECTIONS
+    return launch("train", config_for(models / "qwen2", dict(tensor=2)), ranks=2, cases=cases)
+
+
+@pytest.fixture(params=LAYOUTS)
+def case(request, two_ranks, reference):
+    return [rank[request.param] for rank in two_ranks], reference(LAYOUTS[request.param][0])
+
+
+def test_losses_and_whole_gradients_equal_the_reference(case):
+    ranks, expected = case
+    for k, step in enumerate(expected.steps[:2]):
+        loss, count = (sum(rank["steps"][k][i] for rank in ranks) for i in (0, 1))
+        assert loss / count == pytest.approx(step.loss, rel=1e-5)
+        assert [rank["steps"][k][2] for rank in ranks] == pytest.approx([step.gradient_norm] * 2, rel=1e-5)
+    gradient, first = ranks[0]["gradient"], expected.steps[0].gradient
+    errors = {n: float((gradient[n].double() - g).norm() / g.norm()) for n, g in first.items()}
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_weights_after_two_steps_equal_the_reference(case):
+    ranks, expected = case
+    weights, after = ranks[0]["weights"], expected.steps[1].weights
+    assert max(float((w.double() - after[name]).abs().max()) for name, w in weights.items()) < 1e-6
+
+
+def test_the_step_after_loading_a_checkpoint_is_bit_equal(case):
+    for rank in case[0]:
+        (step, weights), (again, weights_again) = rank["third"], rank["third_resumed"]
+        assert step == again
+        assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
