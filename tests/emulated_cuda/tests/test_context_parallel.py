@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -124,3 +129,23 @@ def test_tokens_of_no_padding_are_copied():
 def test_a_correction_that_the_kernel_has_not_is_refused():
     with pytest.raises(NoReferenceError, match="add"):
         cp.thd_grad_correction(torch.ones(2, 1, 8), torch.ones(2, 1, 8), bounds(2), "add", "add")
+
+
+def test_attention_over_two_ranks_is_that_over_whole_rows():
+    """With every way of cp_comm_type that Transformer Engine has for packed rows; None is "p2p"."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "EMULATED_CUDA_DEVICES": "2"}
+    place["HOW"] = "p2p all_gather a2a"
+    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.attention_ranks"]
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0 and output.count(": alike") == 6, output[-4000:]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import triton
+from megatron.core.transformer.moe import moe_utils
 
 from tests.emulated_cuda.references import permutation  # noqa: F401
 from tests.emulated_cuda.tests.interpreted import Call, assert_same_arguments, by_kernel, by_reference
@@ -152,3 +154,59 @@ def test_the_map_is_that_of_the_librarys_worked_example():
     by_reference(map_calls(chosen, row_id_map, block=3))
     found = [[row[:n].tolist(), row[3 : 3 + n].tolist()] for row in row_id_map for n in [int(row[6])]]
     assert found == [[[3, 0], [1, 0]], [[5, 1], [2, 0]], [[6], [2]], [[4, 2], [1, 0]], [[], []]]
+
+
+def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, probabilities, routing map) on the device; one token has no expert."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, probs = (
+        torch.randn(TOKENS, 16, generator=generator),
+        torch.rand(TOKENS, EXPERTS, generator=generator),
+    )
+    chosen = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter_(1, probs.topk(TOP_K).indices, True)
+    chosen[3] = False
+    return tokens.cuda(), (probs * chosen).cuda(), chosen.cuda()
+
+
+@pytest.mark.parametrize("weighted_at_end", [False, True])
+def test_tokens_reach_their_experts_and_come_back_as_in_megatrons_unfused_path(weighted_at_end):
+    """Experts multiply by their number + 1, and by the probability, unless the way back does."""
+    tokens, probs, chosen = routed()
+    counts = chosen.sum(0).tolist()
+    found = []
+    for fused in (True, False):
+        leaves = tokens.clone().requires_grad_(), probs.clone().requires_grad_()
+        rows, row_probs, order, *_ = moe_utils.permute(
+            leaves[0], chosen, None if weighted_at_end else leaves[1], num_out_tokens=sum(counts), fused=fused
+        )
+        factors = torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts)).cuda()[:, None] + 1.0
+        rows = rows * factors * (1 if weighted_at_end else row_probs[:, None])
+        back = moe_utils.unpermute(
+            rows,
+            order,
+            tokens.shape,
+            probs=leaves[1] if weighted_at_end else None,
+            routing_map=chosen,
+            fused=fused,
+        )
+        (back * torch.linspace(0, 1, 16).cuda()).sum().backward()
+        found.append((back.detach(), leaves[0].grad, leaves[1].grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_are_sorted_as_by_torch_cat():
+    rows, probs = torch.randn(9, 16).cuda().requires_grad_(), torch.rand(9).cuda().requires_grad_()
+    sizes, order = torch.tensor([2, 0, 4, 3]).cuda(), [2, 0, 3, 1]
+    out, out_probs = moe_utils.sort_chunks_by_idxs(
+        rows, sizes, torch.tensor(order).cuda(), probs=probs, fused=True
+    )
+    for ours, given in ((out, rows), (out_probs, probs)):
+        parts = given.split(sizes.tolist())
+        expected = torch.cat([parts[i] for i in order])
+        assert torch.equal(ours, expected)
+        weights = torch.randn_like(expected)
+        gradients = [
+            torch.autograd.grad((t * weights).sum(), given, retain_graph=True)[0] for t in (ours, expected)
+        ]
+        assert torch.equal(*gradients)

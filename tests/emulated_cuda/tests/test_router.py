@@ -15,7 +15,7 @@ def logits() -> torch.Tensor:
     return drawn.cuda().requires_grad_()
 
 
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def assert_same(found: list[torch.Tensor | None], expected: list[torch.Tensor | None]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
