@@ -213,7 +213,11 @@ def values_of(tensor: Any, *, columnwise: bool = False) -> Tensor:
     if data is None:
         raise RuntimeError(f"{type(tensor).__name__} is missing {way} usage")
     data, scales = host(data), host(scales)
-    codes = decode(data, tensor._fp8_dtype).reshape(rows_and_columns(data.shape))
+    codes = decode(data, tensor._fp8_dtype)
+    if columnwise and not hasattr(tensor, "_with_gemm_swizzled_scales"):
+        codes = codes.reshape(codes.shape[0], -1)  # it lies transposed
+    else:
+        codes = codes.reshape(rows_and_columns(data.shape))
     if hasattr(tensor, "_with_gemm_swizzled_scales"):
         values = _mx_values(codes, scales, columnwise, tensor._with_gemm_swizzled_scales)
     else:
