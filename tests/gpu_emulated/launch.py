@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from megatron_pmd.engine.server import free_port
 DEADLINE_SECONDS = 900
 
 
-def launch(program: str, config: RunConfig, *, ranks: int = 1, **arguments: Any) -> list[Any]:
+def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **arguments: Any) -> list[Any]:
     """Every rank's return value of `<program>(**arguments)` of tests/gpu_emulated/programs.py.
 
-    config: decides on the environment of the ranks, as the first thing that a worker does. Fails with the end
-    of their output when one of them fails.
+    configs: each sets what it wants of the ranks' environment, as the first thing that a worker does. Fails
+    with the end of the ranks' output when one of them fails.
     """
     __tracebackhide__ = True
     with tempfile.TemporaryDirectory() as folder:
         order = Path(folder) / "order"
-        order.write_bytes(pickle.dumps((program, config, arguments)))
+        order.write_bytes(pickle.dumps((program, configs, arguments)))
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": str(free_port()), "EMULATED_CUDA_DEVICES": str(ranks), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_emulated.launch", str(order)]
@@ -52,8 +53,9 @@ def run_order(order: Path) -> None:
     from megatron_pmd.actor.settings import set_environment
 
     torch.set_num_threads(1)
-    name, config, arguments = pickle.loads(order.read_bytes())
-    set_environment(config)
+    name, configs, arguments = pickle.loads(order.read_bytes())
+    for config in configs:
+        set_environment(config)
     programs = importlib.import_module("tests.gpu_emulated.programs")
     value = getattr(programs, name)(**arguments)
     torch.save(value, order.parent / f"{os.environ['RANK']}.pt")

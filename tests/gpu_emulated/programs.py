@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
-from tests.actor.actor_programs import train_one
+from tests.actor.actor_programs import Trial, train_one
+from tests.actor.tiny_models import STEPS, TEMPERATURE, with_routing
 
 
 def to_host(value: Any) -> Any:
@@ -27,3 +30,45 @@ def to_host(value: Any) -> Any:
 def train(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
     """actor_programs.train_one's results, by case."""
     return {name: to_host(train_one(config, folder)) for name, (config, folder) in cases.items()}
+
+
+def routed(config: RunConfig) -> Trial:
+    """A trial whose experts are those of a recorded routing: a nearly undecided router decides nothing."""
+    trial = Trial(config)
+    if config.actor.experts.replay_routing:
+        reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
+        trial.batch = RolloutBatch.pack(with_routing(reference.samples), TEMPERATURE)
+    return trial
+
+
+def step_and_resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
+    """By case: log-probs, two steps, a checkpoint, the third step, and the third again after loading it."""
+    results = {}
+    for name, (config, folder) in cases.items():
+        trial = routed(config)
+        report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
+        result: dict[str, Any] = {"log_probs": report.log_probs.cpu()}
+        with_gradient = not (config.actor.fp8 and config.actor.fp8.parameter_gather)
+        if with_gradient:
+            with trial.gradient_before_clipping(result):
+                first = trial.step(STEPS[0])
+        else:
+            first = trial.step(STEPS[0])
+        result["steps"] = [first, trial.step(STEPS[1])]
+        result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
+        result["third"] = [trial.step(STEPS[2]), trial.weights()]
+        trial.actor.publish_checkpoint(wait=True)
+        trial.actor.load(result["checkpoint"])
+        result["third_resumed"] = [trial.step(STEPS[2]), trial.weights()]
+        results[name] = to_host(result)
+    return results
+
+
+def resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
+    """By case: the third step after loading another layout's checkpoint, and the weights that it gives."""
+    results = {}
+    for name, (config, checkpoint) in cases.items():
+        trial = routed(config)
+        trial.actor.load(checkpoint)
+        results[name] = to_host([trial.step(STEPS[2]), trial.weights()])
+    return results

@@ -22,8 +22,7 @@ def trained(models, tmp_path_factory):
             family: (config_for(models / family, precision=precision), folder / precision / family)
             for family in FAMILIES
         }
-        config = next(iter(cases.values()))[0]
-        results[precision] = launch("train", config, cases=cases)[0]
+        results[precision] = launch("train", [config for config, _ in cases.values()], cases=cases)[0]
     return results
 
 

@@ -1,0 +1,72 @@
+"""FP8 and optimizer settings: how far they are from bf16, and that a run goes on with them from a checkpoint.
+
+Experts are those of a recorded routing, so that rounding cannot send a token elsewhere.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import pytest
+import torch
+
+from megatron_pmd.config import override
+from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.launch import launch
+
+MODELS = ("dense for fp8", "experts for fp8", "latent for fp8")
+SETTINGS: dict[str, list[str]] = {
+    "bf16": [],
+    "bf16 moments": ["optimizer.moments=bf16"],
+    "the optimizer on the host": ["optimizer.offload=1"],
+    "half of the optimizer on the host": ["optimizer.offload=0.5"],
+    "tensorwise": ["actor.fp8.recipe=tensorwise"],
+    "tensorwise, gathered": ["actor.fp8.recipe=tensorwise", "actor.fp8.parameter_gather=true"],
+    "tensorwise but for the ends": [
+        "actor.fp8.recipe=tensorwise", "actor.fp8.first_layers_bf16=1", "actor.fp8.last_layers_bf16=1",
+    ],
+    "delayed": ["actor.fp8.recipe=delayed"],
+    "blockwise": ["actor.fp8.recipe=blockwise"],
+    "blockwise, gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
+}  # fmt: skip
+BLOCKWISE = [name for name in SETTINGS if name.startswith("blockwise")]
+"""They have a variable of their own in the environment of Transformer Engine, and so processes of their own."""
+E4M3_STEP, E5M2_STEP = 2.0**-3, 2.0**-2
+"""Distance of neighbouring numbers relative to the smaller one: 3 and 2 bits of mantissa."""
+
+
+def config(models, model, setting, layout=None):
+    words = SETTINGS[setting] + ([] if "dense" in model else ["actor.experts.replay_routing=true"])
+    return override(config_for(models / model, layout, precision="bf16"), words)
+
+
+@pytest.fixture(scope="module")
+def stepped(models, tmp_path_factory):
+    """programs.step_and_resume by (model, setting)."""
+    folder, results = tmp_path_factory.mktemp("settings"), {}
+    for group in ([name for name in SETTINGS if name not in BLOCKWISE], BLOCKWISE):
+        cases = {
+            (model, setting): (config(models, model, setting), folder / f"{model}-{setting}")
+            for model in MODELS
+            for setting in group
+        }
+        results |= launch("step_and_resume", [config for config, _ in cases.values()], cases=cases)[0]
+    return results
+
+
+CASES = [(model, setting) for model in MODELS for setting in SETTINGS]
+
+
+@pytest.mark.parametrize(("model", "setting"), CASES)
+def test_the_step_after_loading_a_checkpoint_is_bit_equal(stepped, model, setting):
+    result = stepped[model, setting]
+    (step, weights), (again, weights_again) = result["third"], result["third_resumed"]
+    assert all(isfinite(number) for number in step)
+    assert step == again
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("model", "setting"), CASES)
+def test_a_step_moves_the_weights_and_the_second_one_differs_from_the_first(stepped, model, setting):
+    first, second = stepped[model, setting]["steps"]
+    assert first != second and all(isfinite(number) for number in (*first, *second))
