@@ -182,8 +182,8 @@ def test_a_list_of_products_is_each_of_them(accumulate: bool) -> None:
     upstream = random(sum(splits), 80)
     gradients = [torch.ones(80, 64, device="cuda") for _ in splits]
     _, of_biases, _ = general_grouped_gemm(
-        list(x.split(splits)), list(upstream.split(splits)), gradients, [None] * 3, torch.float32, layout="NT",
-        m_splits=splits, grad=True, use_bias=True, bias=biases, accumulate=accumulate,
+        list(x.split(splits)), list(upstream.split(splits)), gradients, [None] * 3, torch.float32,
+        layout="NT", m_splits=splits, grad=True, use_bias=True, bias=biases, accumulate=accumulate,
     )  # fmt: skip
     for found, of_bias, part, output in zip(
         gradients, of_biases, x.split(splits), upstream.split(splits), strict=True
