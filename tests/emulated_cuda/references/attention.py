@@ -349,14 +349,14 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int) -> Tensor:
 
 @reference("get_fused_attn_backend")
 def get_fused_attn_backend(parameters: Any) -> tuple[Any, str]:
-    """(kernel that cuDNN 9.7 or later has on Hopper, why none).
+    """(kernel that cuDNN 9.24 has on Hopper, why none).
 
-    The binding builds cuDNN's graph and asks whether an engine of the device takes it; its conditions are
-    those of nvte_get_fused_attn_backend, common/fused_attn/fused_attn.cpp of Transformer Engine 2.19, for
-    compute capability 9.0. Where they hold for a case that fused_attn_fwd here refuses, the error names it
-    there.
+    The binding builds cuDNN's graph and asks whether an engine of the device takes it. The conditions here
+    are those that nvte_get_fused_attn_backend had written out before (common/fused_attn/fused_attn.cpp of
+    Transformer Engine 2.19), for compute capability 9.0. Where they hold for a case that fused_attn_fwd
+    refuses, the error comes from there.
     """
-    # loaded by transformer_engine.pytorch, with the libraries that it needs
+    import transformer_engine.pytorch  # noqa: F401  (it loads the libraries that the binding needs)
     import transformer_engine_torch as binding
 
     backends = binding.NVTE_Fused_Attn_Backend

@@ -195,3 +195,36 @@ def test_what_has_no_reference_is_an_error_by_name():
         forward(q.float(), k.float(), v.float(), bounds(4), bounds(4))
     with pytest.raises(NoReferenceError, match="the layout bhsd"):
         forward(q, k, v, bounds(4), bounds(4), layout="BHSD_BHSD_BHSD")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "of_values", "training", "mask", "answered"),
+    [
+        ("kBFloat16", 128, 128, True, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 192, 128, True, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 256, 192, True, "PADDING_CAUSAL_MASK", False),
+        ("kBFloat16", 256, 192, False, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 100, 100, True, "PADDING_CAUSAL_MASK", False),
+        ("kBFloat16", 128, 128, True, "CAUSAL_MASK", False),
+        ("kFloat32", 128, 128, True, "PADDING_CAUSAL_MASK", False),
+    ],
+)
+def test_packed_rows_have_the_kernel_that_cudnn_has_on_hopper(
+    dtype, width, of_values, training, mask, answered
+):
+    """From 128 on, 192 and 128 is the only pair of different widths that has gradients."""
+    asked = SimpleNamespace(
+        qkv_dtype=SimpleNamespace(name=dtype), head_dim_qk=width, head_dim_v=of_values, is_training=training,
+        qkv_layout=member("THD_THD_THD"), attn_mask_type=member(mask), max_seqlen_q=8, max_seqlen_kv=8,
+    )  # fmt: skip
+    kernel, reason = attention.get_fused_attn_backend(asked)
+    assert (kernel.name == "NVTE_F16_arbitrary_seqlen") == answered == (not reason)
+
+
+def test_the_devices_generator_moves_on_as_if_the_kernel_had_drawn():
+    generator = torch.cuda.default_generators[0]
+    before = generator.get_offset()
+    q, k, v, _ = (t.cuda() for t in operands(4))
+    *_, state = forward(q, k, v, bounds(4).cuda(), bounds(4).cuda())
+    assert state.tolist() == [generator.initial_seed(), before] and state.is_cuda
+    assert generator.get_offset() == before + 16
