@@ -63,6 +63,7 @@ class Emulated:
         schema = operator._schema
         names = [argument.name for argument in schema.arguments]
         self._names = names
+        self._tensors = {a.name for a in schema.arguments if isinstance(a.type, torch._C.TensorType)}
         self._draws = "generator" in names
         written = {
             _mark(argument): argument.name
@@ -84,8 +85,13 @@ class Emulated:
         device = found[0] if found else torch.device("cuda", torch.cuda.current_device())
         if self._draws:
             host["generator"] = _host_generator(named.get("generator"), device)
+        operator = self._operator
+        if any(type(host.get(name)) in (bool, int, float, complex) for name in self._tensors):
+            # torch gives a number that it wrapped in a tensor back as a number, which some overloads refuse;
+            # the packet finds the overload that takes it, by the same rules of promotion
+            operator = operator.overloadpacket
         with torch.no_grad():
-            outcome = self._operator(**host)
+            outcome = operator(**host)
         return self._returned(outcome, named, device)
 
     def _returned(self, outcome: Any, named: dict[str, Any], device: torch.device) -> Any:
