@@ -54,6 +54,11 @@ def test_a_gradient_is_added_to_main_grad_in_fp32() -> None:
     found, *_ = general_gemm(a, b, torch.float32, layout="NT", out=main_grad, accumulate=True, grad=True)
     assert found.data_ptr() == main_grad.data_ptr()
     assert relative(main_grad, expected) < 1e-6
+    expected = 2 * main_grad.cpu().double() + product(a, b, "NT") / 2
+    general_gemm(
+        a, b, torch.float32, layout="NT", out=main_grad, accumulate=True, grad=True, alpha=0.5, beta=2.0
+    )
+    assert relative(main_grad, expected) < 1e-6
 
 
 def test_the_bias_is_added_before_rounding_and_its_gradient_is_the_sum_of_the_rows() -> None:
