@@ -37,8 +37,9 @@ SHAPES = {
     "small": Shape(
         24,
         dict(
-            num_hidden_layers=4, hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_experts=4,
-            num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=512,
+            num_hidden_layers=4, hidden_size=128, intermediate_size=128, moe_intermediate_size=128,
+            num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            vocab_size=512,
         ),
         2**24,
     ),
@@ -46,8 +47,8 @@ SHAPES = {
         512,
         dict(
             num_hidden_layers=2, hidden_size=4096, intermediate_size=4096, moe_intermediate_size=1536,
-            num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-            vocab_size=32_768,
+            num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4,
+            head_dim=128, vocab_size=32_768,
         ),
         2**30,
     ),
@@ -95,7 +96,9 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     from recipes.tiny_moe_cpu import make_tokenizer
 
     (folder / "shape").write_text(shape)
-    config = Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **SHAPES[shape].model)
+    config = Qwen3MoeConfig(
+        norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **SHAPES[shape].model
+    )
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")

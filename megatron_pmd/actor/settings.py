@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+
 from megatron_pmd.config import Actor, Experts, RunConfig
 from megatron_pmd.errors import ConfigError
 

@@ -63,7 +63,7 @@ def run(
     state = Path(tempfile.mkdtemp(prefix="emulated-cuda-", dir="/dev/shm"))
     try:
         variables = environment(libraries(), state, devices) | dict(settings or {})
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(  # type: ignore[call-overload]
             [sys.executable, *words], env=variables, text=True, preexec_fn=_limit, **options
         )
     finally:

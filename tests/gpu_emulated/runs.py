@@ -37,9 +37,7 @@ class Runs:
         self.folder, self.model = folder, model
         folder.mkdir(parents=True, exist_ok=True)
         make_tokenizer().save_pretrained(model)
-        self.config: RunConfig = override(
-            config_for(model, layout, precision="bf16"), [*COMMON, *settings]
-        )
+        self.config: RunConfig = override(config_for(model, layout, precision="bf16"), [*COMMON, *settings])
         (folder / "run.json").write_text(self.config.model_dump_json())
         for iteration in range(self.config.iterations):
             self.write_rollout(iteration)
@@ -61,7 +59,13 @@ class Runs:
     def train(self, name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`megatron-pmd train` of the run, with a device for each of its ranks."""
         devices = {"EMULATED_CUDA_DEVICES": str(self.config.layout.ranks), "COLUMNS": "200"}
-        command = ["train", str(self.folder / "run.json"), f"name={name}", "--runs", str(self.folder / "runs")]
+        command = [
+            "train",
+            str(self.folder / "run.json"),
+            f"name={name}",
+            "--runs",
+            str(self.folder / "runs"),
+        ]
         command += ["--replay", str(self.folder / "rollouts"), *words]
         return subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "megatron_pmd.cli", *command],

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.comparing import relative_errors
 from tests.gpu_emulated.launch import launch
-from tests.gpu_emulated.test_parity import TOLERANCES, relative_errors
 
 DENSE = ("qwen3", "llama")
 ROUTED = ("moonlight",)
@@ -28,14 +28,14 @@ def two_ranks(models, tmp_path_factory):
 def test_loss_and_gradient_norm_equal_the_reference(two_ranks, reference, family):
     steps, expected = [rank[family]["steps"][0] for rank in two_ranks], reference(family).steps[0]
     loss, count = (sum(step[i] for step in steps) for i in (0, 1))
-    assert loss / count == pytest.approx(expected.loss, rel=TOLERANCES["bf16"])
-    assert [step[2] for step in steps] == pytest.approx([expected.gradient_norm] * 2, rel=TOLERANCES["bf16"])
+    assert loss / count == pytest.approx(expected.loss, rel=2e-2)
+    assert [step[2] for step in steps] == pytest.approx([expected.gradient_norm] * 2, rel=2e-2)
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_whole_gradients_equal_the_reference_as_on_one_device(two_ranks, reference, family):
     errors = relative_errors(two_ranks[0][family]["gradient"], reference(family).steps[0].gradient)
-    assert max(errors.values()) < 5 * TOLERANCES["bf16"], errors
+    assert max(errors.values()) < 5 * 2e-2, errors
 
 
 @pytest.mark.parametrize("family", DENSE + ROUTED)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.comparing import relative_errors
 from tests.gpu_emulated.launch import launch
-from tests.gpu_emulated.test_parity import relative_errors
 
 FUSIONS = {
     # a softmax over groups of experts, and megatron-core's own rotary kernels for latent attention

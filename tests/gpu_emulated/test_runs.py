@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from math import isfinite
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file
 

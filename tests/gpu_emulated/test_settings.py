@@ -6,6 +6,7 @@ Experts are those of a recorded routing, so that rounding cannot send a token el
 from __future__ import annotations
 
 from math import isfinite
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SETTINGS: dict[str, list[str]] = {
     "blockwise, gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
 }  # fmt: skip
 BLOCKWISE = [name for name in SETTINGS if name.startswith("blockwise")]
-"""They have a variable of their own in the environment of Transformer Engine, and so processes of their own."""
+"""Transformer Engine has a variable for them in its environment: processes of their own."""
 E4M3_STEP, BF16_STEP = 2.0**-3, 2.0**-7
 """Distance of neighbouring numbers relative to the smaller one: 3 and 7 bits of mantissa."""
 
@@ -43,7 +44,8 @@ def config(models, model, setting, layout=None):
 @pytest.fixture(scope="module")
 def stepped(models, tmp_path_factory):
     """programs.step_and_resume by (model, setting)."""
-    folder, results = tmp_path_factory.mktemp("settings"), {}
+    folder = tmp_path_factory.mktemp("settings")
+    results: dict[tuple[str, str], Any] = {}
     for group in ([name for name in SETTINGS if name not in BLOCKWISE], BLOCKWISE):
         cases = {
             (model, setting): (config(models, model, setting), folder / f"{model}-{setting}")
