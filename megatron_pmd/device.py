@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from megatron_pmd.errors import DeviceFull
 
 Part = Literal["parameters", "optimizer", "weights", "kv_cache"]
 """`parameters` (with their gradients) and `optimizer` are the actor's, the others the engine's."""
@@ -94,3 +97,21 @@ def describe_left_overs(ranks: Sequence[DeviceMemory]) -> str:
         f"buffers and CUDA graphs, {(memory.actor - memory.tensors) / 1e9:.1f} GB of freed blocks and "
         f"{memory.tensors / 1e9:.1f} GB of tensors in the rank's allocator; compare with `megatron-pmd plan`"
     )
+
+
+@contextmanager
+def saying_who_fills_it(phase: str) -> Iterator[None]:
+    """Raises DeviceFull for an allocation within it that the device has no room for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = device_memory()
+        raise DeviceFull(
+            f"{phase}: of the {memory.total / 1e9:.1f} GB of {current_device()}, "
+            f"{memory.tensors / 1e9:.1f} GB are tensors of this rank, "
+            f"{(memory.actor - memory.tensors) / 1e9:.1f} GB freed blocks of its allocator, "
+            f"{memory.others / 1e9:.1f} GB an engine's, NCCL's and others'; lower "
+            "batch.max_tokens_per_microbatch (or, in a sync, sync.bucket_megabytes), or set "
+            "actor.recompute=full, optimizer.offload=1 or a larger layout; `megatron-pmd plan` counts each "
+            f"phase. torch said: {str(error).partition('. GPU')[0]}"
+        ) from error

@@ -70,6 +70,10 @@ class NonFiniteLoss(PmdError):
     """A loss or gradient norm is NaN or infinite; names iteration and step."""
 
 
+class DeviceFull(PmdError):
+    """A phase needs more memory than is free on a device; says who has it, and what takes less."""
+
+
 class MissingPackage(PmdError):
     """A package that is needed is not installed here; names the extra, or what installs it."""
 

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_pmd.device import DeviceMemory, Part, SharedDevice, describe_left_overs
+from megatron_pmd import device as device_module
+from megatron_pmd.device import (
+    DeviceMemory,
+    Part,
+    SharedDevice,
+    describe_left_overs,
+    saying_who_fills_it,
+)
+from megatron_pmd.errors import DeviceFull
 from megatron_pmd.training import phases
 from megatron_pmd.training.state import Iteration
 from recipes import recipe
@@ -98,3 +106,17 @@ def test_on_a_cpu_nothing_is_measured():
     iteration = Iteration(0, left_over=[])
     phases.release(run, iteration)
     assert (order, iteration.values) == (["engines", "actor"], {})
+
+
+def test_an_allocation_that_a_device_has_no_room_for_ends_its_phase_with_who_fills_the_device(monkeypatch):
+    memory = DeviceMemory(
+        free=1_000_000_000, actor=50_000_000_000, total=80_000_000_000, tensors=47_000_000_000
+    )
+    monkeypatch.setattr(device_module, "device_memory", lambda: memory)
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which"
+    expected = (
+        r"update: of the 80\.0 GB of cpu, 47\.0 GB are tensors of this rank, 3\.0 GB freed blocks of its "
+        r"allocator, 29\.0 GB an engine's.*max_tokens_per_microbatch.*Tried to allocate 2\.00 GiB$"
+    )
+    with pytest.raises(DeviceFull, match=expected), saying_who_fills_it("update"):
+        raise torch.OutOfMemoryError(said)

@@ -153,6 +153,7 @@ class Residency:
             return
         if torch.cuda.is_available():
             drop_quantized_copies(self._chunks)
+            drop_position_tables(self._chunks)
             for buffer in _buffers(self._chunks):
                 buffer.offload_to_cpu(move_params=True, move_grads=True)
             self._frozen.leave(torch.device("cuda"))
@@ -175,6 +176,17 @@ def drop_quantized_copies(chunks: list[Any]) -> None:
         for parameter in chunk.parameters():
             if hasattr(parameter, "_create_columnwise") or hasattr(parameter, "_create_transpose"):
                 parameter.update_usage(rowwise_usage=True, columnwise_usage=False)
+
+
+def drop_position_tables(chunks: list[Any]) -> None:
+    """Let go of the rotary tables of up to 32 lengths of rows, which the next forward pass makes anew.
+
+    megatron-core has an lru_cache before each rotary embedding's forward (rotary_pos_embedding.py): at 32,768
+    tokens and heads of 128 a table is 17 MB, and all of them 0.5 GB that engines lack.
+    """
+    for forward in {type(module).forward for chunk in chunks for module in chunk.modules()}:
+        if hasattr(forward, "cache_clear"):
+            forward.cache_clear()
 
 
 def _buffers(chunks: list[Any]) -> list[Any]:

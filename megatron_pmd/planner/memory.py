@@ -239,9 +239,12 @@ def device_phases(
     kv = cache(shape, config, machines, assume).bytes_per_device
     bucket = config.sync.bucket_megabytes * 2**20
 
+    def weights(stage: Stage) -> Owners:
+        copies = {"FP8 copies of weights": float(stage.fp8_copies_bytes)} if stage.in_fp8 else {}
+        return {"actor weights": stage.weight_bytes} | copies
+
     def update(stage: Stage) -> Owners:
-        return {
-            "actor weights": stage.weight_bytes,
+        return weights(stage) | {
             "gradients": stage.gradient_bytes,
             "optimizer": stage.optimizer_bytes * (1 - config.optimizer.offload),
             "activations": activation_bytes(shape, config, stage, assume),
@@ -254,7 +257,7 @@ def device_phases(
         rest = {owner: size for owner, size in update(stage).items() if owner != "activations"}
         return rest | {"gathered states": save_of(shape, config, stage, machines, assume).device_bytes}
 
-    heaviest = max(all_stages, key=lambda stage: stage.weight_bytes)
+    heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.fp8_copies_bytes)
     return {
         "rollout": {
             "engine weights": engine,
@@ -264,8 +267,8 @@ def device_phases(
         },
         "update": fullest,
         "save": max((save(stage) for stage in all_stages), key=lambda owners: sum(owners.values())),
-        "sync": {
-            "actor weights": heaviest.weight_bytes,
+        "sync": weights(heaviest)
+        | {
             "gradients": heaviest.gradient_bytes,
             # separate: the optimizer need not leave, and buckets are in the host's memory
             **({"optimizer": fullest["optimizer"]} if separate else {"engine weights": engine}),

@@ -26,10 +26,15 @@ def muon_bytes_each(config: RunConfig) -> int:
     return 4 + (4 if config.model.precision == "bf16" else 0)
 
 
-def weight_bytes_each(config: RunConfig) -> int:
-    """Of one parameter on a device."""
-    fp8 = config.actor.fp8
-    return 1 if fp8 and fp8.parameter_gather else BYTES[config.model.precision]
+def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> int:
+    """Parameters of a layer on one rank that an FP8 recipe multiplies with: all matrices but the router's."""
+    layout, fp8, attention = config.layout, config.actor.fp8, shape.attention
+    if fp8 is None or not fp8.first_layers_bf16 <= layer < shape.layers - fp8.last_layers_bf16:
+        return 0
+    split, _, routed = shape.feed_forward_of(layer)
+    divided = split + attention.split - attention.split_vectors
+    whole = attention.replicated - attention.replicated_vectors
+    return divided // layout.tensor + whole + routed // (layout.expert * layout.experts_tensor)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ class Stage:
     """The same of `experts`."""
     holds_logits: bool
     bytes_each: int
-    """Of a weight."""
+    """Of a weight that is not held in FP8."""
+    in_fp8: int
+    """Parameters of matrices that are multiplied in FP8; 0 without a recipe."""
+    holds_fp8: bool
+    """Whether those are held in FP8 alone (actor.fp8.parameter_gather)."""
     optimizer_bytes_each: int
     muon_bytes_each: int
 
@@ -74,7 +83,14 @@ class Stage:
 
     @property
     def weight_bytes(self) -> int:
-        return self.parameters * self.bytes_each
+        held = self.in_fp8 if self.holds_fp8 else 0
+        return (self.parameters - held) * self.bytes_each + held
+
+    @property
+    def fp8_copies_bytes(self) -> int:
+        """What Transformer Engine makes of the weights in the first forward pass after a step, and keeps: one
+        copy by row and one by column; of weights held in FP8 that by row is the weight itself."""
+        return self.in_fp8 * (1 if self.holds_fp8 else 2)
 
     @property
     def gradient_bytes(self) -> int:
@@ -174,7 +190,9 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
                 muon_dense=dense - adams if muon else 0,
                 muon_experts=experts if muon else 0,
                 holds_logits=last,
-                bytes_each=weight_bytes_each(config),
+                bytes_each=BYTES[config.model.precision],
+                in_fp8=sum(computed_in_fp8(shape, config, layer) for layer in layers),
+                holds_fp8=bool(config.actor.fp8 and config.actor.fp8.parameter_gather),
                 optimizer_bytes_each=optimizer_bytes_each(config),
                 muon_bytes_each=muon_bytes_each(config),
             )

@@ -12,6 +12,7 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.residency import actor_bytes
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.problem_sets import ProblemSets
+from megatron_pmd.device import saying_who_fills_it
 from megatron_pmd.distributed import Control
 from megatron_pmd.observe.journal import Phase
 from megatron_pmd.observe.subphases import together
@@ -75,13 +76,14 @@ class Trainer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Time a phase, note what is in memory at its end. Raises RunEnds if the run must end before it."""
+        """Time a phase, note what is in memory at its end. Raises RunEnds if the run must end before it,
+        DeviceFull if it takes more memory than the device has."""
         if name in CHECKED:
             self._end_if_it_must(name)
         config = self.config
         patience = config.actor.timeout_seconds if name in COMPUTES else config.longest_silence_seconds
         self.control.heartbeat.enter(name, self.state.completed, patience_seconds=patience)
-        with self.log.phase(name) as record:
+        with self.log.phase(name) as record, saying_who_fills_it(name):
             yield record
             self.checkpoints.publish(wait=False)
             mine = (actor_bytes(), self.rollouts.engine_bytes(), self.rollouts.clock.take())

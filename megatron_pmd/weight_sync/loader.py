@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_pmd.device import current_device
 from megatron_pmd.files import write_whole
 from megatron_pmd.weight_sync.bucket_layout import BucketLayout, word_sum
 from megatron_pmd.weight_sync.device_bucket import open_handle
@@ -246,11 +247,22 @@ def read_bucket(description: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
         return _read_file(description, layout)
     handle = description["handle"]
     if str(handle) not in _opened:
-        _opened[str(handle)] = open_handle(handle, size)
+        _opened[str(handle)] = _open(description["bucket"], handle, size)
     weights = _views(_opened[str(handle)], layout)
     if wrong := _first_wrong(weights, description["sums"]):
         raise BucketError(_changed(description, wrong, "on this rank's device"))
     return weights
+
+
+def _open(name: str, handle: list[Any], size: int) -> torch.Tensor:
+    try:
+        return open_handle(handle, size)
+    except (RuntimeError, OSError) as error:  # torch's AcceleratorError: the driver's answer
+        why = str(error).partition("\n")[0]
+        raise BucketError(
+            f"weight bucket {name}: its CUDA IPC handle does not open on device {current_device().index}: "
+            f"{why}; does the rank that sent it live, in this PID namespace, without expandable_segments?"
+        ) from None
 
 
 def _read_file(description: dict[str, Any], layout: BucketLayout) -> list[tuple[str, torch.Tensor]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_pmd.actor.residency import OptimizerStates, drop_quantized_copies
+from megatron_pmd.actor.residency import (
+    OptimizerStates,
+    drop_position_tables,
+    drop_quantized_copies,
+)
 from tests.actor.launch import launch
 from tests.actor.tiny_models import MUON, config_for
 
@@ -62,6 +67,22 @@ def test_fp8_copies_of_the_weights_are_let_go_and_those_that_can_be_made_again_a
     drop_quantized_copies([torch.nn.Sequential(layer)])
     assert layer._fp8_workspaces == {}
     assert layer.blockwise.usage == (True, False) and not hasattr(layer.mxfp8, "usage")
+
+
+def test_the_tables_that_rotary_embeddings_keep_of_each_length_are_let_go():
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert hasattr(RotaryEmbedding.forward, "cache_clear"), "megatron-core keeps none any more"
+
+    class Embedding(torch.nn.Module):
+        @lru_cache(maxsize=32)  # noqa: B019  # as RotaryEmbedding has it
+        def forward(self, length: int) -> torch.Tensor:
+            return torch.arange(length)
+
+    embedding = Embedding()
+    embedding(3)
+    drop_position_tables([torch.nn.Sequential(embedding, torch.nn.Linear(2, 2))])
+    assert Embedding.forward.cache_info().currsize == 0
 
 
 def test_of_an_optimizer_made_of_others_the_states_of_those_leave():

@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,11 +36,13 @@ FP8_WIDTHS = dict(hidden_size=128, intermediate_size=256, initializer_range=0.03
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny models with reference.pt each; xdist's workers share one.
 
-    The references are computed on the CPU, by transformers in float64.
+    The references are computed on the CPU, by transformers in float64. GPU_EMULATED_MODELS names a folder
+    that keeps them for the next run.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
+    root = Path(os.environ.get("GPU_EMULATED_MODELS", root))
     folder = root / "models"
     with (root / "models.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -58,3 +61,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(models: Path) -> Callable[[str], Reference]:
     return lambda name: torch.load(models / name / "reference.pt", weights_only=False)
+
+
+def asked_for(request: pytest.FixtureRequest, parameter: str, cases: dict[str, Any]) -> dict[str, Any]:
+    """Those cases that a test of this run has as its parameter: to run one test launches no others."""
+    asked = {
+        item.callspec.params.get(parameter) for item in request.session.items if hasattr(item, "callspec")
+    }
+    return {name: case for name, case in cases.items() if name in asked}

@@ -21,7 +21,7 @@ DEADLINE_SECONDS = 900
 
 
 def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **arguments: Any) -> list[Any]:
-    """Every rank's return value of `<program>(**arguments)` of tests/gpu_emulated/programs.py.
+    """Every rank's return value of `<program>(**arguments)`, from programs.py or as `module.function`.
 
     configs: each sets what it wants of the ranks' environment, as the first thing that a worker does. Fails
     with the end of the ranks' output when one of them fails.
@@ -60,8 +60,9 @@ def run_order(order: Path) -> None:
     name, configs, arguments = pickle.loads(order.read_bytes())
     for config in configs:
         set_environment(config)
-    programs = importlib.import_module("tests.gpu_emulated.programs")
-    value = getattr(programs, name)(**arguments)
+    module, _, function = name.rpartition(".")
+    programs = importlib.import_module(f"tests.gpu_emulated.{module or 'programs'}")
+    value = getattr(programs, function)(**arguments)
     torch.save(value, order.parent / f"{os.environ['RANK']}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -88,6 +88,19 @@ def test_a_changed_byte_on_the_device_is_refused_by_name(opened):
         loader.read_bucket(description)
 
 
+def test_a_handle_that_the_driver_does_not_open_is_refused_by_the_buckets_name(opened, monkeypatch):
+    def refuse(handle, nbytes):
+        raise RuntimeError("CUDA error: invalid resource handle\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(loader, "open_handle", refuse)
+    expected = (
+        r"weight bucket key#1: its CUDA IPC handle does not open on device .*: "
+        r"CUDA error: invalid resource handle; does the rank that sent it live"
+    )
+    with pytest.raises(loader.BucketError, match=expected):
+        loader.read_bucket(described(opened[0], 1.0))
+
+
 def test_buckets_in_memory_and_on_a_device_are_described_alike(tmp_path):
     shared, own = SharedBucket("key", 4096, folder=tmp_path), DeviceBucket("key", 4096)
     for bucket in (shared, own):
