@@ -9,6 +9,8 @@ from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import relative_errors
 from tests.gpu_emulated.launch import launch
 
+pytestmark = pytest.mark.long
+
 DENSE = ("qwen3", "llama")
 ROUTED = ("moonlight",)
 """Rounding to bf16 sends some tokens to other experts: their gradients say nothing of attention."""

@@ -8,6 +8,8 @@ from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import relative_errors
 from tests.gpu_emulated.launch import launch
 
+pytestmark = pytest.mark.long
+
 FUSIONS = {
     # a softmax over groups of experts, and megatron-core's own rotary kernels for latent attention
     "deepseek": dict(moe_router_fusion=True, apply_rope_fusion=True),

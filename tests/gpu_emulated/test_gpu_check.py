@@ -8,6 +8,8 @@ import pytest
 
 from tools import gpu_check
 
+pytestmark = pytest.mark.long
+
 OF_AN_ENGINE = "two whole iterations with an engine"
 """SGLang's kernels have no emulation."""
 FOR_BLACKWELL = "step in fp8, mxfp8"

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.gpu_emulated.runs import Runs
 
+pytestmark = pytest.mark.long
+
 REPLAYED = ["actor.experts.replay_routing=true"]
 CASES = {
     "dense, tensor=2, tensorwise": ("dense for fp8", dict(tensor=2), ["actor.fp8.recipe=tensorwise"]),
