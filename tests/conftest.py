@@ -15,7 +15,9 @@ hypothesis.settings.load_profile("without deadline")
 
 TOGETHER = ("actor", "convert", "end_to_end")
 """Folders whose files share what a session prepares: layouts trained, models converted, runs with engines."""
-WITH_CUDA_PACKAGES = [Path(__file__).parent / name for name in ("gpu_contract", "emulated_cuda", "gpu_emulated")]
+WITH_CUDA_PACKAGES = [
+    Path(__file__).parent / name for name in ("gpu_contract", "emulated_cuda", "gpu_emulated")
+]
 """They make torch believe in a GPU: an environment and processes of their own."""
 
 
