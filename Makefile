@@ -5,6 +5,8 @@ PYTHON ?=
 TORCH_OPTIONS ?=
 # Worker processes of the tests.
 JOBS ?= 2
+# More options for the tests on the emulated device.
+EMULATED ?=
 # What to test: make test TESTS=tests/test_config.py
 TESTS ?=
 
@@ -21,7 +23,7 @@ NEMO := .venv-nemo
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract lint format docs \
+.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract gpu-emulated lint format docs \
 	docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
@@ -36,6 +38,7 @@ help:
 	@echo "make test       all tests; TESTS=path for some, JOBS=n workers"
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
+	@echo "make gpu-emulated  the CUDA half on an emulated H100; EMULATED='-m \"not long\"' for its core"
 	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md and docs/models.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
@@ -94,6 +97,11 @@ $(TRANSFORMERS_4)/.installed: constraints/transformers-4.txt | $(INSTALLED)
 # Which versions still fit together on a GPU, as far as that shows without one.
 gpu-contract: $(GPU)/.installed
 	@$(GPU)/bin/python -m tools.gpu_contract
+
+# The CUDA half itself: device memory in the host's, kernels by their references (tests/emulated_cuda/README.md).
+gpu-emulated: $(GPU)/.installed
+	@env -u PYTHONDONTWRITEBYTECODE $(GPU)/bin/python -m tests.emulated_cuda.run -m pytest tests/emulated_cuda tests/gpu_emulated \
+		-n $(JOBS) --no-loadscope-reorder --durations=10 $(EMULATED)
 
 $(GPU)/.installed: pyproject.toml constraints/stack.txt tools/gpu_environment
 	@PYTHON="$(PYTHON)" tools/gpu_environment $(GPU)

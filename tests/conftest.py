@@ -15,8 +15,10 @@ hypothesis.settings.load_profile("without deadline")
 
 TOGETHER = ("actor", "convert", "end_to_end")
 """Folders whose files share what a session prepares: layouts trained, models converted, runs with engines."""
-CONTRACT = Path(__file__).parent / "gpu_contract"
-"""Needs the CUDA packages, and makes torch believe in a GPU: an environment and processes of its own."""
+WITH_CUDA_PACKAGES = [
+    Path(__file__).parent / name for name in ("gpu_contract", "emulated_cuda", "gpu_emulated")
+]
+"""They make torch believe in a GPU: an environment and processes of their own."""
 
 
 class ByFile(LoadScopeScheduling):
@@ -37,10 +39,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave the contract out unless it is asked for by its path, as `make gpu-contract` does."""
+    """Leave these folders out unless one is asked for by its path, as `make gpu-contract` does."""
+    if collection_path not in WITH_CUDA_PACKAGES:
+        return None
     named = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
-    asked = any(path == CONTRACT or CONTRACT in path.parents for path in named)
-    return True if collection_path == CONTRACT and not asked else None
+    asked = any(path == collection_path or collection_path in path.parents for path in named)
+    return None if asked else True
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.gpu_iteration import whole_iterations
-from tools.gpu_trial import COMPARED, Trial, make_model
+from tools.gpu_trial import COMPARED, Trial, make_model, shape_of
 
 LIMIT_SECONDS = 1000
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -51,7 +51,6 @@ RESUMES = {
 CHECKS += [f"checkpoint and resume with {what}" for what in RESUMES]
 CHECKS += ["weights through a CUDA IPC handle", "two whole iterations with an engine"]
 SKIPPED = "skipped"
-IPC_BYTES = 2**30
 READER = """
 import json, sys, time
 import torch
@@ -178,17 +177,18 @@ def through_a_handle(folder: Path) -> dict[str, float]:
 
     from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 
-    bucket = DeviceBucket("gpu-check", IPC_BYTES)
+    size = shape_of(folder).bucket_bytes
+    bucket = DeviceBucket("gpu-check", size)
     for i in range(8):
-        entry = bucket.layout.add(f"tensor {i}", "bfloat16", (IPC_BYTES // 4096 // 8, 2048))
+        entry = bucket.layout.add(f"tensor {i}", "bfloat16", (size // 4096 // 8, 2048))
         bucket.tensor(entry).normal_()
     torch.cuda.synchronize()
     description = bucket.description(handle=bucket.handle()) | {"ends": True}
     seconds = read_elsewhere(description)
     bucket.close()
     return {
-        "GB": IPC_BYTES / 1e9,
-        "GB/s": IPC_BYTES / 1e9 / seconds,
+        "GB": size / 1e9,
+        "GB/s": size / 1e9 / seconds,
         "GB left": torch.cuda.memory_reserved() / 1e9,
     }
 
@@ -271,6 +271,7 @@ def main(
     output: Path = Path("gpu_check.json"),
     check_name: str = typer.Option("", "--check"),
     folder: Path = Path(),
+    small: bool = typer.Option(False, help="small shapes also with CUDA"),
 ) -> None:
     """Run all checks; --check and --folder are for the processes that this starts."""
     from megatron_pmd.errors import ConfigError
@@ -289,7 +290,7 @@ def main(
     device = torch.cuda.get_device_name() if cuda else "no CUDA device: small shapes on the CPU"
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        make_model(Path(temporary), cuda)
+        make_model(Path(temporary), "small" if small or not cuda else "large", "cuda" if cuda else "cpu")
         if cuda:
             torch.cuda.empty_cache()  # the checks have processes of their own, and need the device
         for name in CHECKS:

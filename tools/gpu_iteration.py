@@ -10,25 +10,25 @@ from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
-from tools.gpu_trial import configuration
+from tools.gpu_trial import SHAPES, configuration, shape_of
 
 LIMIT_SECONDS = 900
 """An engine's first start on a device compiles its kernels."""
 
 
-def iterations(folder: Path, cuda: bool) -> RunConfig:
+def iterations(folder: Path) -> RunConfig:
     """The trial's model under its engine: rollout, release, anchor, update, save, sync, and the same again.
 
     A random model spells nothing: a response is paid for its different characters, so that groups differ.
     """
-    config = configuration(folder, cuda)
+    config, large = configuration(folder), shape_of(folder) is SHAPES["large"]
     settings = [
         "name=gpu_check",
         "iterations=2",
         "batch.prompts_per_rollout=16",
         "batch.prompts_per_step=8",
         "batch.max_prompt_tokens=64",
-        f"batch.max_response_tokens={512 if cuda else 16}",
+        f"batch.max_response_tokens={512 if large else 16}",
         "data.train.task=spell_backward",
         "data.train.size=64",
         "reward.name=tools.gpu_iteration:different_characters",
@@ -49,10 +49,8 @@ def whole_iterations(folder: Path) -> dict[str, float]:
 
     Raises PmdError with what the run said.
     """
-    import torch
-
     file = folder / "iterations.json"
-    file.write_text(iterations(folder, torch.cuda.is_available()).model_dump_json())
+    file.write_text(iterations(folder).model_dump_json())
     # from this folder, where the reward function is found
     words = ["-m", "megatron_pmd.cli.main", "train", str(file), "--runs", str(folder / "runs")]
     try:

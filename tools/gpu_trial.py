@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,48 @@ COMPARED = {
 """The tensors whose gradients are compared, by what the table calls them."""
 
 
-def configuration(folder: Path, cuda: bool) -> RunConfig:
-    """A random Qwen3-MoE of realistic width on CUDA, a tiny one without; one rank, bf16."""
-    tokens = 512 if cuda else 24
+@dataclass(frozen=True)
+class Shape:
+    """How large a trial is."""
+
+    tokens: int
+    """Of the longest sample."""
+    model: dict[str, Any]
+    """Of a Qwen3-MoE. FP8 takes multiples of 16, and its blocks of 128."""
+    bucket_bytes: int
+
+
+SHAPES = {
+    "small": Shape(
+        24,
+        dict(
+            num_hidden_layers=4, hidden_size=128, intermediate_size=128, moe_intermediate_size=128,
+            num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+            vocab_size=512,
+        ),
+        2**24,
+    ),
+    "large": Shape(
+        512,
+        dict(
+            num_hidden_layers=2, hidden_size=4096, intermediate_size=4096, moe_intermediate_size=1536,
+            num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4,
+            head_dim=128, vocab_size=32_768,
+        ),
+        2**30,
+    ),
+}  # fmt: skip
+"""Large is for a GPU, and of a realistic width; small is for what computes slowly."""
+
+
+def shape_of(folder: Path) -> Shape:
+    """What make_model has written there."""
+    return SHAPES[(folder / "shape").read_text()]
+
+
+def configuration(folder: Path) -> RunConfig:
+    """One rank that trains the folder's model in bf16."""
+    tokens = shape_of(folder).tokens
     return build(
         {
             "name": "gpu_check",
@@ -44,7 +84,7 @@ def configuration(folder: Path, cuda: bool) -> RunConfig:
     )
 
 
-def make_model(folder: Path, cuda: bool) -> None:
+def make_model(folder: Path, shape: str, device: str) -> None:
     """Weights of seed 0, a tokenizer, and what transformers gives the samples: log-probabilities, gradients.
 
     The gradient is that of the step in Trial.steps: at the anchor a response's loss, (τ/2)(s − A/τ)²/|y|, has
@@ -55,25 +95,18 @@ def make_model(folder: Path, cuda: bool) -> None:
 
     from recipes.tiny_moe_cpu import make_tokenizer
 
-    small = dict(
-        num_hidden_layers=4, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512,
-    )  # fmt: skip
-    large = dict(
-        num_hidden_layers=2, hidden_size=4096, intermediate_size=4096, moe_intermediate_size=1536,
-        num_experts=16, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        vocab_size=32_768,
-    )  # fmt: skip
-    shape = large if cuda else small
-    config = Qwen3MoeConfig(norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **shape)
+    (folder / "shape").write_text(shape)
+    config = Qwen3MoeConfig(
+        norm_topk_prob=True, tie_word_embeddings=False, dtype="bfloat16", **SHAPES[shape].model
+    )
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     # loaded, for .to(bfloat16) has rounded the rotary frequencies too
     model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
-    model.to("cuda" if cuda else "cpu")
+    model.to(device)
     result = []
-    drawn = samples(configuration(folder, cuda), shape["vocab_size"])
+    drawn = samples(configuration(folder), config.vocab_size)
     for sample in drawn:
         tokens = torch.from_numpy(sample.tokens)[None].long().to(model.device)
         logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].float()
@@ -113,7 +146,7 @@ class Trial:
         import torch
 
         cuda = torch.cuda.is_available()
-        config = override(configuration(folder, cuda), list(settings))
+        config = override(configuration(folder), list(settings))
         if not cuda:
             from megatron_pmd.actor.cpu import standins
 

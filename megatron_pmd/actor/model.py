@@ -31,6 +31,8 @@ LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_posit
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2")
+UNROUNDED = "get_high_precision_init_val"
+"""The method of Transformer Engine's FP8 parameters that gives what they were before they were rounded."""
 YARN_ROPE = {
     "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
 }  # fmt: skip
@@ -207,7 +209,27 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     check_fp8(path, files, bridge.hf_pretrained.config)
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
     check_shapes(path, tensors_in(path), trust=trust)
+    quantized = any(hasattr(p, UNROUNDED) for chunk in chunks for p in chunk.parameters())
+    bridge.export_weight_dtype = "fp8" if quantized else "bf16"  # with fp8 it keeps what it has read
     bridge.load_hf_weights(chunks)
+    if quantized:
+        _keep_unrounded(bridge, chunks)
+
+
+def _keep_unrounded(bridge: Any, chunks: list[torch.nn.Module]) -> None:
+    """Have the optimizer's fp32 parameters begin as the weights that were read.
+
+    megatron-core takes them from what Transformer Engine keeps of each FP8 parameter before it is rounded
+    (optimizer/distrib_optimizer.py). That is what the module began with: random numbers, with which the
+    first step would overwrite the model.
+    """
+    read = bridge.unquantized_state_dict
+    for i, chunk in enumerate(chunks):
+        weights = read["model" if len(chunks) == 1 else f"model{i}"]
+        for name, parameter in chunk.named_parameters():
+            if hasattr(parameter, UNROUNDED):
+                getattr(parameter, UNROUNDED)().copy_(weights[name])
+    bridge.unquantized_state_dict = None
 
 
 def check_fp8(path: Path, files: dict[str, StoredTensor], config: Any) -> None:

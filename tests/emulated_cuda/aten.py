@@ -1,8 +1,8 @@
 """ATen's operators on the emulated device: the CPU's kernel runs on tensors that alias the device's memory.
 
-Each operator that torch has a CUDA kernel for gets one in its place, at the same point of the dispatcher: below
-autograd, for C++ callers too, in every thread. What allocates, or only looks at memory in another way, stays torch's
-own, with its caching allocator.
+Each operator that torch has a CUDA kernel for gets one in its place, at the same point of the dispatcher:
+below autograd, for C++ callers too, in every thread. What allocates, or only looks at memory in another way,
+stays torch's own, with its caching allocator.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 KEPT = {
     "_local_scalar_dense", "_efficientzerotensor", "_pin_memory", "_reshape_alias", "alias", "as_strided",
-    "as_strided_", "empty", "empty_strided", "is_pinned", "is_set_to", "record_stream", "resize_", "set_", "unfold",
-    "view", "view_as_complex", "view_as_real",
+    "as_strided_", "empty", "empty_strided", "is_pinned", "is_set_to", "record_stream", "resize_", "set_",
+    "unfold", "view", "view_as_complex", "view_as_real",
 }  # fmt: skip
 """Allocation and views, by their name without overload: their CUDA kernels launch nothing."""
 RANDOM_NUMBERS_AN_OPERATION = 4
@@ -46,7 +46,7 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _host_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """A CPU generator that a CUDA generator's state decides; the state moves on, as a kernel would move it."""
+    """A CPU generator that a CUDA generator's state decides; the state moves on, as with a kernel."""
     if generator is None:
         generator = torch.cuda.default_generators[device.index or 0]
     host = torch.Generator()
@@ -63,13 +63,16 @@ class Emulated:
         schema = operator._schema
         names = [argument.name for argument in schema.arguments]
         self._names = names
+        self._tensors = {a.name for a in schema.arguments if isinstance(a.type, torch._C.TensorType)}
         self._draws = "generator" in names
         written = {
             _mark(argument): argument.name
             for argument in schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
         }
-        self._results = [written.get(_mark(result)) if result.alias_info else None for result in schema.returns]
+        self._results = [
+            written.get(_mark(result)) if result.alias_info else None for result in schema.returns
+        ]
         """Of each result, the argument that it is, if it is one."""
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
@@ -84,8 +87,13 @@ class Emulated:
         device = found[0] if found else torch.device("cuda", torch.cuda.current_device())
         if self._draws:
             host["generator"] = _host_generator(named.get("generator"), device)
+        operator = self._operator
+        if any(type(host.get(name)) in (bool, int, float, complex) for name in self._tensors):
+            # torch gives a number that it wrapped in a tensor back as a number, which some overloads refuse;
+            # the packet finds the overload that takes it, by the same rules of promotion
+            operator = operator.overloadpacket
         with torch.no_grad():
-            outcome = self._operator(**host)
+            outcome = operator(**host)
         return self._returned(outcome, named, device)
 
     def _returned(self, outcome: Any, named: dict[str, Any], device: torch.device) -> Any:

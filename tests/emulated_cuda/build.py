@@ -59,7 +59,9 @@ def calls_of_driver(include: Path) -> dict[str, str]:
     declared = _output(
         ["gcc", "-E", "-P", "-I", str(include), "-D__CUDA_API_VERSION_INTERNAL", "-x", "c", header]
     )
-    return dict.fromkeys(re.findall(r"\bCUresult\s+(?:__attribute__\(\(\w+\)\)\s*)?(cu\w+)\s*\(", declared), "")
+    return dict.fromkeys(
+        re.findall(r"\bCUresult\s+(?:__attribute__\(\(\w+\)\)\s*)?(cu\w+)\s*\(", declared), ""
+    )
 
 
 def jumps(names: list[str]) -> str:
@@ -103,12 +105,9 @@ def _compile(library: Library, symbols: dict[str, str], include: list[Path], fol
     versions = sorted({version for version in symbols.values() if version})
     if versions:
         script = folder / f"{library.source}.map"
-        script.write_text(
-            "".join(
-                f"{version} {{ global: {'; '.join(n for n in sorted(symbols) if symbols[n] == version)}; }};\n"
-                for version in versions
-            )
-        )
+        by_version = {version: [n for n in sorted(symbols) if symbols[n] == version] for version in versions}
+        lines = [f"{version} {{ global: {'; '.join(names)}; }};" for version, names in by_version.items()]
+        script.write_text("\n".join(lines) + "\n")
         options.append(f"-Wl,--version-script={script}")
     options += [str(folder / needed) for needed in library.needs]
     subprocess.run(["g++", str(compiled), str(rest), *options], check=True)

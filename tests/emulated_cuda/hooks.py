@@ -1,4 +1,4 @@
-"""Puts the references into torch, Transformer Engine and Triton when a process imports them, in whatever order."""
+"""Puts the references into torch, Transformer Engine and Triton when a process imports them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from . import build
@@ -56,16 +55,12 @@ def environment(folder: Path, state: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def run(
-    words: list[str], devices: int = 1, settings: Mapping[str, str] | None = None, **options: object
-) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words on the device; options are subprocess.run's."""
+def run(words: list[str], devices: int = 1) -> int:
+    """Run Python with these words on the device; returns its exit code."""
     state = Path(tempfile.mkdtemp(prefix="emulated-cuda-", dir="/dev/shm"))
     try:
-        variables = environment(libraries(), state, devices) | dict(settings or {})
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
-            [sys.executable, *words], env=variables, text=True, preexec_fn=_limit, **options
-        )
+        variables = environment(libraries(), state, devices)
+        return subprocess.run([sys.executable, *words], env=variables, preexec_fn=_limit).returncode
     finally:
         shutil.rmtree(state, ignore_errors=True)
 
@@ -79,4 +74,4 @@ if __name__ == "__main__":
     given, count = sys.argv[1:], 1
     if given[:1] == ["--devices"]:
         count, given = int(given[1]), given[2:]
-    sys.exit(run(given, count).returncode)
+    sys.exit(run(given, count))

@@ -31,7 +31,11 @@ def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **argu
         order = Path(folder) / "order"
         order.write_bytes(pickle.dumps((program, configs, arguments)))
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        place |= {"MASTER_PORT": str(free_port()), "EMULATED_CUDA_DEVICES": str(ranks), "OMP_NUM_THREADS": "1"}
+        place |= {
+            "MASTER_PORT": str(free_port()),
+            "EMULATED_CUDA_DEVICES": str(ranks),
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_emulated.launch", str(order)]
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         running = []

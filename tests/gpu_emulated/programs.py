@@ -47,7 +47,7 @@ def step_and_resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
     for name, (config, folder) in cases.items():
         trial = routed(config)
         report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
-        result: dict[str, Any] = {"log_probs": report.log_probs.cpu()}
+        result: dict[str, Any] = {"log_probs": report.log_probs.cpu(), "loaded_weights": trial.weights()}
         with_gradient = not (config.actor.fp8 and config.actor.fp8.parameter_gather)
         if with_gradient:
             with trial.gradient_before_clipping(result):
@@ -55,6 +55,7 @@ def step_and_resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
         else:
             first = trial.step(STEPS[0])
         result["steps"] = [first, trial.step(STEPS[1])]
+        result["weights"] = trial.weights()
         result["checkpoint"] = trial.actor.save(folder, 2, {"iteration": 2})
         result["third"] = [trial.step(STEPS[2]), trial.weights()]
         trial.actor.publish_checkpoint(wait=True)

@@ -21,7 +21,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu_check")
-    gpu_check.make_model(folder, cuda=False)
+    gpu_check.make_model(folder, "small", "cpu")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What of the contract shows without its environment: when it is collected."""
+"""What shows of the tests that need the CUDA packages without them: when they are collected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CONTRACT, pytest_ignore_collect
+from tests.conftest import WITH_CUDA_PACKAGES, pytest_ignore_collect
 
 PROJECT = Path(__file__).parents[2]
 
@@ -19,13 +19,16 @@ def called(*words: str) -> Any:
 
 
 @pytest.mark.parametrize("words", [["tests"], ["tests/tools", "tests/engine"], ["tests/gpu_contract_else"]])
-def test_the_contract_is_left_out_where_nobody_names_it(words: list[str]) -> None:
-    assert pytest_ignore_collect(CONTRACT, called(*words)) is True
-    assert pytest_ignore_collect(CONTRACT.with_name("tools"), called(*words)) is None
+@pytest.mark.parametrize("folder", WITH_CUDA_PACKAGES, ids=lambda folder: folder.name)
+def test_what_needs_the_cuda_packages_is_left_out_where_nobody_names_it(
+    folder: Path, words: list[str]
+) -> None:
+    assert pytest_ignore_collect(folder, called(*words)) is True
+    assert pytest_ignore_collect(folder.with_name("tools"), called(*words)) is None
 
 
-@pytest.mark.parametrize(
-    "word", ["tests/gpu_contract", "tests/gpu_contract/test_imports.py::test_it", str(CONTRACT)]
-)
-def test_the_contract_is_collected_where_it_is_named(word: str) -> None:
-    assert pytest_ignore_collect(CONTRACT, called("tests/tools", word)) is None
+@pytest.mark.parametrize("folder", WITH_CUDA_PACKAGES, ids=lambda folder: folder.name)
+def test_it_is_collected_where_it_is_named(folder: Path) -> None:
+    inside = f"tests/{folder.name}/test_imports.py::test_it"
+    for word in (f"tests/{folder.name}", inside, str(folder)):
+        assert pytest_ignore_collect(folder, called("tests/tools", word)) is None

@@ -11,9 +11,10 @@ from megatron_pmd.data.problems import Problem
 from tools.gpu_iteration import different_characters, figures_of, iterations
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_the_iterations_save_and_sync_and_have_groups_that_differ(tmp_path: Path, cuda: bool) -> None:
-    config = iterations(tmp_path, cuda).resolved()
+@pytest.mark.parametrize("shape", ["small", "large"])
+def test_the_iterations_save_and_sync_and_have_groups_that_differ(tmp_path: Path, shape: str) -> None:
+    (tmp_path / "shape").write_text(shape)
+    config = iterations(tmp_path).resolved()
     assert config.checkpoint.every == 1 and config.iterations == 2 and config.layout.ranks == 1
     assert different_characters("aab", Problem(0, (), "")) == pytest.approx(2 / 3)
     assert different_characters("", Problem(0, (), "")) == 0

@@ -1,9 +1,9 @@
 """Attention of cuDNN, forward and backward, in fp32 between tensors of 16 bits.
 
 Answers transformer_engine_torch's csrc/extensions/attention.cpp and what it calls,
-common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu. Shapes, with h heads, g groups of keys and d (d_v) numbers in a
-head: queries [tokens, h, d], keys [tokens, g, d], values [tokens, g, d_v] for `thd`; [b, s, ...] and [s, b, ...]
-for `bshd` and `sbhd`.
+common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu. Shapes, with h heads, g groups of keys and d (d_v)
+numbers in a head: queries [tokens, h, d], keys [tokens, g, d], values [tokens, g, d_v] for `thd`; [b, s, ...]
+and [s, b, ...] for `bshd` and `sbhd`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class Span:
 
 
 def spans(form: str, shape: torch.Size, bounds: Tensor, padded: Tensor | None, padding: bool) -> list[Span]:
-    """Where each sequence stands; one of a batch is as long as its row unless the mask says that rows are padded."""
+    """Where each sequence stands.
+
+    One of a batch is as long as its row unless the mask says that rows are padded.
+    """
     lengths = host(bounds).diff().tolist()
     if form == "thd":
         starts = (bounds if padded is None else padded)[:-1].tolist()
@@ -75,8 +78,8 @@ def spans(form: str, shape: torch.Size, bounds: Tensor, padded: Tensor | None, p
 class Mask:
     """Which keys a query sees: those from `left` before it to `right` behind it, None without bound.
 
-    A query's place is counted from the sequence's first token, from its last one with `bottom_right`: there the last
-    query stands at the last key.
+    A query's place is counted from the sequence's first token, from its last one with `bottom_right`: there
+    the last query stands at the last key.
     """
 
     left: int | None
@@ -105,7 +108,10 @@ def mask_of(kind: str, window: Any, bottom_right: bool) -> Mask:
 
 
 def scores(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
-    """Scaled products [heads, queries, keys] in fp32, -inf where the mask forbids; each group of keys serves h/g heads."""
+    """Scaled products [heads, queries, keys] in fp32, -inf where the mask forbids.
+
+    Each group of keys serves h/g heads.
+    """
     products = torch.einsum("qhd,khd->hqk", query.float(), per_head(key, query.shape[1])) * scale
     return products.masked_fill(~mask.allowed(len(query), len(key), query.device), -math.inf)
 
@@ -135,8 +141,8 @@ class Problem:
 
 
 def problem_of(
-    layout: str, kind: str, mask: Mask, scale: float, query: Tensor, key: Tensor, bounds: tuple[Tensor, Tensor],
-    padded: tuple[Tensor | None, Tensor | None],
+    layout: str, kind: str, mask: Mask, scale: float, query: Tensor, key: Tensor,
+    bounds: tuple[Tensor, Tensor], padded: tuple[Tensor | None, Tensor | None],
 ) -> Problem:  # fmt: skip
     padding = "padding" in kind
     of_query, of_key = formats_of(layout)
@@ -174,17 +180,19 @@ def random_state(generator: Any, numbers: int, device: torch.device) -> Tensor:
 
 @reference("fused_attn_fwd")
 def fused_attn_fwd(
-    max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, attn_scale: float, p_dropout: float, set_zero: bool,
-    qkv_layout: Any, o_format: Any, qkv_scale_inv_format: Any, bias_type: Any, attn_mask_type: Any,
-    softmax_type: Any, window_size: Any, bottom_right_diagonal: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor,
-    Q: Tensor, K: Tensor, V: Tensor, fake_dtype: torch.dtype, cu_seqlens_q_padded: Tensor | None,
-    cu_seqlens_kv_padded: Tensor | None, page_table_k: Any, page_table_v: Any, s_quantizer: Any, o_quantizer: Any,
-    Bias: Any, SoftmaxOffset: Any, rng_gen: Any, rng_elts_per_thread: int, return_max_logit: bool, cuda_graph: bool,
+    max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, attn_scale: float, p_dropout: float,
+    set_zero: bool, qkv_layout: Any, o_format: Any, qkv_scale_inv_format: Any, bias_type: Any,
+    attn_mask_type: Any, softmax_type: Any, window_size: Any, bottom_right_diagonal: bool,
+    cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, Q: Tensor, K: Tensor, V: Tensor, fake_dtype: torch.dtype,
+    cu_seqlens_q_padded: Tensor | None, cu_seqlens_kv_padded: Tensor | None, page_table_k: Any,
+    page_table_v: Any, s_quantizer: Any, o_quantizer: Any, Bias: Any, SoftmaxOffset: Any, rng_gen: Any,
+    rng_elts_per_thread: int, return_max_logit: bool, cuda_graph: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[outputs, log of the sum of exponentials, largest score if asked for, state of the generator].
 
-    Statistics are fp32 [tokens, h, 1] for `thd`, [b, h, longest, 1] else. Where no sequence stands cuDNN writes no
-    statistics: NaN here, so that whoever reads one sees it. A query that sees no key has the output 0 and -inf.
+    Statistics are fp32 [tokens, h, 1] for `thd`, [b, h, longest, 1] else. Where no sequence stands cuDNN
+    writes no statistics: NaN here, so that whoever reads one sees it. A query that sees no key has the output
+    0 and -inf.
     """
     layout = check(
         "fused_attn_fwd", Q, qkv_layout, bias_type, softmax_type, p_dropout if is_training else 0.0,
@@ -240,12 +248,13 @@ def shape_in(form: str, wanted: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @reference("fused_attn_bwd")
 def fused_attn_bwd(
-    max_seqlen_q: int, max_seqlen_kv: int, attn_scale: float, p_dropout: float, set_zero: bool, qkv_layout: Any,
-    o_format: Any, do_format: Any, dqkv_layout: Any, qkv_scale_inv_format: Any, do_scale_inv_format: Any,
-    bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any, bottom_right_diagonal: bool,
-    deterministic: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, Q: Tensor, K: Tensor, V: Tensor, O: Tensor,
-    dO: Tensor, fake_dtype: torch.dtype, Aux_CTX_Tensors: list[Tensor], cu_seqlens_q_padded: Tensor | None,
-    cu_seqlens_kv_padded: Tensor | None, s_quantizer: Any, dp_quantizer: Any, dqkv_quantizer: Any, cuda_graph: bool,
+    max_seqlen_q: int, max_seqlen_kv: int, attn_scale: float, p_dropout: float, set_zero: bool,
+    qkv_layout: Any, o_format: Any, do_format: Any, dqkv_layout: Any, qkv_scale_inv_format: Any,
+    do_scale_inv_format: Any, bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any,
+    bottom_right_diagonal: bool, deterministic: bool, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, Q: Tensor,
+    K: Tensor, V: Tensor, output: Tensor, dO: Tensor, fake_dtype: torch.dtype, Aux_CTX_Tensors: list[Tensor],
+    cu_seqlens_q_padded: Tensor | None, cu_seqlens_kv_padded: Tensor | None, s_quantizer: Any,
+    dp_quantizer: Any, dqkv_quantizer: Any, cuda_graph: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """[gradient of queries, of keys, of values, None, None].
 
@@ -264,7 +273,7 @@ def fused_attn_bwd(
     problem = problem_of(layout, kind, mask, attn_scale, Q, K, bounds, padded)
     found = gradients(layout, Q, K, V)
     forms = short_name(o_format), short_name(do_format)
-    differentiate(problem, forms, (Q, K, V), O, dO, Aux_CTX_Tensors[0], found)
+    differentiate(problem, forms, (Q, K, V), output, dO, Aux_CTX_Tensors[0], found)
     return [*found, None, None]
 
 
@@ -313,15 +322,41 @@ def gradients(layout: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
     return first, second, third
 
 
+@reference("convert_thd_to_bshd")
+@on_the_host
+def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, b: int, max_seq_len: int) -> Tensor:
+    """[b, max_seq_len, h, d] of a packed row, 0 behind each sequence.
+
+    UnfusedDotProductAttention asks for it.
+    """
+    rows = zip(tensor.tensor_split(cu_seqlens[1:].cpu().long()), range(b), strict=False)
+    batch = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
+    for row, index in rows:
+        batch[index, : len(row)] = row
+    return batch
+
+
+@reference("convert_bshd_to_thd")
+@on_the_host
+def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, t: int) -> Tensor:
+    """[t, h, d]: the sequences of a batch, one behind the other."""
+    row = tensor.new_zeros(t, *tensor.shape[2:])
+    for index, length in enumerate(cu_seqlens.diff().tolist()):
+        begin = int(cu_seqlens[index])
+        row[begin : begin + length] = tensor[index, :length]
+    return row
+
+
 @reference("get_fused_attn_backend")
 def get_fused_attn_backend(parameters: Any) -> tuple[Any, str]:
-    """(kernel that cuDNN 9.7 or later has on Hopper, why none).
+    """(kernel that cuDNN 9.24 has on Hopper, why none).
 
-    The binding builds cuDNN's graph and asks whether an engine of the device takes it; its conditions are those of
-    nvte_get_fused_attn_backend, common/fused_attn/fused_attn.cpp of Transformer Engine 2.19, for compute capability
-    9.0. Where they hold for a case that fused_attn_fwd here refuses, the error names it there.
+    The binding builds cuDNN's graph and asks whether an engine of the device takes it. The conditions here
+    are those that nvte_get_fused_attn_backend had written out before (common/fused_attn/fused_attn.cpp of
+    Transformer Engine 2.19), for compute capability 9.0. Where they hold for a case that fused_attn_fwd
+    refuses, the error comes from there.
     """
-    # loaded by transformer_engine.pytorch, with the libraries that it needs
+    import transformer_engine.pytorch  # noqa: F401  (it loads the libraries that the binding needs)
     import transformer_engine_torch as binding
 
     backends = binding.NVTE_Fused_Attn_Backend

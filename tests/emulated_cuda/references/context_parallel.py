@@ -1,9 +1,9 @@
 """Packed rows under context parallelism: halves of sequences, and the merging of several ranks' keys.
 
 Answers the thd_* functions of transformer_engine_torch's csrc/extensions/attention.cpp and their kernels,
-common/fused_attn/context_parallel.cu. A rank holds two chunks of each sequence, one of each end; the first and the
-second half of what it holds of a sequence are those chunks. `cu_seqlens` int32 [sequences + 1] bounds the sequences as
-the rank holds them, unless a function says that they are whole.
+common/fused_attn/context_parallel.cu. A rank holds two chunks of each sequence, one of each end; the first
+and the second half of what it holds of a sequence are those chunks. `cu_seqlens` int32 [sequences + 1] bounds
+the sequences as the rank holds them, unless a function says that they are whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def thd_read_half_tensor(tensor: Tensor, cu_seqlens: Tensor, half_idx: int) -> T
 def _statistics(
     lse: Tensor, cu_seqlens: Tensor, second: bool, packed: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(index into lse, index into per_step) of each token that a step has: [heads, tokens] if packed, else [b, h, s]."""
+    """(index into lse, index into that of a step) of each token that the step has.
+
+    Statistics are [heads, tokens] if packed, else [b, h, s].
+    """
     bounds = cu_seqlens.long() // 2 if second else cu_seqlens.long()
     token = torch.arange(int(bounds[-1]), device=lse.device)
     sequence = torch.searchsorted(bounds, token, right=True) - 1
@@ -85,9 +88,9 @@ def thd_out_correction(
     out: Tensor, out_per_step: Tensor, old_lse: Tensor, lse: Tensor, lse_per_step: Tensor, cu_seqlens: Tensor,
     only_second_half: bool, lse_packed: bool,
 ) -> None:  # fmt: skip
-    """out becomes out e^(old_lse - lse) + out_per_step e^(lse_per_step - lse), in place; both are [tokens, h, d].
+    """out becomes out e^(old_lse - lse) + out_per_step e^(lse_per_step - lse), in place.
 
-    What a token of no key has from a step (0, with -inf) adds nothing.
+    Both are [tokens, h, d]. What a token of no key has from a step (0, with -inf) adds nothing.
     """
     whole, step = _statistics(lse, cu_seqlens, bool(only_second_half), lse_packed)
     rows = (
@@ -116,9 +119,10 @@ CORRECTIONS = (("add", "copy"), ("add", "none"), ("copy", "none"), ("copy", "zer
 def thd_grad_correction(
     grad: Tensor, grad_per_step: Tensor, cu_seqlens: Tensor, first_half: str, second_half: str
 ) -> None:
-    """grad's halves are copied from a step's gradient, added to it in grad's dtype, set to 0 or left, in place.
+    """Halves of grad are copied from a step's gradient, added to it in grad's dtype, set to 0 or left.
 
-    [tokens, h, d] or [2, tokens, h, d]. With one of the halves "none" or "zero" a step has only the other one.
+    [tokens, h, d] or [2, tokens, h, d]. With one of the halves "none" or "zero" a step has only the other
+    one.
     """
     dim = grad.dim() - 3
     kinds = (first_half, second_half)
@@ -139,7 +143,10 @@ def thd_grad_correction(
 
 
 def rank_order(cu_seqlens: Tensor, tokens: int, ranks: int) -> Tensor:
-    """int64 [tokens]: the places in whole sequences of what rank 0 holds, then rank 1, ...; bounds are of whole ones."""
+    """int64 [tokens]: where in the row of whole sequences stands what rank 0 holds, then rank 1, and so on.
+
+    Bounds are of whole sequences.
+    """
     bounds = cu_seqlens.long() // ranks
     token = torch.arange(tokens // ranks, device=cu_seqlens.device)
     sequence = (torch.searchsorted(bounds, token, right=True) - 1).clamp(max=len(bounds) - 2)
@@ -182,7 +189,10 @@ def thd_cp_rank_order_to_sequence_order(
 def thd_copy_valid_tokens_from_per_split_to_rank_local(
     out: Tensor, inp: Tensor, cu_seqlens_padded: Tensor, cu_seqlens: Tensor
 ) -> None:
-    """Copies the tokens of each sequence that are no padding: starts are padded's, lengths those of cu_seqlens."""
+    """Copies the tokens of each sequence that are no padding.
+
+    Sequences begin where cu_seqlens_padded says, and have the lengths of cu_seqlens.
+    """
     starts, lengths = cu_seqlens_padded.long(), cu_seqlens.diff().long()
     token = torch.arange(len(inp), device=inp.device)
     sequence = torch.searchsorted(starts[1:].contiguous(), token, right=True)

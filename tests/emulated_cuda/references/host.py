@@ -37,7 +37,7 @@ def on_device(
 
 
 def on_the_host[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """The function is called with the host's view of its tensors; new tensors that it returns go to the device."""
+    """The function is called with the host's view of tensors; new ones that it returns go to the device."""
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:

@@ -16,7 +16,10 @@ from .registry import reference
 def fused_multi_row_padding(
     input: Tensor, output: Tensor, input_row_list: list[int], padded_input_row_list: list[int]
 ) -> None:
-    """Each part of input [rows, width] is copied into output, with rows of 0 behind it. A part of no rows is skipped."""
+    """Each part of input [rows, width] is copied into output, with rows of 0 behind it.
+
+    A part of no rows is skipped.
+    """
     begin = 0
     for part, length in zip(input.split(input_row_list), padded_input_row_list, strict=True):
         if len(part):

@@ -1,12 +1,14 @@
 """Tokens sorted by expert, and back.
 
-Answers the Triton kernels of transformer_engine/common/triton/permutation.py, which transformer_engine/pytorch/triton/
-permutation.py launches for megatron-core's fused_permute_with_probs, fused_permute_and_pad_with_probs, fused_unpermute
-and fused_sort_chunks_by_index_with_probs. The kernels are replaced, not their launchers: what these allocate, and the
-block sizes that the map is made with, stay the library's own. Operands have the strides that are passed with them.
+Answers the Triton kernels of transformer_engine/common/triton/permutation.py, which
+transformer_engine/pytorch/triton/permutation.py launches for megatron-core's fused_permute_with_probs,
+fused_permute_and_pad_with_probs, fused_unpermute and fused_sort_chunks_by_index_with_probs. The kernels are
+replaced, not their launchers: what these allocate, and the block sizes that the map is made with, stay the
+library's own. Operands have the strides that are passed with them.
 
-A row_id_map is int32 [tokens, 2 · experts + 1]: n, the experts of a token, is in its last column; their first n columns
-are the rows that the token goes to, from the last row to the first; columns experts to experts + n are those experts.
+A row_id_map is int32 [tokens, 2 · experts + 1]: n, the experts of a token, is in its last column; their first
+n columns are the rows that the token goes to, from the last row to the first; columns experts to experts + n
+are those experts.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ Tensor = torch.Tensor
 @triton_reference("_row_id_map_pass_1_kernel")
 @on_the_host
 def row_id_map_pass_1(
-    grid: Any, routing_map: Tensor, num_tokens: int, stride_routing_map_token: int, stride_routing_map_expert: int,
-    stride_row_id_map_token: int, stride_row_id_map_expert: int, row_id_map: Tensor, workspace: Tensor,
-    BLOCK_SIZE: int, **meta: Any,
+    grid: Any, routing_map: Tensor, num_tokens: int, stride_routing_map_token: int,
+    stride_routing_map_expert: int, stride_row_id_map_token: int, stride_row_id_map_expert: int,
+    row_id_map: Tensor, workspace: Tensor, BLOCK_SIZE: int, **meta: Any,
 ) -> None:  # fmt: skip
-    """Per expert: a token's number, from 1, among those of its block of tokens, 0 for the others; and each block's sum."""
+    """Per expert and block of tokens: each routed token's number, from 1 on, and how many there are."""
     routed = routing_map.int()
     for block, rows in enumerate(routed.split(BLOCK_SIZE)):
         numbers = rows.cumsum(0) * rows
@@ -53,10 +55,13 @@ def row_id_map_pass_2(
 @triton_reference("_row_id_map_pass_3_kernel")
 @on_the_host
 def row_id_map_pass_3(
-    grid: Any, row_id_map: Tensor, stride_row_id_map_token: int, stride_row_id_map_expert: int, num_experts: int,
-    LOAD_SIZE: int, **meta: Any,
+    grid: Any, row_id_map: Tensor, stride_row_id_map_token: int, stride_row_id_map_expert: int,
+    num_experts: int, LOAD_SIZE: int, **meta: Any,
 ) -> None:  # fmt: skip
-    """Each token's rows, from the last one on, then their experts, and how many they are; the rest is left."""
+    """Each token's rows, from the last one on, then their experts, and how many they are.
+
+    The rest is left.
+    """
     rows, experts = row_id_map[:, :num_experts].sort(dim=1, descending=True)
     routed = (rows != -1).sum(1)
     there = torch.arange(num_experts, device=rows.device)[None] < routed[:, None]
@@ -80,11 +85,12 @@ def permute(
     grid: Any, input: Tensor, row_id_map: Tensor, probs: Tensor | None, scale: Tensor | None,
     permuted_scale: Tensor | None, pad_offsets: Tensor | None, output_buf: Any, permuted_probs_buf: Any,
     scale_hidden_dim: int, num_tokens: int, num_out_tokens: int, stride_row_id_map_token: int,
-    stride_row_id_map_expert: int, stride_input_token: int, stride_input_hidden: int, stride_output_token: int,
-    stride_output_hidden: int, stride_probs_token: int | None, stride_probs_expert: int | None,
-    stride_scale_token: int | None, stride_scale_hidden: int | None, stride_permuted_probs_token: int | None,
-    stride_permuted_scale_token: int | None, stride_permuted_scale_hidden: int | None, output: Tensor,
-    permuted_probs: Tensor | None, num_experts: int, hidden_size: int, **meta: Any,
+    stride_row_id_map_expert: int, stride_input_token: int, stride_input_hidden: int,
+    stride_output_token: int, stride_output_hidden: int, stride_probs_token: int | None,
+    stride_probs_expert: int | None, stride_scale_token: int | None, stride_scale_hidden: int | None,
+    stride_permuted_probs_token: int | None, stride_permuted_scale_token: int | None,
+    stride_permuted_scale_hidden: int | None, output: Tensor, permuted_probs: Tensor | None, num_experts: int,
+    hidden_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """output[row] = input[token]; a pair of probability 0 is padding of the routing map, its row 0."""
     token, row, expert = entries(row_id_map, num_experts, pad_offsets)
@@ -104,11 +110,11 @@ def permute(
 def unpermute(
     grid: Any, input: Tensor, row_id_map: Tensor, merging_probs: Tensor | None, permuted_probs: Tensor | None,
     pad_offsets: Tensor | None, output_buf: Any, unpermuted_probs_buf: Any, stride_row_id_map_token: int,
-    stride_row_id_map_expert: int, stride_input_token: int, stride_input_hidden: int, stride_output_token: int,
-    stride_output_hidden: int, stride_merging_probs_token: int | None, stride_merging_probs_expert: int | None,
-    stride_permuted_probs_token: int | None, stride_unpermuted_probs_token: int | None,
-    stride_unpermuted_probs_expert: int | None, output: Tensor, unpermuted_probs: Tensor | None, num_experts: int,
-    hidden_size: int, **meta: Any,
+    stride_row_id_map_expert: int, stride_input_token: int, stride_input_hidden: int,
+    stride_output_token: int, stride_output_hidden: int, stride_merging_probs_token: int | None,
+    stride_merging_probs_expert: int | None, stride_permuted_probs_token: int | None,
+    stride_unpermuted_probs_token: int | None, stride_unpermuted_probs_expert: int | None, output: Tensor,
+    unpermuted_probs: Tensor | None, num_experts: int, hidden_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """output[token] = Σ input[row], weighted by merging_probs where they are given, in fp32."""
     token, row, expert = entries(row_id_map, num_experts, pad_offsets)
@@ -131,8 +137,8 @@ def unpermute_backward(
     stride_fwd_output_grad_token: int, stride_fwd_output_grad_hidden: int, stride_fwd_input_grad_token: int,
     stride_fwd_input_grad_hidden: int, stride_fwd_input_token: int, stride_fwd_input_hidden: int,
     stride_merging_probs_token: int, stride_merging_probs_expert: int, stride_merging_probs_grad_token: int,
-    stride_merging_probs_grad_expert: int, fwd_input_grad: Tensor, merging_probs_grad: Tensor, num_experts: int,
-    hidden_size: int, **meta: Any,
+    stride_merging_probs_grad_expert: int, fwd_input_grad: Tensor, merging_probs_grad: Tensor,
+    num_experts: int, hidden_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """The gradients of the rows and of the weights that unpermute took."""
     token, row, expert = entries(row_id_map, num_experts, pad_offsets)
@@ -149,7 +155,10 @@ def unpermute_backward(
 def make_chunk_sort_map(
     grid: Any, split_sizes: Tensor, sorted_indices: Tensor, dst_rows: Tensor, num_splits: int, **meta: Any
 ) -> None:
-    """The row that each token goes to when chunk sorted_indices[i] becomes the i-th; behind the last chunk its own."""
+    """The row that each token goes to when chunk sorted_indices[i] becomes the i-th.
+
+    Behind the last chunk its own.
+    """
     sizes, order = split_sizes.long(), sorted_indices.long()
     ends = sizes.cumsum(0)
     moved = torch.empty_like(ends)
@@ -163,10 +172,10 @@ def make_chunk_sort_map(
 @triton_reference("_sort_chunks_by_map_kernel")
 @on_the_host
 def sort_chunks_by_map(
-    grid: Any, input: Tensor, row_id_map: Tensor, probs: Tensor | None, output_buf: Any, stride_input_token: int,
-    stride_input_hidden: int, stride_output_token: int, stride_output_hidden: int, stride_probs_token: int | None,
-    stride_permuted_probs_token: int | None, output: Tensor, permuted_probs: Tensor | None, hidden_size: int,
-    PERMUTE_PROBS: bool, FORWARD: bool, **meta: Any,
+    grid: Any, input: Tensor, row_id_map: Tensor, probs: Tensor | None, output_buf: Any,
+    stride_input_token: int, stride_input_hidden: int, stride_output_token: int, stride_output_hidden: int,
+    stride_probs_token: int | None, stride_permuted_probs_token: int | None, output: Tensor,
+    permuted_probs: Tensor | None, hidden_size: int, PERMUTE_PROBS: bool, FORWARD: bool, **meta: Any,
 ) -> None:  # fmt: skip
     """output[map] = input, or output = input[map] backward; probabilities likewise."""
     where = row_id_map.long()

@@ -206,6 +206,10 @@ def finish(
 
 def values_of(tensor: Any, *, columnwise: bool = False) -> Tensor:
     """fp32 values, on the host, of a quantised tensor, by its rows or by its columns; the logical shape."""
+    if not hasattr(tensor, "_fp8_dtype"):
+        raise NoReferenceError(
+            f"The emulated device has no reference for the values of {type(tensor).__name__}"
+        )
     if hasattr(tensor, "_scale_inv"):
         return _per_tensor_values(tensor, columnwise)
     way = "columnwise" if columnwise else "rowwise"

@@ -1,7 +1,7 @@
 """Questions that transformer_engine_torch answers without launching a kernel.
 
-Answers csrc/extensions/misc.cpp and comm_gemm_overlap.cpp. The libraries that are asked are NVIDIA's own (cuDNN's
-version) or emulated ones (cuBLASLt's, the streams' priorities), so that the bindings stay.
+Answers csrc/extensions/misc.cpp and comm_gemm_overlap.cpp. The libraries that are asked are NVIDIA's own
+(cuDNN's version) or emulated ones (cuBLASLt's, the streams' priorities), so that the bindings stay.
 """
 
 from __future__ import annotations

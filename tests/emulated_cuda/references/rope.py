@@ -1,8 +1,8 @@
 """Rotary embeddings, forward and backward, computed in fp32.
 
-Answers transformer_engine_torch's csrc/extensions/apply_rope.cpp with common/fused_rope/fused_rope.cu, and the Triton
-kernels of megatron-core's fusions/fused_mla_yarn_rope_apply.py. `freqs` [positions, 1, 1, d2] holds angles: of a head's
-d numbers the first d2 are turned, the others are copied.
+Answers transformer_engine_torch's csrc/extensions/apply_rope.cpp with common/fused_rope/fused_rope.cu, and
+the Triton kernels of megatron-core's fusions/fused_mla_yarn_rope_apply.py. `freqs` [positions, 1, 1, d2]
+holds angles: of a head's d numbers the first d2 are turned, the others are copied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def packed_positions(tokens: int, cu_seqlens: Tensor, ranks: int, rank: int) -> 
 
 
 def chunked(place: Tensor, length: Tensor | int, ranks: int, rank: int) -> Tensor:
-    """From a place in what the rank holds of a sequence, `length` tokens, to the place in the whole sequence."""
+    """The place in the whole sequence of one in what the rank holds of it, `length` tokens."""
     if ranks == 1:
         return place
     first, second = (
@@ -42,8 +42,8 @@ def chunked(place: Tensor, length: Tensor | int, ranks: int, rank: int) -> Tenso
 
 
 def positions(
-    shape: torch.Size, form: str, start_positions: Tensor | None, cu_seqlens: Tensor | None, ranks: int, rank: int,
-    device: torch.device,
+    shape: torch.Size, form: str, start_positions: Tensor | None, cu_seqlens: Tensor | None, ranks: int,
+    rank: int, device: torch.device,
 ) -> Tensor:  # fmt: skip
     """[tokens] for thd, else what broadcasts with the first two dimensions of the operand."""
     if form == "thd":
@@ -85,7 +85,10 @@ def fused_rope_forward(
     input: Tensor, freqs: Tensor, start_positions: Tensor | None, qkv_format: Any, interleaved: bool,
     cu_seqlens: Tensor | None, cp_size: int, cp_rank: int,
 ) -> Tensor:  # fmt: skip
-    """Like `input`, contiguous. Rows of a packed row behind its last sequence are not written by the kernel: 0 here."""
+    """Like `input`, contiguous.
+
+    Rows of a packed row behind its last sequence are not written by the kernel: 0 here.
+    """
     place = positions(
         input.shape, short_name(qkv_format), start_positions, cu_seqlens, cp_size, cp_rank, input.device
     )
@@ -107,8 +110,8 @@ def fused_rope_backward(
 @reference("fused_qkv_rope_forward")
 @on_the_host
 def fused_qkv_rope_forward(
-    qkv_input: Tensor, q_freqs: Tensor, k_freqs: Tensor, start_positions: Tensor | None, qkv_split_arg_list: list[int],
-    qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
+    qkv_input: Tensor, q_freqs: Tensor, k_freqs: Tensor, start_positions: Tensor | None,
+    qkv_split_arg_list: list[int], qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(queries, keys, values) of [s, b, groups, heads of a group, one key and one value]: each [..., d]."""
     width = qkv_split_arg_list[1]
@@ -139,7 +142,7 @@ def fused_qkv_rope_backward(
     return torch.cat((query, rotated(k_grad_out, k_freqs, place, interleaved, backward=True), v_grad_out), -1)
 
 
-# megatron-core's kernels for latent attention: heads are contiguous there, the operand is [rows, heads, width]
+# megatron-core's kernels for latent attention; operands are [rows, heads, width]
 def angles_of_rows(
     table: Tensor, rows: int, batch_size: int | None, cu_seqlens: Tensor | None, ranks: int, rank: int
 ) -> Tensor:
@@ -173,8 +176,8 @@ def turn_together(halves: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @on_the_host
 def rotary_fwd_q_kernel(
     grid: Any, Q: Tensor, COS: Tensor, SIN: Tensor, qk_head_dim: int, emb_dim: int, head_num: int,
-    batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int, stride_x_nheads: int,
-    cp_rank: int, cp_size: int, **meta: Any,
+    batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int,
+    stride_x_nheads: int, cp_rank: int, cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """The last emb_dim numbers of queries [rows, heads, qk_head_dim + emb_dim] are turned in place."""
     cos, sin = (
@@ -187,8 +190,8 @@ def rotary_fwd_q_kernel(
 @on_the_host
 def rotary_bwd_q_kernel(
     grid: Any, DO: Tensor, COS: Tensor, SIN: Tensor, qk_head_dim: int, emb_dim: int, head_num: int,
-    batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int, stride_x_nheads: int,
-    cp_rank: int, cp_size: int, **meta: Any,
+    batch_size: int | None, seq_num: int | None, cu_seqlens_q: Tensor | None, stride_x_seq: int,
+    stride_x_nheads: int, cp_rank: int, cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
     """The gradient of rotary_fwd_q_kernel, in place."""
     cos, sin = (
@@ -200,12 +203,13 @@ def rotary_bwd_q_kernel(
 @triton_reference("rotary_fwd_kv_kernel")
 @on_the_host
 def rotary_fwd_kv_kernel(
-    grid: Any, KV: Tensor, K_POS_EMB: Tensor, O_KEY: Tensor, O_VALUE: Tensor, COS: Tensor, SIN: Tensor, emb_dim: int,
-    k_dim: int, v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None, cu_seqlens_kv: Tensor | None,
-    stride_kv_seq: int, stride_kv_nheads: int, stride_emb_seq: int, stride_k_seq: int, stride_k_nheads: int,
-    stride_v_seq: int, stride_v_nheads: int, cp_rank: int, cp_size: int, **meta: Any,
+    grid: Any, KV: Tensor, K_POS_EMB: Tensor, O_KEY: Tensor, O_VALUE: Tensor, COS: Tensor, SIN: Tensor,
+    emb_dim: int, k_dim: int, v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None,
+    cu_seqlens_kv: Tensor | None, stride_kv_seq: int, stride_kv_nheads: int, stride_emb_seq: int,
+    stride_k_seq: int, stride_k_nheads: int, stride_v_seq: int, stride_v_nheads: int, cp_rank: int,
+    cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
-    """Keys are those of KV [rows, heads, k_dim + v_dim] and, for all heads, the turned K_POS_EMB [rows, 1, emb_dim]."""
+    """Keys are those of KV [rows, heads, k_dim + v_dim] and the turned K_POS_EMB, the same for all heads."""
     cos, sin = (angles_of_rows(t, len(KV), batch_size, cu_seqlens_kv, cp_size, cp_rank) for t in (COS, SIN))
     shared = K_POS_EMB.reshape(len(KV), emb_dim)
     O_KEY[..., :k_dim] = KV[..., :k_dim]
@@ -216,12 +220,16 @@ def rotary_fwd_kv_kernel(
 @triton_reference("rotary_bwd_kv_kernel")
 @on_the_host
 def rotary_bwd_kv_kernel(
-    grid: Any, dK: Tensor, dV: Tensor, dKV: Tensor, dEMB: Tensor, COS: Tensor, SIN: Tensor, emb_dim: int, k_dim: int,
-    v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None, cu_seqlens_kv: Tensor | None,
-    stride_dk_seq: int, stride_dk_nheads: int, stride_dv_seq: int, stride_dv_nheads: int, stride_dkv_seq: int,
-    stride_dkv_nheads: int, stride_demb_seq: int, cp_rank: int, cp_size: int, **meta: Any,
+    grid: Any, dK: Tensor, dV: Tensor, dKV: Tensor, dEMB: Tensor, COS: Tensor, SIN: Tensor, emb_dim: int,
+    k_dim: int, v_dim: int, head_num: int, batch_size: int | None, seq_num: int | None,
+    cu_seqlens_kv: Tensor | None, stride_dk_seq: int, stride_dk_nheads: int, stride_dv_seq: int,
+    stride_dv_nheads: int, stride_dkv_seq: int, stride_dkv_nheads: int, stride_demb_seq: int, cp_rank: int,
+    cp_size: int, **meta: Any,
 ) -> None:  # fmt: skip
-    """The gradients of rotary_fwd_kv_kernel; that of the shared part is summed over heads in fp32, and rounded, first."""
+    """The gradients of rotary_fwd_kv_kernel.
+
+    That of the shared part is summed over heads in fp32, and rounded, first.
+    """
     cos, sin = (angles_of_rows(t, len(dK), batch_size, cu_seqlens_kv, cp_size, cp_rank) for t in (COS, SIN))
     dKV[..., :k_dim] = dK[..., :k_dim]
     dKV[..., k_dim:] = dV

@@ -1,7 +1,7 @@
 """Softmax of scaled, masked attention scores.
 
-Answers transformer_engine_torch's csrc/extensions/softmax.cpp with common/fused_softmax/. Computed in fp32, between
-tensors of 16 bits; a row whose keys are all masked becomes 0.
+Answers transformer_engine_torch's csrc/extensions/softmax.cpp with common/fused_softmax/. Computed in fp32,
+between tensors of 16 bits; a row whose keys are all masked becomes 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from .host import on_the_host
 from .registry import reference
 
 MASKED = -10000.0
-"""What the kernel puts in a masked score's place; under the triangular masks it never counts, nor does -inf."""
+"""What the kernel puts in a masked score's place.
+
+Under the triangular masks it never counts, nor does -inf.
+"""
 
 
 def forward(kernel: str, scores: Tensor, scale: float, masked: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Python runs this first in every process that is started on the emulated device (run.py puts it on the path)."""
+"""Python runs this first in every process of the emulated device: run.py puts it on the path."""
 
 import importlib
 import os

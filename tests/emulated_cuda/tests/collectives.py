@@ -55,7 +55,11 @@ def movements(rank: int, ranks: int) -> None:
     sizes = list(range(1, ranks + 1))
     received = torch.empty(sum(sizes), device="cuda")
     dist.all_to_all_single(received, rows, sizes, [rank + 1] * ranks)
-    check("all_to_all", received, torch.cat([torch.full((r + 1,), float(r), device="cuda") for r in range(ranks)]))
+    check(
+        "all_to_all",
+        received,
+        torch.cat([torch.full((r + 1,), float(r), device="cuda") for r in range(ranks)]),
+    )
     following, previous = (rank + 1) % ranks, (rank - 1) % ranks
     got = torch.empty(6, device="cuda")
     for work in dist.batch_isend_irecv(
@@ -72,7 +76,7 @@ def movements(rank: int, ranks: int) -> None:
 def subgroups(rank: int, ranks: int) -> None:
     groups = [dist.new_group([r for r in range(ranks) if r % 2 == parity]) for parity in range(2)]
     found = of_rank(rank)
-    dist.all_reduce(found, group=groups[rank % 2])
+    dist.all_reduce(found, group=groups[rank % 2])  # type: ignore[arg-type]
     check("all_reduce in a subgroup", found, sum(of_rank(r) for r in range(rank % 2, ranks, 2)))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels as they are written, run by Triton's interpreter on the CPU: what their references are compared with.
+"""Triton kernels run by Triton's interpreter on the CPU: what their references are compared with.
 
 The interpreter takes effect when Triton is imported, so that the kernels run in a process of their own.
 """
@@ -34,7 +34,10 @@ def by_reference(calls: list[Call]) -> None:
 
 
 def by_kernel(file: str, calls: list[Call], folder: Path) -> list[Call]:
-    """The calls as the kernels of `file`, a path in site-packages, left their arguments; these stay as they are."""
+    """The calls as the kernels of `file`, a path in site-packages, left their arguments.
+
+    These stay as they are.
+    """
     given = folder / "calls.pt"
     torch.save([(c.kernel, c.grid, c.arguments, c.meta) for c in calls], given)
     apart = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "EMULATED_CUDA_HOOKS")}
@@ -44,11 +47,19 @@ def by_kernel(file: str, calls: list[Call], folder: Path) -> list[Call]:
     return [Call(*call) for call in torch.load(given, weights_only=False)]
 
 
+def assert_same_arguments(calls: list[Call], others: list[Call]) -> None:
+    for call, other in zip(calls, others, strict=True):
+        for number, (ours, theirs) in enumerate(zip(call.arguments, other.arguments, strict=True)):
+            if isinstance(ours, torch.Tensor):
+                told = f"{call.kernel}, argument {number}: "
+                torch.testing.assert_close(ours, theirs, msg=told.__add__)
+
+
 def main(file: str, given: str) -> None:
     package, _, rest = file.partition("/")
     found = importlib.util.find_spec(package)
     assert found is not None and found.submodule_search_locations
-    path = Path(list(found.submodule_search_locations)[0], rest)
+    path = Path(next(iter(found.submodule_search_locations)), rest)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -37,7 +37,8 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 PLAIN: dict[str, Plain] = {
-    "gelu": gelu, "qgelu": quick_gelu, "relu": functional.relu, "srelu": squared_relu, "silu": functional.silu,
+    "gelu": gelu, "qgelu": quick_gelu, "relu": functional.relu, "srelu": squared_relu,
+    "silu": functional.silu,
     "glu": gated(torch.sigmoid), "geglu": gated(gelu), "qgeglu": gated(quick_gelu),
     "reglu": gated(functional.relu), "sreglu": gated(squared_relu), "swiglu": gated(functional.silu),
 }  # fmt: skip

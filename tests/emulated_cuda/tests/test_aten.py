@@ -23,6 +23,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
     "another type": lambda x, y: x.to(torch.float8_e4m3fn).to(torch.bfloat16) * y.half(),
     "a number": lambda x, y: (x.max().item(), bool((x > y).any()), x.tolist()),
     "made there": lambda x, y: torch.arange(7, device=x.device) + torch.ones(7, device=x.device).cumsum(0),
+    "with a number": lambda x, y: ((x * 8).long() % 3, (x * 8).int() & 6, x.half() * 0.3, y.max() * 2),
     "complex": lambda x, y: torch.fft.fft(x).conj().abs(),
     "empty": lambda x, y: (x[:0] @ y.T, x[:0].sum()),
     "strided": lambda x, y: x.T.contiguous().view(-1)[::3] + x.T.reshape(-1)[::3],

@@ -31,8 +31,8 @@ def forward(
     padded = more.pop("padded", (None, None))
     return attention.fused_attn_fwd(
         8, 8, True, more.pop("scale", 0.3), 0.0, True, member(layout), member(form), None, member("NO_BIAS"),
-        member(mask), member("VANILLA_SOFTMAX"), window, bottom, of_q, of_k, q, k, v, q.dtype, *padded, None, None,
-        None, None, None, None, None, 16, more.pop("return_max_logit", False), False,
+        member(mask), member("VANILLA_SOFTMAX"), window, bottom, of_q, of_k, q, k, v, q.dtype, *padded, None,
+        None, None, None, None, None, None, 16, more.pop("return_max_logit", False), False,
     )  # fmt: skip
 
 
@@ -46,8 +46,9 @@ def backward(q, k, v, o, do, aux, of_q, of_k, *, layout="THD_THD_THD", mask="PAD
     )  # fmt: skip
 
 
-def plain(q, k, v, allowed, scale=0.3):
+def plain(operands, allowed, scale=0.3):
     """[q, h, d_v] of one sequence in float64 by torch, keys repeated for their heads."""
+    q, k, v = operands
     heads = q.shape[1]
     q, k, v = (t.double().transpose(0, 1) for t in (q, k, v))
     k, v = (t.repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
@@ -92,7 +93,7 @@ def test_packed_sequences_attend_like_each_alone_and_get_its_gradient(heads, gro
     for length in lengths:
         rows = slice(start, start + length)
         leaves = [t[rows].double().requires_grad_() for t in (q, k, v)]
-        exact = plain(*leaves, lower(length))
+        exact = plain(leaves, lower(length))
         exact.backward(do[rows].double())
         assert_rounded(out[rows], exact.detach())
         for given, leaf in zip(d, leaves, strict=False):
@@ -109,7 +110,7 @@ def test_a_sequence_padded_in_its_row_ends_before_the_padding():
     held, padded = bounds(5, 3), bounds(8, 4)
     out, stats, state = forward(q, k, v, held, held, padded=(padded, padded))
     d = backward(q, k, v, out, do, [stats, state], held, held, padded=(padded, padded))
-    assert_rounded(out[8:11], plain(q[8:11], k[8:11], v[8:11], lower(3)))
+    assert_rounded(out[8:11], plain((q[8:11], k[8:11], v[8:11]), lower(3)))
     for tensor in (out, *d[:3]):
         assert not tensor[5:8].any() and not tensor[11:].any() and tensor[8:11].any()
     assert stats[5:8].isnan().all() and stats[11:].isnan().all() and not stats[:5].isnan().any()
@@ -126,7 +127,7 @@ def test_batches_attend_with_statistics_by_head(form):
     assert stats.shape == (2, 4, 6, 1)
     for index in range(2):
         leaves = [t[index].double().requires_grad_() for t in (q, k, v)]
-        exact = plain(*leaves, lower(6))
+        exact = plain(leaves, lower(6))
         exact.backward(do[index].double())
         assert_rounded(order(out)[index], exact.detach())
         for given, leaf in zip(d, leaves, strict=False):
@@ -146,7 +147,7 @@ def test_the_last_query_stands_at_the_last_key_with_a_diagonal_from_the_bottom_r
         window=(2, 0),
     )
     behind = torch.arange(7)[None] - torch.arange(3)[:, None] - 4
-    assert_rounded(out, plain(q[:3], k, v, (behind <= 0) & (behind >= -2)))
+    assert_rounded(out, plain((q[:3], k, v), (behind <= 0) & (behind >= -2)))
 
 
 def test_interleaved_operands_get_interleaved_gradients():
@@ -180,9 +181,50 @@ def test_a_query_without_keys_has_no_output_and_no_gradient():
     assert not out.any() and (stats == -math.inf).all() and not d[0].any()
 
 
+def test_a_packed_row_and_a_batch_become_each_other():
+    row, held = torch.arange(24.0).view(6, 2, 2), bounds(1, 3, 2)
+    batch = attention.convert_thd_to_bshd(row, held, 3, 4)
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 4 - len(part))) for part in row.split([1, 3, 2])]
+    assert torch.equal(batch, torch.stack(padded))
+    assert torch.equal(attention.convert_bshd_to_thd(batch, held, 6), row)
+
+
 def test_what_has_no_reference_is_an_error_by_name():
     q, k, v, _ = operands(4)
-    with pytest.raises(NoReferenceError, match="fused_attn_fwd.*queries of torch.float32"):
+    with pytest.raises(NoReferenceError, match="queries of torch"):
         forward(q.float(), k.float(), v.float(), bounds(4), bounds(4))
     with pytest.raises(NoReferenceError, match="the layout bhsd"):
         forward(q, k, v, bounds(4), bounds(4), layout="BHSD_BHSD_BHSD")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "of_values", "training", "mask", "answered"),
+    [
+        ("kBFloat16", 128, 128, True, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 192, 128, True, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 256, 192, True, "PADDING_CAUSAL_MASK", False),
+        ("kBFloat16", 256, 192, False, "PADDING_CAUSAL_MASK", True),
+        ("kBFloat16", 100, 100, True, "PADDING_CAUSAL_MASK", False),
+        ("kBFloat16", 128, 128, True, "CAUSAL_MASK", False),
+        ("kFloat32", 128, 128, True, "PADDING_CAUSAL_MASK", False),
+    ],
+)
+def test_packed_rows_have_the_kernel_that_cudnn_has_on_hopper(
+    dtype, width, of_values, training, mask, answered
+):
+    """From 128 on, 192 and 128 is the only pair of different widths that has gradients."""
+    asked = SimpleNamespace(
+        qkv_dtype=SimpleNamespace(name=dtype), head_dim_qk=width, head_dim_v=of_values, is_training=training,
+        qkv_layout=member("THD_THD_THD"), attn_mask_type=member(mask), max_seqlen_q=8, max_seqlen_kv=8,
+    )  # fmt: skip
+    kernel, reason = attention.get_fused_attn_backend(asked)
+    assert (kernel.name == "NVTE_F16_arbitrary_seqlen") == answered == (not reason)
+
+
+def test_the_devices_generator_moves_on_as_if_the_kernel_had_drawn():
+    generator = torch.cuda.default_generators[0]
+    before = generator.get_offset()
+    q, k, v, _ = (t.cuda() for t in operands(4))
+    *_, state = forward(q, k, v, bounds(4).cuda(), bounds(4).cuda())
+    assert state.tolist() == [generator.initial_seed(), before] and state.is_cuda
+    assert generator.get_offset() == before + 16

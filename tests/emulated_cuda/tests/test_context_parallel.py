@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,9 +41,9 @@ def parts(tensors, rank):
 
 
 def test_the_first_rank_attends_to_the_second_ranks_keys_never_and_the_second_to_the_firsts():
-    """Rank 1 holds chunks 1 and 2 of four: it sees its own, and chunk 0 of rank 0 whole (section "lower-triangle").
+    """Rank 1 holds chunks 1 and 2 of four: it sees its own, and chunk 0 of rank 0 whole ("lower-triangle").
 
-    Rank 0 holds chunks 0 and 3: its chunk 3 sees both of rank 1's (section "upper-triangle").
+    Rank 0 holds chunks 0 and 3: its chunk 3 sees both of rank 1's ("upper-triangle").
     """
     q, k, v, do = operands(sum(LENGTHS))
     whole_out, whole_stats, state = forward(q, k, v, bounds(*LENGTHS), bounds(*LENGTHS))
@@ -71,7 +76,7 @@ def test_the_first_rank_attends_to_the_second_ranks_keys_never_and_the_second_to
     dq0, dk0, dv0, *_ = backward(q0, k0, v0, out0, do0, [stats, state], here, here)
     second_stats = cp.thd_read_second_half_lse(new, here, True, len(q0) // 2).t()[..., None]
     second_out, second_do = (cp.thd_read_half_tensor(t, here, 1) for t in (out0, do0))
-    dq, dk1, _, *_ = backward(
+    dq, *_ = backward(
         second_q0, k1, v1, second_out, second_do, [second_stats, state], half, here, mask="PADDING_MASK"
     )
     cp.thd_grad_correction(dq0, dq, here, "none", "add")
@@ -124,3 +129,23 @@ def test_tokens_of_no_padding_are_copied():
 def test_a_correction_that_the_kernel_has_not_is_refused():
     with pytest.raises(NoReferenceError, match="add"):
         cp.thd_grad_correction(torch.ones(2, 1, 8), torch.ones(2, 1, 8), bounds(2), "add", "add")
+
+
+def test_attention_over_two_ranks_is_that_over_whole_rows():
+    """With every way of cp_comm_type that Transformer Engine has for packed rows; None is "p2p"."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "EMULATED_CUDA_DEVICES": "2"}
+    place["HOW"] = "p2p all_gather a2a"
+    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.attention_ranks"]
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0 and output.count(": alike") == 6, output[-4000:]

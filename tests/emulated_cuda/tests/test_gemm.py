@@ -54,6 +54,11 @@ def test_a_gradient_is_added_to_main_grad_in_fp32() -> None:
     found, *_ = general_gemm(a, b, torch.float32, layout="NT", out=main_grad, accumulate=True, grad=True)
     assert found.data_ptr() == main_grad.data_ptr()
     assert relative(main_grad, expected) < 1e-6
+    expected = 2 * main_grad.cpu().double() + product(a, b, "NT") / 2
+    general_gemm(
+        a, b, torch.float32, layout="NT", out=main_grad, accumulate=True, grad=True, alpha=0.5, beta=2.0
+    )
+    assert relative(main_grad, expected) < 1e-6
 
 
 def test_the_bias_is_added_before_rounding_and_its_gradient_is_the_sum_of_the_rows() -> None:
@@ -182,8 +187,8 @@ def test_a_list_of_products_is_each_of_them(accumulate: bool) -> None:
     upstream = random(sum(splits), 80)
     gradients = [torch.ones(80, 64, device="cuda") for _ in splits]
     _, of_biases, _ = general_grouped_gemm(
-        list(x.split(splits)), list(upstream.split(splits)), gradients, [None] * 3, torch.float32, layout="NT",
-        m_splits=splits, grad=True, use_bias=True, bias=biases, accumulate=accumulate,
+        list(x.split(splits)), list(upstream.split(splits)), gradients, [None] * 3, torch.float32,
+        layout="NT", m_splits=splits, grad=True, use_bias=True, bias=biases, accumulate=accumulate,
     )  # fmt: skip
     for found, of_bias, part, output in zip(
         gradients, of_biases, x.split(splits), upstream.split(splits), strict=True

@@ -51,7 +51,7 @@ def test_what_is_allocated_is_missing_until_the_allocator_gives_it_back() -> Non
 
 
 def test_an_allocation_beyond_the_device_fails_as_on_a_device() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="GPU 0 has a total capacity of 79.18 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 has a total capacity of 79\.18 GiB"):
         torch.empty(80 * 2**30, dtype=torch.uint8, device="cuda")
     assert torch.ones(3, device="cuda").sum() == 3  # and the device goes on
 
@@ -62,7 +62,8 @@ def test_the_runtime_keeps_the_peak() -> None:
     torch.cuda.empty_cache()
     runtime.emulated_reset_peak(0)
     held = runtime.emulated_held_bytes(0)
-    del (kept := [torch.empty(50 * MEGABYTE, dtype=torch.uint8, device="cuda")])[:]
+    kept = torch.empty(50 * MEGABYTE, dtype=torch.uint8, device="cuda")
+    del kept
     torch.cuda.empty_cache()
     assert runtime.emulated_held_bytes(0) == held
     assert runtime.emulated_peak_bytes(0) == held + 50 * MEGABYTE

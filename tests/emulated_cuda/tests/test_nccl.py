@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
+
+from tests.emulated_cuda.tests.launched import launch
 
 RANKS = 4
 
 
-def launch(what: str) -> list[tuple[int, str]]:
-    """Exit code and output of each rank of collectives.py."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    place["EMULATED_CUDA_DEVICES"] = str(RANKS)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"{__package__}.collectives", what],
-            env=os.environ | place | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    return [(process.returncode, output) for process, output in zip(ranks, outputs, strict=True)]
-
-
 def test_every_collective_gives_each_rank_what_it_has_to() -> None:
-    for rank, (code, output) in enumerate(launch("all")):
+    for rank, (code, output) in enumerate(launch("collectives", "all", ranks=RANKS)):
         assert code == 0 and f"rank {rank}: done" in output, output[-2000:]
 
 
 def test_a_rank_that_waits_for_one_that_died_says_which() -> None:
-    codes = launch("dies")
+    codes = launch("collectives", "dies", ranks=RANKS)
     assert codes[1][0] == 3
     for rank in (0, 2, 3):
         assert codes[rank][0] == 0, codes[rank][1][-2000:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_ranks_quantise_their_parts_by_blocks_to_what_one_would() -> None:
     quantizer = Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=False, block_scaling_dim=2)
     expected = quantizer(weight)
     flat, amax = weight.reshape(-1), torch.zeros(2, 4, device="cuda")
-    for start, end in zip(PARTS, PARTS[1:], strict=False):
+    for start, end in itertools.pairwise(PARTS):
         part = torch.empty_like(amax)
         tex.fp8_block_scaling_compute_partial_amax(flat[start:end], part[:, :3], 160, 288, start, 128)
         amax[:, :3] = torch.maximum(amax, part)[:, :3]
@@ -94,7 +96,7 @@ def test_ranks_quantise_their_parts_by_blocks_to_what_one_would() -> None:
     )
     assert torch.equal(inverse[:, :3], expected._rowwise_scale_inv[:, :3])
     found = torch.zeros(160 * 288, dtype=torch.uint8, device="cuda")
-    for start, end in zip(PARTS, PARTS[1:], strict=False):
+    for start, end in itertools.pairwise(PARTS):
         tex.fp8_block_scaling_partial_cast(
             flat[start:end], found[start:end], scale, 160, 288, start, 128, DType.kFloat8E4M3
         )
@@ -107,7 +109,7 @@ def test_ranks_quantise_their_parts_to_mxfp8_to_what_one_would() -> None:
     flat = weight.reshape(-1)
     shapes = [expected._rowwise_scale_inv.shape, expected._columnwise_scale_inv.shape]
     amaxes = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-    for start, end in zip(PARTS, PARTS[1:], strict=False):
+    for start, end in itertools.pairwise(PARTS):
         parts = [torch.zeros_like(amax) for amax in amaxes]
         tex.mxfp8_scaling_compute_partial_amax(flat[start:end], *parts, 160, 288, start)
         amaxes = [torch.maximum(amax, part) for amax, part in zip(amaxes, parts, strict=True)]
@@ -116,7 +118,7 @@ def test_ranks_quantise_their_parts_to_mxfp8_to_what_one_would() -> None:
     assert torch.equal(scales[0][:160, :9], expected._rowwise_scale_inv[:160, :9])
     assert torch.equal(scales[1][:5, :288], expected._columnwise_scale_inv[:5, :288])
     found = [torch.zeros(160 * 288, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    for start, end in zip(PARTS, PARTS[1:], strict=False):
+    for start, end in itertools.pairwise(PARTS):
         tex.mxfp8_scaling_partial_cast(
             flat[start:end], found[0][start:end], found[1][start:end], *scales, 160, 288, start
         )

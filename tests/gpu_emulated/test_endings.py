@@ -1,0 +1,33 @@
+"""What goes wrong on a device ends a run by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.gpu_emulated.runs import Runs
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("endings"), models / "dense for fp8", dict(data=2), [])
+
+
+def ended(runs, name, *words, **variables):
+    """Exit code, and what the run's summary says."""
+    done = runs.train(name, *words, **variables)
+    summary = runs.folder / "runs" / name / "summary.json"
+    return done, json.loads(summary.read_text()) if summary.exists() else {}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_as_such(runs):
+    done, summary = ended(runs, "nan", "optimizer.learning_rate=1e30", "optimizer.gradient_clip=1e30")
+    assert done.returncode == 1
+    assert "NonFiniteLoss" in done.stdout + done.stderr and "gradient norm" in summary["reason"]
+
+
+def test_a_device_that_is_too_small_is_named(runs):
+    done, _ = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
+    assert done.returncode == 1
+    assert "out of memory" in done.stdout + done.stderr

@@ -1,0 +1,53 @@
+"""Every check of tools/gpu_check.py runs on the emulated device, in small shapes, but for the engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools import gpu_check
+
+pytestmark = pytest.mark.long
+
+OF_AN_ENGINE = "two whole iterations with an engine"
+"""SGLang's kernels have no emulation."""
+FOR_BLACKWELL = "step in fp8, mxfp8"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gpu_check")
+    gpu_check.make_model(folder, "small", "cpu")
+    done = {name: gpu_check.run_check(name, folder) for name in gpu_check.CHECKS if name != OF_AN_ENGINE}
+    gpu_check.relative_to_bf16(done)
+    return done
+
+
+def test_every_check_runs_but_for_a_recipe_that_the_device_lacks(results):
+    assert {name: result.get("why") for name, result in results.items() if result["status"] == "failed"} == {}
+    assert [name for name, result in results.items() if result["status"] == "skipped"] == [FOR_BLACKWELL]
+    assert "compute capability 10.0" in results[FOR_BLACKWELL]["why"]
+
+
+def test_log_probs_and_gradients_are_transformers_and_packing_changes_nothing(results):
+    assert results["log-probs against transformers"]["figures"]["mean difference"] < 0.02
+    assert max(results["gradient against transformers"]["figures"].values()) < 0.03
+    assert results["packed against alone"]["figures"]["mean difference"] < 0.02
+
+
+def test_steps_in_fp8_are_near_the_step_in_bf16(results):
+    for name, result in results.items():
+        if name.startswith("step") and "figures" in result and name != "step in bf16":
+            assert result["figures"]["loss error"] < 0.05, name
+            assert result["figures"]["gradient norm error"] < 0.1, name
+
+
+def test_nothing_stays_on_the_device_and_a_checkpoint_gives_the_same_step(results):
+    for name, result in results.items():
+        if name.startswith("offload"):
+            assert result["figures"]["GB left"] < 0.01 * result["figures"]["GB moved"] + 0.05, name
+        if name.startswith("checkpoint"):
+            figures = result["figures"]
+            assert figures["loss difference"] == figures["gradient norm difference"] == 0, name
+    assert results["weights through a CUDA IPC handle"]["figures"]["GB left"] == 0
