@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_pmd.actor import residency
 from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.outcome import RunOutcome
@@ -30,7 +31,9 @@ UNKNOWN = "nobody"
 
 
 class TakesNothing(EngineProcesses):
-    """An engine without memory of its own."""
+    """An engine without memory, and without handles: torch keeps what is sent until they are closed."""
+
+    opens_buckets = False
 
     def load(self, bucket: Any, descriptions: Any) -> None: ...
 
@@ -170,6 +173,7 @@ def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
     microbatches = actor.microbatches(trial.batch, np.arange(16))
     phases["first anchor"] = peaks(lambda: actor.log_probs(trial.batch, microbatches))
     phases["first update"] = peaks(lambda: steps.append(trial.step(STEPS[0])))
+    residency.drop_position_tables(actor.chunks)  # of the lengths that this rollout has: nobody plans them
     result |= {"resident": named_blocks(), "bits": bits(trial), "places": places(trial)}
     result |= {"away": [], "allocated": []}
     for _ in range(2):

@@ -40,6 +40,8 @@ LEFT = {
     "RouterLosses.factor": 4,
 }
 """Who may keep something on the device while engines generate, and at most how many bytes of it."""
+SCALES_BYTES = 64
+"""Of a matrix in FP8: a scale for each of its few blocks, in rows of four, by row and by column."""
 ALIGNMENT_BYTES = 64 * (2 + 4)
 """So much more than planned a tensor may take: in megatron-core's buffers of weights and gradients it begins
 at a multiple of 64 elements (param_and_grad_buffer.py)."""
@@ -88,9 +90,9 @@ def test_steps_with_everything_away_between_them_are_those_without_bit_for_bit(o
     assert outcomes[case]["last bits"] == outcomes[case]["alone bits"]
 
 
-def test_the_second_round_trip_takes_no_more_than_the_first(outcomes, case):
-    (_, without_optimizer, away), again = outcomes[case]["allocated"]
-    assert again[1:] == (without_optimizer, away)
+def test_the_second_round_trip_leaves_no_more_than_the_first(outcomes, case):
+    (_, _, first), (_, _, second) = outcomes[case]["allocated"]
+    assert first == second
     assert outcomes[case]["away"][0] == outcomes[case]["away"][1]
 
 
@@ -98,15 +100,44 @@ def test_a_checkpoint_brings_back_the_bits_that_were_saved(outcomes, case):
     assert outcomes[case]["loaded bits"] == outcomes[case]["saved bits"]
 
 
+def tensors_of_the_model(outcome):
+    return sum(not name.startswith(("main ", "exp_avg", "master_")) for name in outcome["bits"])
+
+
 def test_what_leaves_has_the_planned_bytes(outcomes, case, plan):
     """Weights, gradients, the device's share of the optimizer, and FP8 copies; what stays is none of them."""
     [stage] = plan.stages
     planned = stage.weight_bytes + stage.gradient_bytes + stage.fp8_copies_bytes
     planned += stage.optimizer_bytes * (1 - plan.config.optimizer.offload)
-    resident, away = outcomes[case]["resident"], outcomes[case]["away"][0]
-    moved = sum(resident.values()) - sum(away.values()) - resident.get("RotaryEmbedding.forward", 0)
-    tensors = sum(not name.startswith(("main", "exp_")) for name in outcomes[case]["bits"])
-    assert 0 <= moved - planned <= tensors * ALIGNMENT_BYTES + SCALES_BYTES * bool(stage.in_fp8)
+    moved = sum(outcomes[case]["resident"].values()) - sum(outcomes[case]["away"][0].values())
+    tolerance = tensors_of_the_model(outcomes[case]) * (ALIGNMENT_BYTES + SCALES_BYTES * bool(stage.in_fp8))
+    if plan.config.optimizer.offload % 1:
+        tolerance += plan.shape.embedding * stage.optimizer_bytes_each  # it is shared out by whole tensors
+    assert abs(moved - planned) <= tolerance
+
+
+def test_an_update_adds_the_planned_activations(outcomes, case, plan):
+    """Within a quarter: rows have less than max_tokens_per_microbatch, and the plan counts neither Transformer
+    Engine's statistics nor that an FP8 recipe keeps inputs by row and by column.
+
+    The second update: the first one makes the optimizer's moments. It makes the FP8 copies anew.
+    """
+    [stage] = plan.stages
+    activations = outcomes[case]["phases"]["update"]["added"] - stage.fp8_copies_bytes
+    assert activations == pytest.approx(plan.phases["update"]["activations"], rel=0.25)
+
+
+def test_a_save_adds_the_planned_gathered_states(outcomes, case, plan):
+    """But for what a buffer is padded by: 12 bytes for each of at most 64 elements a tensor."""
+    added = outcomes[case]["phases"]["save"]["added"]
+    padding = tensors_of_the_model(outcomes[case]) * 64 * 12
+    assert plan.phases["save"]["gathered states"] <= added <= plan.phases["save"]["gathered states"] + padding
+
+
+@pytest.mark.parametrize(("phase", "planned"), [("anchor", "update"), ("sync", "sync")])
+def test_an_anchor_and_a_sync_add_less_than_is_planned(outcomes, case, plan, phase, planned):
+    owner = {"update": "activations", "sync": "buckets"}[planned]
+    assert outcomes[case]["phases"][phase]["added"] <= plan.phases[planned][owner]
 
 
 @pytest.mark.parametrize("phase", ["anchor", "update", "save", "sync"])
