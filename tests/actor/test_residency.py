@@ -74,15 +74,12 @@ def test_the_tables_that_rotary_embeddings_keep_of_each_length_are_let_go():
 
     assert hasattr(RotaryEmbedding.forward, "cache_clear"), "megatron-core keeps none any more"
 
-    class Embedding(torch.nn.Module):
-        @lru_cache(maxsize=32)  # noqa: B019  # as RotaryEmbedding has it
-        def forward(self, length: int) -> torch.Tensor:
-            return torch.arange(length)
-
-    embedding = Embedding()
+    forward: Any = lru_cache(maxsize=32)(lambda embedding, length: torch.arange(length))
+    kind = type("Embedding", (torch.nn.Module,), {"forward": forward})
+    embedding = kind()
     embedding(3)
     drop_position_tables([torch.nn.Sequential(embedding, torch.nn.Linear(2, 2))])
-    assert Embedding.forward.cache_info().currsize == 0
+    assert forward.cache_info().currsize == 0
 
 
 def test_of_an_optimizer_made_of_others_the_states_of_those_leave():

@@ -90,7 +90,7 @@ def _kept_by(cache: Any) -> list[Any]:
 def named_blocks() -> dict[str, int]:
     """Bytes in use on the device, by who holds them; of several holders the first by name."""
     gc.collect()
-    held, names = blocks(), {}
+    held, names = blocks(), dict[int, str]()
     starts = sorted(held)
     for name, value in holders():
         for tensor in tensors_in(value):
