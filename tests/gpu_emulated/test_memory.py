@@ -31,9 +31,19 @@ CASES = {
 }  # fmt: skip
 DEVICE_BYTES = 2**32
 LEFT = {
-    "get_cublas_workspace": 2**26,
+    "get_cublas_workspace": 5 * (2**25 + 2**10),  # one, and one for each stream of grouped products
     "RotaryEmbedding.inv_freq": 2**10,
     "YarnRotaryEmbedding.inv_freq": 2**10,
+    "YarnRotaryEmbedding.inv_freq_extra": 2**10,
+    "YarnRotaryEmbedding.inv_freq_inter": 2**10,
+    "YarnRotaryEmbedding.buffers": 2**17,
+    "TopKRouter.buffers": 2**10,
+    # of the last row that was dispatched
+    "MoEAlltoAllTokenDispatcher.probs": 2**14,
+    "MoEAlltoAllTokenDispatcher.routing_map": 2**14,
+    "MoEAlltoAllTokenDispatcher.reversed_local_input_permutation_mapping": 2**15,
+    "MoEAlltoAllTokenDispatcher.num_global_tokens_per_local_expert": 2**10,
+    "MoEAlltoAllTokenDispatcher.restore_output_by_local_experts": 2**10,
     "FusedAdam.dummy_overflow_buf": 4,
     "FusedAdam.scales": 2**10,
     "DistributedOptimizer.scale_one": 4,
