@@ -23,7 +23,7 @@ class Save:
     """The fullest rank, and the fullest node of such ranks; bytes."""
 
     device_bytes: float
-    """For what is gathered at one time: a bucket whole, and the rank's share of it."""
+    """For what is gathered at one time: two states' bucket, whole, and the rank's share of one."""
     gathered_bytes: float
     """On the node's ranks: the states of all parameters of each, in fp32."""
     copies_bytes: float
@@ -64,7 +64,8 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     ):
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
-        device = max(device, 4 * (bucket + share))
+        # a state's bucket is let go once the next one's is made
+        device = max(device, 4 * (2 * bucket + share))
         gathered += holders[kind] * states
         copies = max(copies, holders[kind] * 8 * bucket + ranks * STATE_BYTES * share)
         written += (holders[kind] if by_hosts else ranks / shards) * states

@@ -82,7 +82,7 @@ class EngineProcesses:
         self.descriptions.append(list(descriptions))
         if number == self.changes_byte_of:
             assert bucket is not None
-            bucket.data[0] ^= 1
+            bucket.data[:1].bitwise_not_()
         with tempfile.TemporaryDirectory() as folder:
             replies = [Path(folder) / str(rank) for rank in range(len(self._ranks))]
             told = [

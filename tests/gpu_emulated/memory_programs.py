@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_pmd.actor import residency
 from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.outcome import RunOutcome
@@ -27,6 +28,14 @@ from tests.gpu_emulated.engine import EngineProcesses
 OWNERS = ("megatron", "transformer_engine", "torch.nn", "torch.optim")
 """Modules whose objects keep tensors; megatron_pmd begins like one of them."""
 UNKNOWN = "nobody"
+
+
+class TakesNothing(EngineProcesses):
+    """An engine without memory, and without handles: torch keeps what is sent until they are closed."""
+
+    opens_buckets = False
+
+    def load(self, bucket: Any, descriptions: Any) -> None: ...
 
 
 def runtime() -> ctypes.CDLL:
@@ -71,12 +80,10 @@ def holders() -> Iterator[tuple[str, Any]]:
 
 
 def _kept_by(cache: Any) -> list[Any]:
-    """The cache's results: they lie in its table, or in links from it."""
+    """The cache's results: it refers to them, or to a table of them."""
     found = []
-    for table in gc.get_referents(cache):
-        if isinstance(table, dict) and table is not cache.__dict__:
-            for entry in table.values():
-                found += [entry, *gc.get_referents(entry)] if not torch.is_tensor(entry) else [entry]
+    for kept in gc.get_referents(cache):
+        found += list(kept.values()) if isinstance(kept, dict) else [kept]
     return found
 
 
@@ -146,8 +153,12 @@ def peaks(action: Any) -> dict[str, int]:
 
 
 def round_trips(cases: dict[str, RunConfig], folder: Path) -> dict[str, Any]:
-    """By case: see round_trip."""
-    return {name: round_trip(config, folder / str(i)) for i, (name, config) in enumerate(cases.items())}
+    """By case: see round_trip; after them out_of_memory of the first."""
+    results: dict[str, Any] = {}
+    for name, config in cases.items():
+        results[name] = round_trip(config, folder / str(len(results)))
+    # the last: what a failed pass leaves behind is nobody's concern, a run ends with it
+    return results | {"out of memory": out_of_memory(next(iter(cases.values())))}
 
 
 def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -162,6 +173,7 @@ def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
     microbatches = actor.microbatches(trial.batch, np.arange(16))
     phases["first anchor"] = peaks(lambda: actor.log_probs(trial.batch, microbatches))
     phases["first update"] = peaks(lambda: steps.append(trial.step(STEPS[0])))
+    residency.drop_position_tables(actor.chunks)  # of the lengths that this rollout has: nobody plans them
     result |= {"resident": named_blocks(), "bits": bits(trial), "places": places(trial)}
     result |= {"away": [], "allocated": []}
     for _ in range(2):
@@ -190,7 +202,7 @@ def sync_peaks(trial: Trial) -> dict[str, int]:
     shards = ShardExport(actor.bridge, actor.chunks, trial.control, actor.shapes)
     bucket_bytes = actor.config.sync.bucket_megabytes * 2**20
     push = WeightPush(
-        EngineProcesses([]), trial.control, "memory", SubphaseClock(), bucket_bytes=bucket_bytes,
+        TakesNothing([]), trial.control, "memory", SubphaseClock(), bucket_bytes=bucket_bytes,
         timeout_seconds=60, on_device=True,
     )  # fmt: skip
     actor.release_optimizer()
@@ -200,8 +212,13 @@ def sync_peaks(trial: Trial) -> dict[str, int]:
 def out_of_memory(config: RunConfig) -> dict[str, tuple[str, str]]:
     """By phase, the outcome of a run that needs more than the device has in it: error and reason."""
     trial, outcomes = Trial(config), {}
-    microbatches = [list(range(16))]
-    kept = torch.empty(torch.cuda.mem_get_info()[0] - 2**21, dtype=torch.uint8, device="cuda")
+    microbatches, kept = [list(range(16))], list[torch.Tensor]()
+    torch.cuda.empty_cache()
+    sizes = [torch.cuda.mem_get_info()[0] // 2**21 * 2**21, 2**21, 2**18, 512]
+    for size in sizes:  # the freed parts of the allocator's blocks, too
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                kept.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
     phases = {
         "anchor": lambda: trial.actor.log_probs(trial.batch, microbatches),
         "update": lambda: trial.step_of(microbatches, 1e-4),

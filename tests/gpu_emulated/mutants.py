@@ -71,12 +71,13 @@ MUTANTS = {
         f"{HERE}/test_memory.py::test_what_comes_back_is_where_it_was[adapters]",
         "the next pass multiplies with weights of the host: an illegal address",
     ),
-    "buckets stay in the allocator": Mutant(
+    "the handle is that of a copy": Mutant(
         "weight_sync/device_bucket.py",
-        "            torch.cuda.empty_cache()\n",
-        "",
-        f"{HERE}/test_weight_sync.py::test_nothing_of_an_update_is_left_on_the_device[dense for fp8, bf16]",
-        "two buckets less for the engines' cache: out of memory",
+        "reductions.reduce_tensor(self.data)",
+        "reductions.reduce_tensor(self.data.clone())",
+        f"{HERE}/test_weight_sync.py::test_an_engine_on_the_device_gets_the_export_bit_for_bit"
+        "[dense for fp8, bf16]",
+        "engines open memory that nobody writes: every update is refused",
     ),
     "every handle is opened on the first device": Mutant(
         "weight_sync/device_bucket.py",
@@ -121,7 +122,7 @@ MUTANTS = {
         "actor/settings.py",
         "store_param_remainders=False",
         "store_param_remainders=True",
-        f"{HERE}/test_memory.py::test_a_checkpoint_brings_back_the_bits_that_were_saved[bf16 moments]",
+        f"{HERE}/test_memory.py::test_what_leaves_has_the_planned_bytes[bf16 moments]",
         "a resumed run steps from rounded parameters",
     ),
     "the loss is reported by what the pipeline empties": Mutant(

@@ -8,6 +8,7 @@ import torch
 from megatron_pmd.config import Layout
 from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import relative_errors
+from tests.gpu_emulated.conftest import asked_for
 from tests.gpu_emulated.launch import launch
 
 LAYOUTS = {
@@ -23,11 +24,11 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def two_ranks(models, tmp_path_factory):
+def two_ranks(request, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     cases = {
         name: (config_for(models / family, layout), folder / str(i))
-        for i, (name, (family, layout)) in enumerate(LAYOUTS.items())
+        for i, (name, (family, layout)) in enumerate(asked_for(request, "case", LAYOUTS).items())
     }
     assert all(Layout(**layout).ranks == 2 for _, layout in LAYOUTS.values())
     return launch("train", [config for config, _ in cases.values()], ranks=2, cases=cases)

@@ -29,6 +29,7 @@ CASES = {
         "latent for fp8", ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
     ),
 }  # fmt: skip
+DEVICE_BYTES = 2**32
 LEFT = {
     "get_cublas_workspace": 2**26,
     "RotaryEmbedding.inv_freq": 2**10,
@@ -36,9 +37,11 @@ LEFT = {
     "FusedAdam.dummy_overflow_buf": 4,
     "FusedAdam.scales": 2**10,
     "DistributedOptimizer.scale_one": 4,
-    "RouterLosses": 4,
+    "RouterLosses.factor": 4,
 }
 """Who may keep something on the device while engines generate, and at most how many bytes of it."""
+SCALES_BYTES = 64
+"""Of a matrix in FP8: a scale for each of its few blocks, in rows of four, by row and by column."""
 ALIGNMENT_BYTES = 64 * (2 + 4)
 """So much more than planned a tensor may take: in megatron-core's buffers of weights and gradients it begins
 at a multiple of 64 elements (param_and_grad_buffer.py)."""
@@ -51,9 +54,12 @@ def config_of(models, case):
 
 @pytest.fixture(scope="module")
 def outcomes(request, models, tmp_path_factory):
-    cases = {name: config_of(models, name) for name in asked_for(request, "case", CASES)}
+    cases = {name: config_of(models, name) for name in asked_for(request, "case", CASES) or ["bf16"]}
     folder = tmp_path_factory.mktemp("checkpoints")
-    return launch("memory_programs.round_trips", list(cases.values()), cases=cases, folder=folder)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        # what a test can fill: an allocation is an address range of the process
+        patch.setenv("EMULATED_CUDA_BYTES", str(DEVICE_BYTES))
+        return launch("memory_programs.round_trips", list(cases.values()), cases=cases, folder=folder)[0]
 
 
 @pytest.fixture(params=CASES)
@@ -84,11 +90,67 @@ def test_steps_with_everything_away_between_them_are_those_without_bit_for_bit(o
     assert outcomes[case]["last bits"] == outcomes[case]["alone bits"]
 
 
-def test_the_second_round_trip_takes_no_more_than_the_first(outcomes, case):
-    (_, without_optimizer, away), again = outcomes[case]["allocated"]
-    assert again[1:] == (without_optimizer, away)
+def test_the_second_round_trip_leaves_no_more_than_the_first(outcomes, case):
+    (_, _, first), (_, _, second) = outcomes[case]["allocated"]
+    assert first == second
     assert outcomes[case]["away"][0] == outcomes[case]["away"][1]
 
 
 def test_a_checkpoint_brings_back_the_bits_that_were_saved(outcomes, case):
     assert outcomes[case]["loaded bits"] == outcomes[case]["saved bits"]
+
+
+def tensors_of_the_model(outcome):
+    return sum(not name.startswith(("main ", "exp_avg", "master_")) for name in outcome["bits"])
+
+
+def test_what_leaves_has_the_planned_bytes(outcomes, case, plan):
+    """Weights, gradients, the device's share of the optimizer, and FP8 copies; what stays is none of them."""
+    [stage] = plan.stages
+    planned = stage.weight_bytes + stage.gradient_bytes + stage.fp8_copies_bytes
+    planned += stage.optimizer_bytes * (1 - plan.config.optimizer.offload)
+    moved = sum(outcomes[case]["resident"].values()) - sum(outcomes[case]["away"][0].values())
+    tolerance = tensors_of_the_model(outcomes[case]) * (ALIGNMENT_BYTES + SCALES_BYTES * bool(stage.in_fp8))
+    if plan.config.optimizer.offload % 1:
+        tolerance += plan.shape.embedding * stage.optimizer_bytes_each  # it is shared out by whole tensors
+    assert abs(moved - planned) <= tolerance
+
+
+def test_an_update_adds_the_planned_activations(outcomes, case, plan):
+    """Within a quarter: rows have less than max_tokens_per_microbatch, and the plan counts neither what
+    Transformer Engine keeps of attention and norms nor that an FP8 recipe keeps inputs by row and by column.
+
+    The second update: the first one makes the optimizer's moments. It makes the FP8 copies anew.
+    """
+    [stage] = plan.stages
+    activations = outcomes[case]["phases"]["update"]["added"] - stage.fp8_copies_bytes
+    assert activations == pytest.approx(plan.phases["update"]["activations"], rel=0.25)
+
+
+def test_a_save_adds_the_planned_gathered_states(outcomes, case, plan):
+    """But for what a buffer is padded by: 12 bytes for each of at most 64 elements a tensor."""
+    added = outcomes[case]["phases"]["save"]["added"]
+    padding = tensors_of_the_model(outcomes[case]) * 64 * 12
+    assert plan.phases["save"]["gathered states"] <= added <= plan.phases["save"]["gathered states"] + padding
+
+
+@pytest.mark.parametrize(("phase", "planned"), [("anchor", "update"), ("sync", "sync")])
+def test_an_anchor_and_a_sync_add_less_than_is_planned(outcomes, case, plan, phase, planned):
+    owner = {"update": "activations", "sync": "buckets"}[planned]
+    assert outcomes[case]["phases"][phase]["added"] <= plan.phases[planned][owner]
+
+
+@pytest.mark.parametrize("phase", ["anchor", "update", "save", "sync"])
+def test_the_allocator_s_peak_is_the_device_s(outcomes, case, phase):
+    """Nothing comes to the device beside torch's allocator."""
+    peak = outcomes[case]["phases"][phase]
+    assert peak["device"] == peak["reserved"]
+
+
+@pytest.mark.parametrize("phase", ["anchor", "update"])
+def test_a_phase_that_needs_more_than_the_device_has_ends_by_name(outcomes, phase):
+    error, reason = outcomes["out of memory"][phase]
+    assert error == "DeviceFull"
+    assert reason.startswith(f"{phase}: of the 4.3 GB of cuda:0, ")
+    assert "lower batch.max_tokens_per_microbatch" in reason
+    assert "torch said: CUDA out of memory. Tried to allocate" in reason
