@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
+
+from tests.emulated_cuda.build import calls_of_driver, packages_folder
 
 PROJECT = Path(__file__).resolve().parents[1]
 NO_DEVICE = 100
@@ -32,19 +32,9 @@ ANSWERS = {
 """Calls that ask for more than a device; all others answer NO_DEVICE."""
 
 
-def packages_folder() -> Path:
-    """Where NVIDIA's pip packages are."""
-    return Path(sysconfig.get_path("purelib")) / "nvidia"
-
-
 def write_driver(folder: Path) -> None:
     """A libcuda.so.1 with every call that cuda.h declares, in the folder; it finds no device."""
-    include = packages_folder() / "cu13/include"
-    declared = subprocess.run(
-        ["gcc", "-E", "-P", "-I", include, "-D__CUDA_API_VERSION_INTERNAL", "-x", "c", include / "cuda.h"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    names = set(re.findall(r"\bCUresult\s+(?:__attribute__\(\(\w+\)\)\s*)?(cu\w+)\s*\(", declared))
+    names = calls_of_driver(packages_folder() / "cu13/include").keys()
     source = folder / "cuda.c"
     rest = [f"int {name}(void) {{ return {NO_DEVICE}; }}" for name in sorted(names - ANSWERS.keys())]
     source.write_text("\n".join([*ANSWERS.values(), *rest]) + "\n")

@@ -210,10 +210,13 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
     check_shapes(path, tensors_in(path), trust=trust)
     quantized = any(hasattr(p, UNROUNDED) for chunk in chunks for p in chunk.parameters())
-    bridge.export_weight_dtype = "fp8" if quantized else "bf16"  # with fp8 it keeps what it has read
+    if not quantized:
+        bridge.load_hf_weights(chunks)
+        return
+    exported, bridge.export_weight_dtype = bridge.export_weight_dtype, "fp8"  # it then keeps what it reads
     bridge.load_hf_weights(chunks)
-    if quantized:
-        _keep_unrounded(bridge, chunks)
+    bridge.export_weight_dtype = exported
+    _keep_unrounded(bridge, chunks)
 
 
 def _keep_unrounded(bridge: Any, chunks: list[torch.nn.Module]) -> None:

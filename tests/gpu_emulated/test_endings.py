@@ -31,3 +31,10 @@ def test_a_device_that_is_too_small_is_named(runs):
     done, _ = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
     assert done.returncode == 1
     assert "out of memory" in done.stdout + done.stderr
+
+
+def test_a_rank_that_is_killed_is_named_and_not_the_one_that_waits_for_it(runs):
+    done, summary = ended(runs, "dying", "algorithm.objective.name=tests.gpu_emulated.objectives:Dying")
+    assert done.returncode == 1
+    assert "rank 1 failed: it ended with SIGKILL" in done.stdout + done.stderr
+    assert "SIGKILL" in summary["reason"]

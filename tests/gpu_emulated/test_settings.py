@@ -81,3 +81,45 @@ def test_steps_move_the_weights_that_were_loaded_by_their_learning_rate(stepped,
     assert any(
         not torch.equal(result["weights"][name], before) for name, before in result["loaded_weights"].items()
     )
+
+
+ELSEWHERE = {"dense for fp8": dict(tensor=2), "experts for fp8": dict(data=2, expert=2)}
+"""Layouts of two ranks under which the checkpoints of one are loaded."""
+MOVED = [
+    (model, setting)
+    for model in ELSEWHERE
+    for setting in SETTINGS
+    if setting not in ("tensorwise", "blockwise", "half of the optimizer on the host")
+]
+
+
+@pytest.fixture(scope="module")
+def moved(stepped, models):
+    """Every rank's programs.resume by (model, setting)."""
+    cases = {
+        (model, setting): (
+            config(models, model, setting, ELSEWHERE[model]),
+            stepped[model, setting]["checkpoint"],
+        )
+        for model, setting in MOVED
+    }
+    results = []
+    for with_blocks in (False, True):
+        group = {case: given for case, given in cases.items() if (case[1] in BLOCKWISE) == with_blocks}
+        results.append(launch("resume", [given[0] for given in group.values()], ranks=2, cases=group))
+    return [first | second for first, second in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize(("model", "setting"), MOVED)
+def test_a_checkpoint_of_one_rank_goes_on_under_two(stepped, moved, model, setting):
+    (loss, count, norm), weights = stepped[model, setting]["third"]
+    steps = [rank[model, setting][0] for rank in moved]
+    assert sum(step[1] for step in steps) == count
+    # the ranks' partial sums round elsewhere: FP8 codes and bf16 numbers next to each other
+    assert sum(step[0] for step in steps) == pytest.approx(loss, rel=0.15)
+    assert steps[0][2] == pytest.approx(norm, rel=0.15)
+    after = moved[0][model, setting][1]
+    rounding = E4M3_STEP if setting.endswith("gathered") else BF16_STEP
+    for name, before in weights.items():
+        bound = rounding * before.float().norm() + 2 * OPTIMIZER.learning_rate * before.numel() ** 0.5
+        assert (after[name].float() - before.float()).norm() <= bound, name

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformer_engine.pytorch  # noqa: F401  (it loads the next)
 import transformer_engine_torch as tex
 from torch.nn import functional
 from transformer_engine.pytorch import DType, Float8CurrentScalingQuantizer, Float8Quantizer
