@@ -23,7 +23,7 @@ class Save:
     """The fullest rank, and the fullest node of such ranks; bytes."""
 
     device_bytes: float
-    """For what is gathered at one time: two states' bucket, whole, and the rank's share of one."""
+    """For what is gathered at one time: a bucket twice, and the rank's share of one."""
     gathered_bytes: float
     """On the node's ranks: the states of all parameters of each, in fp32."""
     copies_bytes: float
@@ -64,7 +64,7 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     ):
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
-        # a state's bucket is let go once the next one's is made
+        # NCCL gathers a bucket in one piece, which torch copies into the ranks' pieces of another
         device = max(device, 4 * (2 * bucket + share))
         gathered += holders[kind] * states
         copies = max(copies, holders[kind] * 8 * bucket + ranks * STATE_BYTES * share)

@@ -32,6 +32,7 @@ CASES = {
 DEVICE_BYTES = 2**32
 LEFT = {
     "get_cublas_workspace": 5 * (2**25 + 2**10),  # one, and one for each stream of grouped products
+    "DistributedDataParallel.params_with_grad": 2**10,  # scales of parameters that are held in FP8
     "RotaryEmbedding.inv_freq": 2**10,
     "YarnRotaryEmbedding.inv_freq": 2**10,
     "YarnRotaryEmbedding.inv_freq_extra": 2**10,
@@ -39,9 +40,9 @@ LEFT = {
     "YarnRotaryEmbedding.buffers": 2**17,
     "TopKRouter.buffers": 2**10,
     # of the last row that was dispatched
-    "MoEAlltoAllTokenDispatcher.probs": 2**14,
-    "MoEAlltoAllTokenDispatcher.routing_map": 2**14,
-    "MoEAlltoAllTokenDispatcher.reversed_local_input_permutation_mapping": 2**15,
+    "MoEAlltoAllTokenDispatcher.probs": 2**16,
+    "MoEAlltoAllTokenDispatcher.routing_map": 2**16,
+    "MoEAlltoAllTokenDispatcher.reversed_local_input_permutation_mapping": 2**17,
     "MoEAlltoAllTokenDispatcher.num_global_tokens_per_local_expert": 2**10,
     "MoEAlltoAllTokenDispatcher.restore_output_by_local_experts": 2**10,
     "FusedAdam.dummy_overflow_buf": 4,
@@ -95,6 +96,7 @@ def test_what_comes_back_is_where_it_was(outcomes, case):
     assert outcomes[case]["returned places"] == outcomes[case]["places"]
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "adapters"])  # they begin at random
 def test_steps_with_everything_away_between_them_are_those_without_bit_for_bit(outcomes, case):
     assert outcomes[case]["steps"] == outcomes[case]["alone"]
     assert outcomes[case]["last bits"] == outcomes[case]["alone bits"]
@@ -127,18 +129,28 @@ def test_what_leaves_has_the_planned_bytes(outcomes, case, plan):
 
 
 def test_an_update_adds_the_planned_activations(outcomes, case, plan):
-    """Within a quarter: rows have less than max_tokens_per_microbatch, and the plan counts neither what
+    """Within a quarter, in FP8 0.4: rows have less than max_tokens_per_microbatch, and the plan counts neither what
     Transformer Engine keeps of attention and norms nor that an FP8 recipe keeps inputs by row and by column.
 
     The second update: the first one makes the optimizer's moments. It makes the FP8 copies anew.
     """
     [stage] = plan.stages
     activations = outcomes[case]["phases"]["update"]["added"] - stage.fp8_copies_bytes
-    assert activations == pytest.approx(plan.phases["update"]["activations"], rel=0.25)
+    assert activations == pytest.approx(
+        plan.phases["update"]["activations"], rel=0.4 if stage.in_fp8 else 0.25
+    )
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["bf16", "the optimizer on the host", "half of the optimizer on the host", "adapters", "tensorwise"],
+)
 def test_a_save_adds_the_planned_gathered_states(outcomes, case, plan):
-    """But for what a buffer is padded by: 12 bytes for each of at most 64 elements a tensor."""
+    """But for what a buffer is padded by: 12 bytes for each of at most 64 elements a tensor.
+
+    Of models with one buffer and one optimizer: with experts those of both are there, which are planned for
+    one after the other; bf16 moments are made fp32, one tensor at a time, beside them.
+    """
     added = outcomes[case]["phases"]["save"]["added"]
     padding = tensors_of_the_model(outcomes[case]) * 64 * 12
     assert plan.phases["save"]["gathered states"] <= added <= plan.phases["save"]["gathered states"] + padding

@@ -37,10 +37,10 @@ def test_each_rank_of_the_30b_recipe_gathers_the_states_of_its_whole_part_of_the
     assert plan.host["save"]["copies of gathered states"] == pytest.approx(written)
 
 
-def test_two_states_of_a_bucket_at_a_time_come_to_the_device_without_a_pipeline() -> None:
+def test_a_bucket_at_a_time_comes_to_the_device_twice_without_a_pipeline() -> None:
     """40 million parameters and the largest, 151,936 x 2,048 over 4 ranks, in fp32; and a rank's quarter.
 
-    Two: megatron-core lets go of one state's when the next one's is there, as tests/gpu_emulated measures.
+    Twice: torch gathers it in one piece and copies that into the ranks' pieces, as tests/gpu_emulated measures.
     """
     plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
     bucket = 40e6 + 151_936 * 2048 / 4
@@ -49,7 +49,7 @@ def test_two_states_of_a_bucket_at_a_time_come_to_the_device_without_a_pipeline(
 
 def test_behind_a_pipelines_first_stage_the_hosts_gather_what_would_overflow_the_device() -> None:
     """The fullest stage of DeepSeek-V3 has its experts' states on one rank each: gathering them on the device
-    would take two states of the whole, and the rank's share, which is the whole, 4 bytes a parameter each."""
+    would take the whole twice, and the rank's share, which is the whole, 4 bytes a parameter each."""
     plan = plan_of("deepseek_v3_256xh100")
     stage = max(plan.stages, key=lambda stage: stage.parameters)
     assert stage.expert_shards == 1
