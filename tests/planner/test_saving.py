@@ -40,7 +40,7 @@ def test_each_rank_of_the_30b_recipe_gathers_the_states_of_its_whole_part_of_the
 def test_a_bucket_at_a_time_comes_to_the_device_twice_without_a_pipeline() -> None:
     """40 million parameters and the largest, 151,936 x 2,048 over 4 ranks, in fp32; and a rank's quarter.
 
-    Twice: torch gathers it in one piece and copies that into the ranks' pieces, as tests/gpu_emulated measures.
+    Twice: torch gathers it in one piece and copies that into the ranks' pieces (tests/gpu_emulated).
     """
     plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
     bucket = 40e6 + 151_936 * 2048 / 4
