@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_pmd.actor.packing import pack_microbatch
 from megatron_pmd.batch import RolloutBatch
@@ -102,13 +103,18 @@ def one_place(config: RunConfig, microbatches: list[list[int]], steps: int) -> d
 
 def two_steps(config: RunConfig) -> dict[str, list[Any]]:
     """By parameter: what the model holds before, and after each of two steps; the optimizer's fp32 parameter
-    and moments after each, and the gradients before clipping, with the norms. FP8 comes back as its values."""
+    and moments after each; the gradients before clipping. And the norms. FP8 comes back as its values."""
     trial = Trial(config)
     parameters = dict(trial.actor.chunks[0].named_parameters())
     result: dict[str, list[Any]] = {"model": [], "optimizer": [], "gradients": [], "norms": []}
 
+    def values(parameter: torch.Tensor) -> torch.Tensor:
+        if is_float8tensor(parameter):
+            return parameter.dequantize(dtype=torch.float32)
+        return parameter.float().clone()
+
     def keep_model() -> None:
-        result["model"].append({n: p.detach().float().cpu().clone() for n, p in parameters.items()})
+        result["model"].append({n: values(p.detach()).cpu() for n, p in parameters.items()})
 
     def keep_gradients() -> Any:
         result["gradients"].append({n: p.main_grad.cpu().clone() for n, p in parameters.items()})

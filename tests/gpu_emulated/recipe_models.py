@@ -1,7 +1,7 @@
 """transformers on the rows that an actor takes, and in float64 with the products of an FP8 recipe.
 
-Written from the definitions of the recipes and of the formats: every linear layer rounds its input, its weight
-and the gradient of its output to FP8 with their scales, and multiplies what is then left in float64.
+Written from the definitions of the recipes and of the formats: every linear layer rounds its input, its
+weight and the gradient of its output to FP8 with their scales, and multiplies what is then left in float64.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Experts are those of a recorded routing, so that rounding cannot send a token el
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -69,3 +70,207 @@ def measured(small):
     moving = {setting: config(small, DENSE, setting) for setting in MOVING}
     configs = [*(case[0] for case in still.values()), *moving.values()]
     return launch("numbers", configs, still=still, moving=moving)[0]
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Of two whole gradients, or sets of tensors, by name: norm of the difference over that of the second."""
+    assert found.keys() == expected.keys()
+    squares = [
+        (float((found[n].double() - e).square().sum()), float(e.square().sum())) for n, e in expected.items()
+    ]
+    return sqrt(sum(difference for difference, _ in squares) / sum(own for _, own in squares))
+
+
+def log_prob_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square over the response tokens, nats."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    return float((found.double() - expected).square().nanmean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def computed(small, measured):
+    """Rows' numbers of a model in this type, on the rows of the actor; with a recipe, in these layers."""
+    kept: dict[Any, Any] = {}
+
+    def numbers(
+        model: str, dtype: torch.dtype, setting: str = "bf16", recipe: Recipe | None = None,
+        layers: range = range(4), *, steps: int = 1, fused: bool = True,
+    ) -> recipe_models.Numbers:  # fmt: skip
+        key = (model, dtype, setting, str(recipe), layers, steps, fused)
+        if key not in kept:
+            reference = torch.load(small / model / "reference.pt", weights_only=False)
+            precision = "bf16" if setting == "bf16" else "fp32"
+            rows = Rows(small / model, reference, measured[0][model, setting, precision]["rows"], dtype)
+            if recipe:
+                recipe_models.take_recipe(rows.model, recipe, layers, fused=fused)
+            for _ in range(steps):
+                found = rows.step()
+            if steps > 1:
+                found.log_probs = rows.step().log_probs
+            kept[key] = found
+        return kept[key]
+
+    return numbers
+
+
+@pytest.fixture(params=FP8_FAMILIES)
+def model(request):
+    return request.param
+
+
+def test_packed_rows_of_transformers_give_the_reference(small, computed):
+    expected = torch.load(small / DENSE / "reference.pt", weights_only=False).steps[0]
+    found = computed(DENSE, torch.float64)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-7)
+    assert distance(found.gradient, expected.gradient) < 1e-6
+
+
+def test_bf16_is_as_near_to_float64_as_transformers_in_bf16(measured, computed, model):
+    found = measured[0][model, "bf16", "bf16"]
+    exact, theirs = (computed(model, dtype) for dtype in (torch.float64, torch.bfloat16))
+    own = distance(found["gradient"], exact.gradient)
+    assert own < 1.5 * distance(theirs.gradient, exact.gradient)
+    # half of which is the rounding of the weights
+    assert own < 2e-2
+    assert found["loss"] == pytest.approx(exact.loss, rel=1e-2)
+    own = log_prob_distance(found["log_probs"], exact.log_probs)
+    assert own < 1.5 * log_prob_distance(theirs.log_probs, exact.log_probs)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tensorwise": dict(recipe=Tensorwise),
+    "tensorwise but for the ends": dict(recipe=Tensorwise, layers=range(1, 3)),
+    "delayed": dict(recipe=Delayed, steps=3),
+    "blockwise": dict(recipe=Blockwise),
+}
+PLAIN, ENDS, DELAYED, TILES = ((DENSE, setting) for setting in RECIPES)
+WRONG: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
+    "E5M2 forward": (PLAIN, dict(recipe=partial(Tensorwise, forward=E5M2))),
+    "E4M3 gradients": (PLAIN, dict(recipe=partial(Tensorwise, backward=E4M3))),
+    "a weight without a scale": (PLAIN, dict(recipe=partial(Tensorwise, unscaled="weight"))),
+    "a gradient without a scale": (PLAIN, dict(recipe=partial(Tensorwise, unscaled="gradient"))),
+    "a scale for each projection": (PLAIN, dict(recipe=Tensorwise, fused=False)),
+    "tiles for tensors": (PLAIN, dict(recipe=Blockwise)),
+    "the first layer too": (ENDS, dict(recipe=Tensorwise, layers=range(3))),
+    "the last layer too": (ENDS, dict(recipe=Tensorwise, layers=range(1, 4))),
+    "a layer less": (ENDS, dict(recipe=Tensorwise, layers=range(1, 2))),
+    "scales of the first step": (DELAYED, dict(recipe=Delayed)),
+    "scales of the step itself": (DELAYED, dict(recipe=Tensorwise)),
+    "tiles across the sum": (TILES, dict(recipe=partial(Blockwise, across=True))),
+    "rows of weights": (TILES, dict(recipe=partial(Blockwise, weight_tile=(1, 128)))),
+    "tensors for tiles": (TILES, dict(recipe=Tensorwise)),
+    "experts in E5M2": ((EXPERTS, "tensorwise"), dict(recipe=partial(Tensorwise, forward=E5M2))),
+    "tiles of experts across": ((EXPERTS, "blockwise"), dict(recipe=partial(Blockwise, across=True))),
+}
+"""By name: the (model, setting) whose recipe it gets wrong, and how."""
+
+
+def of_recipe(computed, case, how):
+    how = how | {"recipe": how["recipe"]()}
+    return computed(case[0], torch.float64, case[1], **how)
+
+
+def cosines(found, expected):
+    return {
+        name: float((found[name].double() * e).sum() / (found[name].double().norm() * e.norm()))
+        for name, e in expected.items()
+    }
+
+
+@pytest.mark.parametrize("case", EXACT, ids=", ".join)
+def test_an_fp8_recipe_is_its_float64_model(measured, computed, case):
+    found, exact = measured[0][*case, "fp32"], computed(case[0], torch.float64)
+    expected = of_recipe(computed, case, RECIPES[case[1]])
+    own = distance(found["gradient"], expected.gradient)
+    assert own < distance(found["gradient"], exact.gradient) / 10
+    assert min(cosines(found["gradient"], expected.gradient).values()) > 0.999
+    own = log_prob_distance(found["log_probs"], expected.log_probs)
+    assert own < log_prob_distance(found["log_probs"], exact.log_probs) / 10
+    assert abs(found["loss"] - expected.loss) < abs(found["loss"] - exact.loss) / 10
+
+
+@pytest.mark.parametrize("case", [case for case in EXACT if "ends" not in case[1]], ids=", ".join)
+def test_an_fp8_recipe_in_bf16_is_nearer_to_its_model_than_to_float64(measured, computed, case):
+    found, exact = measured[0][*case, "bf16"], computed(case[0], torch.float64)
+    expected = of_recipe(computed, case, RECIPES[case[1]])
+    own = distance(found["gradient"], expected.gradient)
+    assert own < 0.7 * distance(found["gradient"], exact.gradient)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_model_of_a_recipe_is_told_from_the_right_one(measured, computed, name):
+    case, how = WRONG[name]
+    found = measured[0][*case, "fp32"]["gradient"]
+    wrong, right = (of_recipe(computed, case, each) for each in (how, RECIPES[case[1]]))
+    assert distance(found, wrong.gradient) > 3 * distance(found, right.gradient)
+
+
+@pytest.mark.parametrize("setting", ["tensorwise, gathered", "blockwise, gathered"])
+def test_gathered_fp8_weights_are_the_fp32_ones_rounded_once(measured, setting):
+    held = measured[1][setting]
+    recipe = Tensorwise() if "tensorwise" in setting else Blockwise()
+    for model, optimizer in zip(held["model"][1:], held["optimizer"], strict=True):
+        for name, weight in model.items():
+            main = optimizer[name]["param"].reshape(weight.shape)
+            if ".linear_" in name and weight.ndim == 2:
+                expected = recipe.round(name, "weight", main.double())[0]
+                # scales are fp32: so are the values
+                torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=0)
+            else:
+                assert torch.equal(weight, main.bfloat16().float()), name
+    assert not torch.equal(held["optimizer"][0][name]["param"], held["optimizer"][1][name]["param"])
+
+
+def adam(held: dict[str, list[Any]], name: str, *, moments: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The fp32 parameter after two AdamW steps along its gradients, and its moments, in float64.
+
+    The moments are kept in this type between the steps; a step itself takes them as it has computed them.
+    """
+    weight = held["model"][0][name].double()
+    first = second = torch.zeros_like(weight)
+    for step, (gradients, norm) in enumerate(zip(held["gradients"], held["norms"], strict=True), start=1):
+        gradient = gradients[name].double() * min(1.0, OPTIMIZER.gradient_clip / norm)
+        first = OPTIMIZER.beta1 * first + (1 - OPTIMIZER.beta1) * gradient
+        second = OPTIMIZER.beta2 * second + (1 - OPTIMIZER.beta2) * gradient.square()
+        corrected = second / (1 - OPTIMIZER.beta2**step)
+        change = first / (1 - OPTIMIZER.beta1**step) / (corrected.sqrt() + OPTIMIZER.epsilon)
+        decay = OPTIMIZER.weight_decay * weight if weight.ndim > 1 else 0.0
+        weight = weight - OPTIMIZER.learning_rate * (change + decay)
+        first, second = (moment.to(moments).double() for moment in (first, second))
+    return weight, first, second
+
+
+def moved(held: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    """By how much two steps moved each fp32 parameter."""
+    return {
+        name: state["param"].double().reshape(held["model"][0][name].shape) - held["model"][0][name]
+        for name, state in held["optimizer"][1].items()
+    }
+
+
+def moved_by_adam(held: dict[str, list[Any]], *, moments: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: adam(held, name, moments=moments)[0] - weight for name, weight in held["model"][0].items()}
+
+
+@pytest.mark.parametrize("setting", ["bf16", "bf16 moments"])
+def test_two_steps_are_float64_adam_with_moments_kept_as_the_setting_says(measured, setting):
+    held = measured[1][setting]
+    kinds = {"bf16": torch.float32, "bf16 moments": torch.bfloat16}
+    distances = {
+        name: distance(moved(held), moved_by_adam(held, moments=kind)) for name, kind in kinds.items()
+    }
+    own = distances.pop(setting)
+    assert own < 1e-4
+    assert min(distances.values()) > 10 * own
+    kept = held["optimizer"][1]
+    assert all(
+        state["exp_avg"].dtype is state["exp_avg_sq"].dtype is kinds[setting] for state in kept.values()
+    )
+
+
+@pytest.mark.parametrize("setting", ["the optimizer on the host", "half of the optimizer on the host"])
+def test_steps_of_an_optimizer_on_the_host_are_those_on_the_device(measured, setting):
+    device, host = measured[1]["bf16"], measured[1][setting]
+    assert distance(moved(host), moved(device)) < 1e-5
+    for there, here in zip(device["model"], host["model"], strict=True):
+        assert all(torch.equal(there[name], weight) for name, weight in here.items())
