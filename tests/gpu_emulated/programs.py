@@ -110,7 +110,7 @@ def two_steps(config: RunConfig) -> dict[str, list[Any]]:
 
     def values(parameter: torch.Tensor) -> torch.Tensor:
         if is_float8tensor(parameter):
-            return parameter.dequantize(dtype=torch.float32)
+            return parameter.dequantize(dtype=torch.float32)  # type: ignore[call-arg]
         return parameter.float().clone()
 
     def keep_model() -> None:

@@ -37,12 +37,16 @@ def rounded(values: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
     return (values * scale).clamp(-limit, limit).to(dtype).double() / scale
 
 
-def by_tiles(values: Tensor, dtype: torch.dtype, height: int, width: int) -> Tensor:
+def by_tiles(
+    values: Tensor, dtype: torch.dtype, height: int, width: int, *, powers_of_two: bool = False
+) -> Tensor:
     """`rounded` with a scale for each tile of [height, width]; those at the edge are smaller."""
     rows, columns = values.shape
     whole = pad(values, (0, -columns % width, 0, -rows % height))
     tiles = whole.reshape(whole.shape[0] // height, height, whole.shape[1] // width, width)
     scale = scale_of(tiles.abs().amax((1, 3), keepdim=True), dtype)
+    if powers_of_two:
+        scale = scale.log2().floor().exp2()
     return rounded(tiles, dtype, scale).reshape(whole.shape)[:rows, :columns]
 
 
@@ -97,11 +101,14 @@ class Blockwise(Recipe):
     across: bool = False
     """Tiles of 128 values across the sum."""
     weight_tile: tuple[int, int] = (BLOCK, BLOCK)
+    powers_of_two: bool = False
+    """Scales are rounded down to one."""
 
     def _round(self, layer: str, operand: str, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tiles = partial(by_tiles, values, dtype, powers_of_two=self.powers_of_two)
         if operand == "weight":
-            return (by_tiles(values, dtype, *self.weight_tile),) * 2
-        ways = by_tiles(values, dtype, 1, BLOCK), by_tiles(values, dtype, BLOCK, 1)
+            return (tiles(*self.weight_tile),) * 2
+        ways = tiles(1, BLOCK), tiles(BLOCK, 1)
         return (ways[1], ways[0]) if self.across else ways
 
 
@@ -226,6 +233,7 @@ class Rows:
     def step(self) -> Numbers:
         """The loss and its gradient, accumulated over the rows in float64; moves no weight."""
         loss, log_probs = 0.0, torch.full_like(self.anchor, torch.nan)
+        count = sum(len(row["samples"]) for row in self.rows)
         total: dict[str, Tensor] = {}
         for row in self.rows:
             found = self.log_probs_of(row)
@@ -236,8 +244,8 @@ class Rows:
             part.backward()
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
-                    total[name] = total.get(name, 0.0) + parameter.grad.double() / len(self.samples)
-        return Numbers(loss / len(self.samples), log_probs, as_in_files(total))
+                    total[name] = total.get(name, 0.0) + parameter.grad.double() / count
+        return Numbers(loss / count, log_probs, as_in_files(total))
 
     def _loss(self, row: dict[str, Any], log_probs: Tensor) -> Tensor:
         """Σ (τ/2)(s − A/τ)² / |y|; s = Σ log π_θ − log π_t and |y| are over the tokens that count."""
