@@ -196,7 +196,7 @@ class Numbers:
 
 
 class Rows:
-    """A transformers model on the packed rows of an actor: see programs.numbers."""
+    """A transformers model on the packed rows of an actor: see number_programs.one_place."""
 
     def __init__(self, folder: Path, reference: Reference, rows: list[dict[str, Any]], dtype: torch.dtype):
         from transformers import AutoModelForCausalLM
