@@ -16,10 +16,11 @@ from megatron_pmd.config import Repetition, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, rollout_function, single_turn
+from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.rollout.turn_sampler import Sampling
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
