@@ -53,6 +53,8 @@ class Sample:
     weight_version: int
     """The weights that sampled its last token."""
     seed: int
+    branch: int = 0
+    """Which trajectory of its response: an agent's may have several, which share its reward."""
     source: str = ""
     """Name of the problem's source where a run has several."""
     reward: float = 0.0
@@ -80,6 +82,21 @@ class Sample:
     def tokens(self) -> np.ndarray:
         """int32 [prompt + response]"""
         return np.concatenate([self.prompt_tokens, self.response_tokens])
+
+
+def by_response(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each response, which stand one behind the other with branch 0 first."""
+    responses: list[list[Sample]] = []
+    for sample in samples:
+        if sample.branch == 0:
+            responses.append([])
+        responses[-1].append(sample)
+    return responses
+
+
+def first_branches(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample of each response: what is counted by responses, as a mean reward, is over these."""
+    return [sample for sample in samples if sample.branch == 0]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
     [
         ("group", pa.int32()),
         ("number", pa.int32()),
+        ("branch", pa.int32()),
         ("source", pa.string()),
         ("problem", pa.int64()),
         ("prompt", pa.string()),

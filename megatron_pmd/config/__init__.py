@@ -34,6 +34,7 @@ from megatron_pmd.config.reading import build, data_of_file, explain, known_keys
 from megatron_pmd.config.rollout import (
     ROUTER_POLICIES,
     TRANSPORTS,
+    AgentProgram,
     GroupFilter,
     PartialRollouts,
     Repetition,
@@ -55,6 +56,7 @@ __all__ = [
     "ROUTER_POLICIES",
     "TRANSPORTS",
     "Actor",
+    "AgentProgram",
     "Alarm",
     "Alarms",
     "Algorithm",

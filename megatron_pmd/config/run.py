@@ -118,13 +118,14 @@ class RunConfig(Frozen):
     def longest_rollout_seconds(self) -> float:
         """What the deadlines of requests allow a rollout to take at the very most."""
         sampling, rounds = self.rollout, 1
-        if sampling.function:
+        if sampling.function or sampling.agent:
             rounds *= sampling.max_turns
         if sampling.repetition:
             rounds += self.batch.max_response_tokens // sampling.repetition.window_tokens
         if sampling.group_filter:
             rounds *= 1 + sampling.group_filter.max_dropped
-        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1)
+        tools = sampling.agent.timeout_seconds if sampling.agent else 0.0
+        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1) + tools
 
     @property
     def longest_silence_seconds(self) -> float:
@@ -359,7 +360,9 @@ class RunConfig(Frozen):
                     f"{name} is supervised training beside a rollout; algorithm.objective={objective.name} "
                     "has none"
                 )
-        drawing = {name: getattr(self.rollout, name) for name in ("group_filter", "partial", "repetition")}
+        drawing = {
+            name: getattr(self.rollout, name) for name in ("group_filter", "partial", "repetition", "agent")
+        }
         drawing |= {"function": self.rollout.function, "placement": self.rollout.placement == "separate"}
         for name, given in drawing.items():
             if given:

@@ -43,6 +43,7 @@ from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.grading import grading
+from megatron_pmd.rollout.agents.program import Agent
 from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
@@ -275,6 +276,11 @@ def run(task: Task, console: Console) -> Evaluation:
             max_turns=task.rollout.max_turns,
             repetition=task.rollout.repetition,
             function=rollout_function(task.rollout.function),
+            agent=Agent.of(
+                task.rollout.agent, tokenizer, max(source.max_prompt_tokens for source in task.sources)
+            )
+            if task.rollout.agent
+            else None,
         )
         console.say(
             f"starting an engine for {task.model.path}; a response has at most {task.max_response_tokens} "

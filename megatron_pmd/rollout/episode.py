@@ -14,6 +14,7 @@ from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn
 from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
 
+
 @dataclass(frozen=True)
 class Answer:
     """One turn of the model."""
@@ -72,7 +73,7 @@ class Episode:
         turn = self._next(inserted=False)
         self._answers += 1
         try:
-            await self._sampler.finish(self._trajectory, turn)
+            finish = await self._sampler.finish(self._trajectory, turn)
         except Exception as error:
             self.failure = error
             raise
@@ -80,7 +81,7 @@ class Episode:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if self._cursor == 1:
             self._first_text = text
-        return Answer(tokens, text, turn.finish)
+        return Answer(tokens, text, finish)
 
     async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
         """Put text behind the response so far; its tokens are in the model's context and not in the loss.

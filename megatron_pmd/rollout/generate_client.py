@@ -65,6 +65,8 @@ class GenerateClient:
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
         """Why no further request is sent."""
+        self.stopped = asyncio.Event()
+        """Set with it, for who waits for something else than a request."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -135,6 +137,7 @@ class GenerateClient:
         A dead engine is not waited for: its requests fail by themselves.
         """
         self.stopping = reason
+        self.stopped.set()
         while not idle.is_set():
             await asyncio.gather(*(self._abort(url) for url in self._endpoint.engine_urls))
             try:

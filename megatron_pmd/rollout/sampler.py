@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +15,16 @@ import uvloop
 from megatron_pmd.config import Repetition, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
+from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rollout.agents.conversations import AgentEpisode
+from megatron_pmd.rollout.agents.program import Agent
+from megatron_pmd.rollout.agents.server import AgentServer
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
-from megatron_pmd.rollout.turn_sampler import Sampling
+from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
@@ -45,6 +49,8 @@ class Sampler:
     max_turns: int = 1
     repetition: Repetition | None = None
     function: RolloutFunction = single_turn
+    agent: Agent | None = None
+    """In the place of the function."""
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
@@ -71,6 +77,9 @@ class Sampler:
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
             function=rollout_function(sampling.function),
+            agent=Agent.of(sampling.agent, tokenizer, config.batch.max_prompt_tokens)
+            if sampling.agent
+            else None,
             interrupted=interrupted,
         )
 
@@ -130,9 +139,17 @@ class _Draw:
         )
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        possible = connections_possible()
+        # a program has two files here for its connection, and one at the engines for its request
+        self._programs = asyncio.Semaphore(
+            max(1, min(sampler.endpoint.max_in_flight or possible, possible) // 2)
+        )
 
     async def run(self) -> None:
-        async with GenerateClient(self._sampler.endpoint) as self._client:
+        async with AsyncExitStack() as opened:
+            self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
+            if self._sampler.agent is not None:
+                self._server = await opened.enter_async_context(AgentServer())
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())
@@ -208,9 +225,27 @@ class _Draw:
 
     async def _finish(self, group: Group, member: Trajectory) -> None:
         """The rest of one response, and its grade. ResponseStopped if it waits for a later iteration."""
-        rollout, sampler = self._rollout, self._sampler
+        sampler, error = self._sampler, None
+        if sampler.agent is None:
+            graded, response = await self._by_function(group, member)
+        else:
+            graded, error = await self._by_agent(group, member, sampler.agent)
+            for part in member.branches:
+                part.response = self._text(part)
+            response = self._text(member)
+        if error is None:
+            submitted = sampler.grader.submit(graded, group.problem, member.truncated)
+            verdict = await asyncio.wrap_future(submitted)
+        else:
+            verdict = Verdict(0.0, error)
+        # the one place where a response becomes finished: an attempt that failed half-way leaves it open
+        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+
+    async def _by_function(self, group: Group, member: Trajectory) -> tuple[str, str]:
+        """The text to be graded, and all of the response."""
+        sampler = self._sampler
         episode = Episode(
-            member, self._sampling, self._client, sampler.tokenizer, rollout.accounts, group.key
+            member, self._sampling, self._client, sampler.tokenizer, self._rollout.accounts, group.key
         )
         graded = await self._called(episode)
         episode.close()
@@ -220,11 +255,32 @@ class _Draw:
                 f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
                 "return the text to be graded"
             )
-        truncated = member.finish_reason == "length"
-        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem, truncated))
-        # the one place where a response becomes finished: an attempt that failed half-way leaves it open
-        response = episode.response_text
-        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+        return graded, episode.response_text
+
+    async def _by_agent(self, group: Group, member: Trajectory, agent: Agent) -> tuple[str, str | None]:
+        """The text to be graded, or why it is worth 0."""
+        accounts, client = self._rollout.accounts, self._client
+        turns = TurnSampler(self._sampling, client, accounts, group.key)
+        async with self._programs:
+            if client.stopping:
+                raise ResponseStopped(client.stopping)
+            episode = AgentEpisode(
+                member, self._sampling, turns, accounts, self._sampler.tokenizer, agent.reader,
+                agent.max_prompt_tokens,
+            )  # fmt: skip
+            with self._server.serving(episode) as address:
+                graded, error = await agent.run(group.problem, episode, address, client)
+        if episode.refusal is not None and not member.turns:
+            raise episode.refusal
+        agent.check(group.problem, bool(member.turns), graded, error)
+        accounts.agents["failed"] += error is not None
+        return graded or "", error
+
+    def _text(self, trajectory: Trajectory) -> str:
+        text: str = self._sampler.tokenizer.decode(
+            trajectory.response_tokens.tolist(), skip_special_tokens=True
+        )
+        return text
 
     async def _called(self, episode: Episode) -> Any:
         """What the rollout function returns. A request of it that failed is raised, whatever it did then."""

@@ -58,8 +58,8 @@ class TurnSampler:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> None:
-        """Ask until the last turn of the trajectory is finished.
+    ) -> str:
+        """Ask until the last turn of the trajectory is finished; returns why it ended.
 
         max_tokens: of this turn. stop: texts that end it. seed: of this turn's draws; None: the trajectory's.
         Raises ResponseStopped when the rollout ends before, StaleWeights for a sample of other weights, and
@@ -67,6 +67,7 @@ class TurnSampler:
         """
         while turn.finish is None:
             await self._extend(trajectory, turn, max_tokens, stop, trajectory.seed if seed is None else seed)
+        return turn.finish
 
     async def _extend(
         self, trajectory: Trajectory, turn: Turn, max_tokens: int | None, stop: Sequence[str], seed: int

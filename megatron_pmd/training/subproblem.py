@@ -14,7 +14,7 @@ from megatron_pmd.algorithm.losses import Constants, Loss, loss_of
 from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutBatch, Sample, by_response
 from megatron_pmd.config import ProblemSource, RunConfig, Schedule
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout.trajectory import Trajectory
@@ -62,29 +62,36 @@ class Subproblem:
         return sample.reward >= self._source(sample.source).reward.correct
 
     def compute_advantages(self, samples: list[Sample]) -> None:
-        """Set every sample's shaped reward, τ and advantage; whole groups, graded before."""
-        of_source: dict[str, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            of_source[sample.source].append(sample)
+        """Set every sample's shaped reward, τ and advantage; whole groups, graded before.
+
+        Samples of one response, an agent's trajectories, share all three: a baseline is over responses.
+        """
+        responses = by_response(samples)
+        of_source: dict[str, list[list[Sample]]] = defaultdict(list)
+        for parts in responses:
+            of_source[parts[0].source].append(parts)
         for name, members in of_source.items():
             shaped = self._shaped(
                 name,
-                [s.reward for s in members],
-                [len(s.response_tokens) for s in members],
-                [s.finish_reason == "length" for s in members],
-                [s.group for s in members],
+                [parts[0].reward for parts in members],
+                [sum(len(s.response_tokens) for s in parts) for parts in members],
+                [any(s.finish_reason == "length" for s in parts) for parts in members],
+                [parts[0].group for parts in members],
             )
             tau = self._source(name).tau or self.tau
-            for sample, reward in zip(members, shaped, strict=True):
-                sample.shaped_reward, sample.tau = float(reward), tau
-        groups = [s.group for s in samples]
+            for parts, reward in zip(members, shaped, strict=True):
+                for sample in parts:
+                    sample.shaped_reward, sample.tau = float(reward), tau
+        firsts = [parts[0] for parts in responses]
+        groups = [s.group for s in firsts]
         values = advantages(
-            [s.shaped_reward for s in samples], groups,
-            baseline=self.config.algorithm.baseline, tau=[s.tau for s in samples],
+            [s.shaped_reward for s in firsts], groups,
+            baseline=self.config.algorithm.baseline, tau=[s.tau for s in firsts],
         )  # fmt: skip
         values = self.config.algorithm.objective.advantages(values, groups)
-        for sample, value in zip(samples, values, strict=True):
-            sample.advantage = float(value)
+        for parts, value in zip(responses, values, strict=True):
+            for sample in parts:
+                sample.advantage = float(value)
 
     def _shaped(
         self,
@@ -111,8 +118,8 @@ class Subproblem:
         rewards = self._shaped(
             members[0].problem.source,
             [member.reward or 0.0 for member in members],
-            [member.length for member in members],
-            [member.finish_reason == "length" for member in members],
+            [member.episode_length for member in members],
+            [member.truncated for member in members],
             [0] * len(members),
         )
         return rewards.tolist()
