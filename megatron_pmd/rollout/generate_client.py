@@ -61,7 +61,7 @@ class GenerateClient:
         self._endpoint = endpoint
         possible = connections_possible()
         self._slots = asyncio.Semaphore(min(endpoint.max_in_flight or possible, possible))
-        self._asking = asyncio.Lock()
+        self._asking, self._questions = asyncio.Lock(), 0
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
         """Why no further request is sent."""
@@ -122,6 +122,30 @@ class GenerateClient:
                 return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
+
+    async def ask(self, path: str, question: dict[str, Any]) -> Any:
+        """What one of the engines answers to something that all of them know, asked directly.
+
+        The router has not all of their addresses. Raises ResponseStopped after stop(), EnginesLost and
+        EngineError as generate().
+        """
+        urls, failure = self._endpoint.engine_urls or [self._endpoint.router_url], ""
+        for attempt in range(self._endpoint.retries + 1):
+            if self.stopping:
+                raise ResponseStopped(self.stopping)
+            self._questions += 1
+            url = urls[self._questions % len(urls)] + path
+            try:
+                async with self._slots, self._session.post(url, data=orjson.dumps(question)) as reply:
+                    if reply.status == 200:
+                        return orjson.loads(await reply.read())
+                    failure = f"HTTP {reply.status}: {(await reply.text())[:200]}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
+            if not await self._any_alive():
+                raise EnginesLost(f"no engine answers any more; last failure: {failure}")
+        raise EngineError(f"an engine does not answer {path}: {failure}")
 
     async def _any_alive(self) -> bool:
         """Asked once for all requests that fail together."""

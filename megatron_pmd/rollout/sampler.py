@@ -24,7 +24,7 @@ from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_funct
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.trajectory import Trajectory
-from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
+from megatron_pmd.rollout.turn_sampler import Sampling
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
@@ -260,14 +260,12 @@ class _Draw:
     async def _by_agent(self, group: Group, member: Trajectory, agent: Agent) -> tuple[str, str | None]:
         """The text to be graded, or why it is worth 0."""
         accounts, client = self._rollout.accounts, self._client
-        turns = TurnSampler(self._sampling, client, accounts, group.key)
         async with self._programs:
             if client.stopping:
                 raise ResponseStopped(client.stopping)
             episode = AgentEpisode(
-                member, self._sampling, turns, accounts, self._sampler.tokenizer, agent.reader,
-                agent.max_prompt_tokens,
-            )  # fmt: skip
+                member, self._sampling, client, group.key, accounts, agent.reader, agent.max_prompt_tokens
+            )
             with self._server.serving(episode) as address:
                 graded, error = await agent.run(group.problem, episode, address, client)
         if episode.refusal is not None and not member.turns:

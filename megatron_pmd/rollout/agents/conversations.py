@@ -16,7 +16,7 @@ from megatron_pmd.data.prompts import sample_seed
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.protocol import ChatAnswer, ChatRequest, Message, RequestError
 from megatron_pmd.rollout.agents.rendering import Renderer
-from megatron_pmd.rollout.generate_client import RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn
 from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
@@ -70,9 +70,9 @@ class AgentEpisode:
         self,
         member: Trajectory,
         sampling: Sampling,
-        sampler: TurnSampler,
+        client: GenerateClient,
+        routing_key: str,
         accounts: Accounts,
-        tokenizer: Any,
         reader: OutputReader,
         max_prompt_tokens: int,
     ) -> None:
@@ -83,8 +83,9 @@ class AgentEpisode:
         accounts.dropped_tokens["begun_anew"] += member.episode_length
         member.turns, member.branches = [], []
         member.own_prompt = member.routed_experts = None
-        self._member, self._sampling, self._sampler = member, sampling, sampler
-        self._accounts, self._tokenizer, self._reader = accounts, tokenizer, reader
+        self._member, self._sampling, self._client = member, sampling, client
+        self._sampler = TurnSampler(sampling, client, accounts, routing_key)
+        self._accounts, self._reader = accounts, reader
         self._max_prompt_tokens = max_prompt_tokens
         self._conversations: list[Conversation] = []
         self._asked = 0
@@ -110,12 +111,12 @@ class AgentEpisode:
         self._answering.add(task)
         try:
             await self._sample(candidate, turn, request, number)
+            answer = await self._read(candidate, turn, request, number)
         except BaseException:
             self._accounts.dropped_tokens["not_delivered"] += len(turn.tokens)
             raise
         finally:
             self._answering.discard(task)
-        answer = self._read(candidate, turn, request, number)
         self._enter(place, candidate, request, answer)
         return answer, turn
 
@@ -134,7 +135,7 @@ class AgentEpisode:
     def _refuse_beyond_limits(self, request: ChatRequest) -> None:
         if self._closed:
             raise RequestError("this episode has ended", status=410, code="episode_ended")
-        if request.tools and not self._reader.finds_calls:
+        if request.tools and self._reader.tool_parser is None:
             raise RequestError(
                 "tools: this run does not say how its model writes calls; set rollout.agent.tool_parser",
                 code="no_tool_parser",
@@ -167,7 +168,7 @@ class AgentEpisode:
     def _place(self, request: ChatRequest) -> _Place:
         """Where the request goes on: behind as many of the model's turns as it has kept."""
         arguments = self._member.problem.template_arguments | request.template_arguments
-        renderer = Renderer(self._tokenizer, request.tools, arguments)
+        renderer = Renderer(self._reader.tokenizer, request.tools, arguments)
         base, kept = self._nearest(request)
         if base is not None:
             turns = base.trajectory.turns[: base.sampled[kept - 1] + 1]
@@ -234,24 +235,31 @@ class AgentEpisode:
             self._accounts.note_refusal(str(refusal))
             raise RequestError(str(refusal), code="context_length_exceeded") from refusal
         except (Exception, ResponseStopped) as failure:
-            self.failure = failure
-            self.failed.set()
-            raise RequestError(f"{type(failure).__name__}: {failure}", status=503) from failure
+            raise self._failed(failure) from failure
 
-    def _read(self, candidate: Trajectory, turn: Turn, request: ChatRequest, number: int) -> ChatAnswer:
+    def _failed(self, failure: BaseException) -> RequestError:
+        """The episode ends with this; what the program is told meanwhile."""
+        self.failure = failure
+        self.failed.set()
+        return RequestError(f"{type(failure).__name__}: {failure}", status=503)
+
+    async def _read(self, candidate: Trajectory, turn: Turn, request: ChatRequest, number: int) -> ChatAnswer:
         tokens = turn.tokens.tolist()
         if turn.finish == "stop" and tokens and tokens[-1] in self._sampling.stop_tokens:
             tokens.pop()
         text = self._reader.text(tokens, with_tools=bool(request.tools))
         for stop in request.stop:
             text = text.partition(stop)[0]
-        reasoning, content, calls = self._reader.read(text, request.tools)
+        try:
+            words = await self._reader.read(text, request.tools, self._client)
+        except (Exception, ResponseStopped) as failure:
+            raise self._failed(failure) from failure
         finish = FINISH[turn.finish or "length"]
-        if calls and finish == "stop":
+        if words.calls and finish == "stop":
             finish = "tool_calls"
         context = len(candidate.prompt) + candidate.length - len(turn.tokens)
         name = f"{self._member.seed:x}-{number}"
-        return ChatAnswer(name, content, reasoning, calls, finish, context, len(turn.tokens))
+        return ChatAnswer(name, words, finish, context, len(turn.tokens))
 
     def _enter(self, place: _Place, candidate: Trajectory, request: ChatRequest, answer: ChatAnswer) -> None:
         """The answer is made: it becomes part of the episode."""

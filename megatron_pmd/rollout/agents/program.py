@@ -15,7 +15,7 @@ from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.protocol import MODEL
 from megatron_pmd.rollout.agents.server import Address
-from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
 
 ENDING_SECONDS = 10.0
 """For what a program does when it is ended: close its files, its containers, its environment."""
@@ -48,11 +48,11 @@ class Agent:
 
     @classmethod
     def of(cls, settings: AgentProgram, tokenizer: Any, max_prompt_tokens: int) -> Self:
-        """ConfigError if the program cannot be loaded, or SGLang has no such parser."""
+        """ConfigError if the program cannot be loaded."""
         return cls(
             function=load(settings.function, what="rollout.agent.function"),
             timeout_seconds=settings.timeout_seconds,
-            reader=OutputReader(settings.tool_parser, settings.reasoning_parser, tokenizer),
+            reader=OutputReader(tokenizer, settings.tool_parser, settings.reasoning_parser),
             max_prompt_tokens=max_prompt_tokens,
         )
 
@@ -62,8 +62,8 @@ class Agent:
         """(what the program returned, None), or (None, why its response is worth 0).
 
         A program that fails, or does not end in time, costs its own response, as a reward function does.
-        Raises what ended one of its requests without its fault, ResponseStopped when the rollout ends before
-        it, and RolloutError where it failed before the model had said anything.
+        Raises what ended one of its requests without its fault, and ResponseStopped when the rollout ends
+        before it.
         """
         task = AgentTask(problem, address.base_url, address.api_key, timeout_seconds=self.timeout_seconds)
         program = asyncio.ensure_future(self.function(task))
@@ -99,11 +99,16 @@ class Agent:
         return program.result(), None
 
     def check(self, problem: Problem, asked: bool, graded: Any, error: str | None) -> None:
-        """RolloutError for a program that did not ask the model, or returned what cannot be graded."""
-        if not asked:
+        """What run() gave, of a program that got an answer of the model or did not.
+
+        RequestRefused where it failed without one: there is nothing to train on. RolloutError for a program
+        that did not ask the model, or returned what cannot be graded.
+        """
+        if error is not None and not asked:
+            raise RequestRefused(error)
+        if error is None and not asked:
             raise RolloutError(
-                f"the agent got no answer of the model on problem {problem.index}: "
-                f"{error or 'it asked nothing'}; look at rollout.agent.function"
+                f"the agent got no answer of the model on problem {problem.index}: it must ask task.base_url"
             )
         if error is None and not isinstance(graded, str):
             raise RolloutError(

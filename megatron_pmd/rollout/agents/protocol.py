@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_pmd.plugins import did_you_mean
+from megatron_pmd.rollout.agents.model_output import Words
 
 MODEL = "policy"
 """The model's name in answers; a program may ask for any."""
@@ -197,23 +198,20 @@ class ChatAnswer:
     """The model's turn, as the program gets it."""
 
     name: str
-    content: str
-    reasoning: str | None
-    calls: tuple[tuple[str, str], ...]
-    """Name and arguments, these as JSON."""
+    words: Words
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
 
     @property
     def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.content or None}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.calls:
+        message: dict[str, Any] = {"role": "assistant", "content": self.words.text or None}
+        if self.words.thoughts:
+            message["reasoning_content"] = self.words.thoughts
+        if self.words.calls:
             message["tool_calls"] = [
                 {"id": f"call_{self.name}_{n}", "type": "function", "function": {"name": f, "arguments": a}}
-                for n, (f, a) in enumerate(self.calls)
+                for n, (f, a) in enumerate(self.words.calls)
             ]
         return message
 
@@ -247,6 +245,4 @@ class ChatAnswer:
         return b"data: %s\n\n" % json.dumps(self._envelope("chat.completion.chunk") | content).encode()
 
     def _envelope(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self.name}", "object": kind, "created": int(time.time()), "model": MODEL
-        }  # fmt: skip
+        return dict(id=f"chatcmpl-{self.name}", object=kind, created=int(time.time()), model=MODEL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,28 +27,29 @@ TEMPLATE = (
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|> "
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>")
 END = 0
 """The token <|end|>."""
 
 
 @functools.cache
 def tokenizer() -> Any:
-    """transformers' own, of characters; what a turn ends with is followed by a blank, as by Qwen's line end."""
+    """transformers' own, of characters; a blank follows what a turn ends with, as a line end does in Qwen's."""
     made = make_tokenizer()
     made.chat_template = TEMPLATE
     return made
 
 
 def encode(text: str) -> list[int]:
-    return tokenizer().encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
+    return tokenizer().encode(text, add_special_tokens=False)
 
 
 def decode(tokens: Any) -> str:
-    return tokenizer().decode(tokens)  # type: ignore[no-any-return]
+    return tokenizer().decode(tokens)
 
 
 def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
-    return tokenizer().apply_chat_template(messages, tokenize=False, **arguments)  # type: ignore[no-any-return]
+    return tokenizer().apply_chat_template(messages, tokenize=False, **arguments)
 
 
 def user(text: str) -> dict[str, Any]:
@@ -67,8 +70,6 @@ class Talking(StubEngine):
 
     says: Callable[[str], str | list[int]] = lambda prompt: "yes"
     answers: list[list[int]] = field(default_factory=list)
-    keep_requests: bool = True
-    experts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,16 +88,34 @@ class Talking(StubEngine):
         tokens = tokens[:most]
         self.answers.append(tokens)
         self.decoded_tokens += len(tokens)
-        information: dict[str, Any] = {
+        information = {
             "weight_version": self.weight_version,
             "finish_reason": {"type": finish},
             "output_token_logprobs": [[-next(self._places) / 8, token, None] for token in tokens],
         }
         return web.json_response({"output_ids": tokens, "meta_info": information})
 
+    def routes(self, app: web.Application) -> None:
+        super().routes(app)
+        app.router.add_post("/parse_function_call", self.parse)
+        app.router.add_post("/separate_reasoning", self.separate)
 
-def client_of(task: AgentTask, **changes: Any) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=task.base_url, api_key=task.api_key, max_retries=0, **changes)
+    async def parse(self, request: web.Request) -> web.Response:
+        """As SGLang answers with its parser `qwen25` (tests/engine/test_engine.py asks a real one)."""
+        body = await request.json()
+        found = [json.loads(call) for call in CALL.findall(body["text"])] if body["tools"] else []
+        calls = [{"tool_index": n, "name": call["name"], "parameters": json.dumps(call["arguments"])}
+                 for n, call in enumerate(found)]  # fmt: skip
+        text = CALL.sub("", body["text"]) if calls else body["text"]
+        return web.json_response({"normal_text": text, "calls": calls})
+
+    async def separate(self, request: web.Request) -> web.Response:
+        thoughts, _, text = (await request.json())["text"].rpartition("</think>")
+        return web.json_response({"reasoning_text": thoughts.removeprefix("<think>"), "text": text})
+
+
+def client_of(task: AgentTask) -> Any:
+    return AsyncOpenAI(base_url=task.base_url, api_key=task.api_key, max_retries=0)
 
 
 def problem(index: int = 0) -> Problem:
@@ -114,9 +133,8 @@ def draw(
 ) -> RolloutGroups:
     """A rollout by this program; changes: of the sampler."""
     rollout = rollout or rollout_for(0, problems=[problem()], samples_per_prompt=samples_per_prompt)
-    reader = OutputReader(None, None, tokenizer())
-    made = Agent(**{"function": function, "timeout_seconds": 20.0, "reader": reader,
-                    "max_prompt_tokens": 400} | (agent or {}))  # fmt: skip
+    settings: dict[str, Any] = {"timeout_seconds": 20.0, "max_prompt_tokens": 400} | (agent or {})
+    made = Agent(function=function, reader=settings.pop("reader", OutputReader(tokenizer())), **settings)
     sampler = sampler_for(url, max_turns=9, **changes)
     replace(sampler, tokenizer=tokenizer(), stop_tokens=[END], agent=made).run(rollout)
     return rollout
