@@ -111,6 +111,8 @@ class AgentEpisode:
         self._answering.add(task)
         try:
             await self._sample(candidate, turn, request, number)
+            if not len(turn.tokens):  # what the engines have no room for is refused as what we have none for
+                raise self._no_room(place)
             answer = await self._read(candidate, turn, request, number)
         except BaseException:
             self._accounts.dropped_tokens["not_delivered"] += len(turn.tokens)
@@ -212,12 +214,15 @@ class AgentEpisode:
         return Trajectory(member.problem, member.number, member.seed, turns, own_prompt=own_prompt)
 
     def _refuse_without_room(self, place: _Place) -> None:
+        if place.trajectory.length >= self._sampling.most_tokens(place.trajectory):
+            raise self._no_room(place)
+
+    def _no_room(self, place: _Place) -> RequestError:
+        """For an answer. The trajectory that would go on was cut before its end."""
         most, length = self._sampling.most_tokens(place.trajectory), place.trajectory.length
-        if length < most:
-            return
         if place.goes_on and place.base is not None:
             place.base.trajectory.turns[-1].finish = "length"
-        raise RequestError(
+        return RequestError(
             f"the conversation has {length + len(place.trajectory.prompt)} tokens, and there is no room for "
             f"an answer: a trajectory may have {self._max_prompt_tokens} of a prompt and {most} behind it",
             code="context_length_exceeded",

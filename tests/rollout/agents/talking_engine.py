@@ -34,7 +34,7 @@ END = 0
 
 @functools.cache
 def tokenizer() -> Any:
-    """transformers' own, of characters; a blank follows what a turn ends with, as a line end does in Qwen's."""
+    """transformers' own, of characters; a blank follows what a turn ends with, as in Qwen a line end does."""
     made = make_tokenizer()
     made.chat_template = TEMPLATE
     return made

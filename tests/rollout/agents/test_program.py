@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from aiohttp import web
 
 from megatron_pmd.errors import EngineError, RolloutError, StaleWeights
 from megatron_pmd.rollout.agents import server as server_module
@@ -253,6 +254,31 @@ def test_more_tokens_than_there_is_room_for_are_cut_and_the_finish_reason_says_s
     assert long.choices[0].finish_reason == "length" and long.usage.completion_tokens == 30
     assert short.choices[0].finish_reason == "length" and short.choices[0].message.content == "x" * 7
     assert stopped.choices[0].finish_reason == "stop" and stopped.choices[0].message.content == "some "
+
+
+def test_a_conversation_that_outgrows_its_room_is_refused_and_its_response_is_truncated() -> None:
+    class Small(Talking):
+        """Has a context of 40 tokens, which is less than the run would allow."""
+
+        async def generate(self, request: Any) -> Any:
+            if len((await request.json())["input_ids"]) > 40:
+                return web.Response(status=400, text="longer than the model's context length")
+            return await super().generate(request)
+
+    async def program(task: AgentTask) -> str:
+        async with client_of(task) as client:
+            text = await ask(client, [user("go")])
+            with pytest.raises(openai.BadRequestError) as refused:
+                await ask(client, [user("go"), assistant(text), user("x" * 50)])
+            assert refused.value.code == "context_length_exceeded"
+            return text
+
+    for engine, room in ((Talking(), 30), (Small(), 1000)):
+        with serving(engine) as url:
+            rollout = draw(url, program, max_response_tokens=room)
+        (sample,) = samples_of(rollout)
+        assert (sample.finish_reason, sample.reward) == ("length", 1.0)
+        assert sample.response_tokens.tolist() == engine.answers[0]
 
 
 def test_the_runs_own_temperature_is_used_whatever_a_program_asks_for() -> None:
