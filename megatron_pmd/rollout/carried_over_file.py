@@ -125,11 +125,13 @@ def _part(row: dict[str, Any], problem: Problem) -> Trajectory:
         )
         for turn in row["turns"]
     ]
-    return Trajectory(
+    part = Trajectory(
         problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
         row["stopped"], _recorded(row["routed_experts"], row["routed_experts_shape"]),
-        own_prompt=None if row["own_prompt"] is None else tuple(row["own_prompt"]),
     )  # fmt: skip
+    if row["own_prompt"] is not None:
+        part.own_prompt = tuple(row["own_prompt"])
+    return part
 
 
 def _recorded(data: bytes | None, shape: list[int] | None) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import uvloop
 
-from megatron_pmd.config import Repetition, RunConfig
+from megatron_pmd.config import Repetition, Rollout, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
 from megatron_pmd.processes import connections_possible
@@ -48,9 +48,8 @@ class Sampler:
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
     max_turns: int = 1
     repetition: Repetition | None = None
-    function: RolloutFunction = single_turn
-    agent: Agent | None = None
-    """In the place of the function."""
+    function: RolloutFunction | Agent = single_turn
+    """What makes a response."""
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
@@ -76,10 +75,7 @@ class Sampler:
             routing_width=routing_width if config.actor.experts.replay_routing else 0,
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
-            function=rollout_function(sampling.function),
-            agent=Agent.of(sampling.agent, tokenizer, config.batch.max_prompt_tokens)
-            if sampling.agent
-            else None,
+            function=maker_of(sampling, tokenizer, config.batch.max_prompt_tokens),
             interrupted=interrupted,
         )
 
@@ -111,6 +107,16 @@ class Sampler:
         while not rollout.may_end and not self.interrupted():
             await _Draw(self, rollout, on_sample, newest_version, None).run()
         rollout.check()
+
+
+def maker_of(settings: Rollout, tokenizer: Any, max_prompt_tokens: int) -> RolloutFunction | Agent:
+    """What rollout.function or rollout.agent names. ConfigError if it cannot be loaded.
+
+    max_prompt_tokens: of a trajectory of the agent.
+    """
+    if settings.agent is not None:
+        return Agent.of(settings.agent, tokenizer, max_prompt_tokens)
+    return rollout_function(settings.function)
 
 
 class _Draw:
@@ -148,7 +154,7 @@ class _Draw:
     async def run(self) -> None:
         async with AsyncExitStack() as opened:
             self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
-            if self._sampler.agent is not None:
+            if isinstance(self._sampler.function, Agent):
                 self._server = await opened.enter_async_context(AgentServer())
             try:
                 async with asyncio.TaskGroup() as self._tasks:
@@ -226,13 +232,13 @@ class _Draw:
     async def _finish(self, group: Group, member: Trajectory) -> None:
         """The rest of one response, and its grade. ResponseStopped if it waits for a later iteration."""
         sampler, error = self._sampler, None
-        if sampler.agent is None:
-            graded, response = await self._by_function(group, member)
-        else:
-            graded, error = await self._by_agent(group, member, sampler.agent)
+        if isinstance(sampler.function, Agent):
+            graded, error = await self._by_agent(group, member, sampler.function)
             for part in member.branches:
                 part.response = self._text(part)
             response = self._text(member)
+        else:
+            graded, response = await self._by_function(group, member, sampler.function)
         if error is None:
             submitted = sampler.grader.submit(graded, group.problem, member.truncated)
             verdict = await asyncio.wrap_future(submitted)
@@ -241,13 +247,15 @@ class _Draw:
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
 
-    async def _by_function(self, group: Group, member: Trajectory) -> tuple[str, str]:
+    async def _by_function(
+        self, group: Group, member: Trajectory, function: RolloutFunction
+    ) -> tuple[str, str]:
         """The text to be graded, and all of the response."""
         sampler = self._sampler
         episode = Episode(
             member, self._sampling, self._client, sampler.tokenizer, self._rollout.accounts, group.key
         )
-        graded = await self._called(episode)
+        graded = await self._called(function, episode)
         episode.close()
         if not member.turns or not isinstance(graded, str):
             raise RolloutError(
@@ -280,11 +288,11 @@ class _Draw:
         )
         return text
 
-    async def _called(self, episode: Episode) -> Any:
+    async def _called(self, function: RolloutFunction, episode: Episode) -> Any:
         """What the rollout function returns. A request of it that failed is raised, whatever it did then."""
         failure: Exception | None
         try:
-            graded, failure = await self._sampler.function(episode), None
+            graded, failure = await function(episode), None
         except Exception as error:
             graded, failure = None, error
         if episode.failure is not None:

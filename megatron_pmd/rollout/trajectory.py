@@ -74,9 +74,9 @@ class Trajectory:
     """As in Sample, of the engine's last answer: of all tokens it was asked with and gave, but the last."""
     refused: bool = False
     """The engines will not answer its prompt: it stays without a response."""
-    own_prompt: tuple[int, ...] | None = None
+    own_prompt: tuple[int, ...] | None = field(default=None, init=False)
     """The tokens that an agent's program began with; None: the problem's."""
-    branches: list[Trajectory] = field(default_factory=list)
+    branches: list[Trajectory] = field(default_factory=list, init=False)
     """Further trajectories of the same episode (docs/agents.md), which share its reward."""
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_pmd.data.prompts import sample_seed
@@ -103,9 +103,8 @@ class AgentEpisode:
         self._note_rewritten(request)
         place, number = self._place(request), self._asked
         self._asked += 1
-        turn = Turn()
-        before = place.trajectory
-        candidate = replace(before, turns=[*before.turns, turn])
+        candidate, turn = place.trajectory, Turn()
+        candidate.turns.append(turn)
         task = asyncio.current_task()
         assert task is not None, "a request is answered in a task"
         self._answering.add(task)
@@ -119,7 +118,7 @@ class AgentEpisode:
             raise
         finally:
             self._answering.discard(task)
-        self._enter(place, candidate, request, answer)
+        self._enter(place, request, answer)
         return answer, turn
 
     def note_undelivered(self, turn: Turn) -> None:
@@ -211,7 +210,9 @@ class AgentEpisode:
     ) -> Trajectory:
         member = self._member
         turns = [*turns, Turn.insertion(added)] if added else list(turns)
-        return Trajectory(member.problem, member.number, member.seed, turns, own_prompt=own_prompt)
+        begun = Trajectory(member.problem, member.number, member.seed, turns)
+        begun.own_prompt = own_prompt
+        return begun
 
     def _refuse_without_room(self, place: _Place) -> None:
         if place.trajectory.length >= self._sampling.most_tokens(place.trajectory):
@@ -266,8 +267,9 @@ class AgentEpisode:
         name = f"{self._member.seed:x}-{number}"
         return ChatAnswer(name, words, finish, context, len(turn.tokens))
 
-    def _enter(self, place: _Place, candidate: Trajectory, request: ChatRequest, answer: ChatAnswer) -> None:
+    def _enter(self, place: _Place, request: ChatRequest, answer: ChatAnswer) -> None:
         """The answer is made: it becomes part of the episode."""
+        candidate = place.trajectory
         keys = [message.key for message in request.messages]
         own = ChatRequest.read({"messages": [answer.message]}).messages[0].key
         at = {len(keys): len(candidate.turns) - 1}

@@ -133,8 +133,8 @@ def draw(
 ) -> RolloutGroups:
     """A rollout by this program; changes: of the sampler."""
     rollout = rollout or rollout_for(0, problems=[problem()], samples_per_prompt=samples_per_prompt)
-    settings: dict[str, Any] = {"timeout_seconds": 20.0, "max_prompt_tokens": 400} | (agent or {})
+    settings: dict[str, Any] = {"timeout_seconds": 120.0, "max_prompt_tokens": 400} | (agent or {})
     made = Agent(function=function, reader=settings.pop("reader", OutputReader(tokenizer())), **settings)
     sampler = sampler_for(url, max_turns=9, **changes)
-    replace(sampler, tokenizer=tokenizer(), stop_tokens=[END], agent=made).run(rollout)
+    replace(sampler, tokenizer=tokenizer(), stop_tokens=[END], function=made).run(rollout)
     return rollout
