@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from megatron_pmd.plugins import did_you_mean
@@ -59,7 +60,7 @@ class Message:
     def role(self) -> str:
         return str(self.fields["role"])
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for messages that say the same.
 
@@ -233,7 +234,7 @@ class ChatAnswer:
             deltas += [{key: message[key]}] if message.get(key) else []
         for index, call in enumerate(message.get("tool_calls", ())):
             deltas.append({"tool_calls": [{"index": index, **call}]})
-        chunks = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        chunks: list[dict[str, Any]] = [{"index": 0, "delta": d, "finish_reason": None} for d in deltas]
         chunks.append({"index": 0, "delta": {}, "finish_reason": self.finish_reason})
         for chunk in chunks:
             yield self._event({"choices": [chunk]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import re
 import time
@@ -359,6 +360,12 @@ def test_turns_beyond_the_limit_and_requests_after_the_end_are_refused() -> None
 
 
 def test_an_answer_that_was_not_waited_for_or_not_read_is_not_trained_on() -> None:
+    begun: list[asyncio.Task[None]] = []
+
+    async def never_heard(task: AgentTask) -> None:
+        with contextlib.suppress(openai.APIError):
+            await ask(client_of(task), [user("slow")])
+
     class Slow(Talking):
         async def generate(self, request: Any) -> Any:
             body = await request.json()
@@ -374,10 +381,13 @@ def test_an_answer_that_was_not_waited_for_or_not_read_is_not_trained_on() -> No
                 async with asyncio.timeout(0.1):
                     await session.post(f"{task.base_url}/chat/completions", json=body)
         await asyncio.sleep(0.4)  # the engine has its answer then, and nobody who wants it
+        begun.append(asyncio.create_task(never_heard(task)))
+        await asyncio.sleep(0.1)
         return text
 
     with serving(Slow()) as url:
         (sample,) = samples_of(draw(url, program))
+        time.sleep(0.4)  # for the engine, to end what nobody waits for
     assert sample.branch == 0 and len(counted_text(sample)) == 1
 
 
