@@ -29,9 +29,9 @@ class AgentTask:
     base_url: str
     """Of an OpenAI-compatible endpoint that is this episode's alone."""
     api_key: str
-    model: str = MODEL
-    timeout_seconds: float = 0.0
+    timeout_seconds: float
     """rollout.agent.timeout_seconds: the program is ended then."""
+    model: str = MODEL
 
 
 AgentFunction = Callable[[AgentTask], Awaitable[str]]
@@ -65,7 +65,7 @@ class Agent:
         Raises what ended one of its requests without its fault, and ResponseStopped when the rollout ends
         before it.
         """
-        task = AgentTask(problem, address.base_url, address.api_key, timeout_seconds=self.timeout_seconds)
+        task = AgentTask(problem, address.base_url, address.api_key, self.timeout_seconds)
         program = asyncio.ensure_future(self.function(task))
         watched = [asyncio.ensure_future(episode.failed.wait()), asyncio.ensure_future(client.stopped.wait())]
         try:
