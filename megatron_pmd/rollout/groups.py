@@ -79,7 +79,7 @@ class Accounts:
     """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     """By the same reasons. Without their response: `begun_anew`, `not_delivered` (docs/agents.md)."""
-    agents: Counter[str] = field(default_factory=Counter)
+    agents: Counter[str] = field(default_factory=Counter, init=False)
     """What became of the turns that agents' programs asked for: see rollout/conversations.py."""
     filter_passed: int = 0
     """Groups that the filter would have dropped beyond its limit."""
