@@ -237,6 +237,8 @@ class Actor:
         counted = torch.from_numpy(batch.tokens.counted)
         advantages = torch.from_numpy(batch.samples.advantages).float()
         taus = torch.from_numpy(batch.samples.taus)
+        given = batch.tokens.teacher_log_probs
+        teacher = None if given is None else torch.from_numpy(given)
         sums = _StepSums()
 
         def loss(
@@ -252,6 +254,7 @@ class Actor:
                 sequence=microbatch.sequence,
                 advantages=on_device(advantages[microbatch.samples], logits.device),
                 tau=on_device(taus[microbatch.samples], logits.device),
+                teacher_log_probs=None if teacher is None else on_device(teacher[source], logits.device),
             )
             if microbatch.supervised:
                 assert examples is not None

@@ -47,7 +47,7 @@ from megatron_pmd.config.run import (
     StopAfter,
     WarmStart,
 )
-from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel, Service, Teacher
 
 __all__ = [
     "OBJECTIVES",
@@ -91,10 +91,12 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Schedule",
+    "Service",
     "Source",
     "Stage",
     "StopAfter",
     "Sync",
+    "Teacher",
     "TrainingSource",
     "WarmStart",
     "build",

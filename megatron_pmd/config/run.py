@@ -124,7 +124,9 @@ class RunConfig(Frozen):
             rounds += self.batch.max_response_tokens // sampling.repetition.window_tokens
         if sampling.group_filter:
             rounds *= 1 + sampling.group_filter.max_dropped
-        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1)
+        teacher = self.algorithm.teacher
+        scoring = teacher.timeout_seconds * (teacher.retries + 1) if teacher else 0.0
+        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1) + scoring
 
     @property
     def longest_silence_seconds(self) -> float:
@@ -234,6 +236,7 @@ class RunConfig(Frozen):
         self.algorithm.check(self.batch.samples_per_prompt)
         self._check_anchor()
         self._check_supervision()
+        self._check_teacher()
         self._check_servers()
         if self.ranks_per_engine < self.devices_per_engine or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
@@ -347,6 +350,22 @@ class RunConfig(Frozen):
                 "algorithm.anchor=engine with rollout.partial: the engines' log-probabilities of an earlier "
                 "segment are of earlier weights, not of π_t; set rollout.partial.count_earlier_segments to "
                 "false, or algorithm.anchor to trainer"
+            )
+
+    def _check_teacher(self) -> None:
+        if self.algorithm.teacher is None:
+            return
+        if self.rollout.temperature != 1 or self.rollout.temperature_schedule:
+            raise ConfigError(
+                f"algorithm.teacher with rollout.temperature={self.rollout.temperature:g}"
+                + (" and a schedule of it" if self.rollout.temperature_schedule else "")
+                + ": SGLang gives a teacher's log-probabilities at temperature 1, and the policy would learn "
+                "them at another; set rollout.temperature=1 and rollout.temperature_schedule=null"
+            )
+        if self.rollout.group_filter and self.rollout.group_filter.drop_equal_rewards:
+            raise ConfigError(
+                "algorithm.teacher with rollout.group_filter.drop_equal_rewards: the teacher tells responses "
+                "of equal rewards apart; set it to false"
             )
 
     def _check_supervision(self) -> None:

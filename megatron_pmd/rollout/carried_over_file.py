@@ -48,6 +48,7 @@ SCHEMA = pa.schema(
         ("stopped", pa.string()),
         ("routed_experts", pa.binary()),
         ("routed_experts_shape", pa.list_(pa.int32())),
+        ("teacher_log_probs", pa.list_(pa.float32())),
     ]
 )
 
@@ -97,6 +98,7 @@ def _row(group: Group, member: Trajectory) -> dict[str, Any]:
         "reward_error": member.reward_error, "stopped": member.stopped,
         "routed_experts": None if recorded is None else recorded.tobytes(),
         "routed_experts_shape": None if recorded is None else recorded.shape,
+        "teacher_log_probs": member.teacher_log_probs,
     }  # fmt: skip
 
 
@@ -113,6 +115,7 @@ def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
     return Trajectory(
         problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
         row["stopped"], _recorded(row["routed_experts"], row["routed_experts_shape"]),
+        None if row["teacher_log_probs"] is None else np.array(row["teacher_log_probs"], np.float32),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.teacher import TeacherClient, endpoint_of
 from megatron_pmd.rollout.trajectory import Trajectory
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
@@ -46,6 +47,8 @@ class Sampler:
     function: RolloutFunction = single_turn
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
+    teacher: Endpoint | None = None
+    """Who scores the tokens of responses that are trained on."""
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class Sampler:
             repetition=sampling.repetition,
             function=rollout_function(sampling.function),
             interrupted=interrupted,
+            teacher=endpoint_of(config.algorithm.teacher) if config.algorithm.teacher else None,
         )
 
     def run(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
@@ -127,11 +131,15 @@ class _Draw:
             repetition=sampler.repetition,
             routing_width=sampler.routing_width,
         )
+        self._teacher: TeacherClient | None = None
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        async with GenerateClient(self._sampler.endpoint) as self._client:
+        async with AsyncExitStack() as opened:
+            self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
+            if self._sampler.teacher and self._rollout.settings.scored:
+                self._teacher = await opened.enter_async_context(TeacherClient(self._sampler.teacher))
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())
@@ -220,7 +228,11 @@ class _Draw:
                 "return the text to be graded"
             )
         truncated = member.finish_reason == "length"
-        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem, truncated))
+        grading = sampler.grader.submit(graded, group.problem, truncated)
+        if self._teacher:
+            prompt = len(group.problem.tokens)
+            member.teacher_log_probs = await self._teacher.log_probs(member.tokens, prompt, group.key)
+        verdict = await asyncio.wrap_future(grading)
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         response = episode.response_text
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
