@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_pmd.actor.actor import AnchorReport
 from megatron_pmd.batch import RolloutBatch
-from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
-from megatron_pmd.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megatron_pmd.actor.actor import AnchorReport
+    from megatron_pmd.training.state import Iteration
+    from megatron_pmd.training.trainer import Trainer
 
 LogRatios = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Numbers of samples, and of each: Σ d over its counted tokens, d = log π_T − log π_t, and Σ |d|; nats."""

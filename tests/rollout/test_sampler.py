@@ -65,7 +65,13 @@ def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.
 def rollout_for(groups: int, **changes: Any) -> RolloutGroups:
     """Of so many problems, or of `problems`, in groups of 4; changes: of any of its settings and rules."""
     settings: dict[str, Any] = dict(
-        samples_per_prompt=4, iteration=0, weight_version=0, temperature=1.0, top_p=1.0, run_seed=0
+        samples_per_prompt=4,
+        iteration=0,
+        weight_version=0,
+        temperature=1.0,
+        top_p=1.0,
+        run_seed=0,
+        scored=False,
     )
     rules: dict[str, Any] = {}
     others: dict[str, Any] = {"problems": [problem(i) for i in range(groups)]}
