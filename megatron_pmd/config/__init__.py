@@ -48,6 +48,7 @@ from megatron_pmd.config.run import (
     WarmStart,
 )
 from megatron_pmd.config.services import Judge, RemoteReward, RewardModel, Service, Teacher
+from megatron_pmd.config.trackers import Mlflow, Trackers, Wandb
 
 __all__ = [
     "OBJECTIVES",
@@ -75,6 +76,7 @@ __all__ = [
     "LengthReward",
     "Lora",
     "MismatchWeight",
+    "Mlflow",
     "Model",
     "Objective",
     "Optimizer",
@@ -97,7 +99,9 @@ __all__ = [
     "StopAfter",
     "Sync",
     "Teacher",
+    "Trackers",
     "TrainingSource",
+    "Wandb",
     "WarmStart",
     "build",
     "data_of_file",

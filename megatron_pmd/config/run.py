@@ -12,6 +12,7 @@ from megatron_pmd.config.data import Data, Evaluation, ProblemSource, Reward, St
 from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
+from megatron_pmd.config.trackers import Trackers
 from megatron_pmd.errors import ConfigError, LayoutError
 
 StopAfter = Literal["rollout"]
@@ -102,6 +103,7 @@ class RunConfig(Frozen):
     alarms: Alarms = Alarms()
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
+    trackers: Trackers = Trackers()
 
     @property
     def ranks_per_engine(self) -> int:

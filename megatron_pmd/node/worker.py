@@ -194,11 +194,13 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remar
     """
     from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.engine.lengths import check_lengths
+    from megatron_pmd.observe.trackers import check_trackers
     from megatron_pmd.rewards.grading import grading
     from megatron_pmd.rollout.teacher import check_teacher
     from megatron_pmd.rollout_file import check_rollouts
 
     config, control = start.config, start.control
+    control.on_driver(lambda: check_trackers(config.trackers))
     if start.spec.replay is not None:
         replay, to_train = Path(start.spec.replay), range(saved["iteration"], config.iterations)
         scored = config.algorithm.teacher is not None

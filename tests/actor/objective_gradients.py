@@ -41,8 +41,8 @@ EXAMPLE_WEIGHT = 0.7
 SAMPLED = 12
 """Of the sixteen samples; the others are the supervised examples of WITH_EXAMPLES."""
 
-RATES = [2e-3] * 40 + [5e-4] * 20
-"""Learning rates of a student's steps."""
+RATES, STUDIED = [4e-3] * 25 + [1e-3] * 10, 4
+"""Learning rates of a student's steps, and on how many of the samples it takes them."""
 
 Gradients = dict[str, tuple[float, dict[str, torch.Tensor]]]
 
@@ -53,7 +53,7 @@ def distances(trial: Any) -> list[float]:
     On the same responses all the time: as they are sampled by neither, this is as far off-policy as it gets.
     """
     actor, batch = trial.actor, trial.batch
-    microbatches = actor.microbatches(batch, np.arange(SAMPLED))
+    microbatches = actor.microbatches(batch, np.arange(STUDIED))
     anchor = actor.log_probs(batch, microbatches).log_probs
     for rate in RATES:
         actor.update(batch, microbatches, anchor, OBJECTIVES["distillation"], rate)
