@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron_pmd.config import RunConfig, Trackers
+from megatron_pmd.config import RunConfig, Trackers, override
 from megatron_pmd.errors import MissingPackage, PmdError
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.trackers import check_trackers
 from megatron_pmd.outcome import RunOutcome, Status
+from recipes import recipe
 from tests.observe.synthetic_run import STEPS, make_config, run_iterations
+from tests.test_tutorials import blocks
 
 ALL = {
     "tensorboard": True,
@@ -148,3 +150,18 @@ def test_a_server_that_does_not_answer_is_named_at_the_first_line(
 def test_trackers_may_change_at_a_resume(tmp_path: Path) -> None:
     Journal.open(tmp_path / "run", make_config(trackers={"tensorboard": True}), 0).close()
     Journal.open(tmp_path / "run", make_config(), 1).close()
+
+
+def test_the_page_turns_on_each_tracker_with_the_settings_that_it_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_pmd.cli.main import app
+
+    [commands] = [block.text for block in blocks("docs/trackers.md") if block.language == "bash"]
+    for command in commands.splitlines():
+        program, *words = command.split()
+        assert program == "megatron-pmd"
+        app(words, standalone_mode=False)
+        config = override(recipe("tiny_moe_cpu"), words[2:])
+        assert config.trackers != Trackers(), command
+    assert "tiny_moe_cpu" in capsys.readouterr().out
