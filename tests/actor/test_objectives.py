@@ -26,8 +26,8 @@ def single(models: Path):
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def parallel(request, models: Path):
-    given = dict(path=models / "llama", layout=LAYOUTS[request.param], teacher=models / "qwen2")
-    return launch("objectives", ranks=4, **given)[0]
+    layout = LAYOUTS[request.param]
+    return launch("objectives", ranks=4, path=models / "llama", layout=layout, teacher=models / "qwen2")[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

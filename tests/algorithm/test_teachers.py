@@ -77,13 +77,13 @@ def test_over_responses_of_two_tokens_the_minimum_is_the_teacher_at_every_prefix
     responses = [*longer, [(0, 2)]]
     rows, columns = torch.tensor([step for response in responses for step in response]).T
     sequence = torch.tensor([i for i, response in enumerate(responses) for _ in response])
-    weights = torch.stack([sum(anchors[step] for step in response) for response in responses]).exp()
+    weights = torch.stack([torch.stack([anchors[s] for s in response]).sum() for response in responses]).exp()
     assert weights.sum().item() == pytest.approx(1)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        of = [table[rows, columns] for table in (logits.log_softmax(-1), anchors, anchors, teachers)]
+        new, anchor, given = (table[rows, columns] for table in (logits.log_softmax(-1), anchors, teachers))
         ones = torch.ones(len(responses))
-        x = LossInput(*of[:3], torch.ones(len(rows)), sequence, ones, ones, of[3])
+        x = LossInput(new, anchor, anchor, torch.ones(len(rows)), sequence, ones, ones, given)
         return evaluated("distillation", x, form=form, normaliser="none", mismatch=lambda _: weights).sum
 
     found = minimised(anchors, loss).log_softmax(-1)

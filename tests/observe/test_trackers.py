@@ -120,7 +120,7 @@ def test_wandb_writes_the_parts_of_a_resumed_run_under_one_id(resumed: Path) -> 
         }
         if "iteration/reward" in line:
             rows[line["iteration/iteration"]] = line["iteration/reward"]
-        tables += "iteration/samples" in line
+        tables += "iteration/samples/_type" in line
     [(found, project, name)] = ids
     assert (project, name) == ("tests", "synthetic") and found == (resumed / "wandb_id.txt").read_text()
     assert len(files) == 2 and tables == 4

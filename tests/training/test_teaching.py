@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_pmd.batch import NOT_SAMPLED, RolloutBatch, Sample, Segment
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.errors import ConfigError
+from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.subproblem import Subproblem
-from megatron_pmd.training.teaching import log_ratios, together
+from megatron_pmd.training.teaching import log_ratios, taught, together
 from recipes import recipe
 
 TEACHER = ["algorithm.teacher.url=http://here", "rollout.temperature=1", "algorithm.tau=0.5"]
@@ -42,7 +45,8 @@ def expected() -> list[float]:
     """Σ log π_T − log π_t of each response's counted tokens."""
     counted = [np.array([True, False, False, True]), *(np.ones(n, bool) for n in LENGTHS[1:])]
     return [
-        float((s.teacher_log_probs - a)[c].sum()) for s, a, c in zip(SAMPLES, ANCHORS, counted, strict=True)
+        float((np.asarray(s.teacher_log_probs) - a)[c].sum())
+        for s, a, c in zip(SAMPLES, ANCHORS, counted, strict=True)
     ]
 
 
@@ -80,6 +84,22 @@ def test_the_log_ratios_are_those_of_all_counted_tokens_under_any_layout(
     assert logged["teacher/kl"] == pytest.approx(-sum(expected()) / 4, rel=1e-5)
     assert logged["teacher/kl/per_token"] == pytest.approx(-sum(expected()) / 11, rel=1e-5)
     assert logged["teacher/mean_abs"] >= abs(logged["teacher/kl/per_token"])
+
+
+def test_an_iteration_takes_its_log_ratios_from_the_anchor_and_logs_them() -> None:
+    def run_with(config: RunConfig) -> Any:
+        return SimpleNamespace(config=config, control=SimpleNamespace(all_gather=lambda value: [value]))
+
+    batch = RolloutBatch.pack(SAMPLES, 1.0)
+    anchor = np.zeros(len(batch.tokens), np.float32)
+    for i, values in enumerate(ANCHORS):
+        anchor[batch.tokens.offsets[i + 1] - LENGTHS[i] : batch.tokens.offsets[i + 1]] = values
+    report: Any = SimpleNamespace(log_probs=torch.from_numpy(anchor))
+    iteration = Iteration(0, left_over=[])
+    found = taught(run_with(config_with("algorithm.objective=distillation")), iteration, batch, report)
+    np.testing.assert_allclose(found.samples.advantages, 0.5 * np.array(expected()), rtol=1e-5)
+    assert found.tokens is batch.tokens and set(iteration.values) >= {"teacher/kl", "teacher/mean_abs"}
+    assert taught(run_with(recipe("tiny_moe_cpu")), iteration, batch, report) is batch
 
 
 def test_with_a_reward_the_group_shares_one_baseline_of_reward_and_teacher() -> None:
