@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,8 +47,6 @@ class Sampler:
     function: RolloutFunction = single_turn
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
-    teacher: Endpoint | None = None
-    """Who scores the tokens of responses that are trained on."""
 
     @classmethod
     def of(
@@ -62,9 +60,9 @@ class Sampler:
         interrupted: Callable[[], bool],
     ) -> Sampler:
         """As a run's configuration has it; routing_width: of its model, used where routing is replayed."""
-        sampling = config.rollout
+        sampling, teacher = config.rollout, config.algorithm.teacher
         return cls(
-            endpoint=endpoint,
+            endpoint=replace(endpoint, teacher=endpoint_of(teacher) if teacher else None),
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, config.model.path),
             max_response_tokens=config.batch.max_response_tokens,
@@ -74,7 +72,6 @@ class Sampler:
             repetition=sampling.repetition,
             function=rollout_function(sampling.function),
             interrupted=interrupted,
-            teacher=endpoint_of(config.algorithm.teacher) if config.algorithm.teacher else None,
         )
 
     def run(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
@@ -137,9 +134,10 @@ class _Draw:
 
     async def run(self) -> None:
         async with AsyncExitStack() as opened:
-            self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
-            if self._sampler.teacher and self._rollout.settings.scored:
-                self._teacher = await opened.enter_async_context(TeacherClient(self._sampler.teacher))
+            endpoint = self._sampler.endpoint
+            self._client = await opened.enter_async_context(GenerateClient(endpoint))
+            if endpoint.teacher and self._rollout.settings.scored:
+                self._teacher = await opened.enter_async_context(TeacherClient(endpoint.teacher))
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())

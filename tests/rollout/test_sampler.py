@@ -56,8 +56,9 @@ def problem(index: int) -> Problem:
 
 def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.0, **changes: Any) -> Sampler:
     endpoint = Endpoint(
-        url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True
-    )
+        url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True,
+        teacher=changes.pop("teacher", None),
+    )  # fmt: skip
     settings: dict[str, Any] = {"max_response_tokens": 1000} | changes
     return Sampler(endpoint, Numbers(), [STOP_TOKEN], grader=Grading(score), **settings)
 
