@@ -90,7 +90,7 @@ def test_an_iteration_takes_its_log_ratios_from_the_anchor_and_logs_them() -> No
     def run_with(config: RunConfig) -> Any:
         return SimpleNamespace(config=config, control=SimpleNamespace(all_gather=lambda value: [value]))
 
-    batch = RolloutBatch.pack(SAMPLES, 1.0)
+    batch = RolloutBatch.pack([replace(sample, tau=0.5) for sample in SAMPLES], 1.0)
     anchor = np.zeros(len(batch.tokens), np.float32)
     for i, values in enumerate(ANCHORS):
         anchor[batch.tokens.offsets[i + 1] - LENGTHS[i] : batch.tokens.offsets[i + 1]] = values
