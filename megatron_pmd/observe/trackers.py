@@ -144,6 +144,7 @@ class WeightsAndBiases(Tracker):
     """A run of W&B; offline, `wandb sync` joins the parts that several starts have written."""
 
     def __init__(self, folder: Path, config: RunConfig, settings: Wandb) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else offline, too, it writes home of errors
         import wandb
 
         self._wandb, known = wandb, _read_id(folder / WANDB_ID)
@@ -183,6 +184,7 @@ class MlflowTracker(Tracker):
         # MLflow 3.17 refuses to write files unless it is told (tracking/_tracking_service/utils.py); its
         # databases need packages that mlflow-skinny does not bring
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else it writes home of its use
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
