@@ -68,17 +68,18 @@ def check_trackers(trackers: Trackers) -> None:
 
 
 class TrackerSet:
-    """All trackers that are on, opened when the first line is logged."""
+    """All trackers that are on."""
 
     def __init__(self, folder: Path, config: RunConfig, logged: dict[str, int]) -> None:
-        """folder: the run's. logged: the last place of each kind of line; a resumed run goes on behind it."""
+        """folder: the run's. logged: the last place of each kind of line; a resumed run goes on behind it.
+
+        PmdError where a record cannot be opened.
+        """
         self._folder, self._config, self._logged = folder, config, logged
-        self._opened: list[Tracker] | None = None
+        self._opened = list(self._open())
 
     def log(self, kind: str, line: JsonObject) -> None:
         """The numbers of a line of metrics.jsonl, and samples of the file that it is about."""
-        if self._opened is None:
-            self._opened = list(self._open())
         if not self._opened:
             return
         place = line[AXIS[kind]]
@@ -87,12 +88,17 @@ class TrackerSet:
             for key, value in line.items()
             if key not in PLACES and isinstance(value, (int, float))
         }
-        samples = self._folder / SAMPLES.get(kind, "") / f"{place}.parquet"
-        table = table_of_samples(samples, self._config.trackers.sampled_groups) if samples.is_file() else None
+        table = self._table(kind, place)
         for tracker in self._opened:
             tracker.log(kind, place, values)
             if table:
                 tracker.show(kind, place, table)
+
+    def _table(self, kind: str, place: int) -> Table | None:
+        if kind not in SAMPLES:
+            return None
+        file = self._folder / SAMPLES[kind] / f"{place}.parquet"
+        return table_of_samples(file, self._config.trackers.sampled_groups) if file.is_file() else None
 
     def _open(self) -> Iterator[Tracker]:
         trackers = self._config.trackers
@@ -104,7 +110,7 @@ class TrackerSet:
             yield MlflowTracker(self._folder, self._config, trackers.mlflow)
 
     def close(self) -> None:
-        for tracker in self._opened or ():
+        for tracker in self._opened:
             tracker.close()
         self._opened = []
 

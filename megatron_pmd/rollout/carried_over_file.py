@@ -112,11 +112,13 @@ def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
         )
         for turn in row["turns"]
     ]
-    return Trajectory(
+    member = Trajectory(
         problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
         row["stopped"], _recorded(row["routed_experts"], row["routed_experts_shape"]),
-        None if row["teacher_log_probs"] is None else np.array(row["teacher_log_probs"], np.float32),
     )  # fmt: skip
+    if row["teacher_log_probs"] is not None:
+        member.teacher_log_probs = np.array(row["teacher_log_probs"], np.float32)
+    return member
 
 
 def _recorded(data: bytes | None, shape: list[int] | None) -> np.ndarray | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_pmd.config import RunConfig, Trackers, override
+from megatron_pmd.config import Trackers, override
 from megatron_pmd.errors import MissingPackage, PmdError
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.trackers import check_trackers
@@ -136,15 +136,13 @@ def test_a_tracker_without_its_package_is_named_with_what_installs_it(
     check_trackers(Trackers())
 
 
-def test_a_server_that_does_not_answer_is_named_at_the_first_line(
+def test_a_server_that_does_not_answer_is_named_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    config: RunConfig = make_config(trackers={"mlflow": {"experiment": "x", "uri": "http://127.0.0.1:9"}})
-    journal = Journal.open(tmp_path / "run", config, 0)
+    config = make_config(trackers={"mlflow": {"experiment": "x", "uri": "http://127.0.0.1:9"}})
     with pytest.raises(PmdError, match=r"trackers\.mlflow: the record cannot be opened: .*a network"):
-        journal.log("step", {"global_step": 0})
-    journal.close()
+        Journal.open(tmp_path / "run", config, 0)
 
 
 def test_trackers_may_change_at_a_resume(tmp_path: Path) -> None:
