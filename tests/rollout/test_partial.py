@@ -194,7 +194,8 @@ def test_carried_over_responses_survive_a_checkpoint(tmp_path):
         group.problem = replace(group.problem, source="sums")
         for member in group.members:
             member.problem = group.problem
-            member.teacher_log_probs = -member.log_probs if member.finished else None
+            if member.finished:
+                member.teacher_log_probs = -member.log_probs
     write_carried_over(tmp_path, first.left_over)
     read = read_carried_over(tmp_path, of_key)
     assert {group.problem.source for group in read} == {"", "sums"}
