@@ -41,14 +41,10 @@ from megatron_pmd.config.rollout import (
     Rollout,
     Sync,
 )
-from megatron_pmd.config.run import (
-    Batch,
-    Checkpoint,
-    RunConfig,
-    StopAfter,
-    WarmStart,
-)
-from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
+from megatron_pmd.config.run import RunConfig, StopAfter
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel, Service, Teacher
+from megatron_pmd.config.trackers import Mlflow, Trackers, Wandb
+from megatron_pmd.config.training import Batch, Checkpoint, WarmStart
 
 __all__ = [
     "OBJECTIVES",
@@ -77,6 +73,7 @@ __all__ = [
     "LengthReward",
     "Lora",
     "MismatchWeight",
+    "Mlflow",
     "Model",
     "Objective",
     "Optimizer",
@@ -93,11 +90,15 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Schedule",
+    "Service",
     "Source",
     "Stage",
     "StopAfter",
     "Sync",
+    "Teacher",
+    "Trackers",
     "TrainingSource",
+    "Wandb",
     "WarmStart",
     "build",
     "data_of_file",

@@ -80,6 +80,13 @@ def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) 
     return [_prompt([r for r in rows if r["group"] == g], responses, limit) for g in groups]
 
 
+def table_of_samples(path: Path, groups: int) -> tuple[list[str], list[list[Any]]]:
+    """All responses to the first so many prompts of a file: names of the columns, and the rows."""
+    table = _read(path, COLUMNS, filters=[("group", "<", groups)])
+    rows = [finite(row) for row in table.to_pylist()]
+    return table.column_names, [[row[name] for name in table.column_names] for row in rows]
+
+
 def _prompt(rows: list[JsonObject], responses: int, limit: int) -> dict[str, Any]:
     ranked = sorted(rows, key=lambda r: (-(r["reward"] or 0.0), r["number"]))
     first, rewards = rows[0], _rewards(rows)

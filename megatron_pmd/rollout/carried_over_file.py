@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
         ("stopped", pa.string()),
         ("routed_experts", pa.binary()),
         ("routed_experts_shape", pa.list_(pa.int32())),
+        ("teacher_log_probs", pa.list_(pa.float32())),
     ]
 )
 
@@ -111,6 +112,7 @@ def _row(group: Group, member: Trajectory, branch: int) -> dict[str, Any]:
         "reward_error": member.reward_error, "stopped": member.stopped,
         "routed_experts": None if recorded is None else recorded.tobytes(),
         "routed_experts_shape": None if recorded is None else recorded.shape,
+        "teacher_log_probs": member.teacher_log_probs,
     }  # fmt: skip
 
 
@@ -131,6 +133,8 @@ def _part(row: dict[str, Any], problem: Problem) -> Trajectory:
     )  # fmt: skip
     if row["own_prompt"] is not None:
         part.own_prompt = tuple(row["own_prompt"])
+    if row["teacher_log_probs"] is not None:
+        part.teacher_log_probs = np.array(row["teacher_log_probs"], np.float32)
     return part
 
 

@@ -123,6 +123,8 @@ class DrawSettings:
     run_seed: int
     stream: str = "train"
     """Separates the seeds of training and evaluation."""
+    scored: bool = False
+    """Whether a teacher, where there is one, scores the responses."""
 
 
 @dataclass(frozen=True)
@@ -361,4 +363,5 @@ def _sample(
         reward_error=member.reward_error,
         segments=member.segments(counted_from),
         routed_experts=member.routed_experts,
+        teacher_log_probs=member.teacher_log_probs,
     )

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from megatron_pmd.rollout.agents.server import AgentServer
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.teacher import TeacherClient, endpoint_of
 from megatron_pmd.rollout.trajectory import Trajectory
 from megatron_pmd.rollout.turn_sampler import Sampling
 
@@ -65,9 +66,9 @@ class Sampler:
         interrupted: Callable[[], bool],
     ) -> Sampler:
         """As a run's configuration has it; routing_width: of its model, used where routing is replayed."""
-        sampling = config.rollout
+        sampling, teacher = config.rollout, config.algorithm.teacher
         return cls(
-            endpoint=endpoint,
+            endpoint=replace(endpoint, teacher=endpoint_of(teacher) if teacher else None),
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, config.model.path),
             max_response_tokens=config.batch.max_response_tokens,
@@ -143,6 +144,7 @@ class _Draw:
             repetition=sampler.repetition,
             routing_width=sampler.routing_width,
         )
+        self._teacher: TeacherClient | None = None
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
         possible = connections_possible()
@@ -153,7 +155,10 @@ class _Draw:
 
     async def run(self) -> None:
         async with AsyncExitStack() as opened:
-            self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
+            endpoint = self._sampler.endpoint
+            self._client = await opened.enter_async_context(GenerateClient(endpoint))
+            if endpoint.teacher and self._rollout.settings.scored:
+                self._teacher = await opened.enter_async_context(TeacherClient(endpoint.teacher))
             if isinstance(self._sampler.function, Agent):
                 self._server = await opened.enter_async_context(AgentServer())
             try:
@@ -239,11 +244,13 @@ class _Draw:
             response = self._text(member)
         else:
             graded, response = await self._by_function(group, member, sampler.function)
+        grading = None
         if error is None:
-            submitted = sampler.grader.submit(graded, group.problem, member.truncated)
-            verdict = await asyncio.wrap_future(submitted)
-        else:
-            verdict = Verdict(0.0, error)
+            grading = sampler.grader.submit(graded, group.problem, member.truncated)
+        if self._teacher:
+            prompt = len(group.problem.tokens)
+            member.teacher_log_probs = await self._teacher.log_probs(member.tokens, prompt, group.key)
+        verdict = await asyncio.wrap_future(grading) if grading else Verdict(0.0, error)
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
 

@@ -72,6 +72,8 @@ class Trajectory:
     """Why it was not finished when last worked on."""
     routed_experts: np.ndarray | None = None
     """As in Sample, of the engine's last answer: of all tokens it was asked with and gave, but the last."""
+    teacher_log_probs: np.ndarray | None = field(init=False, default=None)
+    """As in Sample, of a finished response."""
     refused: bool = False
     """The engines will not answer its prompt: it stays without a response."""
     own_prompt: tuple[int, ...] | None = field(default=None, init=False)

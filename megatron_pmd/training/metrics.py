@@ -122,7 +122,7 @@ def step_values(
     of_samples: dict[str, Any] = {
         "reward": batch.samples.rewards[samples],
         "group": batch.samples.groups[samples],
-        "baseline": subproblem.config.algorithm.baseline,
+        "baseline": subproblem.baseline,
         "tau": batch.samples.taus[samples],
     }
     values |= diagnostics(per_sequence, advantage=batch.samples.advantages[samples], **of_samples)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.algorithm.losses import Constants, Loss, loss_of
 from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
-from megatron_pmd.batch import RolloutBatch, Sample, by_response
+from megatron_pmd.batch import RolloutBatch, Sample, SampleColumns, by_response
 from megatron_pmd.config import ProblemSource, RunConfig, Schedule
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout.trajectory import Trajectory
@@ -83,15 +85,35 @@ class Subproblem:
                 for sample in parts:
                     sample.shaped_reward, sample.tau = float(reward), tau
         firsts = [parts[0] for parts in responses]
-        groups = [s.group for s in firsts]
-        values = advantages(
-            [s.shaped_reward for s in firsts], groups,
-            baseline=self.config.algorithm.baseline, tau=[s.tau for s in firsts],
-        )  # fmt: skip
-        values = self.config.algorithm.objective.advantages(values, groups)
+        values = self._advantages(
+            [s.shaped_reward for s in firsts], [s.group for s in firsts], [s.tau for s in firsts]
+        )
         for parts, value in zip(responses, values, strict=True):
             for sample in parts:
                 sample.advantage = float(value)
+
+    def _advantages(self, rewards: ArrayLike, groups: list[int], taus: ArrayLike) -> np.ndarray:
+        values = advantages(rewards, groups, baseline=self.config.algorithm.baseline, tau=taus)
+        return self.config.algorithm.objective.advantages(values, groups)
+
+    @property
+    def baseline(self) -> str:
+        """Whose optimum the advantages are of: a teacher's log-ratio is what it is, with Z = 1."""
+        return "partition" if self.config.algorithm.objective.distils else self.config.algorithm.baseline
+
+    def taught(self, known: SampleColumns, log_ratios: np.ndarray) -> SampleColumns:
+        """The samples with what the teacher adds to their rewards.
+
+        log_ratios: [samples] d = log π_T − log π_t of each response, nats; 0 for a supervised example.
+        An objective that distils has τ d for reward and advantage: its target log-ratio is A/τ = d.
+        """
+        teacher, taus = self.config.algorithm.teacher, known.taus
+        assert teacher is not None, "there are log-ratios to one"
+        if self.config.algorithm.objective.distils:
+            return dataclasses.replace(known, rewards=taus * log_ratios, advantages=taus * log_ratios)
+        rewards = known.rewards + taus * teacher.weight * log_ratios
+        values = self._advantages(rewards, known.groups.tolist(), taus)
+        return dataclasses.replace(known, rewards=rewards, advantages=values)
 
     def _shaped(
         self,
