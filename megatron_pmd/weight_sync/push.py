@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,21 @@ class WeightPush:
         self._token = secrets.token_hex(4)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
-    def push(self, export: ShardExport, version: int, *, serves: Sequence[int]) -> PushReport:
+    def push(
+        self,
+        export: ShardExport,
+        version: int,
+        *,
+        serves: Sequence[int],
+        before_load: Callable[[], None] = lambda: None,
+    ) -> PushReport:
         """Send every tensor to every engine and confirm the version.
 
-        Collective; the weights' memory must be resident in actor and engines.
+        Collective; the weights' memory must be resident in the actor.
         serves: the ranks that share their devices with the engine that this rank leads, in the order of the
         engine's own ranks; none: it leads none.
+        before_load: makes the engines ready to take weights, which are resident in them from then on. Called
+        on every rank, once the first bucket is full: engines that generate do so until then.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
         confirm.
         """
@@ -95,10 +104,14 @@ class WeightPush:
             self._make_device_buckets()
         export.begin()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
-        with self._clock("begin", memory=False):
-            self._control.on_all(self.transport.begin)
-            self.transport.connect()
-        self._send(export, plan, {"name": name})
+
+        def open_update() -> None:
+            before_load()
+            with self._clock("begin", memory=False):
+                self._control.on_all(self.transport.begin)
+                self.transport.connect()
+
+        self._send(export, plan, {"name": name}, open_update)
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
         with self._clock("confirm"):
@@ -183,7 +196,13 @@ class WeightPush:
             )
         return told
 
-    def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
+    def _send(
+        self,
+        export: ShardExport,
+        plan: Plan,
+        update: dict[str, Any],
+        when_first_is_full: Callable[[], None] = lambda: None,
+    ) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
         irregular = export.irregular_tensors()
@@ -193,6 +212,8 @@ class WeightPush:
             bucket = self._buckets[number % 2] if self._buckets else None
             with self._clock(write, bucket_plan.nbytes, memory=number == 0):
                 sums = self._write(export, number, bucket, irregular)
+            if number == 0:
+                when_first_is_full()
             with self._clock(load, memory=False):
                 totals = self._loaded(loading, sums)
             words = dict(
