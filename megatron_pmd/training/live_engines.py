@@ -63,7 +63,7 @@ class LiveEngines:
         self._problems, self._rewards = problems, rewards
         self._console, self._interrupted = console, interrupted
         shared = config.rollout.placement == "colocated"
-        # to look at all processes of an engine takes milliseconds, in which separate engines would stand still
+        # it takes milliseconds to look at an engine's processes, and separate engines would stand still
         self.clock = SubphaseClock((lambda: (actor_bytes(), self.engine_bytes())) if shared else None)
         self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
         self.handover = self._handover_of(device)

@@ -83,7 +83,7 @@ class SeparateEngines(LiveEngines):
         self._problems.train.load_state(ahead.prompts)
 
     def load(self, actor: Actor, version: int) -> PushReport:
-        """As LiveEngines.load; then the engines go on at once, as nothing has to leave their devices first."""
+        """As LiveEngines.load; then they go on at once: nothing has to leave their devices first."""
         report = super().load(actor, version)
         super().resume()
         return report

@@ -137,7 +137,7 @@ class WeightPush:
         turns = range(min(2, len(plan.buckets)) if owner is not None else 0)
         self._keys = [self._bucket_key(turn, control.rank) for turn in turns]
         if not self._on_device:
-            self._make_shared_buckets(first=owner == control.rank)
+            self._buckets = _shared_buckets(control, self._keys, plan.capacity, owner=owner == control.rank)
 
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
         if not self.transport.opens_buckets:
@@ -145,18 +145,6 @@ class WeightPush:
         return readers_of(
             nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
         )  # fmt: skip
-
-    def _make_shared_buckets(self, *, first: bool) -> None:
-        """first: whether this rank is its node's first, which owns the files."""
-
-        def make(owner: bool) -> None:
-            if owner == first and self._plan is not None:
-                if owner:
-                    sweep()
-                self._buckets = [SharedBucket(key, self._plan.capacity, owner=owner) for key in self._keys]
-
-        self._control.on_all(lambda: make(owner=True))
-        self._control.on_all(lambda: make(owner=False))
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
@@ -329,6 +317,20 @@ class _Writing:
         assert self._bucket is not None
         target = self._bucket.tensor(self._bucket.layout.entries[region.name])
         return target.narrow(region.dim, region.start, region.length) if region.shape else target
+
+
+def _shared_buckets(control: Control, keys: Sequence[str], capacity: int, *, owner: bool) -> list[Bucket]:
+    """owner: whether this rank is its node's first, which owns the files. Collective."""
+    buckets: list[Bucket] = []
+
+    def make() -> None:
+        if owner:
+            sweep()
+        buckets.extend(SharedBucket(key, capacity, owner=owner) for key in keys)
+
+    for turn in (True, False):
+        control.on_all(make if owner == turn else lambda: None)
+    return buckets
 
 
 def _take(stream: Iterator[tuple[str, torch.Tensor]], names: set[str]) -> dict[str, torch.Tensor]:

@@ -65,6 +65,10 @@ def test_rollouts_go_on_through_updates_a_killed_sampler_a_killed_engine_and_the
     saved = pq.read_table(checkpoint / "carried_over.parquet").to_pylist()
     command_line.run("overlap", *OVERLAP)
     _check_that_responses_go_on_from(saved, command_line)
+    _check_order_versions_and_log_probabilities(command_line)
+
+
+def _check_order_versions_and_log_probabilities(command_line: CommandLine) -> None:
     lines = [m for m in command_line.lines("overlap", "metrics.jsonl") if m["kind"] == "iteration"]
     assert [m["iteration"] for m in lines] == [0, 1, 2, 3, 4]
     given = json.loads((command_line.path("overlap") / "config.json").read_text())

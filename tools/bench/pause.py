@@ -2,9 +2,9 @@
 
     python -m tools.bench.pause [RECIPE] [--updates 12] [--requests 1 --requests 16]
 
-A real engine answers streamed requests while a real actor, beside it, gives it weights again and again, as a run
-with rollout.placement=separate does. Prints a line of JSON for each number of requests: how long the engine
-loads, how long it stands still, and the time between two tokens of a response with an update between them.
+A real engine answers streamed requests. A real actor beside it gives it weights again and again, as in a run
+with rollout.placement=separate. Prints a line of JSON for each number of requests: how long the engine loads,
+how long it stands still, and the time between two tokens of a response with an update between them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Stopwatch:
         self.loads: list[float] = []
         """By update, in all of its calls of load_bucket."""
         self.pauses: list[float] = []
-        """From the call of pause until go_on has returned."""
+        """From when pause has returned, until go_on has."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -83,9 +83,9 @@ class Stopwatch:
 
         def timed_pause(control: EngineControl) -> None:
             nonlocal begun
+            pause(control)  # the engine ends the step that is under way, and answers with its tokens
             begun = time.perf_counter()
             self.loads.append(0.0)
-            pause(control)
 
         def timed_load(control: EngineControl, descriptions: Any) -> None:
             before = time.perf_counter()
@@ -141,7 +141,7 @@ def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Ite
             streams = Streams(engines.fleet.urls[0], engines.fleet.keys.headers, count)
             stopwatch, seen = Stopwatch(), []
             with stopwatch.watching():
-                for turn in range(updates):
+                for _ in range(updates):
                     time.sleep(SETTLE_SECONDS)
                     version += 1
                     engines.load(actor, version)
