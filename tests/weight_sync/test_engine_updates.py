@@ -180,7 +180,7 @@ class WithoutSampler(SeparateEngines):
 def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_responses_under_the_new_weights(
     control, engine, bucket, models, engines, tmp_path
 ):
-    """Each token of a response is of the weights that it says, with all tokens before it, whoever made them."""
+    """Each token of a response is of the weights that it says, behind all tokens, whoever made them."""
     update(control, bucket, models[0], version=60)
     separate: Any = WithoutSampler(
         engines._config, ALONE, tmp_path, None, None, Console(), cpu=True, ahead=None
