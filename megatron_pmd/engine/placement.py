@@ -75,6 +75,11 @@ def ranks_of_node(config: RunConfig, accelerators: int) -> int:
     return min(most, config.layout.ranks)
 
 
+def devices_of_node(config: RunConfig, ranks: int) -> int:
+    """Devices that so many actor ranks of a node take, with their separate engines."""
+    return ranks + ranks // config.ranks_per_engine * config.devices_beside_ranks
+
+
 def check_parts(ranks: int, ranks_per_node: int, ranks_per_engine: int, devices: int) -> None:
     """Before anything starts: raises part_of's LayoutError for nodes that are filled one after the other."""
     part_of(0, [rank // ranks_per_node for rank in range(ranks)], ranks_per_engine, devices)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import check_parts, ranks_of_node
+from megatron_pmd.engine.placement import check_parts, devices_of_node, ranks_of_node
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.launch.cluster import SLURM_FILES, Cluster
 
@@ -43,8 +43,7 @@ class Job:
     @property
     def gpus_per_node(self) -> int:
         """Of its ranks, and of separate engines."""
-        config, ranks = self.config, self.ranks_per_node
-        return ranks + ranks // config.ranks_per_engine * config.devices_beside_ranks
+        return devices_of_node(self.config, self.ranks_per_node)
 
     @property
     def nodes(self) -> int:

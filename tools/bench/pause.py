@@ -31,6 +31,8 @@ from tools.bench.loop import machine
 PROMPT_TOKENS, RESPONSE_TOKENS = 8, 64
 SETTLE_SECONDS = 2.0
 """From one update to the next."""
+WARM_UP = 2
+"""Updates of each measurement that do not count."""
 
 
 class Streams:
@@ -73,6 +75,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self.loads: list[float] = []
         """By update, in all of its calls of load_bucket."""
+        self.stops: list[float] = []
+        """In the call of pause: the engine ends the step that is under way, and answers with its tokens."""
         self.pauses: list[float] = []
         """From when pause has returned, until go_on has."""
 
@@ -83,8 +87,10 @@ class Stopwatch:
 
         def timed_pause(control: EngineControl) -> None:
             nonlocal begun
-            pause(control)  # the engine ends the step that is under way, and answers with its tokens
+            before = time.perf_counter()
+            pause(control)
             begun = time.perf_counter()
+            self.stops.append(begun - before)
             self.loads.append(0.0)
 
         def timed_load(control: EngineControl, descriptions: Any) -> None:
@@ -105,7 +111,7 @@ class Stopwatch:
 
 
 def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    """A line for each number of requests; the first two updates of each do not count."""
+    """A line for each number of requests."""
     from megatron_pmd.actor.cpu import standins
 
     standins.install()
@@ -139,35 +145,34 @@ def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Ite
         bytes_moved, version = engines.load(actor, 0).bytes, 0
         for count in requests:
             streams = Streams(engines.fleet.urls[0], engines.fleet.keys.headers, count)
-            stopwatch, seen = Stopwatch(), []
+            stopwatch = Stopwatch()
             with stopwatch.watching():
                 for _ in range(updates):
                     time.sleep(SETTLE_SECONDS)
                     version += 1
                     engines.load(actor, version)
-                    seen.append((stopwatch.loads[-1], stopwatch.pauses[-1]))
             time.sleep(SETTLE_SECONDS)
             streams.end()
-            yield _line(count, bytes_moved, seen[2:], streams.gaps)
+            yield _line(count, bytes_moved, stopwatch, streams.gaps)
     finally:
         engines.close()
 
 
-def _line(
-    requests: int, nbytes: int, seen: list[tuple[float, float]], gaps: list[tuple[str, str, float]]
-) -> dict[str, Any]:
+def _line(requests: int, nbytes: int, watch: Stopwatch, gaps: list[tuple[str, str, float]]) -> dict[str, Any]:
     across = [seconds for before, after, seconds in gaps if before != after]
     within = [seconds for before, after, seconds in gaps if before == after]
-    load, still = (statistics.median(values) for values in zip(*seen, strict=True))
+    loads, stops, pauses = (values[WARM_UP:] for values in (watch.loads, watch.stops, watch.pauses))
+    ratios = [pause / load for load, pause in zip(loads, pauses, strict=True)]
     return {
         "requests": requests,
         "megabytes": nbytes / 1e6,
-        "load, s": load,
-        "engine stands still, s": still,
-        "still / load": statistics.median(pause / load for load, pause in seen),
+        "load, s": statistics.median(loads),
+        "until it stops, s": statistics.median(stops),
+        "engine stands still, s": statistics.median(pauses),
+        "still / load": statistics.median(ratios),
         "between two tokens, s": statistics.median(within),
         "between two tokens with an update between, s": statistics.median(across),
-        "updates": len(seen),
+        "updates": len(loads),
         "seen": len(across),
         "load of the machine": os.getloadavg()[0],
     }
