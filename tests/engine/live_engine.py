@@ -102,7 +102,7 @@ def generate(url: str, key: str = KEY, prompts: Sequence[Sequence[int]] = PROMPT
         url + "/generate",
         json=request,
         headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
+        timeout=180,
         trust_env=False,
     )
     assert reply.status_code == 200, reply.text
