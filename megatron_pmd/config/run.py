@@ -121,6 +121,11 @@ class RunConfig(Frozen):
         return self.rollout.tensor_parallel if separate else 0
 
     @property
+    def devices(self) -> int:
+        """Of the actor and of the run's own engines, together."""
+        return self.layout.ranks + self.engines * self.devices_beside_ranks
+
+    @property
     def longest_rollout_seconds(self) -> float:
         """What the deadlines of requests allow a rollout to take at the very most."""
         sampling, rounds = self.rollout, 1

@@ -122,8 +122,7 @@ def _time(plan: Plan) -> Table:
     table.add_row(
         "operations of anchor and update", f"{(cost.forward_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
     )
-    devices = config.layout.ranks + config.engines * config.devices_beside_ranks
-    rate = cost.response_tokens / seconds / devices
+    rate = cost.response_tokens / seconds / config.devices
     table.add_row("response tokens per second and device", f"{rate:,.0f}")
     return table
 

@@ -21,7 +21,7 @@ def row(name: str) -> str:
         f"`{name}`",
         f"{plan.shape.total / 1e9:,.2f}B",
         f"{plan.shape.active / 1e9:.2f}B",
-        str(plan.config.layout.ranks + plan.config.engines * plan.config.devices_beside_ranks),
+        str(plan.config.devices),
         f"{phases} GB",
         f"{plan.host_bytes / 1e9:.0f}",
         f"{plan.cache.tokens:,}",

@@ -30,9 +30,8 @@ def h100() -> Machines:
 def test_every_recipe_fits_the_cluster_it_is_named_after(name: str, h100: Machines) -> None:
     plan = make_plan(recipe(name), h100)
     assert plan.problems == []
-    devices = plan.config.layout.ranks + plan.config.engines * plan.config.devices_beside_ranks
-    assert f"_{devices}xh100" in name
-    assert plan.nodes == -(-devices // 8)
+    assert f"_{plan.config.devices}xh100" in name
+    assert plan.nodes == -(-plan.config.devices // 8)
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith("_cpu")])
