@@ -59,6 +59,17 @@ class RunConfig(Frozen):
         return 1 if self.rollout.servers else self.rollout.tensor_parallel
 
     @property
+    def devices_beside_ranks(self) -> int:
+        """Devices that an engine takes of its node beside those of its ranks."""
+        separate = self.rollout.placement == "separate" and not self.rollout.servers
+        return self.rollout.tensor_parallel if separate else 0
+
+    @property
+    def devices(self) -> int:
+        """Of the actor and of the run's own engines, together."""
+        return self.layout.ranks + self.engines * self.devices_beside_ranks
+
+    @property
     def longest_rollout_seconds(self) -> float:
         """What the deadlines of requests allow a rollout to take at the very most."""
         sampling, rounds = self.rollout, 1
