@@ -320,7 +320,7 @@ class RunConfig(Frozen):
             )
         if self.rollout.agent:
             raise ConfigError(
-                "algorithm.teacher with rollout.agent: a teacher scores the one trajectory of a response, and "
+                "algorithm.teacher with rollout.agent: a teacher scores one trajectory a response, and "
                 "an agent's episode may have several; set one of them to null"
             )
         if self.rollout.group_filter and self.rollout.group_filter.drop_equal_rewards:
