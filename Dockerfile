@@ -55,7 +55,7 @@ RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist
+RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m venv /opt/nemo \
     && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
