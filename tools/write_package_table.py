@@ -23,11 +23,11 @@ NAMED = 3
 HEAD = """\
 # All packages
 
-Every package of the environment of `make gpu-contract`, in the version that `constraints/stack.txt` pins. Written by
-`make gpu-packages`. What the important ones are for stands in [dependencies.md](dependencies.md).
+Every package of the environment of `make gpu-contract`, in the version that `constraints/stack.txt` pins.
+Written by `make gpu-packages`. What the important ones are for stands in [dependencies.md](dependencies.md).
 
-MB are 10⁶ bytes of the files that the package installed, with its compiled Python. "Asked for by" are installed packages
-that require it. Where the column is empty, this project or its tools ask for it.
+MB are 10⁶ bytes of the files that the package installed, with its compiled Python. "Asked for by" are
+installed packages that require it. Where the column is empty, this project or its tools ask for it.
 
 """
 
