@@ -123,6 +123,26 @@ def test_a_library_is_touched_only_where_it_belongs(library: str) -> None:
     assert found <= ONLY_IN[library]
 
 
+def test_a_rank_imports_no_megatron_before_its_environment_is_set() -> None:
+    """megatron-core imports Transformer Engine, which reads some variables while it is imported."""
+    seen: set[str] = set()
+    waiting = ["megatron_pmd.node.worker", "megatron_pmd.actor.environment"]
+    while waiting:
+        name = waiting.pop()
+        path = PROJECT / f"{name.replace('.', '/')}.py"
+        if name in seen or not path.exists():
+            continue
+        seen.add(name)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            wrong = [name for name in waiting if name.split(".")[0] in ("megatron", "transformer_engine")]
+            assert wrong == [], f"{path}:{node.lineno}"
+    assert len(seen) > 10, "this rule watches nothing"
+
+
 def _definitions(kind: type[ast.AST]) -> Iterator[tuple[str, Any]]:
     """(where, node) of every class or function of the package outside config, which is made of fields."""
     for unit, path in _sources():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -146,7 +145,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
 
 def _has_fused_accumulation() -> bool:
     """Whether apex's fused_weight_gradient_mlp_cuda imports: what megatron-core itself asks."""
-    # not at the top: it imports Transformer Engine, which reads what set_environment sets
+    # not at the top: it imports Transformer Engine, which reads what environment.py sets
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available
@@ -284,25 +283,6 @@ def optimizer_fields(config: RunConfig) -> dict[str, Any]:
             overlap_cpu_optimizer_d2h_h2d=True,
         )
     return fields
-
-
-def set_environment(config: RunConfig) -> None:
-    """Set what Transformer Engine and NCCL read from the environment; ConfigError where it says otherwise.
-
-    CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of communication and compute on devices before Blackwell, on
-    which tensor and context parallelism rely. NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 lets blocks have the fp32
-    scales that SGLang's blockwise kernels use; without it Transformer Engine rounds them to powers of two.
-    """
-    wanted = {}
-    if torch.cuda.get_device_capability()[0] < 10 and config.layout.tensor * config.layout.context > 1:
-        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if config.actor.fp8 and config.actor.fp8.recipe == "blockwise":
-        wanted["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
-    for name, value in wanted.items():
-        if os.environ.setdefault(name, value) != value:
-            raise ConfigError(
-                f"{name}={os.environ[name]} in the environment; this configuration needs {value}"
-            )
 
 
 def check_device(config: RunConfig) -> None:
