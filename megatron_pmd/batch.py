@@ -53,6 +53,8 @@ class Sample:
     weight_version: int
     """The weights that sampled its last token."""
     seed: int
+    branch: int = 0
+    """Which trajectory of its response: an agent's may have several, which share its reward."""
     source: str = ""
     """Name of the problem's source where a run has several."""
     reward: float = 0.0
@@ -68,6 +70,8 @@ class Sample:
     routed_experts: np.ndarray | None = None
     """Which experts each token but the last went to: [prompt + response − 1, layers · top-k], of the smallest
     unsigned type."""
+    teacher_log_probs: np.ndarray | None = None
+    """fp32 [response]: log π_T of each response token, inserted ones included; None: no teacher was asked."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = np.asarray(self.prompt_tokens, np.int32)
@@ -80,6 +84,21 @@ class Sample:
     def tokens(self) -> np.ndarray:
         """int32 [prompt + response]"""
         return np.concatenate([self.prompt_tokens, self.response_tokens])
+
+
+def by_response(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each response, which stand one behind the other with branch 0 first."""
+    responses: list[list[Sample]] = []
+    for sample in samples:
+        if sample.branch == 0:
+            responses.append([])
+        responses[-1].append(sample)
+    return responses
+
+
+def first_branches(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample of each response: what is counted by responses, as a mean reward, is over these."""
+    return [sample for sample in samples if sample.branch == 0]
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,8 @@ class TokenColumns:
     counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
     routed_experts   uint8 or uint16 [tokens here, layers · top-k]  None: not recorded for all samples. A
                      sample's last token, which goes nowhere in the engine, has its predecessor's
+    teacher_log_probs float32 [tokens here]  None: not all responses have any. 0 at prompt tokens, and in
+                     supervised examples
     """
 
     offsets: np.ndarray
@@ -129,6 +150,7 @@ class TokenColumns:
     versions: np.ndarray
     counted: np.ndarray
     routed_experts: np.ndarray | None
+    teacher_log_probs: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -144,6 +166,7 @@ class RolloutBatch:
     examples         the last so many samples are supervised examples, not sampled responses
     padding_experts  [layers · top-k]  the experts of the rollout's first token, which padding goes to as
                      well. None: as routed_experts
+    scored           whether there are teacher_log_probs
     """
 
     samples: SampleColumns
@@ -153,6 +176,7 @@ class RolloutBatch:
     temperature: float
     examples: int
     padding_experts: np.ndarray | None
+    scored: bool
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -183,6 +207,8 @@ class RolloutBatch:
         lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
         segments = [segment for s in samples for segment in s.segments if segment.tokens]
         padding_experts = _padding_experts(samples, lengths)
+        sampled = samples[: len(samples) - examples]
+        scored = bool(sampled) and all(s.teacher_log_probs is not None for s in sampled)
         columns = SampleColumns(
             lengths=np.array(lengths, np.int64),
             prompt_lengths=np.array([len(s.prompt_tokens) for s in samples], np.int64),
@@ -197,7 +223,7 @@ class RolloutBatch:
         return cls(
             samples=columns,
             tokens=_token_columns(
-                np.zeros(len(samples) + 1, np.int64), np.empty(0, np.uint8), padding_experts
+                np.zeros(len(samples) + 1, np.int64), np.empty(0, np.uint8), padding_experts, scored
             ),
             weight_version=(
                 max(s.weight_version for s in samples) if weight_version is None else weight_version
@@ -206,6 +232,7 @@ class RolloutBatch:
             temperature=temperature,
             examples=examples,
             padding_experts=padding_experts,
+            scored=scored,
         )
 
     @classmethod
@@ -228,7 +255,8 @@ class RolloutBatch:
     def share_bytes(self, samples: np.ndarray) -> int:
         """What the tokens of these samples take in memory."""
         tokens = int(self.samples.lengths[samples].sum())
-        return tokens * sum(width * dtype.itemsize for _, dtype, width in _columns(self.padding_experts))
+        columns = _columns(self.padding_experts, self.scored)
+        return tokens * sum(width * dtype.itemsize for _, dtype, width in columns)
 
     def share(self, samples: np.ndarray, memory: np.ndarray) -> RolloutBatch:
         """The batch with the tokens of these samples alone, which are in `memory`, or are to be: see fill.
@@ -239,7 +267,8 @@ class RolloutBatch:
         held[samples] = True
         lengths = np.where(held, self.samples.lengths, 0)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return dataclasses.replace(self, tokens=_token_columns(offsets, memory, self.padding_experts))
+        tokens = _token_columns(offsets, memory, self.padding_experts, self.scored)
+        return dataclasses.replace(self, tokens=tokens)
 
     def fill(self, samples: Sequence[Sample]) -> None:
         """Write the tokens of the samples that are here. samples: all of those described, in their order."""
@@ -252,6 +281,10 @@ class RolloutBatch:
             columns.ids[response:end] = sample.response_tokens
             columns.engine_log_probs[start:response] = 0.0
             columns.engine_log_probs[response:end] = sample.engine_log_probs
+            if columns.teacher_log_probs is not None:
+                given = sample.teacher_log_probs
+                columns.teacher_log_probs[start:response] = 0.0
+                columns.teacher_log_probs[response:end] = 0.0 if given is None else given
             columns.versions[start:response] = NOT_SAMPLED
             columns.counted[start:response] = False
             for segment in sample.segments:
@@ -288,23 +321,25 @@ class RolloutBatch:
             )
 
 
-def _columns(padding_experts: np.ndarray | None) -> list[tuple[str, np.dtype, int]]:
+def _columns(padding_experts: np.ndarray | None, scored: bool) -> list[tuple[str, np.dtype, int]]:
     """Name, type and width of what a batch has of each token; those of larger types first, to be aligned."""
     columns = [("ids", np.dtype(np.int32), 1), ("engine_log_probs", np.dtype(np.float32), 1)]
     columns.append(("versions", np.dtype(np.int32), 1))
+    if scored:
+        columns.append(("teacher_log_probs", np.dtype(np.float32), 1))
     if padding_experts is not None:
         columns.append(("routed_experts", padding_experts.dtype, len(padding_experts)))
     return [*columns, ("counted", np.dtype(np.bool_), 1)]
 
 
 def _token_columns(
-    offsets: np.ndarray, memory: np.ndarray, padding_experts: np.ndarray | None
+    offsets: np.ndarray, memory: np.ndarray, padding_experts: np.ndarray | None, scored: bool
 ) -> TokenColumns:
     """A batch's arrays of its tokens in this memory, one behind the other."""
     tokens = int(offsets[-1])
-    arrays: dict[str, Any] = {"routed_experts": None}
+    arrays: dict[str, Any] = {"routed_experts": None, "teacher_log_probs": None}
     start = 0
-    for name, dtype, width in _columns(padding_experts):
+    for name, dtype, width in _columns(padding_experts, scored):
         end = start + tokens * width * dtype.itemsize
         arrays[name], start = memory[start:end].view(dtype), end
     if padding_experts is not None:

@@ -18,12 +18,18 @@ from megatron_pmd.batch import Sample, Segment
 from megatron_pmd.errors import DataError
 from megatron_pmd.files import whole_file
 
-TOKENS = {"prompt_tokens": np.int32, "response_tokens": np.int32, "engine_log_probs": np.float32}
+TOKENS = {
+    "prompt_tokens": np.int32,
+    "response_tokens": np.int32,
+    "engine_log_probs": np.float32,
+    "teacher_log_probs": np.float32,
+}
 SEGMENTS = pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64()), ("counted", pa.bool_())])
 SCHEMA = pa.schema(
     [
         ("group", pa.int32()),
         ("number", pa.int32()),
+        ("branch", pa.int32()),
         ("source", pa.string()),
         ("problem", pa.int64()),
         ("prompt", pa.string()),
@@ -43,6 +49,8 @@ SCHEMA = pa.schema(
         ("routed_experts", pa.binary()),
     ]
 )
+TEACHER = pa.field("teacher_log_probs", pa.list_(pa.float32()))
+"""A further column, where a teacher has scored all responses."""
 ROUTING_TYPE = "routed_experts"
 """Metadata: the type of the numbers in that column. A file without it has uint16."""
 ROWS_TOGETHER, BYTES_TOGETHER = 256, 2**29
@@ -53,7 +61,10 @@ to be written, and less than the 2 GiB that a column of bytes can have."""
 def write_rollout(path: Path, samples: Sequence[Sample], iteration: int) -> None:
     """Write a rollout as Parquet, one row a sample, under its final name only when complete."""
     routing = _routing_type(samples)
-    schema = SCHEMA.with_metadata({"iteration": json.dumps(iteration), ROUTING_TYPE: routing.name})
+    scored = all(sample.teacher_log_probs is not None for sample in samples)
+    schema = (SCHEMA.append(TEACHER) if scored else SCHEMA).with_metadata(
+        {"iteration": json.dumps(iteration), ROUTING_TYPE: routing.name}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial, _writer(partial, schema) as writer:
         rows = _rows_together(samples, routing)
@@ -170,10 +181,11 @@ def read_lengths(path: Path) -> list[tuple[int, list[int]]]:
     return list(groups.values())
 
 
-def check_rollouts(path: Path, iterations: range) -> None:
+def check_rollouts(path: Path, iterations: range, *, scored: bool = False) -> None:
     """DataError unless a file, or a folder of files, has the rollout of each of these iterations.
 
-    No samples are read: whoever trains on them finds out at the start, not after the last one that is there.
+    scored: with a teacher's log-probabilities. No samples are read: whoever trains on them finds out at the
+    start, not after the last one that is there.
     """
     if not path.exists():
         raise DataError(f"{path}: no such rollout file or folder")
@@ -184,7 +196,12 @@ def check_rollouts(path: Path, iterations: range) -> None:
                 f"{file}: no such file; iterations {iterations[0]} to {iterations[-1]} are to be trained, "
                 f"each on its own rollout: set iterations={wanted}, or give a folder that has them all"
             )
-        with _opened(file) as (_, found):
+        with _opened(file) as (content, found):
+            if scored and TEACHER.name not in content.schema_arrow.names:
+                raise DataError(
+                    f"{file}: the rollout has no teacher's log-probabilities, and algorithm.teacher is set: "
+                    "give the rollouts of a run with a teacher, or set algorithm.teacher=null"
+                )
             if found != wanted and wanted == iterations[0]:
                 raise DataError(f"{file}: this is the rollout of iteration {found}, not of {wanted}")
             if found != wanted:
@@ -206,9 +223,10 @@ def _opened(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
 
 def _samples(table: pa.Table, routing: np.dtype) -> Iterator[Sample]:
     """The rows of a row group; their arrays lie in its memory, or in what is read of it."""
-    arrays = {name: _rows(table[name].combine_chunks()) for name in TOKENS}
+    names = [name for name in TOKENS if name in table.column_names]
+    arrays = {name: _rows(table[name].combine_chunks()) for name in names}
     recorded = table["routed_experts"]
-    for number, row in enumerate(table.drop_columns([*TOKENS, "routed_experts"]).to_pylist()):
+    for number, row in enumerate(table.drop_columns([*names, "routed_experts"]).to_pylist()):
         row["segments"] = [Segment(**segment) for segment in row["segments"]]
         sample = Sample(**row | {name: rows[number] for name, rows in arrays.items()})
         if recorded[number].is_valid:

@@ -30,6 +30,9 @@ RECIPES = Registry(
         ),
         "qwen3_30b_a3b_fp8_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_fp8_32xh100",
         "qwen3_30b_a3b_lora_8xh100": "recipes.qwen3_30b_a3b_lora_8xh100:qwen3_30b_a3b_lora_8xh100",
+        "qwen3_30b_a3b_overlap_48xh100": (
+            "recipes.qwen3_30b_a3b_overlap_48xh100:qwen3_30b_a3b_overlap_48xh100"
+        ),
         "smollm2_135m_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_cpu",
         "smollm2_135m_lora_cpu": "recipes.smollm2_135m_cpu:smollm2_135m_lora_cpu",
         "tiny_moe_cpu": "recipes.tiny_moe_cpu:tiny_moe_cpu",

@@ -39,6 +39,13 @@ def test_packed_tokens_carry_version_and_count_of_their_segment():
     assert batch.weight_version == 7
 
 
+def test_packed_tokens_carry_the_teachers_log_probabilities_where_all_responses_have_them():
+    scored, example = sample(2, teacher_log_probs=np.array([-1.0, -2.0], np.float32)), sample(3, number=1)
+    given = RolloutBatch.pack([scored], 1.0, examples=[example]).tokens.teacher_log_probs
+    assert given is not None and given.tolist() == [0, 0, -1, -2, *[0] * 5]
+    assert RolloutBatch.pack([scored, example], 1.0).tokens.teacher_log_probs is None
+
+
 def test_a_rollout_file_keeps_the_segments(tmp_path):
     written = [sample(4, segments=MIXED, reward=1.0), sample(3, number=1)]
     write_rollout(tmp_path / "7.parquet", written, 7)

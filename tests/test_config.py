@@ -40,7 +40,7 @@ def config() -> RunConfig:
         ("algorithm.tau=0", "algorithm.tau: Input should be greater than 0"),
         (
             "algorithm.objective=grop",
-            "'grop' is no objective (did you mean grpo?); use cispo, grpo, gspo, pmd,",
+            "'grop' is no objective (did you mean grpo?); use cispo, distillation, grpo, gspo, pmd,",
         ),
         ("algorithm.objective.scalling=x", "algorithm.objective=pmd (did you mean scaling?)"),
         ("algorithm.objective.scaling=x", "algorithm.objective.scaling: Input should be 'gradient'"),

@@ -70,6 +70,16 @@ def test_a_file_that_is_not_there_is_named(word: str) -> None:
         configuration(word, [])
 
 
+def test_the_overlapped_run_of_the_paper_differs_from_it_in_where_and_when_it_samples() -> None:
+    overlapped, paper = (
+        recipe(f"qwen3_30b_a3b_{kind}xh100").model_dump() for kind in ("overlap_48", "dapo_32")
+    )
+    assert {key for key in paper if overlapped[key] != paper[key]} == {"name", "layout", "rollout"}
+    own = {key for key, value in paper["rollout"].items() if overlapped["rollout"][key] != value}
+    assert own == {"placement", "staleness", "ranks_per_engine", "sglang"}
+    assert overlapped["layout"] | {"data": 8} == paper["layout"]
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean tiny_moe_cpu"):
         configuration("tiny_mo_cpu", [])

@@ -163,3 +163,17 @@ def test_a_sources_name_is_read_back_and_a_file_without_that_column_has_one_sour
     assert [s.source for s in read_rollout(tmp_path / "1.parquet")[0]] == ["", ""]
     assert list(grades(tmp_path / "0.parquet")) == ["sums 4", "words 4"]
     assert list(grades(tmp_path / "1.parquet")) == [4]
+
+
+def test_a_teachers_log_probabilities_are_read_back_bit_for_bit_and_lacking_ones_are_named(tmp_path):
+    written = [sample(i, teacher_log_probs=-np.arange(1 + i, dtype=np.float32) / 7) for i in range(3)]
+    write_rollout(tmp_path / "0.parquet", written, 0)
+    read, _ = read_rollout(tmp_path / "0.parquet")
+    for before, after in zip(written, read, strict=True):
+        assert before.teacher_log_probs is not None and after.teacher_log_probs is not None
+        assert after.teacher_log_probs.tolist() == before.teacher_log_probs.tolist()
+    write_rollout(tmp_path / "1.parquet", [sample(0)], 1)
+    assert read_rollout(tmp_path / "1.parquet")[0][0].teacher_log_probs is None
+    check_rollouts(tmp_path, range(1), scored=True)
+    with pytest.raises(DataError, match=r"1\.parquet: the rollout has no teacher's log-prob.*teacher=null"):
+        check_rollouts(tmp_path, range(2), scored=True)

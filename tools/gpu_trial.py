@@ -151,7 +151,7 @@ class Trial:
             from megatron_pmd.actor.cpu import standins
 
             standins.install()
-        from megatron_pmd.actor.settings import set_environment
+        from megatron_pmd.actor.environment import set_environment
 
         if cuda:
             set_environment(config)  # before megatron-core imports Transformer Engine, as in the worker

@@ -264,7 +264,7 @@ def grouped(columns: list[Proof]) -> Iterable[Iterable[Proof]]:
 def row_of_recipe(name: str) -> list[str]:
     config = recipe(name)
     layout = {kind: size for kind in KINDS if (size := getattr(config.layout, kind)) and size > 1}
-    return [f"`{name}`", Path(config.model.path).name, words(layout), str(config.layout.ranks)]
+    return [f"`{name}`", Path(config.model.path).name, words(layout), str(config.devices)]
 
 
 def words_of_changes(changes: dict[str, object]) -> str:

@@ -120,6 +120,28 @@ class _StepSums:
         )
 
 
+def _loss_input(
+    batch: RolloutBatch, microbatch: PackedMicrobatch, log_probs: torch.Tensor, anchor: torch.Tensor
+) -> LossInput:
+    """What the loss is given of a micro-batch. log_probs: its own; anchor: as the batch's tokens."""
+    known, source = batch.tokens, microbatch.source
+
+    def here(values: torch.Tensor, which: Any) -> torch.Tensor:
+        return on_device(values[which], log_probs.device)
+
+    teacher = known.teacher_log_probs
+    return LossInput(
+        log_probs=log_probs,
+        anchor_log_probs=here(anchor, source),
+        engine_log_probs=here(torch.from_numpy(known.engine_log_probs), source),
+        mask=here(torch.from_numpy(known.counted), source),
+        sequence=microbatch.sequence,
+        advantages=here(torch.from_numpy(batch.samples.advantages), microbatch.samples).float(),
+        tau=here(torch.from_numpy(batch.samples.taus), microbatch.samples),
+        teacher_log_probs=None if teacher is None else here(torch.from_numpy(teacher), source),
+    )
+
+
 def _numbers(values: list[torch.Tensor]) -> list[float]:
     """Scalars from the device, at one wait for all."""
     return torch.stack([value.detach().double() for value in values]).tolist() if values else []
@@ -233,26 +255,13 @@ class Actor:
 
         Raises NonFiniteLoss on all ranks; what is saved of the run is then its last checkpoint.
         """
-        engine = torch.from_numpy(batch.tokens.engine_log_probs)
-        counted = torch.from_numpy(batch.tokens.counted)
-        advantages = torch.from_numpy(batch.samples.advantages).float()
-        taus = torch.from_numpy(batch.samples.taus)
         sums = _StepSums()
 
         def loss(
             microbatch: PackedMicrobatch, logits: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, None]:
             log_probs, entropy = self._token_log_probs(batch, microbatch, logits)
-            source = microbatch.source
-            x = LossInput(
-                log_probs=log_probs,
-                anchor_log_probs=on_device(anchor[source], logits.device),
-                engine_log_probs=on_device(engine[source], logits.device),
-                mask=on_device(counted[source], logits.device),
-                sequence=microbatch.sequence,
-                advantages=on_device(advantages[microbatch.samples], logits.device),
-                tau=on_device(taus[microbatch.samples], logits.device),
-            )
+            x = _loss_input(batch, microbatch, log_probs, anchor)
             if microbatch.supervised:
                 assert examples is not None
                 terms = next_token(x)
@@ -262,7 +271,7 @@ class Actor:
             # detached: with CUDA a pipeline's schedule puts other data into the loss that it was given
             sums.reports.append((microbatch, replace(terms, sum=terms.sum.detach())))
             sums.entropies.append((entropy * x.mask).sum())
-            sums.tokens += int(batch.tokens.counted[source.numpy()].sum())  # the host's own copy
+            sums.tokens += int(batch.tokens.counted[microbatch.source.numpy()].sum())  # the host's own copy
             # the ranks that share out the sequences compute one loss: one of them counts it
             count = terms.count if self._row.rank == 0 else torch.zeros_like(terms.count)
             return terms.sum, count.to(torch.int), None

@@ -22,9 +22,44 @@ from megatron.core.optimizer.layer_wise_optimizer import (
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.param_layout import FullParamLayout
 
+from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 
 FUSED_GATE_AND_UP = re.compile(r"\.linear_fc1\.weight\d*$")
+
+
+def fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of OptimizerConfig.
+
+    Five steps of Newton-Schulz with the coefficients of Keller Jordan's Muon, Nesterov's momentum, and an
+    update of n x m scaled by 0.2 √max(n, m), which gives it the root mean square of Adam's: Moonlight's
+    report (arXiv 2502.16982), section 2.2, which Kimi K2's follows.
+    """
+    return dict(
+        optimizer="muon",
+        # for what Adam keeps, get_megatron_optimizer sets it
+        use_distributed_optimizer=False,
+        use_layer_wise_distributed_optimizer=True,
+        muon_momentum=config.optimizer.momentum,
+        muon_nesterov=True,
+        muon_coefficient_type="simple",
+        muon_num_ns_steps=5,
+        muon_scale_mode="spectral",
+        muon_extra_scale_factor=0.2,
+        # each matrix is gathered from the tensor-parallel ranks, not orthogonalised by parts
+        muon_tp_mode="duplicated",
+        # `medium` is bf16
+        muon_fp32_matmul_prec="medium" if config.model.precision == "bf16" else "highest",
+    )
+
+
+def attention_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig for QK-clip (Kimi K2's report, arXiv 2507.20534, section 2.1).
+
+    Transformer Engine's attention then notes each head's largest score of all passes since the last step.
+    """
+    threshold = config.optimizer.qk_clip_threshold
+    return dict(qk_clip=True, qk_clip_threshold=threshold) if threshold else {}
 
 
 def layout(chunk: torch.nn.Module, ddp: DistributedDataParallelConfig) -> FullParamLayout:

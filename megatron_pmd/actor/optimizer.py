@@ -8,7 +8,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_pmd.actor import muon
-from megatron_pmd.actor.optimizer_settings import optimizer_fields
+from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import Optimizer, RunConfig
 
 

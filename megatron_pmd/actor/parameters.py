@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_pmd.actor.cpu.modules import block_spec
 from megatron_pmd.actor.model import load_bridge, open_bridge
-from megatron_pmd.actor.settings import cpu_fields
+from megatron_pmd.actor.settings import CPU_FIELDS
 from megatron_pmd.errors import ModelError
 
 
@@ -169,7 +169,7 @@ def build_whole(bridge: Any, *, dtype: torch.dtype, on_meta: bool = False) -> An
     """The whole model in this process, on the CPU or on the meta device, its weights not set."""
     provider = bridge.to_megatron_provider(load_weights=False)
     settings: dict[str, Any] = dict(
-        cpu_fields(),
+        CPU_FIELDS,
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         expert_model_parallel_size=1,

@@ -1,19 +1,37 @@
-"""From this project's settings to those of megatron-core and Transformer Engine, and to their environment.
-
-Imports nothing that imports Transformer Engine, which reads the environment while it is imported.
-"""
+"""From this project's settings to those of megatron-core and Transformer Engine."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
+from megatron_pmd.actor import muon
 from megatron_pmd.config import Actor, Experts, RunConfig
 from megatron_pmd.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What only CUDA has, or what differs between gloo and NCCL
+CPU_FIELDS = dict(
+    use_cpu_initialization=True,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    gradient_accumulation_fusion=False,
+    apply_rope_fusion=False,
+    cross_entropy_loss_fusion=False,
+    persist_layer_norm=False,
+    tp_comm_overlap=False,
+    moe_permute_fusion=False,
+    moe_router_fusion=False,
+    moe_shared_expert_overlap=False,
+    # of TE's kernels; a family that names one would write it into the environment of this process
+    attention_backend=AttnBackend.auto,
+    # freeing a stage's output while gloo still sends it gives nondeterministic gradients
+    deallocate_pipeline_outputs=False,
+)
 
 # Fields of TransformerConfig that a setting of ours decides: setting them in actor.megatron too would set the
 # model against the ranks' groups, the optimizer or the engines
@@ -98,7 +116,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),
         **_expert_fields(config.actor.experts),
-        **_attention_fields(config),
+        **muon.attention_fields(config),
     )
     if layout.virtual_pipeline > 1:
         # batched sends and receives of two stages cross each other over gloo: gradients are wrong, silently
@@ -108,7 +126,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # megatron-core's own, needs apex's kernel for it, and ends every rank that has it without
         fields["gradient_accumulation_fusion"] = _has_fused_accumulation()
     else:
-        fields.update(cpu_fields())
+        fields.update(CPU_FIELDS)
     if config.actor.experts.replay_routing:
         # Transformer Engine's fused top-k and the sinkhorn router know nothing of RouterReplay
         fields["moe_router_fusion"] = False
@@ -127,7 +145,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
 
 def _has_fused_accumulation() -> bool:
     """Whether apex's fused_weight_gradient_mlp_cuda imports: what megatron-core itself asks."""
-    # not at the top: it imports Transformer Engine, which reads what set_environment sets
+    # not at the top: it imports Transformer Engine, which reads what environment.py sets
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available
@@ -153,30 +171,6 @@ def _check_router_losses(chosen: dict[str, Any]) -> None:
         )
     if kind != kinds[0] or len(kinds) > 1:
         raise ConfigError(f"actor.megatron.moe_router_load_balancing_type={kind}: give one kind, as text")
-
-
-def cpu_fields() -> dict[str, Any]:
-    """What only CUDA has, or what differs between gloo and NCCL."""
-    from megatron.core.transformer.enums import AttnBackend
-
-    return dict(
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        cross_entropy_loss_fusion=False,
-        persist_layer_norm=False,
-        tp_comm_overlap=False,
-        moe_permute_fusion=False,
-        moe_router_fusion=False,
-        moe_shared_expert_overlap=False,
-        # of TE's kernels; a family that names one would write it into the environment of this process
-        attention_backend=AttnBackend.auto,
-        # freeing a stage's output while gloo still sends it gives nondeterministic gradients
-        deallocate_pipeline_outputs=False,
-    )
 
 
 def _recompute_fields(actor: Actor) -> dict[str, Any]:
@@ -211,15 +205,6 @@ def _fp8_fields(actor: Actor) -> dict[str, Any]:
     if fp8.recipe == "delayed":
         fields.update(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
     return fields
-
-
-def _attention_fields(config: RunConfig) -> dict[str, Any]:
-    """Fields of TransformerConfig for QK-clip (Kimi K2's report, arXiv 2507.20534, section 2.1).
-
-    Transformer Engine's attention then notes each head's largest score of all passes since the last step.
-    """
-    threshold = config.optimizer.qk_clip_threshold
-    return dict(qk_clip=True, qk_clip_threshold=threshold) if threshold else {}
 
 
 def _expert_fields(experts: Experts) -> dict[str, Any]:
@@ -258,27 +243,46 @@ def data_parallel_fields(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def set_environment(config: RunConfig) -> None:
-    """Set what Transformer Engine and NCCL read from the environment; ConfigError where it says otherwise.
-
-    CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of communication and compute on devices before Blackwell, on
-    which tensor and context parallelism rely. NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 lets blocks have the fp32
-    scales that SGLang's blockwise kernels use; without it Transformer Engine rounds them to powers of two.
-    NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 lets a run with delayed scaling be resumed: the history of its
-    scales is a pickle in the run's own checkpoint, which Transformer Engine otherwise refuses to load.
-    """
-    wanted = {}
-    if torch.cuda.get_device_capability()[0] < 10 and config.layout.tensor * config.layout.context > 1:
-        wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if config.actor.fp8 and config.actor.fp8.recipe == "blockwise":
-        wanted["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"
-    if config.actor.fp8 and config.actor.fp8.recipe == "delayed":
-        wanted["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-    for name, value in wanted.items():
-        if os.environ.setdefault(name, value) != value:
-            raise ConfigError(
-                f"{name}={os.environ[name]} in the environment; this configuration needs {value}"
-            )
+def optimizer_fields(config: RunConfig) -> dict[str, Any]:
+    """Fields of OptimizerConfig."""
+    settings, precision, actor = config.optimizer, config.model.precision, config.actor
+    fields: dict[str, Any] = dict(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.gradient_clip,
+        bf16=DTYPES[precision] is torch.bfloat16,
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=True,
+    )
+    if settings.name == "muon":
+        fields.update(muon.fields(config))
+    if actor.fp8:
+        fields.update(
+            fp8_recipe=actor.fp8.recipe,
+            reuse_grad_buf_for_mxfp8_param_ag=actor.fp8.recipe == "mxfp8" and actor.fp8.parameter_gather,
+        )
+    if settings.moments == "bf16":
+        fields.update(
+            use_precision_aware_optimizer=True,
+            exp_avg_dtype=torch.bfloat16,
+            exp_avg_sq_dtype=torch.bfloat16,
+            # a checkpoint holds whole fp32 parameters: the 16 bits that bf16 lacks are not read back from it
+            store_param_remainders=False,
+        )
+    if settings.offload:
+        fields.update(
+            optimizer_cpu_offload=True,
+            # else the fp32 parameters stay on the device, beside those of the host, and no checkpoint can be
+            # loaded: HybridDeviceOptimizer looks for an fp32 copy of each of its own parameters
+            use_precision_aware_optimizer=True,
+            optimizer_offload_fraction=settings.offload,
+            overlap_cpu_optimizer_d2h_h2d=True,
+        )
+    return fields
 
 
 def check_device(config: RunConfig) -> None:

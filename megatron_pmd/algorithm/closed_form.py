@@ -34,6 +34,25 @@ def log_partition(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> f
     return float(top + tau * logsumexp((r - top)[p > 0] / tau, b=p[p > 0]))
 
 
+def optimum_teacher(
+    rewards: ArrayLike, probabilities: ArrayLike, teacher: ArrayLike, tau: float, weight: float
+) -> Floats:
+    """log ρ* of π* ∝ π_t^(1−β) π_T^β e^(r/τ): `optimum_partition` of r + τ β d with d = log π_T − log π_t.
+
+    teacher   [outcomes]  probabilities of the teacher π_T; sum to 1, and none is 0 where π_t is not
+    weight    β; the others as for `optimum_partition`
+
+    With β = 1 and equal rewards π* is the teacher, with β = 0 it is plain PMD's. ValueError as there.
+    """
+    r, p = checked(rewards, probabilities, tau)
+    _, q = checked(rewards, teacher, tau)
+    if (q[p > 0] == 0).any():
+        raise ValueError(f"the teacher must give every outcome of the anchor a probability, got {q}")
+    log_ratio = np.zeros_like(r)
+    np.log(q / np.where(p > 0, p, 1.0), out=log_ratio, where=p > 0)
+    return optimum_partition(r + tau * weight * log_ratio, p, tau)
+
+
 def optimum_mean(rewards: ArrayLike, probabilities: ArrayLike, tau: float) -> tuple[Floats, float]:
     """The minimiser of ½ E_{π_t}[(log ρ − A/τ)²] with A = r − E_{π_t}[r]: ρ* = W(λ e^{A/τ})/λ.
 

@@ -48,10 +48,13 @@ class LossInput:
     """[sequences] reward minus baseline, in reward units."""
     tau: Tensor
     """[sequences] float64, regularisation strength τ > 0 of the sequence's group, in reward units."""
+    teacher_log_probs: Tensor | None = None
+    """[tokens] log π_T; None: there is no teacher."""
 
     def __post_init__(self) -> None:
         tokens = self.log_probs.shape
-        for name in ("log_probs", "anchor_log_probs", "engine_log_probs", "mask", "sequence"):
+        names = ["log_probs", "anchor_log_probs", "engine_log_probs", "mask", "sequence"]
+        for name in [*names, *(["teacher_log_probs"] if self.teacher_log_probs is not None else [])]:
             shape = getattr(self, name).shape
             if len(shape) != 1 or shape != tokens:
                 raise ValueError(
@@ -96,6 +99,13 @@ class LossInput:
     def log_ratio(self) -> Tensor:
         """[sequences] s = Σ over counted tokens of log π_θ − log π_t; float64."""
         return self.sum(self.token_log_ratio)
+
+    @property
+    def teacher_residual(self) -> Tensor:
+        """[tokens] log π_θ − log π_T, 0 where not counted; float64. ValueError without a teacher."""
+        if self.teacher_log_probs is None:
+            raise ValueError("an objective that learns from a teacher has no teacher_log_probs")
+        return torch.where(self.counted, self.log_probs.double() - self.teacher_log_probs.double(), 0.0)
 
     @cached_property
     def mismatch(self) -> Mismatch:

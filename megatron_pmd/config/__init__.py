@@ -34,20 +34,17 @@ from megatron_pmd.config.reading import build, data_of_file, explain, known_keys
 from megatron_pmd.config.rollout import (
     ROUTER_POLICIES,
     TRANSPORTS,
+    AgentProgram,
     GroupFilter,
     PartialRollouts,
     Repetition,
     Rollout,
     Sync,
 )
-from megatron_pmd.config.run import (
-    Batch,
-    Checkpoint,
-    RunConfig,
-    StopAfter,
-    WarmStart,
-)
-from megatron_pmd.config.services import Judge, RemoteReward, RewardModel
+from megatron_pmd.config.run import RunConfig, StopAfter
+from megatron_pmd.config.services import Judge, RemoteReward, RewardModel, Service, Teacher
+from megatron_pmd.config.trackers import Mlflow, Trackers, Wandb
+from megatron_pmd.config.training import Batch, Checkpoint, WarmStart
 
 __all__ = [
     "OBJECTIVES",
@@ -55,6 +52,7 @@ __all__ = [
     "ROUTER_POLICIES",
     "TRANSPORTS",
     "Actor",
+    "AgentProgram",
     "Alarm",
     "Alarms",
     "Algorithm",
@@ -75,6 +73,7 @@ __all__ = [
     "LengthReward",
     "Lora",
     "MismatchWeight",
+    "Mlflow",
     "Model",
     "Objective",
     "Optimizer",
@@ -91,11 +90,15 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "Schedule",
+    "Service",
     "Source",
     "Stage",
     "StopAfter",
     "Sync",
+    "Teacher",
+    "Trackers",
     "TrainingSource",
+    "Wandb",
     "WarmStart",
     "build",
     "data_of_file",

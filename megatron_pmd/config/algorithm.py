@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, Seriali
 
 from megatron_pmd.config.data import Source
 from megatron_pmd.config.frozen import Frozen
+from megatron_pmd.config.services import Teacher
 from megatron_pmd.errors import ConfigError
 from megatron_pmd.plugins import Registry, did_you_mean
 
@@ -26,6 +27,7 @@ OBJECTIVES = Registry(
         "grpo": "megatron_pmd.objectives.grpo:Grpo",
         "gspo": "megatron_pmd.objectives.gspo:Gspo",
         "cispo": "megatron_pmd.objectives.cispo:Cispo",
+        "distillation": "megatron_pmd.objectives.distillation:Distillation",
         "sft": "megatron_pmd.objectives.sft:Sft",
     },
 )
@@ -85,6 +87,8 @@ class Objective(Frozen):
     """What the loss is a mean over."""
     supervised: ClassVar[bool] = False
     """Whether it trains on the problems' own answers: no engines, no anchor, no rewards."""
+    distils: ClassVar[bool] = False
+    """Whether its target is the teacher (LossInput.teacher_log_probs), and rewards are only measured."""
     name: str
     """What it is called in the configuration: one of OBJECTIVES, or your own `module:Class` or
     `path/to/file.py:Class`."""
@@ -167,6 +171,8 @@ class Algorithm(Frozen):
     pass)."""
     mismatch: MismatchWeight = MismatchWeight()
     ptx: Ptx | None = None
+    teacher: Teacher | None = None
+    """Needed by `distillation`; another objective then learns from rewards and teacher together."""
 
     @model_validator(mode="after")
     def _mismatch_has_a_use(self) -> Self:
@@ -187,6 +193,23 @@ class Algorithm(Frozen):
             raise ConfigError(
                 f"algorithm.mismatch.weight={weight} corrects for the engine's policy not being the anchor; "
                 "with algorithm.anchor=engine it is the anchor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_has_a_use(self) -> Self:
+        name = self.objective.name
+        if self.objective.distils and self.teacher is None:
+            raise ConfigError(f"algorithm.objective={name} learns from a teacher: set algorithm.teacher.url")
+        if self.teacher and self.objective.supervised:
+            raise ConfigError(
+                f"algorithm.teacher with algorithm.objective={name}: nothing is sampled that it could score; "
+                "remove it, or set algorithm.objective=distillation"
+            )
+        if self.teacher and self.objective.distils and self.teacher.weight != 1.0:
+            raise ConfigError(
+                f"algorithm.teacher.weight={self.teacher.weight:g}: algorithm.objective={name} has no reward "
+                "that it could weigh against; remove it, or set algorithm.objective=pmd"
             )
         return self
 

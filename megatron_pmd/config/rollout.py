@@ -81,6 +81,19 @@ class Repetition(Frozen):
         return self
 
 
+class AgentProgram(Frozen):
+    """A program makes each response over an OpenAI-compatible endpoint of its own (docs/agents.md)."""
+
+    function: str
+    """`module:function` or `path/to/file.py:function`: gets an AgentTask, returns the text to be graded."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """A program that has not returned so long after its start is ended, and its response graded 0."""
+    tool_parser: str | None = None
+    """How this model writes calls of tools, by SGLang's name, as `qwen25`; None: programs may offer none."""
+    reasoning_parser: str | None = None
+    """How this model marks its thoughts, by SGLang's name, as `qwen3`; None: they are part of its words."""
+
+
 class Rollout(Frozen):
     tensor_parallel: PositiveInt = 1
     """Tensor-parallel size of one engine; one that is larger than a node reaches over several."""
@@ -131,8 +144,10 @@ class Rollout(Frozen):
     """Attempts to start a lost engine again, the pause before each twice as long; then the run ends."""
     function: str | None = None
     """`module:function` that makes a response of several turns (docs/rollout.md); None: one turn."""
+    agent: AgentProgram | None = None
+    """In the place of `function`: a program that speaks the protocol of OpenAI's chat completions."""
     max_turns: PositiveInt = 8
-    """Answers of the engines in one response; for `function`."""
+    """Answers of the engines in one response; for `function` and `agent`."""
     group_filter: GroupFilter | None = None
     partial: PartialRollouts | None = None
     repetition: Repetition | None = None
@@ -176,6 +191,17 @@ class Rollout(Frozen):
             raise ConfigError(
                 "rollout.partial with rollout.placement=separate: separate engines go on with every response "
                 "while the actor trains, nothing has to be stopped; use rollout.staleness instead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_episode(self) -> Self:
+        if self.agent and self.function:
+            raise ConfigError("rollout.agent with rollout.function: either makes the responses; remove one")
+        if self.agent and self.partial:
+            raise ConfigError(
+                "rollout.agent with rollout.partial: a program that was stopped cannot go on where it was; "
+                "use rollout.staleness with rollout.placement=separate instead"
             )
         return self
 

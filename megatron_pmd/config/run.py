@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_pmd.config.actor import Actor, Model, Optimizer
 from megatron_pmd.config.algorithm import Alarms, Algorithm
@@ -12,6 +12,8 @@ from megatron_pmd.config.data import Data, Evaluation, ProblemSource, Reward, St
 from megatron_pmd.config.frozen import Frozen, Seed
 from megatron_pmd.config.layout import Layout
 from megatron_pmd.config.rollout import Rollout, Sync
+from megatron_pmd.config.trackers import Trackers
+from megatron_pmd.config.training import Batch, Checkpoint, WarmStart
 from megatron_pmd.errors import ConfigError, LayoutError
 
 StopAfter = Literal["rollout"]
@@ -21,65 +23,6 @@ StopAfter = Literal["rollout"]
 LOG_PROB_BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (0.1, 2.0), "fp8": (0.3, 5.0)}
 """Mean and 99th percentile of |log π_actor − log π_engine| that kernels of a precision explain, in nats. FP8:
 that of the engines, of the actor, or of both. Where the numbers are from: docs/weight_sync.md."""
-
-
-class Batch(Frozen):
-    prompts_per_rollout: PositiveInt
-    """Prompts sampled per iteration, over all engines."""
-    samples_per_prompt: PositiveInt
-    """Responses to each prompt: the group size K."""
-    prompts_per_step: PositiveInt
-    """Prompts in one optimizer step, over all data-parallel ranks; divides prompts_per_rollout."""
-    max_tokens_per_microbatch: PositiveInt
-    """Prompt and response tokens packed into one forward pass, per GPU; layout.context GPUs share a pass."""
-    max_prompt_tokens: PositiveInt
-    """Longer prompts are dropped and counted."""
-    max_response_tokens: PositiveInt
-    """A response is cut here; its finish reason is then `length`."""
-
-    @property
-    def samples_per_rollout(self) -> int:
-        return self.prompts_per_rollout * self.samples_per_prompt
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
-    @property
-    def steps_per_rollout(self) -> int:
-        return self.prompts_per_rollout // self.prompts_per_step
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.prompts_per_rollout % self.prompts_per_step:
-            raise ConfigError(
-                f"batch.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
-                f"batch.prompts_per_step={self.prompts_per_step}: a rollout must fill whole optimizer steps"
-            )
-        return self
-
-
-class Checkpoint(Frozen):
-    every: PositiveInt | None = 10
-    """Iterations between checkpoints; one is always written after the last iteration. None: only that one."""
-    asynchronous: bool = True
-    """Written while training goes on; it is there once all its files are. It costs host memory: a copy of
-    what the next steps change."""
-    keep: PositiveInt = 2
-    """The newest so many are kept."""
-    hf_export: bool = True
-    """Write the final model as a Hugging Face folder, hf/iteration-N."""
-    hf_export_every: PositiveInt | None = None
-    """Iterations between further such folders; all are kept. What `megatron-pmd convert` writes."""
-
-
-class WarmStart(Frozen):
-    """Supervised steps on the training problems' answers, before the first iteration, in the same actor; at
-    temperature 1, whatever the rollouts' is."""
-
-    steps: PositiveInt
-    learning_rate: PositiveFloat
-    problems_per_step: PositiveInt
 
 
 class RunConfig(Frozen):
@@ -102,6 +45,7 @@ class RunConfig(Frozen):
     alarms: Alarms = Alarms()
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
+    trackers: Trackers = Trackers()
 
     @property
     def ranks_per_engine(self) -> int:
@@ -115,16 +59,30 @@ class RunConfig(Frozen):
         return 1 if self.rollout.servers else self.rollout.tensor_parallel
 
     @property
+    def devices_beside_ranks(self) -> int:
+        """Devices that an engine takes of its node beside those of its ranks."""
+        separate = self.rollout.placement == "separate" and not self.rollout.servers
+        return self.rollout.tensor_parallel if separate else 0
+
+    @property
+    def devices(self) -> int:
+        """Of the actor and of the run's own engines, together."""
+        return self.layout.ranks + self.engines * self.devices_beside_ranks
+
+    @property
     def longest_rollout_seconds(self) -> float:
         """What the deadlines of requests allow a rollout to take at the very most."""
         sampling, rounds = self.rollout, 1
-        if sampling.function:
+        if sampling.function or sampling.agent:
             rounds *= sampling.max_turns
         if sampling.repetition:
             rounds += self.batch.max_response_tokens // sampling.repetition.window_tokens
         if sampling.group_filter:
             rounds *= 1 + sampling.group_filter.max_dropped
-        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1)
+        tools = sampling.agent.timeout_seconds if sampling.agent else 0.0
+        teacher = self.algorithm.teacher
+        scoring = teacher.timeout_seconds * (teacher.retries + 1) if teacher else 0.0
+        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1) + tools + scoring
 
     @property
     def longest_silence_seconds(self) -> float:
@@ -234,6 +192,7 @@ class RunConfig(Frozen):
         self.algorithm.check(self.batch.samples_per_prompt)
         self._check_anchor()
         self._check_supervision()
+        self._check_teacher()
         self._check_servers()
         if self.ranks_per_engine < self.devices_per_engine or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
@@ -349,6 +308,27 @@ class RunConfig(Frozen):
                 "false, or algorithm.anchor to trainer"
             )
 
+    def _check_teacher(self) -> None:
+        if self.algorithm.teacher is None:
+            return
+        if self.rollout.temperature != 1 or self.rollout.temperature_schedule:
+            raise ConfigError(
+                f"algorithm.teacher with rollout.temperature={self.rollout.temperature:g}"
+                + (" and a schedule of it" if self.rollout.temperature_schedule else "")
+                + ": SGLang gives a teacher's log-probabilities at temperature 1, and the policy would learn "
+                "them at another; set rollout.temperature=1 and rollout.temperature_schedule=null"
+            )
+        if self.rollout.agent:
+            raise ConfigError(
+                "algorithm.teacher with rollout.agent: a teacher scores one trajectory a response, and "
+                "an agent's episode may have several; set one of them to null"
+            )
+        if self.rollout.group_filter and self.rollout.group_filter.drop_equal_rewards:
+            raise ConfigError(
+                "algorithm.teacher with rollout.group_filter.drop_equal_rewards: the teacher tells responses "
+                "of equal rewards apart; set it to false"
+            )
+
     def _check_supervision(self) -> None:
         objective = self.algorithm.objective
         if not objective.supervised:
@@ -359,7 +339,9 @@ class RunConfig(Frozen):
                     f"{name} is supervised training beside a rollout; algorithm.objective={objective.name} "
                     "has none"
                 )
-        drawing = {name: getattr(self.rollout, name) for name in ("group_filter", "partial", "repetition")}
+        drawing = {
+            name: getattr(self.rollout, name) for name in ("group_filter", "partial", "repetition", "agent")
+        }
         drawing |= {"function": self.rollout.function, "placement": self.rollout.placement == "separate"}
         for name, given in drawing.items():
             if given:

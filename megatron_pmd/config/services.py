@@ -1,4 +1,4 @@
-"""Settings of the services that grade over HTTP."""
+"""Settings of the services that are asked over HTTP about what was sampled."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Score: a number from 0 to 10
 """
 
 
-class RemoteReward(Frozen):
-    """A service that grades over HTTP (docs/rollout.md)."""
+class Service(Frozen):
+    """A service that gets one request for each sample."""
 
     url: str = Field(pattern=r"^https?://")
     """Gets a POST for each sample."""
@@ -43,7 +43,11 @@ class RemoteReward(Frozen):
     """A file with the service's key, which is sent as a bearer's token; the run's files have its path."""
 
 
-class Judge(RemoteReward):
+class RemoteReward(Service):
+    """A service that grades over HTTP (docs/rollout.md)."""
+
+
+class Judge(Service):
     """A chat model that grades (docs/judges.md)."""
 
     url: str = Field(pattern=r"^https?://")
@@ -88,10 +92,23 @@ class Judge(RemoteReward):
         return self
 
 
-class RewardModel(RemoteReward):
+class RewardModel(Service):
     """A sequence-classification model that SGLang serves (docs/judges.md)."""
 
     url: str = Field(pattern=r"^https?://")
     """Of the SGLang server, as `http://HOST:PORT`: it gets a POST to url/classify for each sample."""
     tokenizer: str
     """The reward model's folder, for its tokenizer and chat template: the server is sent token ids."""
+
+
+class Teacher(Service):
+    """A model that SGLang serves, whose log-probabilities of the sampled tokens are learned from
+    (docs/teachers.md)."""
+
+    url: str = Field(pattern=r"^https?://")
+    """Of the SGLang server, as `http://HOST:PORT`: it gets a POST to url/generate for each response. It must
+    have the model's own vocabulary."""
+    weight: PositiveFloat = 1.0
+    """β: with a reward, r + τ β log π_T/π_t of a response takes the place of its reward r."""
+    timeout_seconds: PositiveFloat = 600.0
+    """For one request; one that takes longer is sent again."""

@@ -9,7 +9,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from megatron_pmd.config import AgentProgram
 from megatron_pmd.errors import ConfigError, MissingPackage
+from megatron_pmd.plugins import did_you_mean
+
+TOOL_PARSERS, REASONING_PARSERS = "function_call/parser_names.py", "parser/reasoning_parser_names.py"
+"""Where SGLang lists the names of its parsers, each in a file with nothing else."""
 
 FROM_A_FILE = (None, "store_true")
 """Actions of argparse whose options SGLang takes from the file that carries ours.
@@ -59,6 +64,21 @@ def check_options(given: dict[str, Any], taken: dict[str, str]) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" (did you mean rollout.sglang.{near[0]}?)" if near else ""
             raise ConfigError(f"rollout.sglang.{name} is not an option of the installed SGLang{hint}")
+
+
+def check_parsers(agent: AgentProgram | None) -> None:
+    """ConfigError for a parser of a model's words that the installed SGLang has not."""
+    if agent is None:
+        return
+    for setting, source in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+        name = getattr(agent, setting)
+        module = ast.parse((sglang_source() / source).read_text())
+        known = ast.literal_eval(next(part.value for part in module.body if isinstance(part, ast.Assign)))
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"rollout.agent.{setting}={name!r} is no parser of the installed SGLang"
+                f"{did_you_mean(name, known)}; use {', '.join(known)}"
+            )
 
 
 def _declared(module: ast.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LayoutError
 
 
@@ -55,6 +56,28 @@ def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
             f"{' + '.join(map(str, shares))} ranks on nodes {', '.join(map(str, reached))}; "
             "set tensor_parallel and ranks_per_engine so that whole engines fill a node, or one whole nodes"
         )
+
+
+def ranks_of_node(config: RunConfig, accelerators: int) -> int:
+    """Actor ranks on a node: as many as it holds with their separate engines, were it alone.
+
+    Raises LayoutError where it does not even hold one engine and its ranks.
+    """
+    together = config.ranks_per_engine + config.devices_beside_ranks
+    most = accelerators
+    if config.devices_beside_ranks:
+        most = accelerators // together * config.ranks_per_engine
+    if not most:
+        raise LayoutError(
+            f"a node has {accelerators} GPUs; rollout.ranks_per_engine={config.ranks_per_engine} ranks and "
+            f"an engine of their own (rollout.tensor_parallel={config.rollout.tensor_parallel}) do not fit"
+        )
+    return min(most, config.layout.ranks)
+
+
+def devices_of_node(config: RunConfig, ranks: int) -> int:
+    """Devices that so many actor ranks of a node take, with their separate engines."""
+    return ranks + ranks // config.ranks_per_engine * config.devices_beside_ranks
 
 
 def check_parts(ranks: int, ranks_per_node: int, ranks_per_engine: int, devices: int) -> None:

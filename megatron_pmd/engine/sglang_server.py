@@ -16,7 +16,7 @@ from typing import Any
 from megatron_pmd import network
 from megatron_pmd.config import Model, Rollout
 from megatron_pmd.engine.first_start import ready_before
-from megatron_pmd.engine.installed_options import check_options, server_options
+from megatron_pmd.engine.installed_options import check_options, check_parsers, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
 from megatron_pmd.errors import ConfigError, MissingPackage
@@ -111,6 +111,7 @@ class EngineSpec:
 def engine_options(spec: EngineSpec) -> dict[str, Any]:
     """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free."""
     check_options(spec.rollout.sglang, OUR_OPTIONS)
+    check_parsers(spec.rollout.agent)
     options: dict[str, Any] = {
         "model_path": spec.model.path,
         "trust_remote_code": spec.model.trust_remote_code,

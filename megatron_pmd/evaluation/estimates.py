@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_pmd.batch import Sample
+from megatron_pmd.batch import Sample, first_branches
 
 ALWAYS_1 = {"": 1.0}
 """One source, in which a reward of at least 1 passes."""
@@ -75,7 +75,8 @@ def evaluate(samples: Sequence[Sample], correct: Mapping[str, float] = ALWAYS_1)
 def _estimate(samples: Sequence[Sample], correct: Mapping[str, float]) -> Evaluation:
     rewards: dict[int, list[float]] = defaultdict(list)
     passed: dict[int, bool] = defaultdict(bool)
-    for sample in samples:
+    responses = first_branches(samples)
+    for sample in responses:
         rewards[sample.group].append(sample.reward)
         passed[sample.group] |= sample.reward >= correct[sample.source]
     return Evaluation(
@@ -85,7 +86,7 @@ def _estimate(samples: Sequence[Sample], correct: Mapping[str, float]) -> Evalua
         pass_at_k=_share(list(passed.values())),
         response_tokens=float(np.mean([len(s.response_tokens) for s in samples])),
         truncated_share=float(np.mean([s.finish_reason == "length" for s in samples])),
-        reward_errors=sum(s.reward_error is not None for s in samples),
+        reward_errors=sum(s.reward_error is not None for s in responses),
     )
 
 

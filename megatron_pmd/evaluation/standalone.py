@@ -43,10 +43,9 @@ from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.grading import grading
-from megatron_pmd.rollout.episode import rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.rollout.sampler import Sampler, maker_of, stop_tokens
 from megatron_pmd.rollout_file import write_rollout
 
 DEFAULT_RESPONSE_TOKENS = 1024
@@ -274,7 +273,9 @@ def run(task: Task, console: Console) -> Evaluation:
             grader=rewards,
             max_turns=task.rollout.max_turns,
             repetition=task.rollout.repetition,
-            function=rollout_function(task.rollout.function),
+            function=maker_of(
+                task.rollout, tokenizer, max(source.max_prompt_tokens for source in task.sources)
+            ),
         )
         console.say(
             f"starting an engine for {task.model.path}; a response has at most {task.max_response_tokens} "

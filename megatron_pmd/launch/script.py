@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import check_parts
+from megatron_pmd.engine.placement import check_parts, devices_of_node, ranks_of_node
 from megatron_pmd.errors import ConfigError, LayoutError
 from megatron_pmd.launch.cluster import SLURM_FILES, Cluster
 
@@ -35,19 +35,15 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """As many as the node's GPUs hold, with the separate engines of these ranks."""
-        config, most = self.config, self.cluster.gpus_per_node
-        if config.rollout.placement == "separate" and self.cluster.has_gpus:
-            ranks = config.ranks_per_engine
-            most = most // (ranks + config.rollout.tensor_parallel) * ranks
-        return min(most, config.layout.ranks)
+        """As many as the node's GPUs hold, with their separate engines. LayoutError if they hold none."""
+        if self.cluster.has_gpus:
+            return ranks_of_node(self.config, self.cluster.gpus_per_node)
+        return min(self.cluster.gpus_per_node, self.config.layout.ranks)
 
     @property
     def gpus_per_node(self) -> int:
         """Of its ranks, and of separate engines."""
-        config, ranks = self.config, self.ranks_per_node
-        separate = config.rollout.placement == "separate"
-        return ranks + separate * (ranks // config.ranks_per_engine * config.rollout.tensor_parallel)
+        return devices_of_node(self.config, self.ranks_per_node)
 
     @property
     def nodes(self) -> int:
@@ -57,12 +53,6 @@ class Job:
 def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: str | None = None) -> Job:
     """The job of a run. Raises LayoutError when its ranks do not fill nodes, or its engines fit none."""
     job = Job(config, cluster, root, replay)
-    if not job.ranks_per_node:
-        raise LayoutError(
-            f"a node of cluster {cluster.name} has {cluster.gpus_per_node} GPUs; "
-            f"rollout.ranks_per_engine={config.ranks_per_engine} ranks and an engine of their own "
-            f"(rollout.tensor_parallel={config.rollout.tensor_parallel}) do not fit"
-        )
     if config.layout.ranks % job.ranks_per_node:
         raise LayoutError(
             f"{config.layout.ranks} ranks do not fill nodes of {cluster.gpus_per_node} "

@@ -32,6 +32,8 @@ def check_inputs(config: RunConfig, replay: Path | None) -> None:
         Sandbox(memory_bytes=0).close()
     if config.rollout.function is not None:
         plugins.find(config.rollout.function, what="rollout.function")
+    if config.rollout.agent is not None:
+        plugins.find(config.rollout.agent.function, what="rollout.agent.function")
     if (prepare := model_to_make(config)) is not None:
         plugins.find(prepare, what="model.prepare")
     else:

@@ -24,6 +24,7 @@ import psutil
 
 from megatron_pmd import network
 from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import devices_of_node
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.network import Interface
@@ -73,8 +74,9 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
     report.problems += plan_problems(config, allocation, folder)
     report.problems += core_problems()
     if os.environ.get("PMD_GPU", "cpu") != "cpu":
-        report.problems += gpu_problems(_nvidia_smi(), allocation.ranks_per_node, limits.driver)
-        report.problems += cuda_problems(allocation.ranks_per_node, limits.deadline_seconds)
+        devices = devices_of_node(config, allocation.ranks_per_node)
+        report.problems += gpu_problems(_nvidia_smi(), devices, limits.driver)
+        report.problems += cuda_problems(devices, limits.deadline_seconds)
         try:
             keep_compiled_kernels(allocation.host, found["packages"])
         except LaunchError as error:
@@ -170,7 +172,8 @@ def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> li
     free = psutil.virtual_memory().available
     device = DEVICES[os.environ.get("PMD_GPU", "cpu")]
     try:
-        plan = make_plan(config, Machines(device, allocation.ranks_per_node, free, 1e9))
+        devices = devices_of_node(config, allocation.ranks_per_node)
+        plan = make_plan(config, Machines(device, devices, free, 1e9))
     except ModelError as error:
         print(f"{allocation.host}: memory and disk not compared with a plan: {error}", flush=True)
         return []
@@ -216,18 +219,18 @@ def core_problems() -> list[str]:
     return [f"{usable} of the job's {given} cores may be used: srun has bound its step; use --cpu-bind=none"]
 
 
-def cuda_problems(ranks: int, deadline_seconds: float) -> list[str]:
-    """Whether torch computes on a GPU for each rank: nvidia-smi lists GPUs also where CUDA cannot start.
+def cuda_problems(devices: int, deadline_seconds: float) -> list[str]:
+    """Whether torch computes on so many GPUs: nvidia-smi lists GPUs also where CUDA cannot start.
 
     In a process of its own, which leaves nothing on them.
     """
-    program = f"import torch\nfor i in range({ranks}): torch.ones(1, device=f'cuda:{{i}}').sum().item()"
+    program = f"import torch\nfor i in range({devices}): torch.ones(1, device=f'cuda:{{i}}').sum().item()"
     command = [sys.executable, "-W", "ignore", "-c", program]
     try:
-        with waiting_for(f"torch to compute on {ranks} GPUs", deadline_seconds):
+        with waiting_for(f"torch to compute on {devices} GPUs", deadline_seconds):
             done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_seconds)
     except subprocess.TimeoutExpired:
-        return [f"CUDA did not start on {ranks} GPUs within {deadline_seconds:g} s"]
+        return [f"CUDA did not start on {devices} GPUs within {deadline_seconds:g} s"]
     if done.returncode == 0:
         return []
     said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]

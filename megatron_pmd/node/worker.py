@@ -87,12 +87,12 @@ def main(spec: JobSpec) -> None:
 
         standins.install()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from megatron_pmd.actor import settings
+    from megatron_pmd.actor.environment import set_environment
 
     config = build(spec.config)
     if not cpu:
         # before megatron-core, which imports Transformer Engine, which reads it while it is imported
-        settings.set_environment(config)
+        set_environment(config)
     from megatron_pmd.actor import parallel
     from megatron_pmd.distributed import Control
     from megatron_pmd.node.bandwidth import check_bandwidth
@@ -194,16 +194,22 @@ def _read_inputs(start: _Start, saved: dict[str, Any], cleanup: ExitStack, remar
     """
     from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.engine.lengths import check_lengths
+    from megatron_pmd.observe.trackers import check_trackers
     from megatron_pmd.rewards.grading import grading
+    from megatron_pmd.rollout.teacher import check_teacher
     from megatron_pmd.rollout_file import check_rollouts
 
     config, control = start.config, start.control
+    control.on_driver(lambda: check_trackers(config.trackers))
     if start.spec.replay is not None:
         replay, to_train = Path(start.spec.replay), range(saved["iteration"], config.iterations)
-        control.on_driver(lambda: check_rollouts(replay, to_train))
+        scored = config.algorithm.teacher is not None
+        control.on_driver(lambda: check_rollouts(replay, to_train, scored=scored))
     elif start.samples:
         control.on_driver(lambda: check_lengths(config))
     tokenizer = load_tokenizer(config.model)
+    if start.samples and (teacher := config.algorithm.teacher):
+        control.on_driver(lambda: check_teacher(teacher, tokenizer))
     problems = control.on_driver(lambda: _problems(config, tokenizer, remarks.append, saved))
     rewards = None
     if start.samples and config.rollout.placement == "colocated":  # else the sampler's process has them

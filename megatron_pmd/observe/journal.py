@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
@@ -16,21 +16,11 @@ from megatron_pmd.files import JsonObject, read_object, read_records, write_whol
 from megatron_pmd.observe.folder import flatten
 from megatron_pmd.observe.quantities import finite
 from megatron_pmd.observe.summary import write_summary
+from megatron_pmd.observe.trackers import AXIS, TrackerSet
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.outcome import RunOutcome
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 Kind = Literal["step", "iteration", "evaluation", "warm_start"]
-
-# the value of each kind of line that TensorBoard puts on its horizontal axis
-AXIS: dict[str, str] = {
-    "step": "global_step",
-    "iteration": "iteration",
-    "evaluation": "iteration",
-    "warm_start": "step",
-}
 
 
 @dataclass
@@ -65,7 +55,7 @@ class IterationRecord:
 
 
 class Journal:
-    """Metrics, ledger, TensorBoard and summary of one run."""
+    """Metrics, ledger and summary of one run, and what trackers show of it."""
 
     def __init__(self, folder: Path, config: RunConfig, iteration: int) -> None:
         """Use Journal.open, which prepares the folder."""
@@ -79,9 +69,8 @@ class Journal:
         self._ledger = read_records(folder / "ledger.jsonl")
         self._phase: Phase | None = None
         self._opened = time.monotonic()
-        # TensorBoard forgets what an earlier start logged from here on, as the metrics file does
-        self._purge = {kind: 1 + max(_axis_values(metrics, kind), default=-1) for kind in AXIS}
-        self._writers: dict[str, SummaryWriter] = {}
+        logged = {kind: max(_axis_values(metrics, kind), default=-1) for kind in AXIS}
+        self._trackers = TrackerSet(folder, config, logged)
         self._metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._ledger_file = (folder / "ledger.jsonl").open("a", encoding="utf-8")
 
@@ -101,7 +90,7 @@ class Journal:
             _refuse_strange_folder(folder, resume_iteration)
         elif keep_warm_start or resume_iteration or _has_trained(folder):
             _refuse_differences(folder, recorded, given)
-        for name in ("tensorboard", "rollouts", "evaluations", "logs"):
+        for name in ("rollouts", "evaluations", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         # a summary speaks of a run that has ended
         (folder / "summary.json").unlink(missing_ok=True)
@@ -118,7 +107,7 @@ class Journal:
         self._steps = []
 
     def log(self, kind: Kind, values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and send its numbers to TensorBoard."""
+        """Append one line to metrics.jsonl and send its numbers to the trackers."""
         if kind not in AXIS:
             raise ValueError(f"metrics of kind {kind!r}; known: {', '.join(AXIS)}")
         line: JsonObject = {"kind": kind}
@@ -134,7 +123,7 @@ class Journal:
             self._iterations.append(line)
         elif kind == "evaluation":
             self._evaluations.append(line)
-        self._to_tensorboard(kind, line)
+        self._trackers.log(kind, line)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -199,24 +188,9 @@ class Journal:
 
     def close(self) -> None:
         """Close every file without a summary."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        self._trackers.close()
         self._metrics_file.close()
         self._ledger_file.close()
-
-    def _to_tensorboard(self, kind: str, line: JsonObject) -> None:
-        if kind not in self._writers:
-            # tensorboard takes seconds to import; a run that logs nothing does not wait for it
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writers[kind] = SummaryWriter(
-                str(self.folder / "tensorboard" / kind), purge_step=self._purge[kind], flush_secs=30
-            )
-        for key, value in line.items():
-            if key in ("kind", "iteration", "step", "global_step") or not isinstance(value, (int, float)):
-                continue
-            self._writers[kind].add_scalar(key, value, line[AXIS[kind]])
 
 
 def _append(file: TextIO, line: JsonObject) -> None:
@@ -268,13 +242,13 @@ def _refuse_differences(folder: Path, recorded: JsonObject, given: JsonObject) -
     keys = [k for k in {**there, **here} if there.get(k, ...) != here.get(k, ...)]
     if "iterations" in keys and here["iterations"] > there.get("iterations", 0):
         keys.remove("iterations")
-    keys = [k for k in keys if not k.startswith("alarms.")]
+    keys = [k for k in keys if not k.startswith(("alarms.", "trackers."))]
     if keys:
         listed = "\n".join(f"  {k}: {_shown(there, k)} there, {_shown(here, k)} here" for k in keys)
         raise ConfigError(
             f"{folder / 'config.json'} is of a run with another configuration:\n{listed}\n"
             "give this run another name, or the recorded values to resume "
-            "(only iterations may grow, and alarms change)"
+            "(only iterations may grow, and alarms and trackers change)"
         )
 
 

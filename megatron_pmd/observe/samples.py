@@ -49,14 +49,23 @@ def evenly[T](items: Sequence[T], count: int) -> list[T]:
 
 def grades(path: Path) -> dict[Label, dict[int, float]]:
     """Mean reward of every group by problem: {problem: {group: mean reward}}, in the file's order."""
-    table = _read(path, ["group", "source", "problem", "reward"])
-    rewards: dict[tuple[Label, int], list[float]] = {}
+    table = _read(path, ["group", "number", "source", "problem", "reward"])
+    groups: dict[tuple[Label, int], list[JsonObject]] = {}
     for row in table.to_pylist():
-        rewards.setdefault((_label(row), row["group"]), []).append(row["reward"])
+        groups.setdefault((_label(row), row["group"]), []).append(row)
     means: dict[Label, dict[int, float]] = {}
-    for (problem, group), values in rewards.items():
-        means.setdefault(problem, {})[group] = sum(values) / len(values)
+    for (problem, group), rows in groups.items():
+        means.setdefault(problem, {})[group] = _mean(list(_rewards(rows).values()))
     return means
+
+
+def _rewards(rows: Sequence[JsonObject]) -> dict[int, float]:
+    """Of each response of a group; an agent's may have several rows."""
+    return {row["number"]: row["reward"] for row in rows}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) -> list[dict[str, Any]]:
@@ -71,16 +80,23 @@ def read_prompts(path: Path, groups: Sequence[int], responses: int, limit: int) 
     return [_prompt([r for r in rows if r["group"] == g], responses, limit) for g in groups]
 
 
+def table_of_samples(path: Path, groups: int) -> tuple[list[str], list[list[Any]]]:
+    """All responses to the first so many prompts of a file: names of the columns, and the rows."""
+    table = _read(path, COLUMNS, filters=[("group", "<", groups)])
+    rows = [finite(row) for row in table.to_pylist()]
+    return table.column_names, [[row[name] for name in table.column_names] for row in rows]
+
+
 def _prompt(rows: list[JsonObject], responses: int, limit: int) -> dict[str, Any]:
     ranked = sorted(rows, key=lambda r: (-(r["reward"] or 0.0), r["number"]))
-    first = rows[0]
+    first, rewards = rows[0], _rewards(rows)
     return {
         "problem": _label(first),
         "group": first["group"],
         "prompt": clip(first["prompt"], limit),
         "answer": clip(first["answer"] or "", limit),
-        "samples": len(rows),
-        "mean_reward": finite(sum(r["reward"] for r in rows) / len(rows)),
+        "samples": len(rewards),
+        "mean_reward": finite(_mean(list(rewards.values()))),
         "responses": [
             {
                 "number": r["number"],
@@ -105,7 +121,7 @@ def before_and_after(first: Path, last: Path, limit: int) -> tuple[JsonObject, J
         return None
 
     def mean(problem: Label, means: dict[Label, dict[int, float]]) -> float:
-        return sum(means[problem].values()) / len(means[problem])
+        return _mean(list(means[problem].values()))
 
     changed = [p for p in common if mean(p, before) != mean(p, after)]
     problem = (changed or common)[0]

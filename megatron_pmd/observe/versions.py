@@ -13,7 +13,7 @@ from typing import Any
 import megatron_pmd
 
 PACKAGES = (
-    "torch", "megatron-core", "megatron-bridge", "transformer-engine", "apex", "sglang", "sglang-kernel",
+    "torch", "megatron-core", "megatron-bridge", "transformer-engine", "sglang", "sglang-kernel",
     "sglang-router", "transformers", "megatron-pmd",
 )  # fmt: skip
 """What computes, or what another version of computes otherwise; None where one is not installed."""

@@ -68,7 +68,8 @@ def cost(
     bubble = 1 + (config.layout.pipeline - 1) / config.layout.virtual_pipeline / microbatches_per_step(config)
     peak = ranks * (device.fp8_flops if config.actor.fp8 else device.bf16_flops)
     moved = max(stage.weight_bytes + stage.optimizer_bytes for stage in all_stages)
-    nodes = -(-ranks // machines.devices_per_node)
+    if config.rollout.placement == "separate":
+        moved = 0.0  # nothing leaves its device for the engines
     seconds = {
         "rollout": rollout_seconds(shape, config, machines, kv, config.engines, assume),
         "release": moved / device.host_bytes_per_second,
@@ -78,7 +79,7 @@ def cost(
         "save": max(
             save_of(shape, config, stage, machines, assume).stall_seconds(assume) for stage in all_stages
         ),
-        "write": checkpoint_bytes(shape, config) / nodes / machines.storage_bytes_per_second,
+        "write": checkpoint_bytes(shape, config) / machines.nodes(config) / machines.storage_bytes_per_second,
     }
     return Cost(tokens, batch.samples_per_rollout * response, forward, update, seconds)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import ranks_of_node
+
 
 @dataclass(frozen=True)
 class Device:
@@ -43,6 +46,16 @@ class Machines:
     def shares_host_memory(self) -> bool:
         """Whether actors and engines live in the node's own memory: there is no accelerator."""
         return self.device.memory_bytes == 0
+
+    def ranks_per_node(self, config: RunConfig) -> int:
+        """Of a run: a node's other devices are those of separate engines. Raises LayoutError if none fits."""
+        if self.shares_host_memory:
+            return min(self.devices_per_node, config.layout.ranks)
+        return ranks_of_node(config, self.devices_per_node)
+
+    def nodes(self, config: RunConfig) -> int:
+        """That hold a run."""
+        return -(-config.layout.ranks // self.ranks_per_node(config))
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def host_phases(
 ) -> dict[str, Owners]:
     """Of the fullest node, by owner: what leaves the devices, weight buckets, processes, rollouts; and the
     states of a checkpoint, while they are gathered, and while they are written beside the other phases."""
-    per_node = min(machines.devices_per_node, config.layout.ranks)
+    per_node = machines.ranks_per_node(config)
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.optimizer_bytes)
     batch = config.batch
     rollout = batch.samples_per_rollout * (batch.max_prompt_tokens + batch.max_response_tokens)
@@ -306,11 +306,14 @@ def host_phases(
         "processes": per_node * process,
         "rollouts": rollout * (ROLLOUT_TOKEN_BYTES + _recorded_routing_bytes(shape, config)),
     }
-    if machines.shares_host_memory:
+    separate = config.rollout.placement == "separate"
+    if machines.shares_host_memory or separate:
         owners["weight buckets"] = 2 * config.sync.bucket_megabytes * 2**20
-    else:
-        owners["offloaded weights"] = per_node * heaviest.weight_bytes
-        owners["offloaded optimizer"] = per_node * heaviest.optimizer_bytes
+    if not machines.shares_host_memory:
+        offloaded = {"weights": heaviest.weight_bytes, "optimizer": heaviest.optimizer_bytes}
+        if separate:  # the actor leaves its device to nobody
+            offloaded = {"optimizer": heaviest.optimizer_bytes * config.optimizer.offload}
+        owners |= {f"offloaded {what}": per_node * size for what, size in offloaded.items() if size}
     saves = [save_of(shape, config, stage, machines, assume) for stage in all_stages]
     save = max(saves, key=lambda save: save.gathered_bytes + save.copies_bytes)
     return {

@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def nodes(self) -> int:
-        return -(-self.config.layout.ranks // self.machines.devices_per_node)
+        return self.machines.nodes(self.config)
 
     @property
     def host_bytes(self) -> float:
@@ -88,7 +88,7 @@ class Plan:
         return [
             f"rollout: of the {gigabytes(room)} that an {device.name} has to give, an engine's weights and "
             f"cache take {gigabytes(filled)} with mem_fraction_static={share:g}, its graphs and activations "
-            f"and what the actor leaves there {gigabytes(sum(owners.values()) - filled)}: set "
+            f"and what else is left there {gigabytes(sum(owners.values()) - filled)}: set "
             f"mem_fraction_static={smaller:g} in rollout.sglang"
         ]
 
@@ -125,11 +125,11 @@ class Plan:
                     f"{phase}: {gigabytes(need)} of a node's host memory needed, {gigabytes(room)} to give "
                     f"({parts})"
                 )
-        ranks = config.layout.ranks
-        if ranks > machines.devices_per_node and ranks % machines.devices_per_node:
-            found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices")
+        ranks, per_node = config.layout.ranks, machines.ranks_per_node(config)
+        if ranks % per_node:
+            beside = f", {per_node} ranks with their engines each" if config.devices_beside_ranks else ""
+            found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices{beside}")
         try:
-            per_node = min(ranks, machines.devices_per_node)
             check_parts(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
         except LayoutError as error:
             found.append(str(error))

@@ -49,7 +49,7 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     """
     layout, by_hosts = config.layout, config.hosts_gather_states
     whole = by_hosts or machines.shares_host_memory
-    ranks = min(machines.devices_per_node, layout.ranks)
+    ranks = machines.ranks_per_node(config)
     per_stage = min(ranks, layout.ranks_per_stage)
     holders = {
         "dense": min(per_stage, layout.tensor) if by_hosts else ranks,

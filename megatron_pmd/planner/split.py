@@ -53,6 +53,12 @@ def split_of(plan: Plan) -> Split | None:
     return _split(plan, plan) if plan.config.rollout.placement == "separate" else balanced_split(plan)
 
 
+def iteration_seconds(plan: Plan) -> float:
+    """Of one iteration without a checkpoint, as the recipe has its engines."""
+    separate = plan.config.rollout.placement == "separate"
+    return _split(plan, plan).iteration_seconds if separate else plan.cost.iteration_seconds
+
+
 def balanced_split(plan: Plan) -> Split | None:
     """The split of a plan's devices whose slower side takes least time; None if they cannot be split.
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from megatron_pmd.config import RunConfig
 from megatron_pmd.planner.memory import Owners, microbatches_per_step
 from megatron_pmd.planner.planning import Plan, gigabytes
-from megatron_pmd.planner.split import split_of
+from megatron_pmd.planner.split import iteration_seconds, split_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -115,12 +115,15 @@ def _time(plan: Plan) -> Table:
     }
     for phase, seconds in cost.seconds.items():
         table.add_row(names.get(phase, phase), f"{seconds:,.1f}")
-    table.add_row("[bold]together, without a checkpoint", f"{cost.iteration_seconds:,.1f}")
+    seconds, config = iteration_seconds(plan), plan.config
+    separate = config.rollout.placement == "separate"
+    whole = "sampling beside training" if separate else "together"
+    table.add_row(f"[bold]{whole}, without a checkpoint", f"{seconds:,.1f}")
     table.add_row(
         "operations of anchor and update", f"{(cost.forward_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
     )
-    rate = cost.response_tokens / cost.iteration_seconds / plan.config.layout.ranks
-    table.add_row("response tokens per second and rank", f"{rate:,.0f}")
+    rate = cost.response_tokens / seconds / config.devices
+    table.add_row("response tokens per second and device", f"{rate:,.0f}")
     return table
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import httpx
 
-from megatron_pmd.config import RemoteReward, Reward
+from megatron_pmd.config import Reward, Service
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.rewards.pool import Verdict
@@ -44,11 +44,11 @@ class ServiceReward(ThreadedReward):
     """Failures that cost the sample; each other one, as a wrong key's, ends the run. None: all that are
     answers."""
 
-    def __init__(self, reward: Reward, service: RemoteReward, url: str) -> None:
+    def __init__(self, reward: Reward, service: Service, url: str) -> None:
         """url: what is posted to. ConfigError where the file of the service's key has none."""
         super().__init__(reward, service.max_in_flight)
         self.url, self._retries = url, service.retries
-        key = _key(service.key_file, f"reward.{reward.name}.key_file")
+        key = read_key(service.key_file, f"reward.{reward.name}.key_file")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=service.max_in_flight)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.client = httpx.Client(
@@ -124,8 +124,11 @@ class ServiceReward(ThreadedReward):
         )
 
 
-def _key(file: str | None, setting: str) -> str | None:
-    """What the file holds: a key on a command line or in a configuration would be in the run's files."""
+def read_key(file: str | None, setting: str) -> str | None:
+    """What the file holds: a key on a command line or in a configuration would be in the run's files.
+
+    setting: its name, for the ConfigError where the file has none.
+    """
     if file is None:
         return None
     try:

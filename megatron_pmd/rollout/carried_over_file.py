@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("problem", pa.int64()),
         ("number", pa.int32()),
+        ("branch", pa.int32()),
+        ("own_prompt", pa.list_(pa.int32())),
         ("seed", pa.int64()),
         (
             "turns",
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
                             pa.list_(pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64())])),
                         ),
                         ("finish", pa.string()),
+                        ("counted", pa.bool_()),
                     ]
                 )
             ),
@@ -48,13 +51,19 @@ SCHEMA = pa.schema(
         ("stopped", pa.string()),
         ("routed_experts", pa.binary()),
         ("routed_experts_shape", pa.list_(pa.int32())),
+        ("teacher_log_probs", pa.list_(pa.float32())),
     ]
 )
 
 
 def write_carried_over(folder: Path, groups: Sequence[Group]) -> None:
-    """Write FILE into a checkpoint's folder, one row a response."""
-    rows = [_row(group, member) for group in groups for member in group.members]
+    """Write FILE into a checkpoint's folder, one row a response, or a trajectory of one."""
+    rows = [
+        _row(group, part, branch)
+        for group in groups
+        for member in group.members
+        for branch, part in enumerate(member.parts)
+    ]
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / FILE)
 
 
@@ -75,45 +84,58 @@ def read_carried_over(folder: Path, problem: Callable[[Key], Problem]) -> list[G
         key = row["begun"], row["place"]
         if key not in groups:
             groups[key] = Group(*key, problem((row["source"] or "", row["problem"])), [])
-        groups[key].members.append(_member(row, groups[key].problem))
+        part = _part(row, groups[key].problem)
+        if row["branch"]:
+            groups[key].members[-1].branches.append(part)
+        else:
+            groups[key].members.append(part)
     return list(groups.values())
 
 
-def _row(group: Group, member: Trajectory) -> dict[str, Any]:
+def _row(group: Group, member: Trajectory, branch: int) -> dict[str, Any]:
     turns = [
         {
             "tokens": turn.tokens,
             "log_probs": turn.log_probs,
             "segments": [{"tokens": n, "weight_version": version} for n, version in turn.segments],
             "finish": turn.finish,
+            "counted": turn.counted,
         }
         for turn in member.turns
     ]
     recorded = member.routed_experts
     return {
         "begun": group.begun, "place": group.place, "source": group.problem.source,
-        "problem": group.problem.index, "number": member.number,
+        "problem": group.problem.index, "number": member.number, "branch": branch,
+        "own_prompt": member.own_prompt,
         "seed": member.seed, "turns": turns, "response": member.response, "reward": member.reward,
         "reward_error": member.reward_error, "stopped": member.stopped,
         "routed_experts": None if recorded is None else recorded.tobytes(),
         "routed_experts_shape": None if recorded is None else recorded.shape,
+        "teacher_log_probs": member.teacher_log_probs,
     }  # fmt: skip
 
 
-def _member(row: dict[str, Any], problem: Problem) -> Trajectory:
+def _part(row: dict[str, Any], problem: Problem) -> Trajectory:
     turns = [
         Turn(
             np.array(turn["tokens"], np.int32),
             np.array(turn["log_probs"], np.float32),
             [(s["tokens"], s["weight_version"]) for s in turn["segments"]],
             turn["finish"],
+            turn["counted"] is not False,  # a file from before there were agents has none
         )
         for turn in row["turns"]
     ]
-    return Trajectory(
+    part = Trajectory(
         problem, row["number"], row["seed"], turns, row["response"], row["reward"], row["reward_error"],
         row["stopped"], _recorded(row["routed_experts"], row["routed_experts_shape"]),
     )  # fmt: skip
+    if row["own_prompt"] is not None:
+        part.own_prompt = tuple(row["own_prompt"])
+    if row["teacher_log_probs"] is not None:
+        part.teacher_log_probs = np.array(row["teacher_log_probs"], np.float32)
+    return part
 
 
 def _recorded(data: bytes | None, shape: list[int] | None) -> np.ndarray | None:

@@ -19,6 +19,12 @@ class _TokenLogProb(msgspec.Struct, array_like=True, gc=False):
     log_prob: float
 
 
+class _PromptLogProb(msgspec.Struct, array_like=True, gc=False):
+    """The same of a token of the prompt; None for the first that is asked for, which SGLang leaves out."""
+
+    log_prob: float | None
+
+
 class _Span(msgspec.Struct):
     version: str
     start: int
@@ -30,6 +36,7 @@ class _Information(msgspec.Struct):
     weight_version: str | None
     weight_versions: list[_Span] | None = None
     output_token_logprobs: list[_TokenLogProb] | None = None
+    input_token_logprobs: list[_PromptLogProb] | None = None
     routed_experts: msgspec.Raw = msgspec.Raw(b"null")
 
 
@@ -53,6 +60,7 @@ class EngineAnswer:
                     number, while the engine holds a mixture
     finish_reason   SGLang's, with its `type`: `stop`, `length` or `abort`
     routed_experts  as it came: which experts the tokens so far went to, but the last; None: not asked for
+    prompt_log_probs  fp32 [of the prompt, as asked for]; NaN for the first of them, which has none
     """
 
     tokens: np.ndarray
@@ -60,6 +68,7 @@ class EngineAnswer:
     spans: list[tuple[int, str | None]]
     finish_reason: dict[str, Any]
     routed_experts: bytes | None
+    prompt_log_probs: np.ndarray
 
 
 def parse_answer(body: bytes) -> EngineAnswer:
@@ -67,12 +76,14 @@ def parse_answer(body: bytes) -> EngineAnswer:
     response = _DECODER.decode(body)
     information = response.meta_info
     entries, tokens = information.output_token_logprobs or (), _integers(response.output_ids)
+    of_prompt = [entry.log_prob for entry in information.input_token_logprobs or ()]
     return EngineAnswer(
         tokens=tokens,
         log_probs=np.fromiter(map(_LOG_PROB, entries), np.float32, len(entries)),
         spans=_spans(information, len(tokens)),
         finish_reason=information.finish_reason,
         routed_experts=_base64(information.routed_experts),
+        prompt_log_probs=np.array(of_prompt, np.float32),
     )
 
 

@@ -6,36 +6,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import RolloutError, StaleWeights
+from megatron_pmd.errors import RolloutError
 from megatron_pmd.plugins import load
-from megatron_pmd.rollout.engine_answer import EngineAnswer, recorded_experts
-from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient
 from megatron_pmd.rollout.groups import Accounts
-from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn, repeats
-
-TOKEN_BUDGET = "token_budget"
-"""Why a response was stopped that had used up rollout.partial.max_new_tokens."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What all responses of a rollout have in common."""
-
-    oldest_version: int
-    newest_version: Callable[[], int]
-    """Weights that engines may sample by: from the oldest up to those they have been given by now."""
-    temperature: float
-    top_p: float
-    stop_tokens: list[int]
-    max_response_tokens: int
-    max_turns: int
-    max_new_tokens: int | None
-    """Of one response in this rollout."""
-    repetition: Repetition | None
-    routing_width: int
-    """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
+from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn
+from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
 
 
 @dataclass(frozen=True)
@@ -66,10 +43,10 @@ class Episode:
         accounts: Accounts,
         routing_key: str,
     ) -> None:
-        self._trajectory, self._sampling, self._client = trajectory, sampling, client
-        self._tokenizer, self._accounts, self._routing_key = tokenizer, accounts, routing_key
+        self._trajectory, self._sampling = trajectory, sampling
+        self._tokenizer, self._accounts = tokenizer, accounts
+        self._sampler = TurnSampler(sampling, client, accounts, routing_key)
         self._cursor = 0
-        self._new_tokens = 0
         self._answers = 0
         self._first_text = ""
         self.failure: Exception | None = None
@@ -87,9 +64,7 @@ class Episode:
 
     @property
     def _max_tokens(self) -> int:
-        """Of the whole response."""
-        most = self._sampling.max_response_tokens
-        return min(self.problem.token_budget or most, most)
+        return self._sampling.most_tokens(self._trajectory)
 
     async def generate(self) -> Answer:
         """The model's next turn; empty, with finish `length`, if there is no room for one."""
@@ -97,85 +72,16 @@ class Episode:
             return Answer([], "", "length")
         turn = self._next(inserted=False)
         self._answers += 1
-        while turn.finish is None:
-            try:
-                await self._extend(turn)
-            except Exception as error:
-                self.failure = error
-                raise
+        try:
+            finish = await self._sampler.finish(self._trajectory, turn)
+        except Exception as error:
+            self.failure = error
+            raise
         tokens = turn.tokens.tolist()
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         if self._cursor == 1:
             self._first_text = text
-        return Answer(tokens, text, turn.finish)
-
-    async def _extend(self, turn: Turn) -> None:
-        """One request, and what it says about whether the turn is finished."""
-        sampling, trajectory = self._sampling, self._trajectory
-        room = self._max_tokens - trajectory.length
-        limits = [room]
-        if sampling.max_new_tokens is not None:
-            limits.append(sampling.max_new_tokens - self._new_tokens)
-        if sampling.repetition is not None:
-            limits.append(sampling.repetition.window_tokens)
-        if min(limits) <= 0:
-            raise ResponseStopped(TOKEN_BUDGET)
-        request = {
-            "input_ids": trajectory.tokens,
-            "sampling_params": {
-                "max_new_tokens": min(limits),
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop_token_ids": sampling.stop_tokens,
-                "sampling_seed": trajectory.seed,
-            },
-            "return_logprob": True,
-            "return_routed_experts": sampling.routing_width > 0,
-        }
-        try:
-            answer = await self._client.generate(request, self._routing_key)
-        except RequestRefused as refusal:
-            if not trajectory.sampled_tokens:
-                raise
-            self._accounts.note_refusal(str(refusal))
-            turn.finish = "length"  # there is a response, which the engine cannot make longer
-            return
-        reason = self._take(turn, answer)
-        if reason == "abort":
-            raise ResponseStopped(self._client.stopping)
-        if reason == "stop":
-            turn.finish = "stop"
-        elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
-            turn.finish = "repetition"
-        # At the end of its context or cache an engine gives fewer than asked for, and then refuses to go on.
-        elif trajectory.length >= self._max_tokens or len(answer.tokens) < min(limits):
-            turn.finish = "length"
-
-    def _take(self, turn: Turn, answer: EngineAnswer) -> str:
-        """Add an engine's tokens to the turn; returns its finish reason."""
-        sampling, trajectory = self._sampling, self._trajectory
-        start, last = 0, len(answer.spans) - 1
-        for number, (tokens, version) in enumerate(answer.spans):
-            end = None if number == last else start + tokens
-            turn.extend(answer.tokens[start:end], answer.log_probs[start:end], self._checked(version))
-            start += tokens
-        finish = str(answer.finish_reason["type"])
-        # of all tokens so far, under these weights; after an abort the next answer has them again
-        if answer.routed_experts and sampling.routing_width and finish != "abort":
-            tokens = len(trajectory.problem.tokens) + trajectory.length
-            trajectory.routed_experts = recorded_experts(
-                answer.routed_experts, tokens, sampling.routing_width
-            )
-        self._new_tokens += len(answer.tokens)
-        self._accounts.sampled_tokens += len(answer.tokens)
-        return finish
-
-    def _checked(self, version: str | None) -> int:
-        oldest, newest = self._sampling.oldest_version, self._sampling.newest_version()
-        if version is None or not version.isdecimal() or not oldest <= int(version) <= newest:
-            expected = f"{oldest} to {newest}" if newest > oldest else f"{oldest}"
-            raise StaleWeights(f"a sample came from weight version {version}, expected {expected}")
-        return int(version)
+        return Answer(tokens, text, finish)
 
     async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
         """Put text behind the response so far; its tokens are in the model's context and not in the loss.

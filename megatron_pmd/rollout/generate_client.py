@@ -52,6 +52,8 @@ class Endpoint:
     """Requests sent at one time; their deadline runs only then. None: as many as files can be open."""
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
+    teacher: Endpoint | None = None
+    """Who scores the tokens of responses that are trained on; None: nobody."""
 
 
 class GenerateClient:
@@ -61,10 +63,12 @@ class GenerateClient:
         self._endpoint = endpoint
         possible = connections_possible()
         self._slots = asyncio.Semaphore(min(endpoint.max_in_flight or possible, possible))
-        self._asking = asyncio.Lock()
+        self._asking, self._questions = asyncio.Lock(), 0
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
         """Why no further request is sent."""
+        self.stopped = asyncio.Event()
+        """Set with it, for who waits for something else than a request."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -121,6 +125,30 @@ class GenerateClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
 
+    async def ask(self, path: str, question: dict[str, Any]) -> Any:
+        """What one of the engines answers to something that all of them know, asked directly.
+
+        The router has not all of their addresses. Raises ResponseStopped after stop(), EnginesLost and
+        EngineError as generate().
+        """
+        urls, failure = self._endpoint.engine_urls or [self._endpoint.router_url], ""
+        for attempt in range(self._endpoint.retries + 1):
+            if self.stopping:
+                raise ResponseStopped(self.stopping)
+            self._questions += 1
+            url = urls[self._questions % len(urls)] + path
+            try:
+                async with self._slots, self._session.post(url, data=orjson.dumps(question)) as reply:
+                    if reply.status == 200:
+                        return orjson.loads(await reply.read())
+                    failure = f"HTTP {reply.status}: {(await reply.text())[:200]}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
+            if not await self._any_alive():
+                raise EnginesLost(f"no engine answers any more; last failure: {failure}")
+        raise EngineError(f"an engine does not answer {path}: {failure}")
+
     async def _any_alive(self) -> bool:
         """Asked once for all requests that fail together."""
         async with self._asking:
@@ -135,6 +163,7 @@ class GenerateClient:
         A dead engine is not waited for: its requests fail by themselves.
         """
         self.stopping = reason
+        self.stopped.set()
         while not idle.is_set():
             await asyncio.gather(*(self._abort(url) for url in self._endpoint.engine_urls))
             try:

@@ -78,6 +78,9 @@ class Accounts:
     dropped: Counter[str] = field(default_factory=Counter)
     """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
+    """By the same reasons. Without their response: `begun_anew`, `not_delivered` (docs/agents.md)."""
+    agents: Counter[str] = field(default_factory=Counter, init=False)
+    """What became of the turns that agents' programs asked for: see rollout/conversations.py."""
     filter_passed: int = 0
     """Groups that the filter would have dropped beyond its limit."""
     refusals: int = 0
@@ -90,14 +93,14 @@ class Accounts:
 
     def drop(self, members: Sequence[Trajectory], reason: str) -> None:
         self.dropped[reason] += len(members)
-        self.dropped_tokens[reason] += sum(member.length for member in members)
+        self.dropped_tokens[reason] += sum(member.episode_length for member in members)
 
     def check(self, finished: Sequence[Trajectory], left_over: Sequence[Trajectory]) -> None:
         """RolloutError unless carried + started = finished + left over + dropped: responses and tokens."""
         came = self.carried + self.started
         went = len(finished) + len(left_over) + self.dropped.total()
         came_tokens = self.carried_tokens + self.sampled_tokens + self.inserted_tokens
-        went_tokens = sum(t.length for t in (*finished, *left_over)) + self.dropped_tokens.total()
+        went_tokens = sum(t.episode_length for t in (*finished, *left_over)) + self.dropped_tokens.total()
         if came != went or came_tokens != went_tokens:
             raise RolloutError(
                 f"responses were lost or counted twice: {self.carried} carried + {self.started} started, "
@@ -120,6 +123,8 @@ class DrawSettings:
     run_seed: int
     stream: str = "train"
     """Separates the seeds of training and evaluation."""
+    scored: bool = False
+    """Whether a teacher, where there is one, scores the responses."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class RolloutGroups:
         """Enter what was carried over; a response that is too old for this rollout starts anew."""
         members = [member for group in self.groups for member in group.members]
         self.accounts.carried = len(members)
-        self.accounts.carried_tokens = sum(member.length for member in members)
+        self.accounts.carried_tokens = sum(member.episode_length for member in members)
         for group in self.groups:
             for number, member in enumerate(group.members):
                 if self._stale(member):
@@ -318,30 +323,36 @@ class RolloutGroups:
         samples = []
         for index, group in enumerate(groups):
             # one text and one array for all of a group
-            prompt = tokenizer.decode(group.problem.tokens)
-            tokens = np.array(group.problem.tokens, np.int32)
-            samples += [_sample(group, index, prompt, tokens, m, version, oldest) for m in group.members]
+            prompt = tokenizer.decode(group.problem.tokens), np.array(group.problem.tokens, np.int32)
+            for member in group.members:
+                for branch, part in enumerate(member.parts):
+                    if branch and not any(segment.counted for segment in part.segments(oldest)):
+                        continue  # nothing of it is trained on; the first one is there for the reward
+                    own = part.own_prompt
+                    at = prompt if own is None else (tokenizer.decode(own), np.array(own, np.int32))
+                    samples.append(_sample(index, branch, *at, part, version, oldest))
         return samples
 
 
 def _sample(
-    group: Group,
     index: int,
+    branch: int,
     prompt: str,
     prompt_tokens: np.ndarray,
     member: Trajectory,
     weight_version: int,
     counted_from: int,
 ) -> Sample:
-    last = member.last_version
+    last, problem = member.last_version, member.problem
     return Sample(
         group=index,
         number=member.number,
-        source=group.problem.source,
-        problem=group.problem.index,
+        branch=branch,
+        source=problem.source,
+        problem=problem.index,
         prompt=prompt,
         response=member.response,
-        answer=group.problem.answer,
+        answer=problem.answer,
         prompt_tokens=prompt_tokens,
         response_tokens=member.response_tokens,
         engine_log_probs=member.log_probs,
@@ -352,4 +363,5 @@ def _sample(
         reward_error=member.reward_error,
         segments=member.segments(counted_from),
         routed_experts=member.routed_experts,
+        teacher_log_probs=member.teacher_log_probs,
     )

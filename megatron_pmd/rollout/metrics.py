@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megatron_pmd.batch import NOT_SAMPLED, Sample
+from megatron_pmd.batch import NOT_SAMPLED, Sample, first_branches
 from megatron_pmd.data.problems import Key
 from megatron_pmd.rollout.groups import RolloutGroups
 
@@ -15,9 +15,9 @@ FINISH_REASONS = ("stop", "length", "repetition")
 
 
 def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rewards, lengths, why responses ended, and failures of one rollout; lengths with inserted tokens."""
-    lengths = [len(s.response_tokens) for s in samples]
-    rewards, shaped = [s.reward for s in samples], [s.shaped_reward for s in samples]
+    """Rewards and failures of a rollout's responses; lengths (with inserted tokens) and ends of samples."""
+    lengths, responses = [len(s.response_tokens) for s in samples], first_branches(samples)
+    rewards, shaped = [s.reward for s in responses], [s.shaped_reward for s in responses]
     reasons = Counter(s.finish_reason for s in samples)
     low, middle, high = np.quantile(lengths, [0.1, 0.5, 0.9])
     values = {
@@ -30,7 +30,7 @@ def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
         "response_tokens/p90": float(high),
         "response_tokens/max": float(np.max(lengths)),
         "truncated_share": reasons["length"] / len(samples),
-        "reward_errors": sum(s.reward_error is not None for s in samples),
+        "reward_errors": sum(s.reward_error is not None for s in responses),
     }
     for reason in FINISH_REASONS:
         values[f"finish/{reason}"] = reasons[reason] / len(samples)
@@ -45,7 +45,7 @@ def rollout_values(samples: Sequence[Sample]) -> dict[str, float]:
 def success_rates(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[Key, float]:
     """Share of each problem's responses that are correct."""
     verdicts: dict[Key, list[bool]] = defaultdict(list)
-    for sample in samples:
+    for sample in first_branches(samples):
         verdicts[sample.source, sample.problem].append(is_correct(sample))
     return {problem: float(np.mean(right)) for problem, right in verdicts.items()}
 
@@ -80,6 +80,7 @@ def account_values(rollout: RolloutGroups) -> dict[str, float]:
             "rollout/refused_requests": accounts.refusals,
             "rollout/refused_groups": accounts.dropped["refused"] / settings.samples_per_prompt,
         }
+    values |= {f"agent/{name}": count for name, count in accounts.agents.items()}
     if rollout.rules.group_filter is not None:
         values |= {
             "filter/dropped_groups": accounts.dropped["group_filter"] / settings.samples_per_prompt,

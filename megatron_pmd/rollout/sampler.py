@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
 
-from megatron_pmd.config import Repetition, RunConfig
+from megatron_pmd.config import Repetition, Rollout, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
+from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rollout.episode import Episode, RolloutFunction, Sampling, rollout_function, single_turn
+from megatron_pmd.rollout.agents.conversations import AgentEpisode
+from megatron_pmd.rollout.agents.program import Agent
+from megatron_pmd.rollout.agents.server import AgentServer
+from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_function, single_turn
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.rollout.teacher import TeacherClient, endpoint_of
 from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.rollout.turn_sampler import Sampling
 
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
@@ -43,7 +49,8 @@ class Sampler:
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
     max_turns: int = 1
     repetition: Repetition | None = None
-    function: RolloutFunction = single_turn
+    function: RolloutFunction | Agent = single_turn
+    """What makes a response."""
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
@@ -59,9 +66,9 @@ class Sampler:
         interrupted: Callable[[], bool],
     ) -> Sampler:
         """As a run's configuration has it; routing_width: of its model, used where routing is replayed."""
-        sampling = config.rollout
+        sampling, teacher = config.rollout, config.algorithm.teacher
         return cls(
-            endpoint=endpoint,
+            endpoint=replace(endpoint, teacher=endpoint_of(teacher) if teacher else None),
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, config.model.path),
             max_response_tokens=config.batch.max_response_tokens,
@@ -69,7 +76,7 @@ class Sampler:
             routing_width=routing_width if config.actor.experts.replay_routing else 0,
             max_turns=sampling.max_turns,
             repetition=sampling.repetition,
-            function=rollout_function(sampling.function),
+            function=maker_of(sampling, tokenizer, config.batch.max_prompt_tokens),
             interrupted=interrupted,
         )
 
@@ -103,6 +110,16 @@ class Sampler:
         rollout.check()
 
 
+def maker_of(settings: Rollout, tokenizer: Any, max_prompt_tokens: int) -> RolloutFunction | Agent:
+    """What rollout.function or rollout.agent names. ConfigError if it cannot be loaded.
+
+    max_prompt_tokens: of a trajectory of the agent.
+    """
+    if settings.agent is not None:
+        return Agent.of(settings.agent, tokenizer, max_prompt_tokens)
+    return rollout_function(settings.function)
+
+
 class _Draw:
     """All open responses of a rollout at once, until they are finished, stopped, or over their budget."""
 
@@ -127,11 +144,23 @@ class _Draw:
             repetition=sampler.repetition,
             routing_width=sampler.routing_width,
         )
+        self._teacher: TeacherClient | None = None
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        possible = connections_possible()
+        # a program has two files here for its connection, and one at the engines for its request
+        self._programs = asyncio.Semaphore(
+            max(1, min(sampler.endpoint.max_in_flight or possible, possible) // 2)
+        )
 
     async def run(self) -> None:
-        async with GenerateClient(self._sampler.endpoint) as self._client:
+        async with AsyncExitStack() as opened:
+            endpoint = self._sampler.endpoint
+            self._client = await opened.enter_async_context(GenerateClient(endpoint))
+            if endpoint.teacher and self._rollout.settings.scored:
+                self._teacher = await opened.enter_async_context(TeacherClient(endpoint.teacher))
+            if isinstance(self._sampler.function, Agent):
+                self._server = await opened.enter_async_context(AgentServer())
             try:
                 async with asyncio.TaskGroup() as self._tasks:
                     self._tasks.create_task(self._end())
@@ -207,11 +236,33 @@ class _Draw:
 
     async def _finish(self, group: Group, member: Trajectory) -> None:
         """The rest of one response, and its grade. ResponseStopped if it waits for a later iteration."""
-        rollout, sampler = self._rollout, self._sampler
+        sampler, error = self._sampler, None
+        if isinstance(sampler.function, Agent):
+            graded, error = await self._by_agent(group, member, sampler.function)
+            for part in member.branches:
+                part.response = self._text(part)
+            response = self._text(member)
+        else:
+            graded, response = await self._by_function(group, member, sampler.function)
+        grading = None
+        if error is None:
+            grading = sampler.grader.submit(graded, group.problem, member.truncated)
+        if self._teacher:
+            prompt = len(group.problem.tokens)
+            member.teacher_log_probs = await self._teacher.log_probs(member.tokens, prompt, group.key)
+        verdict = await asyncio.wrap_future(grading) if grading else Verdict(0.0, error)
+        # the one place where a response becomes finished: an attempt that failed half-way leaves it open
+        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+
+    async def _by_function(
+        self, group: Group, member: Trajectory, function: RolloutFunction
+    ) -> tuple[str, str]:
+        """The text to be graded, and all of the response."""
+        sampler = self._sampler
         episode = Episode(
-            member, self._sampling, self._client, sampler.tokenizer, rollout.accounts, group.key
+            member, self._sampling, self._client, sampler.tokenizer, self._rollout.accounts, group.key
         )
-        graded = await self._called(episode)
+        graded = await self._called(function, episode)
         episode.close()
         if not member.turns or not isinstance(graded, str):
             raise RolloutError(
@@ -219,17 +270,36 @@ class _Draw:
                 f"{type(graded).__name__} on problem {group.problem.index}: it must call generate() and "
                 "return the text to be graded"
             )
-        truncated = member.finish_reason == "length"
-        verdict = await asyncio.wrap_future(sampler.grader.submit(graded, group.problem, truncated))
-        # the one place where a response becomes finished: an attempt that failed half-way leaves it open
-        response = episode.response_text
-        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+        return graded, episode.response_text
 
-    async def _called(self, episode: Episode) -> Any:
+    async def _by_agent(self, group: Group, member: Trajectory, agent: Agent) -> tuple[str, str | None]:
+        """The text to be graded, or why it is worth 0."""
+        accounts, client = self._rollout.accounts, self._client
+        async with self._programs:
+            if client.stopping:
+                raise ResponseStopped(client.stopping)
+            episode = AgentEpisode(
+                member, self._sampling, client, group.key, accounts, agent.reader, agent.max_prompt_tokens
+            )
+            with self._server.serving(episode) as address:
+                graded, error = await agent.run(group.problem, episode, address, client)
+        if episode.refusal is not None and not member.turns:
+            raise episode.refusal
+        agent.check(group.problem, bool(member.turns), graded, error)
+        accounts.agents["failed"] += error is not None
+        return graded or "", error
+
+    def _text(self, trajectory: Trajectory) -> str:
+        text: str = self._sampler.tokenizer.decode(
+            trajectory.response_tokens.tolist(), skip_special_tokens=True
+        )
+        return text
+
+    async def _called(self, function: RolloutFunction, episode: Episode) -> Any:
         """What the rollout function returns. A request of it that failed is raised, whatever it did then."""
         failure: Exception | None
         try:
-            graded, failure = await self._sampler.function(episode), None
+            graded, failure = await function(episode), None
         except Exception as error:
             graded, failure = None, error
         if episode.failure is not None:

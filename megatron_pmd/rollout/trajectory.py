@@ -28,6 +28,8 @@ class Turn:
     """(tokens, weight version), in order; neighbours differ in version."""
     finish: str | None = None
     """`stop`, `length`, `repetition` or INSERTED; None: not finished yet."""
+    counted: bool = True
+    """False: sampled, and left out of the loss."""
 
     @classmethod
     def insertion(cls, tokens: Sequence[int]) -> Turn:
@@ -70,8 +72,33 @@ class Trajectory:
     """Why it was not finished when last worked on."""
     routed_experts: np.ndarray | None = None
     """As in Sample, of the engine's last answer: of all tokens it was asked with and gave, but the last."""
+    teacher_log_probs: np.ndarray | None = field(init=False, default=None)
+    """As in Sample, of a finished response."""
     refused: bool = False
     """The engines will not answer its prompt: it stays without a response."""
+    own_prompt: tuple[int, ...] | None = field(default=None, init=False)
+    """The tokens that an agent's program began with; None: the problem's."""
+    branches: list[Trajectory] = field(default_factory=list, init=False)
+    """Further trajectories of the same episode (docs/agents.md), which share its reward."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.problem.tokens if self.own_prompt is None else self.own_prompt
+
+    @property
+    def parts(self) -> list[Trajectory]:
+        """All trajectories of the episode, this one first."""
+        return [self, *self.branches]
+
+    @property
+    def episode_length(self) -> int:
+        """Response tokens so far, of all parts."""
+        return sum(part.length for part in self.parts)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether any part ended because there was no room."""
+        return any(part.finish_reason == "length" for part in self.parts)
 
     @property
     def finished(self) -> bool:
@@ -94,7 +121,7 @@ class Trajectory:
     @property
     def tokens(self) -> list[int]:
         """Prompt and response, exactly as the engines were given and gave them."""
-        return [*self.problem.tokens, *self.response_tokens.tolist()]
+        return [*self.prompt, *self.response_tokens.tolist()]
 
     @property
     def response_tokens(self) -> np.ndarray:
@@ -120,7 +147,9 @@ class Trajectory:
     def segments(self, counted_from: int) -> list[Segment]:
         """Its response by origin; tokens sampled under weights before `counted_from` do not count."""
         return [
-            Segment(tokens, version, counted=version != NOT_SAMPLED and version >= counted_from)
+            Segment(
+                tokens, version, counted=turn.counted and version != NOT_SAMPLED and version >= counted_from
+            )
             for turn in self.turns
             for tokens, version in turn.segments
         ]

@@ -62,7 +62,9 @@ class LiveEngines:
         self._config, self._control, self._tokenizer = config, control, tokenizer
         self._problems, self._rewards = problems, rewards
         self._console, self._interrupted = console, interrupted
-        self.clock = SubphaseClock(lambda: (actor_bytes(), self.engine_bytes()))
+        shared = config.rollout.placement == "colocated"
+        # it takes milliseconds to look at an engine's processes, and separate engines would stand still
+        self.clock = SubphaseClock((lambda: (actor_bytes(), self.engine_bytes())) if shared else None)
         self.fleet = Fleet(config, control, folder, self.clock, cpu=cpu)
         self.handover = self._handover_of(device)
         self.recovery = Recovery(self.fleet, self.handover, control, config.rollout)
@@ -77,7 +79,7 @@ class LiveEngines:
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             timeout_seconds=config.sync.timeout_seconds,
             verify=config.sync.verify == "full",
-            on_device=not cpu and config.rollout.placement == "colocated",
+            on_device=not cpu and shared,
             expert_parallel=expert_parallel(config.rollout),
         )
 
@@ -178,7 +180,6 @@ class LiveEngines:
         if self._restart(probe=True) or forgotten:
             self.handover.release()
             actor.wake_parameters()
-            self.handover.resume_weights()
             self._send(actor, version)
             actor.release_parameters()
             self.handover.resume_cache()
@@ -216,7 +217,6 @@ class LiveEngines:
                 self.handover.release()
                 actor.wake_parameters()
             try:
-                self.handover.resume_weights()
                 return self._send(actor, version)
             except EngineError:
                 # what a living engine refuses, it would refuse again
@@ -229,7 +229,9 @@ class LiveEngines:
             self._shards = ShardExport(
                 actor.bridge, actor.chunks, self._control, actor.shapes, fp8=self._config.rollout.fp8
             )
-        return self.weight_push.push(self._shards, version, serves=self.fleet.serves)
+        return self.weight_push.push(
+            self._shards, version, serves=self.fleet.serves, before_load=self.handover.resume_weights
+        )
 
     def resume(self) -> None:
         self.handover.resume_cache()

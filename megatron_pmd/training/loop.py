@@ -6,6 +6,7 @@ from megatron_pmd.config import StopAfter
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.training import phases
 from megatron_pmd.training.state import Iteration
+from megatron_pmd.training.teaching import taught
 from megatron_pmd.training.trainer import Trainer
 
 
@@ -36,6 +37,7 @@ def iterate(run: Trainer, iteration: Iteration, stop_after: StopAfter | None) ->
     with run.phase("anchor"):
         steps = phases.schedule(run, batch)
         anchor = phases.anchor(run, iteration, batch, steps)  # log π_t, fixed for the whole iteration
+        batch = taught(run, iteration, batch, anchor)
     with run.phase("update"):
         for k, microbatches in enumerate(run.log.progress("update", steps)):
             phases.update(run, iteration, batch, microbatches, anchor, step=k)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from megatron_pmd.actor.actor import AnchorReport, StepReport
+from megatron_pmd.actor.batching import steps_of_groups
 from megatron_pmd.actor.expert_load import imbalance
 from megatron_pmd.actor.noise_floor import FloorReport
 from megatron_pmd.algorithm.diagnostics import diagnostics, histogram_quantile, stale_diagnostics
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutBatch, Sample, first_branches
 from megatron_pmd.config import RunConfig
 from megatron_pmd.training.subproblem import Subproblem
 
@@ -27,7 +28,7 @@ def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool
     groups_with_signal    those in which not every advantage is 0
     """
     of_source: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
+    for sample in first_branches(samples):
         if sample.source:
             of_source[sample.source].append(sample)
     values: dict[str, float] = {}
@@ -90,8 +91,11 @@ def throughput(
         tokens["rollout"] = sampled_tokens
     if not config.algorithm.objective.supervised:
         # the engines' own log-probabilities are only checked, in the first step
-        engines = config.algorithm.anchor == "engine"
-        tokens["anchor"] = int(lengths[: config.batch.samples_per_step if engines else batch.sampled].sum())
+        lengths = lengths[: batch.sampled]
+        if config.algorithm.anchor == "engine":
+            groups = batch.samples.groups[: batch.sampled]
+            lengths = lengths[steps_of_groups(groups, config.batch.prompts_per_step)[0]]
+        tokens["anchor"] = int(lengths.sum())
     return {f"{name}/tokens_per_second": count / seconds_by_phase[name] for name, count in tokens.items()}
 
 
@@ -118,7 +122,7 @@ def step_values(
     of_samples: dict[str, Any] = {
         "reward": batch.samples.rewards[samples],
         "group": batch.samples.groups[samples],
-        "baseline": subproblem.config.algorithm.baseline,
+        "baseline": subproblem.baseline,
         "tau": batch.samples.taus[samples],
     }
     values |= diagnostics(per_sequence, advantage=batch.samples.advantages[samples], **of_samples)

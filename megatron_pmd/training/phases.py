@@ -252,9 +252,7 @@ def _examples_of(run: Trainer, batch: RolloutBatch, subproblem: Subproblem, step
     ptx = run.config.algorithm.ptx
     if ptx is None:
         return None
-    examples = _examples_of_step(run, batch, step)
-    per_step = run.config.batch.samples_per_step
-    responses = np.arange(step * per_step, (step + 1) * per_step)
+    examples, responses = _examples_of_step(run, batch, step), _responses_of_steps(run, batch)[step]
     mean = 1 / int(batch.samples.response_lengths[examples].sum())
     return Examples(
         microbatches=run.actor.microbatches(batch, examples),

@@ -170,6 +170,7 @@ def train_rollout(
             iteration,
             samples_per_prompt=config.batch.samples_per_prompt,
             weight_version=weight_version,
+            scored=True,
         ),
         EndRules(
             wanted=wanted,
@@ -196,6 +197,7 @@ def _as_in_training(
     samples_per_prompt: int,
     stream: str = "train",
     weight_version: int | None = None,
+    scored: bool = False,
 ) -> DrawSettings:
     return DrawSettings(
         samples_per_prompt=samples_per_prompt,
@@ -205,6 +207,7 @@ def _as_in_training(
         top_p=config.rollout.top_p,
         run_seed=config.seed,
         stream=stream,
+        scored=scored,
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.algorithm.losses import Constants, Loss, loss_of
 from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import RolloutBatch, Sample, SampleColumns, by_response
 from megatron_pmd.config import ProblemSource, RunConfig, Schedule
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout.trajectory import Trajectory
@@ -62,29 +64,56 @@ class Subproblem:
         return sample.reward >= self._source(sample.source).reward.correct
 
     def compute_advantages(self, samples: list[Sample]) -> None:
-        """Set every sample's shaped reward, τ and advantage; whole groups, graded before."""
-        of_source: dict[str, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            of_source[sample.source].append(sample)
+        """Set every sample's shaped reward, τ and advantage; whole groups, graded before.
+
+        Samples of one response, an agent's trajectories, share all three: a baseline is over responses.
+        """
+        responses = by_response(samples)
+        of_source: dict[str, list[list[Sample]]] = defaultdict(list)
+        for parts in responses:
+            of_source[parts[0].source].append(parts)
         for name, members in of_source.items():
             shaped = self._shaped(
                 name,
-                [s.reward for s in members],
-                [len(s.response_tokens) for s in members],
-                [s.finish_reason == "length" for s in members],
-                [s.group for s in members],
+                [parts[0].reward for parts in members],
+                [sum(len(s.response_tokens) for s in parts) for parts in members],
+                [any(s.finish_reason == "length" for s in parts) for parts in members],
+                [parts[0].group for parts in members],
             )
             tau = self._source(name).tau or self.tau
-            for sample, reward in zip(members, shaped, strict=True):
-                sample.shaped_reward, sample.tau = float(reward), tau
-        groups = [s.group for s in samples]
-        values = advantages(
-            [s.shaped_reward for s in samples], groups,
-            baseline=self.config.algorithm.baseline, tau=[s.tau for s in samples],
-        )  # fmt: skip
-        values = self.config.algorithm.objective.advantages(values, groups)
-        for sample, value in zip(samples, values, strict=True):
-            sample.advantage = float(value)
+            for parts, reward in zip(members, shaped, strict=True):
+                for sample in parts:
+                    sample.shaped_reward, sample.tau = float(reward), tau
+        firsts = [parts[0] for parts in responses]
+        values = self._advantages(
+            [s.shaped_reward for s in firsts], [s.group for s in firsts], [s.tau for s in firsts]
+        )
+        for parts, value in zip(responses, values, strict=True):
+            for sample in parts:
+                sample.advantage = float(value)
+
+    def _advantages(self, rewards: ArrayLike, groups: list[int], taus: ArrayLike) -> np.ndarray:
+        values = advantages(rewards, groups, baseline=self.config.algorithm.baseline, tau=taus)
+        return self.config.algorithm.objective.advantages(values, groups)
+
+    @property
+    def baseline(self) -> str:
+        """Whose optimum the advantages are of: a teacher's log-ratio is what it is, with Z = 1."""
+        return "partition" if self.config.algorithm.objective.distils else self.config.algorithm.baseline
+
+    def taught(self, known: SampleColumns, log_ratios: np.ndarray) -> SampleColumns:
+        """The samples with what the teacher adds to their rewards.
+
+        log_ratios: [samples] d = log π_T − log π_t of each response, nats; 0 for a supervised example.
+        An objective that distils has τ d for reward and advantage: its target log-ratio is A/τ = d.
+        """
+        teacher, taus = self.config.algorithm.teacher, known.taus
+        assert teacher is not None, "there are log-ratios to one"
+        if self.config.algorithm.objective.distils:
+            return dataclasses.replace(known, rewards=taus * log_ratios, advantages=taus * log_ratios)
+        rewards = known.rewards + taus * teacher.weight * log_ratios
+        values = self._advantages(rewards, known.groups.tolist(), taus)
+        return dataclasses.replace(known, rewards=rewards, advantages=values)
 
     def _shaped(
         self,
@@ -111,8 +140,8 @@ class Subproblem:
         rewards = self._shaped(
             members[0].problem.source,
             [member.reward or 0.0 for member in members],
-            [member.length for member in members],
-            [member.finish_reason == "length" for member in members],
+            [member.episode_length for member in members],
+            [member.truncated for member in members],
             [0] * len(members),
         )
         return rewards.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,21 @@ class WeightPush:
         self._token = secrets.token_hex(4)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
 
-    def push(self, export: ShardExport, version: int, *, serves: Sequence[int]) -> PushReport:
+    def push(
+        self,
+        export: ShardExport,
+        version: int,
+        *,
+        serves: Sequence[int],
+        before_load: Callable[[], None] = lambda: None,
+    ) -> PushReport:
         """Send every tensor to every engine and confirm the version.
 
-        Collective; the weights' memory must be resident in actor and engines.
+        Collective; the weights' memory must be resident in the actor.
         serves: the ranks that share their devices with the engine that this rank leads, in the order of the
         engine's own ranks; none: it leads none.
+        before_load: makes the engines ready to take weights, which are resident in them from then on. Called
+        on every rank, once the first bucket is full: engines that generate do so until then.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
         confirm.
         """
@@ -95,10 +104,14 @@ class WeightPush:
             self._make_device_buckets()
         export.begin()
         name = f"{version}#{next(self._updates)}-{self._token}"  # an engine never sees a name twice
-        with self._clock("begin", memory=False):
-            self._control.on_all(self.transport.begin)
-            self.transport.connect()
-        self._send(export, plan, {"name": name})
+
+        def open_update() -> None:
+            before_load()
+            with self._clock("begin", memory=False):
+                self._control.on_all(self.transport.begin)
+                self.transport.connect()
+
+        self._send(export, plan, {"name": name}, open_update)
         if self._verify:
             self._send(export, plan, {"name": name, "verify": "next"})
         with self._clock("confirm"):
@@ -124,7 +137,7 @@ class WeightPush:
         turns = range(min(2, len(plan.buckets)) if owner is not None else 0)
         self._keys = [self._bucket_key(turn, control.rank) for turn in turns]
         if not self._on_device:
-            self._make_shared_buckets(first=owner == control.rank)
+            self._buckets = _shared_buckets(control, self._keys, plan.capacity, owner=owner == control.rank)
 
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
         if not self.transport.opens_buckets:
@@ -132,18 +145,6 @@ class WeightPush:
         return readers_of(
             nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
         )  # fmt: skip
-
-    def _make_shared_buckets(self, *, first: bool) -> None:
-        """first: whether this rank is its node's first, which owns the files."""
-
-        def make(owner: bool) -> None:
-            if owner == first and self._plan is not None:
-                if owner:
-                    sweep()
-                self._buckets = [SharedBucket(key, self._plan.capacity, owner=owner) for key in self._keys]
-
-        self._control.on_all(lambda: make(owner=True))
-        self._control.on_all(lambda: make(owner=False))
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
@@ -183,7 +184,13 @@ class WeightPush:
             )
         return told
 
-    def _send(self, export: ShardExport, plan: Plan, update: dict[str, Any]) -> None:
+    def _send(
+        self,
+        export: ShardExport,
+        plan: Plan,
+        update: dict[str, Any],
+        when_first_is_full: Callable[[], None] = lambda: None,
+    ) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
         irregular = export.irregular_tensors()
@@ -193,6 +200,8 @@ class WeightPush:
             bucket = self._buckets[number % 2] if self._buckets else None
             with self._clock(write, bucket_plan.nbytes, memory=number == 0):
                 sums = self._write(export, number, bucket, irregular)
+            if number == 0:
+                when_first_is_full()
             with self._clock(load, memory=False):
                 totals = self._loaded(loading, sums)
             words = dict(
@@ -308,6 +317,20 @@ class _Writing:
         assert self._bucket is not None
         target = self._bucket.tensor(self._bucket.layout.entries[region.name])
         return target.narrow(region.dim, region.start, region.length) if region.shape else target
+
+
+def _shared_buckets(control: Control, keys: Sequence[str], capacity: int, *, owner: bool) -> list[Bucket]:
+    """owner: whether this rank is its node's first, which owns the files. Collective."""
+    buckets: list[Bucket] = []
+
+    def make() -> None:
+        if owner:
+            sweep()
+        buckets.extend(SharedBucket(key, capacity, owner=owner) for key in keys)
+
+    for turn in (True, False):
+        control.on_all(make if owner == turn else lambda: None)
+    return buckets
 
 
 def _take(stream: Iterator[tuple[str, torch.Tensor]], names: set[str]) -> dict[str, torch.Tensor]:

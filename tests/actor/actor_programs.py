@@ -6,6 +6,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_pmd.actor.noise_floor import FloorReport, rounded_anew
 from megatron_pmd.actor.parallel import form_groups, holds_logits, initialize
 from megatron_pmd.actor.residency import OptimizerStates
 from megatron_pmd.algorithm.losses import Constants, loss_of
-from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Layout, RunConfig
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import PmdError
@@ -213,11 +214,25 @@ def gradients_of(path: Path) -> dict[str, tuple[float, torch.Tensor]]:
     return results
 
 
-def objectives(path: Path, layout: dict[str, int]) -> objective_gradients.Gradients:
-    """See objective_gradients.all_gradients; unclipped."""
+def objectives(path: Path, layout: dict[str, int], teacher: Path) -> dict[str, Any]:
+    """See objective_gradients.all_gradients; unclipped. On one rank also its `distances` to the teacher."""
     config = config_for(path, layout)
     unclipped = config.optimizer.model_copy(update={"gradient_clip": 1e9})
-    return objective_gradients.all_gradients(Trial(config.model_copy(update={"optimizer": unclipped})))
+    trial = Trial(config.model_copy(update={"optimizer": unclipped}))
+    samples = [
+        replace(sample, teacher_log_probs=other.engine_log_probs)
+        for sample, other in zip(_samples(path), _samples(teacher), strict=True)
+    ]
+    trial.batch = RolloutBatch.pack(samples, TEMPERATURE)
+    results: dict[str, Any] = objective_gradients.all_gradients(trial)
+    if config.layout.ranks == 1:
+        results["distances"] = objective_gradients.distances(trial)
+    return results
+
+
+def _samples(path: Path) -> list[Sample]:
+    """Those of tiny_models.rollout, with the model's own log-probabilities."""
+    return torch.load(path / "reference.pt", weights_only=False).samples
 
 
 def resets(configs: dict[str, RunConfig]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.qk_clip import clip_qk
 from megatron.core.utils import get_model_config
 
-from megatron_pmd.actor.optimizer_settings import optimizer_fields
+from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial, message_of
 from tests.actor.tiny_models import MUON, MUON_RATES, STEPS, config_for

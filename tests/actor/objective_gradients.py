@@ -32,6 +32,8 @@ OBJECTIVES: dict[str, Loss] = {
     "grpo, token_tis": _loss("grpo", "token_tis", kl_coefficient=0.1),
     "gspo": _loss("gspo", clip_low=0.2, clip_high=0.2),
     "cispo": _loss("cispo"),
+    "distillation": _loss("distillation"),
+    "distillation, sequence": _loss("distillation", "sequence_tis", form="sequence", normaliser="none"),
     "sft": _loss("sft"),
 }
 WITH_EXAMPLES = "pmd, with examples"
@@ -39,7 +41,26 @@ EXAMPLE_WEIGHT = 0.7
 SAMPLED = 12
 """Of the sixteen samples; the others are the supervised examples of WITH_EXAMPLES."""
 
+RATES, STUDIED = [4e-3] * 25 + [1e-3] * 10, 4
+"""Learning rates of a student's steps, and on how many of the samples it takes them."""
+
 Gradients = dict[str, tuple[float, dict[str, torch.Tensor]]]
+
+
+def distances(trial: Any) -> list[float]:
+    """Mean |log π_θ − log π_T| of the counted tokens before and after some steps of distillation, nats.
+
+    On the same responses all the time: as they are sampled by neither, this is as far off-policy as it gets.
+    """
+    actor, batch = trial.actor, trial.batch
+    microbatches = actor.microbatches(batch, np.arange(STUDIED))
+    anchor = actor.log_probs(batch, microbatches).log_probs
+    for rate in RATES:
+        actor.update(batch, microbatches, anchor, OBJECTIVES["distillation"], rate)
+    now = actor.log_probs(batch, microbatches).log_probs
+    counted = torch.from_numpy(batch.tokens.counted) & ~now.isnan()
+    teacher = torch.from_numpy(batch.tokens.teacher_log_probs)
+    return [float((log_probs - teacher)[counted].abs().mean()) for log_probs in (anchor, now)]
 
 
 def all_gradients(trial: Any) -> Gradients:

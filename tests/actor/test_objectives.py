@@ -15,18 +15,19 @@ pytestmark = pytest.mark.slow
 LAYOUTS = {"data=4": dict(data=4), "tensor=2, pipeline=2": dict(tensor=2, pipeline=2)}
 NAMES = [
     "pmd", "pmd, max_response", "pmd, none, regression, sequence_tis", "pmd_token", "reinforce",
-    "grpo, token_tis", "gspo", "cispo", "sft", "pmd, with examples",
+    "grpo, token_tis", "gspo", "cispo", "sft", "distillation", "distillation, sequence", "pmd, with examples",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def single(models: Path):
-    return launch("objectives", path=models / "llama", layout={})[0]
+    return launch("objectives", path=models / "llama", layout={}, teacher=models / "qwen2")[0]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def parallel(request, models: Path):
-    return launch("objectives", ranks=4, path=models / "llama", layout=LAYOUTS[request.param])[0]
+    layout = LAYOUTS[request.param]
+    return launch("objectives", ranks=4, path=models / "llama", layout=layout, teacher=models / "qwen2")[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,6 +49,12 @@ def test_no_two_objectives_have_the_same_gradient(single):
             cosine = torch.nn.functional.cosine_similarity(flat[first], flat[second], dim=0)
             same_length = flat[first].norm() / flat[second].norm()
             assert cosine < 0.999 or abs(same_length - 1) > 1e-3, (first, second)
+
+
+def test_a_tiny_student_reaches_its_teachers_log_probabilities(single):
+    """A Llama learns from a Qwen2, both of random weights, whose log-probabilities are transformers'."""
+    before, after = single["distances"]
+    assert before > 0.5 and after < 0.05
 
 
 def test_supervised_examples_add_their_weighted_mean_gradient_and_nothing_else(single):

@@ -13,7 +13,6 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pmd.actor import settings
-from megatron_pmd.actor.optimizer_settings import optimizer_fields
 from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import Layout, RunConfig, override
 from megatron_pmd.errors import ConfigError, LayoutError
@@ -40,9 +39,9 @@ def test_every_field_that_we_set_is_one_of_megatron_core() -> None:
     beyond = {"cross_entropy_loss_fusion"}
     assert settings.transformer_fields(full).keys() - names(TransformerConfig) <= beyond
     assert settings.DECIDED_BY.keys() <= names(TransformerConfig)
-    assert optimizer_fields(full).keys() <= names(OptimizerConfig)
+    assert settings.optimizer_fields(full).keys() <= names(OptimizerConfig)
     muon = configured("model.precision=bf16", "optimizer.name=muon", "optimizer.qk_clip_threshold=100")
-    assert optimizer_fields(muon).keys() <= names(OptimizerConfig)
+    assert settings.optimizer_fields(muon).keys() <= names(OptimizerConfig)
     assert settings.transformer_fields(muon).keys() - names(TransformerConfig) <= beyond
     assert settings.data_parallel_fields(full).keys() <= names(DistributedDataParallelConfig)
 
@@ -87,7 +86,7 @@ def test_gradients_accumulate_in_a_fused_kernel_where_the_output_layer_has_one_a
 
 
 def test_moments_in_bf16_keep_whole_fp32_parameters_which_a_checkpoint_can_restore() -> None:
-    fields = optimizer_fields(configured("model.precision=bf16", "optimizer.moments=bf16"))
+    fields = settings.optimizer_fields(configured("model.precision=bf16", "optimizer.moments=bf16"))
     assert fields["use_precision_aware_optimizer"] and not fields["store_param_remainders"]
 
 

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict] = {
     "grpo": dict(kl_coefficient=0.1),
     "gspo": dict(),
     "cispo": dict(),
+    "distillation": dict(),
     "sft": dict(),
 }
 
@@ -32,6 +33,7 @@ def sample(rng: np.random.Generator, length: int, scale: float = 0.3) -> dict[st
         "anchor_log_probs": anchor,
         "engine_log_probs": anchor + 0.05 * rng.normal(size=length),
         "mask": rng.integers(0, 2, length),
+        "teacher_log_probs": anchor + rng.normal(size=length),
     }
 
 
@@ -41,7 +43,11 @@ def pack(sequences: list[dict[str, np.ndarray]], values: np.ndarray, *, padding:
     tensors = {
         name: torch.tensor(np.concatenate([q[name] for q in sequences] + [np.full(padding, fill)]))
         for name, fill in dict(
-            log_probs=np.nan, anchor_log_probs=np.nan, engine_log_probs=-np.inf, mask=0
+            log_probs=np.nan,
+            anchor_log_probs=np.nan,
+            engine_log_probs=-np.inf,
+            mask=0,
+            teacher_log_probs=np.nan,
         ).items()
     }
     return LossInput(
@@ -98,7 +104,9 @@ def test_the_summed_loss_and_gradient_are_the_same_for_every_packing(name, seed,
 def test_a_micro_batch_without_sequences_gives_zero_with_a_way_back(name):
     log_probs = torch.zeros(0, requires_grad=True)
     nothing = torch.zeros(0)
-    x = LossInput(log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing, nothing)
+    x = LossInput(
+        log_probs, nothing, nothing, nothing, torch.zeros(0, dtype=torch.int64), nothing, nothing, nothing
+    )
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0 and terms.count.item() == 0
     terms.sum.backward()
@@ -119,10 +127,11 @@ def test_a_sequence_without_counted_tokens_adds_nothing_but_counts_as_a_sequence
         torch.zeros(tokens).long(),
         torch.tensor([1.5]),
         torch.ones(1),
+        hole,
     )
     terms = evaluated(name, x, **OPTIONS[name])
     assert terms.sum.item() == 0
-    assert terms.count.item() == (1 if name in ("pmd", "reinforce", "gspo") else 0)
+    assert terms.count.item() == (1 if name in ("pmd", "reinforce", "gspo", "distillation") else 0)
     assert (backward(terms, x) == 0).all()
     assert all(v.isfinite().all() for v in terms.per_sequence.values())
 

@@ -23,6 +23,8 @@ class Sequence:
 
     advantage: float
     tokens: list[tuple[torch.Tensor, float, float]]
+    teacher: list[float]
+    """log π_T of the same tokens."""
 
     def s(self) -> Scalar:
         return sum((new - anchor for new, anchor, _ in self.tokens), 0.0)
@@ -84,6 +86,7 @@ def sequence_loss(
     scaling="gradient",
     clip_low=3e-4,
     clip_high=4e-4,
+    form="token",
 ) -> Scalar:
     if not q.tokens:
         return 0.0
@@ -92,6 +95,13 @@ def sequence_loss(
             factor = tau / 2 if scaling == "gradient" else 1 / 2
             square = (q.s() - q.advantage / tau) ** 2
             return factor * square / divisor(q, normaliser, max_response_tokens)
+        case "distillation":
+            target = [given - anchor for given, (_, anchor, _) in zip(q.teacher, q.tokens, strict=True)]
+            by_token = sum(
+                (new - anchor - d) ** 2 for d, (new, anchor, _) in zip(target, q.tokens, strict=True)
+            )
+            square = by_token if form == "token" else (q.s() - sum(target)) ** 2
+            return square / 2 / divisor(q, normaliser, max_response_tokens)
         case "reinforce":
             return -q.advantage * q.s() / divisor(q, normaliser, max_response_tokens)
         case "gspo":
@@ -160,17 +170,20 @@ def inputs(draw, spread: float = 0.4) -> LossInput:
         sequence=torch.tensor(sequence, dtype=torch.int64),
         advantages=torch.tensor(rng.choice([-2.0, -0.5, 0.0, 0.5, 2.0], len(lengths))),
         tau=torch.ones(len(lengths)),
+        teacher_log_probs=torch.tensor(anchor + rng.normal(size=len(sequence))),
     )
 
 
 def unpack(x: LossInput) -> tuple[list[Sequence], torch.Tensor]:
     """The same data as plain lists, over a fresh leaf for the gradient."""
     leaf = x.log_probs.detach().double().clone().requires_grad_()
+    assert x.teacher_log_probs is not None
     anchor, engine, mask = (v.tolist() for v in (x.anchor_log_probs, x.engine_log_probs, x.mask))
-    batch = [Sequence(a, []) for a in x.advantages.tolist()]
+    batch = [Sequence(a, [], []) for a in x.advantages.tolist()]
     for k, i in enumerate(x.sequence.tolist()):
         if mask[k]:
             batch[i].tokens.append((leaf[k], anchor[k], engine[k]))
+            batch[i].teacher.append(float(x.teacher_log_probs[k]))
     return batch, leaf
 
 
@@ -187,6 +200,10 @@ OPTIONS: dict[str, list[dict]] = {
         dict(tau=3.0, normaliser="none"),
         dict(tau=0.5, normaliser="max_response", max_response_tokens=7),
         dict(tau=0.01, scaling="regression"),
+    ],
+    "distillation": [
+        dict(),
+        dict(form="sequence", normaliser="max_response", max_response_tokens=7),
     ],
     "reinforce": [dict(normaliser="none"), dict(normaliser="response")],
     "gspo": [dict(), dict(clip_low=0.1, clip_high=0.2)],
@@ -252,6 +269,7 @@ def test_single_precision_log_probs_give_the_double_precision_loss_of_the_same_n
         sequence=x.sequence,
         advantages=x.advantages.float(),
         tau=x.tau,
+        teacher_log_probs=x.teacher_log_probs.float() if x.teacher_log_probs is not None else None,
     )
     terms = evaluate(name, single, "none", OPTIONS[name][0])
     batch, leaf = unpack(single)
@@ -350,6 +368,10 @@ def test_arrays_that_do_not_belong_together_are_refused_by_name():
     two, three = torch.zeros(2), torch.zeros(3)
     with pytest.raises(ValueError, match="engine_log_probs"):
         LossInput(two, two, three, two, torch.zeros(2, dtype=torch.int64), two, two)
+    with pytest.raises(ValueError, match="teacher_log_probs has shape"):
+        LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), two, two, three)
+    with pytest.raises(ValueError, match="has no teacher_log_probs"):
+        evaluated("distillation", LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), two, two))
     with pytest.raises(ValueError, match="advantages"):
         LossInput(two, two, two, two, torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2), two)
     with pytest.raises(ValueError, match="tau has shape"):

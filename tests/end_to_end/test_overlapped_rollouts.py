@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from contextlib import suppress
+from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_pmd.config import build, override
 from megatron_pmd.data.problem_sets import ProblemSets
 from megatron_pmd.data.tokenizer import load_tokenizer
+from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.rollout_file import read_rollout
 from megatron_pmd.training.sampler_process import TITLE
 from tests.end_to_end.command_line import (
@@ -31,22 +35,40 @@ OVERLAP = [
     "batch.max_response_tokens=160",
     "checkpoint.hf_export=false",
     "data.evaluation=null",
+    # the only one is written because of the signal
+    "checkpoint.every=null",
+    "iterations=5",
 ]
 
 
-def test_rollouts_go_on_through_updates_a_killed_sampler_and_a_resume(command_line: CommandLine) -> None:
+def test_rollouts_go_on_through_updates_a_killed_sampler_a_killed_engine_and_the_signal_to_save(
+    command_line: CommandLine,
+) -> None:
     """fp32: the actor's log-probability of every token sampled under its weights is the engine's to 1e-5, so
     a response that met an update was computed again under the new weights, as it stood."""
     training = command_line.start("overlap", *OVERLAP)
     try:
-        wait_until(lambda: (0, "resume") in command_line.phases("overlap"), "the first update", training)
-        _sampler_of(training).kill()
+        _wait_for_update(0, command_line, training)
+        _process_of(training, TITLE).kill()
+        _wait_for_update(1, command_line, training)
+        _process_of(training, "sglang::scheduler").kill()
+        _wait_for_update(2, command_line, training)
+        wait_until(lambda: command_line.running_requests("overlap") > 1, "responses under way", training)
+        _process_of(training, PROCESS_TITLE).send_signal(signal.SIGUSR1)
         output, _ = training.communicate(timeout=DEADLINE_SECONDS)
     finally:
         training.kill()
-    assert training.returncode == 0, output
+    assert training.returncode == 75, output
     assert f"process `{TITLE}` ended with status -9" in output and "It is started again" in output
-    command_line.run("overlap", *OVERLAP, "iterations=5")
+    assert "1 engine(s) died and were started again" in output
+    (checkpoint,) = (command_line.path("overlap") / "checkpoints").glob("iteration-*")
+    saved = pq.read_table(checkpoint / "carried_over.parquet").to_pylist()
+    command_line.run("overlap", *OVERLAP)
+    _check_that_responses_go_on_from(saved, command_line)
+    _check_order_versions_and_log_probabilities(command_line)
+
+
+def _check_order_versions_and_log_probabilities(command_line: CommandLine) -> None:
     lines = [m for m in command_line.lines("overlap", "metrics.jsonl") if m["kind"] == "iteration"]
     assert [m["iteration"] for m in lines] == [0, 1, 2, 3, 4]
     given = json.loads((command_line.path("overlap") / "config.json").read_text())
@@ -69,9 +91,31 @@ def test_rollouts_go_on_through_updates_a_killed_sampler_and_a_resume(command_li
     assert mixed and sum(m["sync/compared_tokens"] for m in lines) > 0
 
 
-def _sampler_of(training: ForkedCommand) -> psutil.Process:
+def _check_that_responses_go_on_from(saved: list[dict[str, Any]], command_line: CommandLine) -> None:
+    """Two rollouts were under way: one that the trainer waited for or trained on, and the next."""
+    iterations = sorted({row["begun"] for row in saved})
+    assert len(iterations) == 2 and len(saved) == 64
+    samples = {
+        (t, sample.problem, sample.number): sample.response_tokens.tolist()
+        for t in iterations
+        for sample in read_rollout(command_line.path("overlap") / "rollouts" / f"{t}.parquet")[0]
+    }
+    begun = 0
+    for row in saved:
+        tokens = [token for turn in row["turns"] for token in turn["tokens"]]
+        assert samples[row["begun"], row["problem"], row["number"]][: len(tokens)] == tokens
+        begun += len(tokens) > 0
+    assert begun
+
+
+def _wait_for_update(iteration: int, command_line: CommandLine, training: ForkedCommand) -> None:
+    what = f"the update after iteration {iteration}"
+    wait_until(lambda: (iteration, "resume") in command_line.phases("overlap"), what, training)
+
+
+def _process_of(training: ForkedCommand, title: str) -> psutil.Process:
     for process in descendants(training):
         with suppress(psutil.Error):  # it has ended meanwhile
-            if " ".join(process.cmdline()).strip() == TITLE:
+            if " ".join(process.cmdline()).strip().startswith(title):
                 return process
-    raise AssertionError(f"no process `{TITLE}`")
+    raise AssertionError(f"no process `{title}`")

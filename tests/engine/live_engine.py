@@ -102,21 +102,32 @@ def generate(url: str, key: str = KEY, prompts: Sequence[Sequence[int]] = PROMPT
         url + "/generate",
         json=request,
         headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
+        timeout=180,
         trust_env=False,
     )
     assert reply.status_code == 200, reply.text
     return reply.json()
 
 
+def running_requests(url: str, key: str = KEY) -> int:
+    """Responses that the engine is decoding."""
+    headers = {"Authorization": f"Bearer {key}"}
+    loads = httpx.get(url + "/v1/loads", headers=headers, timeout=10, trust_env=False).json()["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
+
+
 @torch.no_grad()
+def log_probs(model, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """Of the tokens behind the prompt, by transformers' fp32 forward: [tokens]."""
+    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
 def largest_difference(model, answers: list[dict], temperature: float = 1.0) -> float:
     """Largest |log-prob of the engine − log-prob of transformers' fp32 forward| over all sampled tokens."""
     worst = 0.0
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        tokens = answer["output_ids"]
         theirs = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        ours = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        ours = log_probs(model, prompt, answer["output_ids"], temperature)
         worst = max(worst, (theirs - ours).abs().max().item())
     return worst

@@ -294,6 +294,25 @@ def test_a_stop_token_ends_the_response_and_is_its_last_token(control, engine, b
     assert len(stopped["meta_info"]["output_token_logprobs"]) == len(expected)
 
 
+def test_the_engine_takes_a_models_words_apart_for_agents(engine):
+    """Asked as rollout/agents/model_output.py asks; the engine has no tokenizer."""
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for text, rest, calls in (
+        (f"So.\n{call}", "So.", [("add", {"a": 1})]),
+        ("So.", "So.", []),
+        ("<tool_call>\n{broken\n</tool_call>", "", []),
+    ):
+        body = {"text": text, "tools": tools, "tool_call_parser": "qwen25"}
+        found = httpx.post(engine.url + "/parse_function_call", json=body, headers=headers).json()
+        assert [(c["name"], json.loads(c["parameters"])) for c in found["calls"]] == calls
+        assert found["normal_text"].strip() == rest
+    body = {"text": "<think>hm</think>yes", "reasoning_parser": "qwen3"}
+    found = httpx.post(engine.url + "/separate_reasoning", json=body, headers=headers).json()
+    assert found == {"reasoning_text": "hm", "text": "yes"}
+
+
 def test_resident_memory_counts_the_whole_tree(engine):
     assert tree_bytes(engine.pid) > 500e6  # the supervisor alone has 10 MB; the scheduler has torch
 

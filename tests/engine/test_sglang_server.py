@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_pmd.config import Rollout
+from megatron_pmd.config import AgentProgram, Rollout
 from megatron_pmd.engine.fleet import Fleet
-from megatron_pmd.engine.installed_options import check_options
+from megatron_pmd.engine.installed_options import check_options, check_parsers
 from megatron_pmd.engine.sglang_server import OUR_OPTIONS, EngineSpec, engine_options, expert_parallel
 from megatron_pmd.errors import ConfigError
 from recipes import RECIPES, configuration, recipe
@@ -46,6 +46,15 @@ def test_an_option_that_sglang_takes_from_no_file_is_refused_before_an_engine_wo
     """Old spellings, and pairs of --flag and --no-flag; server_args_config_parser.py, unsupported_actions."""
     with pytest.raises(ConfigError, match=f"{option} is not an option of the installed SGLang"):
         check_options({option: True}, {})
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "near"), [("tool_parser", "qwen2", "qwen"), ("reasoning_parser", "qwen4", "qwen3")]
+)
+def test_a_parser_that_sglang_has_not_is_refused_with_the_nearest(setting, name, near) -> None:
+    with pytest.raises(ConfigError, match=rf"agent\.{setting}='{name}' is no parser .*did you mean {near}"):
+        check_parsers(AgentProgram(function="a:b", **{setting: name}))
+    check_parsers(AgentProgram(function="a:b", **{setting: near}))
 
 
 def test_every_option_of_a_recipe_is_one_that_an_engine_starts_with() -> None:

@@ -56,6 +56,13 @@ def test_truncation_length_and_reward_errors_are_counted_over_samples():
     assert result.reward_errors == 1
 
 
+def test_an_agents_response_of_several_trajectories_counts_once():
+    alone = [sample(0, 0, 1.0), sample(0, 1, 0.0, reward_error="late")]
+    with_branches = [alone[0], sample(0, 0, 1.0, branch=1), *alone[1:], sample(0, 1, 0.0, branch=1)]
+    for found in (evaluate(alone), evaluate(with_branches)):
+        assert (found.k, found.mean_at_k.value, found.reward_errors) == (2, 0.5, 1)
+
+
 def test_intervals_hold_the_true_value_in_about_95_of_100_evaluations():
     """48 prompts whose difficulty p ~ Beta(1, 2), 4 samples each: mean 1/3, pass@4 = 1 − E[(1 − p)⁴].
 

@@ -41,13 +41,14 @@ def main(settings: list[str]) -> dict[str, Any]:
     quiet()
     import torch  # noqa: F401
 
-    from megatron_pmd.actor import settings as actor_settings
+    from megatron_pmd.actor.environment import set_environment
     from megatron_pmd.config import override
     from recipes import recipe
 
+    published = hasattr(importlib.import_module("deep_ep.utils"), "EventOverlap")
     early = [name for name in sys.modules if name.partition(".")[0] in ("transformer_engine", "megatron")]
     config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings)
-    actor_settings.set_environment(config)
+    set_environment(config)
     for name in (
         "actor.parallel", "distributed", "node.bandwidth", "actor.actor", "actor.checkpoint",
         "actor.optimizer", "training.live_engines", "training.trainer", "weight_sync.push",
@@ -66,12 +67,15 @@ def main(settings: list[str]) -> dict[str, Any]:
     import megatron.core.optimizer as optimizer
     import transformer_engine
 
+    from megatron_pmd.actor import settings as actor_settings
+
     return {
         "before the environment was set": early,
         "missing": missing,
         "adam": optimizer.Adam.__module__,
         "power of two": Float8BlockScaling().fp8_quant_fwd_weight.power_2_scale,
         "transformer engine": transformer_engine.__version__,
+        "deepep has the name by itself": published,
         "deepep": importlib.import_module("megatron.core.transformer.moe.fused_a2a").HAVE_DEEP_EP,
         "fused accumulation": actor_settings._has_fused_accumulation(),
     }

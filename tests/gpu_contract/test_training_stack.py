@@ -14,7 +14,6 @@ from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_pmd.actor import settings
-from megatron_pmd.actor.optimizer_settings import optimizer_fields
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 from recipes import recipe
@@ -114,7 +113,7 @@ def test_every_optimizer_and_data_parallel_setting_is_one_of_megatron_core(name,
             if "optimizer.offload=1" in optimizer and "actor.fp8.parameter_gather=true" in fp8:
                 continue  # refused by name: the Adam on the host writes no FP8 parameters
             config = configured(name, models, *fp8, *optimizer)
-            made = OptimizerConfig(**optimizer_fields(config))
+            made = OptimizerConfig(**settings.optimizer_fields(config))
             ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
             assert made.bf16 and ddp.overlap_grad_reduce
             assert made.optimizer_cpu_offload == bool(config.optimizer.offload)

@@ -54,7 +54,7 @@ def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **argu
 
 def run_order(order: Path) -> None:
     """What each rank does for launch()."""
-    from megatron_pmd.actor.settings import set_environment
+    from megatron_pmd.actor.environment import set_environment
 
     torch.set_num_threads(1)
     name, configs, arguments = pickle.loads(order.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -140,6 +141,9 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
     for number in (10, 20):
         (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
     assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"
+    beside_engines = dataclasses.replace(of_eight, ranks_per_node=4)
+    memory, *_ = plan_problems(recipe("qwen3_30b_a3b_overlap_48xh100"), beside_engines, tmp_path)
+    assert "the plan needs 301.1 GB" in memory, "of 4 ranks; the node's other GPUs are the engines'"
 
 
 def test_a_full_or_missing_disk_is_named(tmp_path: Path) -> None:

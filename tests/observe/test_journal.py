@@ -216,18 +216,3 @@ def test_versions_of_an_earlier_start_stay_listed(tmp_path):
     again = json.loads(path.read_text())
     assert again["python"] == recorded["python"]
     assert [e["python"] for e in again["earlier_starts"]] == ["3.9.0"]
-
-
-def test_tensorboard_shows_a_resumed_run_once(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = make_config()
-    journal = Journal.open(tmp_path / "run", config, 0)
-    run_iterations(journal, 0, 5)
-    journal.close()
-    journal = Journal.open(tmp_path / "run", config, 3)
-    run_iterations(journal, 3, 6)
-    journal.finish(RunOutcome(Status.COMPLETE))
-    for kind, tag, expected in (("step", "gradient_norm", 6 * STEPS), ("iteration", "reward", 6)):
-        events = EventAccumulator(str(tmp_path / "run/tensorboard" / kind)).Reload()
-        assert [e.step for e in events.Scalars(tag)] == list(range(expected))

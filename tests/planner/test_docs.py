@@ -8,6 +8,7 @@ import pytest
 
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.planner.planning import make_plan
+from megatron_pmd.planner.split import iteration_seconds
 from recipes import RECIPES, recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -20,12 +21,12 @@ def row(name: str) -> str:
         f"`{name}`",
         f"{plan.shape.total / 1e9:,.2f}B",
         f"{plan.shape.active / 1e9:.2f}B",
-        str(plan.config.layout.ranks),
+        str(plan.config.devices),
         f"{phases} GB",
         f"{plan.host_bytes / 1e9:.0f}",
         f"{plan.cache.tokens:,}",
         f"{plan.checkpoint_bytes / 1e9:,.0f} GB",
-        f"{plan.cost.iteration_seconds:.0f} s",
+        f"{iteration_seconds(plan):.0f} s",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -30,8 +30,8 @@ def h100() -> Machines:
 def test_every_recipe_fits_the_cluster_it_is_named_after(name: str, h100: Machines) -> None:
     plan = make_plan(recipe(name), h100)
     assert plan.problems == []
-    assert f"_{plan.config.layout.ranks}xh100" in name
-    assert plan.nodes == -(-plan.config.layout.ranks // 8)
+    assert f"_{plan.config.devices}xh100" in name
+    assert plan.nodes == -(-plan.config.devices // 8)
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith("_cpu")])

@@ -12,7 +12,7 @@ from megatron_pmd.config import override
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.launch.script import job_for
 from megatron_pmd.planner.planning import Plan, make_plan
-from megatron_pmd.planner.split import Split, balanced_split
+from megatron_pmd.planner.split import Split, balanced_split, iteration_seconds
 from megatron_pmd.planner.split import split_of as split_of_recipe
 from megatron_pmd.planner.table import show
 from recipes import recipe
@@ -59,6 +59,12 @@ def test_the_settings_of_a_split_make_a_recipe_that_has_it_and_that_launches() -
     assert own == split
     job = job_for(split.trainer.config, load_cluster("h100"), PurePosixPath("/shared/x"))
     assert (job.nodes, job.ranks_per_node, job.gpus_per_node) == (4, 4, 8)
+    assert (split.trainer.nodes, plan.nodes) == (4, 4), "half of each node is the engines'"
+    assert split.trainer.host["other phases"]["processes"] == plan.host["other phases"]["processes"] / 2
+    assert "offloaded weights" not in split.trainer.host["other phases"], "a trainer's device is its own"
+    assert iteration_seconds(split.trainer) == pytest.approx(
+        max(split.sampling_seconds, split.training_seconds) + split.trainer.cost.seconds["sync"]
+    )
 
 
 def test_a_trainer_that_does_not_fit_its_devices_is_no_split() -> None:

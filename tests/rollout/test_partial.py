@@ -194,9 +194,13 @@ def test_carried_over_responses_survive_a_checkpoint(tmp_path):
         group.problem = replace(group.problem, source="sums")
         for member in group.members:
             member.problem = group.problem
+            if member.finished:
+                member.teacher_log_probs = -member.log_probs
     write_carried_over(tmp_path, first.left_over)
     read = read_carried_over(tmp_path, of_key)
     assert {group.problem.source for group in read} == {"", "sums"}
+    members = [member for group in read for member in group.members]
+    assert any(m.teacher_log_probs is not None and m.teacher_log_probs.dtype == np.float32 for m in members)
     assert plain(read) == plain(first.left_over)
     engine.weight_version = "1"
     rollout = rollout_for(

@@ -56,8 +56,9 @@ def problem(index: int) -> Problem:
 
 def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.0, **changes: Any) -> Sampler:
     endpoint = Endpoint(
-        url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True
-    )
+        url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True,
+        teacher=changes.pop("teacher", None),
+    )  # fmt: skip
     settings: dict[str, Any] = {"max_response_tokens": 1000} | changes
     return Sampler(endpoint, Numbers(), [STOP_TOKEN], grader=Grading(score), **settings)
 
@@ -65,7 +66,13 @@ def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.
 def rollout_for(groups: int, **changes: Any) -> RolloutGroups:
     """Of so many problems, or of `problems`, in groups of 4; changes: of any of its settings and rules."""
     settings: dict[str, Any] = dict(
-        samples_per_prompt=4, iteration=0, weight_version=0, temperature=1.0, top_p=1.0, run_seed=0
+        samples_per_prompt=4,
+        iteration=0,
+        weight_version=0,
+        temperature=1.0,
+        top_p=1.0,
+        run_seed=0,
+        scored=False,
     )
     rules: dict[str, Any] = {}
     others: dict[str, Any] = {"problems": [problem(i) for i in range(groups)]}

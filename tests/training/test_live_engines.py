@@ -82,7 +82,8 @@ def test_an_engine_started_again_in_a_sync_finds_the_device_as_at_its_first_star
     engine, actor = engines.fleet, Actor(engines.fleet.device)
     seen = []
 
-    def push(shards, version, *, serves):
+    def push(shards, version, *, serves, before_load):
+        before_load()
         seen.append(set(engine.device.held))
         if when == "in the sync" and len(seen) == 1:
             engine.dead = True

@@ -170,6 +170,28 @@ def test_advantages_are_of_shaped_rewards_under_the_iterations_tau():
     assert {s.tau for s in samples} == {0.5}
 
 
+def test_an_agents_trajectories_share_the_advantage_of_their_episode_which_a_baseline_counts_once():
+    """The first of four responses has three trajectories, of 2, 1 and 3 tokens."""
+    config = config_with("reward.length.weight=0.5", "algorithm.baseline=mean")
+    whole = rollout([1.0, 1.0, 0.0, 1.0], [6, 4, 3, 5], [False, False, True, False])
+    first, *others = rollout([1.0, 1.0, 0.0, 1.0], [2, 4, 3, 5], [False, False, True, False])
+    branches = [replace(first, branch=n + 1, response_tokens=np.full(n, 2), segments=[]) for n in (1, 3)]
+    branches = [replace(b, branch=n, engine_log_probs=np.zeros(len(b.response_tokens)))
+                for n, b in enumerate(branches, start=1)]  # fmt: skip
+    for samples in (whole, [first, *branches, *others]):
+        Subproblem(config, 5).compute_advantages(samples)
+    assert {s.shaped_reward for s in (first, *branches)} == {whole[0].shaped_reward}
+    assert {s.advantage for s in (first, *branches)} == {whole[0].advantage} != {0.0}
+    assert [s.advantage for s in others] == [s.advantage for s in whole[1:]]
+    member = Trajectory(Problem(0, (), "1"), 0, 0, reward=1.0)
+    member.branches = [Trajectory(member.problem, 0, 0) for _ in range(2)]
+    for part, length in zip(member.parts, (2, 1, 3), strict=True):
+        part.turns = [Turn(np.ones(length, np.int32), np.zeros(length, np.float32), finish="stop")]
+    other = Trajectory(member.problem, 1, 0, reward=1.0)
+    other.turns = [Turn(np.ones(4, np.int32), np.zeros(4, np.float32), finish="stop")]
+    assert Subproblem(config, 5).shaped_group([member, other]) == [s.shaped_reward for s in whole[:2]]
+
+
 @pytest.mark.parametrize(
     ("setting", "lengths", "finish", "kept"),
     [

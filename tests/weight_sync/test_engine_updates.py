@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +17,23 @@ from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.live_engines import LiveEngines
+from megatron_pmd.training.separate_engines import SeparateEngines
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from megatron_pmd.weight_sync.transport import Broadcast, Disk
 from tests.actor.tiny_models import config_for
 from tests.engine.live_engine import (
     ADMIN_KEY,
     KEY,
+    PROMPTS,
     bucket,
     control,
     engine,
     folder,
     generate,
     largest_difference,
+    log_probs,
     models,
+    running_requests,
     starting,
     update,
 )
@@ -161,6 +167,47 @@ def test_a_server_of_others_serves_the_weights_it_is_given_and_outlives_the_run(
     transport.close()
     engines.close()
     assert engine.alive() and control.health()
+
+
+class WithoutSampler(SeparateEngines):
+    """The process that samples has tests of its own."""
+
+    def _started(self): ...
+
+    def _asked(self, ask): ...
+
+
+def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_responses_under_the_new_weights(
+    control, engine, bucket, models, engines, tmp_path
+):
+    """Each token of a response is of the weights that it says, behind all tokens, whoever made them."""
+    update(control, bucket, models[0], version=60)
+    separate: Any = WithoutSampler(
+        engines._config, ALONE, tmp_path, None, None, Console(), cpu=True, ahead=None
+    )
+    separate.router = SimpleNamespace(url=engine.url, start=lambda urls: None, stop=lambda: None)
+
+    def push(shards, version, *, serves, before_load):
+        before_load()
+        through(Disk(separate.fleet, ALONE, tmp_path / "weights"), bucket, models[1], version)
+
+    separate._shards, separate.weight_push = 1, SimpleNamespace(push=push, close=lambda: None)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(generate, engine.url, max_new_tokens=100)
+        while not running_requests(engine.url) and not asked.done():
+            time.sleep(0.02)
+        separate.load(SimpleNamespace(routing_width=0, release_parameters=None), 61)
+        answers = asked.result()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        spans = answer["meta_info"]["weight_versions"]
+        assert [span["version"] for span in spans] == ["60", "61"]
+        theirs = torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+        for model, span in zip(models, spans, strict=True):
+            part = slice(span["start"], span["end"])
+            ours = log_probs(model, prompt, answer["output_ids"])
+            assert (theirs[part] - ours[part]).abs().max() < 1e-4
+    separate.close()
+    assert engine.alive() and control.weight_version() == 61
 
 
 def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines, engine):

@@ -69,6 +69,10 @@ KINDS: dict[str, tuple[Rules, list[str]]] = {
         Rules(PROMPTS, SAMPLES, STEP, staleness=1),
         ["rollout.placement=separate", "rollout.staleness=1"],
     ),
+    "overlapped by 2": (
+        Rules(PROMPTS, SAMPLES, STEP, staleness=2),
+        ["rollout.placement=separate", "rollout.staleness=2"],
+    ),
 }
 """What is played, and the settings of the real run."""
 
@@ -205,6 +209,8 @@ def _compared(name: str, real: Measured, played: Played) -> dict[str, Any]:
         "iteration, simulated": played.rollout_seconds,
         "difference": played.rollout_seconds / real.iteration - 1,
         "difference of rollouts": sampling / real.rollout - 1,
+        "share of waiting, real": real.rollout / real.iteration,
+        "share of waiting, simulated": sampling / played.rollout_seconds,
         "iterations": [round(seconds, 2) for seconds in real.iterations],
     }
 
@@ -245,11 +251,12 @@ def runs_of_the_loop(iterations: int, repetitions: int, kinds: list[str]) -> Non
                 assert stub.stdin is not None and stub.stdout is not None
                 try:
                     url = f"http://127.0.0.1:{int(stub.stdout.readline())}"
-                    real = real_run(folder, f"{kind}-{turn}", url, iterations, [f"seed={turn}", *more])
+                    name = f"{kind.replace(' ', '-')}-{turn}"
+                    real = real_run(folder, name, url, iterations, [f"seed={turn}", *more])
                 finally:
                     stub.stdin.close()
                     stub.wait(60)
-                rollouts = folder / "runs" / f"{kind}-{turn}" / "rollouts"
+                rollouts = folder / "runs" / name / "rollouts"
                 found = _compared(f"{kind}, turn {turn}", real, simulated(real, rules, rollouts))
                 print(json.dumps(found | {"load": load, "cores": os.cpu_count()}), flush=True)
 

@@ -61,6 +61,8 @@ class StubEngine:
     slots: int = 1_000_000
     prompt_tokens: int = 2
     """Of every prompt; what follows is a response that is continued."""
+    whole_turns: bool = False
+    """Every request is a response of its own length, whatever stands before it: an agent's turn."""
     weight_version: str = "0"
     failures: int = 0
     """So many requests are answered with status 503 first."""
@@ -99,7 +101,8 @@ class StubEngine:
             self.failures -= 1
             return web.Response(status=503, text="busy")
         sampling = body["sampling_params"]
-        seed, done = sampling["sampling_seed"], len(body["input_ids"]) - self.prompt_tokens
+        seed = sampling["sampling_seed"]
+        done = 0 if self.whole_turns else len(body["input_ids"]) - self.prompt_tokens
         left = self.length(seed) - done
         wanted = min(left, sampling["max_new_tokens"])
         decoding = _Decoding(self.weight_version)

@@ -1,0 +1,165 @@
+"""TensorBoard, W&B and MLflow by their own readers: one record for a run, also when it was resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_pmd.config import Trackers, override
+from megatron_pmd.errors import MissingPackage, PmdError
+from megatron_pmd.observe.journal import Journal
+from megatron_pmd.observe.trackers import check_trackers
+from megatron_pmd.outcome import RunOutcome, Status
+from recipes import recipe
+from tests.observe.synthetic_run import STEPS, make_config, run_iterations
+from tests.test_tutorials import blocks
+
+ALL = {
+    "tensorboard": True,
+    "wandb": {"project": "tests"},
+    "mlflow": {"experiment": "tests"},
+    "sampled_groups": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations, of which the second was lost, then that one again and one more; all trackers are on."""
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    config = make_config(trackers=ALL)
+    for first, stop in ((0, 2), (1, 3)):
+        journal = Journal.open(folder, config, first)
+        run_iterations(journal, first, stop)
+        journal.finish(RunOutcome(Status.COMPLETE))
+    return folder
+
+
+def expected(kind: str, key: str, folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    axis = "global_step" if kind == "step" else "iteration"
+    return {line[axis]: line[key] for line in lines if line["kind"] == kind}
+
+
+def test_a_run_has_no_tracker_unless_it_asks_for_one(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "run", make_config(), 0)
+    run_iterations(journal, 0, 1)
+    journal.finish(RunOutcome(Status.COMPLETE))
+    assert not {"tensorboard", "wandb", "mlflow"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_tensorboard_shows_a_resumed_run_once_and_its_samples_as_a_table(resumed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for kind, tag, places in (("step", "gradient_norm", 3 * STEPS), ("iteration", "reward", 3)):
+        events = EventAccumulator(str(resumed / "tensorboard" / kind)).Reload()
+        assert [event.step for event in events.Scalars(tag)] == list(range(places))
+    texts = events.Tensors("samples/text_summary")
+    assert {text.step for text in texts} == {0, 1, 2}  # TensorBoard keeps texts of a lost iteration
+    shown = texts[-1].tensor_proto.string_val[0].decode()
+    assert shown.startswith("|group|number|") and shown.count("\n") == 1 + 2 * 4
+
+
+def test_mlflow_reads_one_run_with_every_metric_its_settings_and_samples(resumed: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient((resumed / "mlflow").as_uri())
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("synthetic", "FINISHED")
+    assert run.data.params["batch.prompts_per_step"] == "4"
+    for kind, key in (("step", "gradient_norm"), ("iteration", "reward"), ("evaluation", "mean_at_k")):
+        history = client.get_metric_history(run.info.run_id, f"{kind}/{key}")
+        assert {entry.step: entry.value for entry in history} == pytest.approx(expected(kind, key, resumed))
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "samples")}
+    assert artifacts == {
+        f"samples/{name}.json" for name in ("iteration-0", "iteration-1", "iteration-2", "evaluation-0")
+    }
+    table = json.loads(
+        Path(client.download_artifacts(run.info.run_id, "samples/iteration-2.json")).read_text()
+    )
+    assert table["columns"][:2] == ["group", "number"] and len(table["data"]) == 2 * 4
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """Of a `.wandb` file, which `wandb sync` sends: LevelDB's log format behind a header of 7 bytes.
+
+    W&B's own reader is a program of another language, which sends what it reads.
+    """
+    data, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # the rest of a block that holds no further record
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_wandb_writes_the_parts_of_a_resumed_run_under_one_id(resumed: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    ids, rows, tables = set(), {}, 0
+    files = sorted((resumed / "wandb").glob("offline-run-*/*.wandb"))
+    for data in (data for file in files for data in records(file)):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            ids.add((record.run.run_id, record.run.project, record.run.display_name))
+        line: dict[str, Any] = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+        }
+        if "iteration/reward" in line:
+            rows[line["iteration/iteration"]] = line["iteration/reward"]
+        tables += "iteration/samples/_type" in line
+    [(found, project, name)] = ids
+    assert (project, name) == ("tests", "synthetic") and found == (resumed / "wandb_id.txt").read_text()
+    assert len(files) == 2 and tables == 4
+    assert rows == pytest.approx(expected("iteration", "reward", resumed))
+
+
+def test_a_tracker_without_its_package_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=r"trackers\.wandb needs wandb, .*'megatron-pmd\[trackers\]'"):
+        check_trackers(Trackers.model_validate({"wandb": {"project": "x"}}))
+    check_trackers(Trackers())
+
+
+def test_a_server_that_does_not_answer_is_named_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = make_config(trackers={"mlflow": {"experiment": "x", "uri": "http://127.0.0.1:9"}})
+    with pytest.raises(PmdError, match=r"trackers\.mlflow: the record cannot be opened: .*a network"):
+        Journal.open(tmp_path / "run", config, 0)
+
+
+def test_trackers_may_change_at_a_resume(tmp_path: Path) -> None:
+    Journal.open(tmp_path / "run", make_config(trackers={"tensorboard": True}), 0).close()
+    Journal.open(tmp_path / "run", make_config(), 1).close()
+
+
+def test_the_page_turns_on_each_tracker_with_the_settings_that_it_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_pmd.cli.main import app
+
+    [commands] = [block.text for block in blocks("docs/trackers.md") if block.language == "bash"]
+    for command in commands.splitlines():
+        program, *words = command.split()
+        assert program == "megatron-pmd"
+        app(words, standalone_mode=False)
+        config = override(recipe("tiny_moe_cpu"), words[2:])
+        assert config.trackers != Trackers(), command
+    assert "tiny_moe_cpu" in capsys.readouterr().out
