@@ -129,8 +129,8 @@ def test_what_leaves_has_the_planned_bytes(outcomes, case, plan):
 
 
 def test_an_update_adds_the_planned_activations(outcomes, case, plan):
-    """Within a quarter, in FP8 0.4: rows have less than max_tokens_per_microbatch, and the plan does not count
-    what Transformer Engine keeps of attention and norms, nor that FP8 keeps inputs by row and by column.
+    """Within a quarter, in FP8 0.4: rows have less than max_tokens_per_microbatch, and the plan counts
+    neither what Transformer Engine keeps of attention and norms, nor that FP8 keeps inputs twice.
 
     The second update: the first one makes the optimizer's moments. It makes the FP8 copies anew.
     """
