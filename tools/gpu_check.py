@@ -271,7 +271,6 @@ def main(
     output: Path = Path("gpu_check.json"),
     check_name: str = typer.Option("", "--check"),
     folder: Path = Path(),
-    small: bool = typer.Option(False, help="small shapes also with CUDA"),
 ) -> None:
     """Run all checks; --check and --folder are for the processes that this starts."""
     from megatron_pmd.errors import ConfigError
@@ -290,7 +289,7 @@ def main(
     device = torch.cuda.get_device_name() if cuda else "no CUDA device: small shapes on the CPU"
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        make_model(Path(temporary), "small" if small or not cuda else "large", "cuda" if cuda else "cpu")
+        make_model(Path(temporary), "large" if cuda else "small", "cuda" if cuda else "cpu")
         if cuda:
             torch.cuda.empty_cache()  # the checks have processes of their own, and need the device
         for name in CHECKS:

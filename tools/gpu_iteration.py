@@ -10,7 +10,7 @@ from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError
 from megatron_pmd.files import read_records
-from tools.gpu_trial import SHAPES, configuration, shape_of
+from tools.gpu_trial import configuration, shape_of
 
 LIMIT_SECONDS = 900
 """An engine's first start on a device compiles its kernels."""
@@ -21,14 +21,14 @@ def iterations(folder: Path) -> RunConfig:
 
     A random model spells nothing: a response is paid for its different characters, so that groups differ.
     """
-    config, large = configuration(folder), shape_of(folder) is SHAPES["large"]
+    config = configuration(folder)
     settings = [
         "name=gpu_check",
         "iterations=2",
         "batch.prompts_per_rollout=16",
         "batch.prompts_per_step=8",
         "batch.max_prompt_tokens=64",
-        f"batch.max_response_tokens={512 if large else 16}",
+        f"batch.max_response_tokens={shape_of(folder).response_tokens}",
         "data.train.task=spell_backward",
         "data.train.size=64",
         "reward.name=tools.gpu_iteration:different_characters",

@@ -31,6 +31,8 @@ class Shape:
     model: dict[str, Any]
     """Of a Qwen3-MoE. FP8 takes multiples of 16, and its blocks of 128."""
     bucket_bytes: int
+    response_tokens: int
+    """Of a response that an engine samples."""
 
 
 SHAPES = {
@@ -42,6 +44,7 @@ SHAPES = {
             vocab_size=512,
         ),
         2**24,
+        16,
     ),
     "large": Shape(
         512,
@@ -51,6 +54,7 @@ SHAPES = {
             head_dim=128, vocab_size=32_768,
         ),
         2**30,
+        512,
     ),
 }  # fmt: skip
 """Large is for a GPU, and of a realistic width; small is for what computes slowly."""

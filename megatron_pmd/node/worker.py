@@ -32,7 +32,7 @@ from megatron_pmd.training.shutdown import Shutdown
 
 if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as they want it
     from megatron_pmd.data.problem_sets import ProblemSets
-    from megatron_pmd.device import SharedDevice
+    from megatron_pmd.device import SharedDevice, saying_who_fills_it
     from megatron_pmd.distributed import Control
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
@@ -262,7 +262,8 @@ def _assemble(
     rollouts = _rollouts(start, log, inputs, device, state, cleanup)
     if not start.cpu:  # on a CPU engines free nothing, and their start goes on beside the actor's
         rollouts.make_room()
-    actor = Actor(config, control, device)
+    with saying_who_fills_it("start"):
+        actor = Actor(config, control, device)
     if resume_from:
         with setting_aside(resume_from):
             actor.load(resume_from)

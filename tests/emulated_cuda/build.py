@@ -86,7 +86,7 @@ def build(folder: Path) -> list[str]:
     for library in (*LIBRARIES, DRIVER):
         real = packages / library.real
         if library.real and not real.exists():
-            raise FileNotFoundError(f"{real}: make gpu-contract installs it")
+            raise FileNotFoundError(f"{real}: pip install torch, in its build for CUDA 13")
         symbols = symbols_of(real) if library.real else calls_of_driver(include[0])
         lines.append(_compile(library, symbols, include, folder))
     return lines

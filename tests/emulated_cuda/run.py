@@ -17,7 +17,7 @@ from . import build
 
 HERE = Path(__file__).parent
 ADDRESS_SPACE_BYTES = 40 * 2**30
-"""CUDA's libraries alone take 10 GB of addresses. A run without a limit took all memory of the machine."""
+"""CUDA's libraries alone take 10 GiB of addresses. A run without a limit took all memory of the machine."""
 PRELOADED = (*build.LIBRARIES, build.DRIVER)
 
 
@@ -53,6 +53,17 @@ def environment(folder: Path, state: Path, devices: int = 1) -> dict[str, str]:
         "EP_SUPPRESS_NCCL_CHECK": "1",
         "CUDA_HOME": str(build.packages_folder() / "cu13"),
     }
+
+
+def device_of_this_worker() -> None:
+    """Give a worker of pytest-xdist, and what it starts, devices that no other worker fills.
+
+    To be called before the first call of CUDA.
+    """
+    worker, state = os.environ.get("PYTEST_XDIST_WORKER"), Path(os.environ["EMULATED_CUDA_STATE"])
+    if worker and state.name != worker:
+        (state / worker).mkdir(exist_ok=True)
+        os.environ["EMULATED_CUDA_STATE"] = str(state / worker)
 
 
 def run(words: list[str], devices: int = 1) -> int:

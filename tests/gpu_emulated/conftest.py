@@ -13,9 +13,11 @@ import torch
 
 from tests.actor.reference import Reference, compute
 from tests.actor.tiny_models import FAMILIES, write_model
+from tests.emulated_cuda.run import device_of_this_worker
 
 if "EMULATED_CUDA_STATE" not in os.environ:
     raise pytest.UsageError("tests/gpu_emulated runs on the emulated device: make gpu-emulated")
+device_of_this_worker()
 
 FP8_FAMILIES = {
     "dense for fp8": ("qwen3", {}),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.server import free_port
+from tests.emulated_cuda.tests.launched import free_port
 
 DEADLINE_SECONDS = 900
 
@@ -45,7 +45,11 @@ def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **argu
                 running.append(
                     subprocess.Popen(command, env=os.environ | place | own, stdout=file, stderr=file)
                 )
-        codes = [process.wait(DEADLINE_SECONDS) for process in running]
+        try:
+            codes = [process.wait(DEADLINE_SECONDS) for process in running]
+        finally:
+            for process in running:
+                process.kill()
         failed = [f"rank {r}: {code}:\n{logs[r].read_text()[-4000:]}" for r, code in enumerate(codes) if code]
         if failed:
             raise AssertionError(f"{program} on {ranks} ranks:\n" + "\n".join(failed))

@@ -66,10 +66,11 @@ def step_and_resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
 
 
 def resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
-    """By case: the third step after loading another layout's checkpoint, and the weights that it gives."""
+    """By case: what another layout's checkpoint brings, the third step, and the weights that it gives."""
     results = {}
     for name, (config, checkpoint) in cases.items():
         trial = routed(config)
         trial.actor.load(checkpoint)
-        results[name] = to_host([trial.step(STEPS[2]), trial.weights()])
+        loaded = trial.weights()
+        results[name] = to_host([loaded, trial.step(STEPS[2]), trial.weights()])
     return results

@@ -28,9 +28,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_as_such(runs):
 
 
 def test_a_device_that_is_too_small_is_named(runs):
-    done, _ = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
+    done, summary = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
     assert done.returncode == 1
-    assert "out of memory" in done.stdout + done.stderr
+    assert "DeviceFull" in done.stdout + done.stderr
+    assert "start: of the" in summary["reason"]
 
 
 def test_a_rank_that_is_killed_is_named_and_not_the_one_that_waits_for_it(runs):

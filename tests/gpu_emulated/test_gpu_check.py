@@ -13,6 +13,10 @@ pytestmark = pytest.mark.long
 OF_AN_ENGINE = "two whole iterations with an engine"
 """SGLang's kernels have no emulation."""
 FOR_BLACKWELL = "step in fp8, mxfp8"
+WEIGHTS = 1_000_000
+"""The small model has more; in bf16 each takes 18 bytes with its gradient and its optimizer's."""
+WORKSPACES_GB = 5 * 2**25 / 1e9
+"""Transformer Engine's for cuBLAS: one, and one for each of the four streams of a grouped GEMM."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,8 @@ def test_steps_in_fp8_are_near_the_step_in_bf16(results):
 def test_nothing_stays_on_the_device_and_a_checkpoint_gives_the_same_step(results):
     for name, result in results.items():
         if name.startswith("offload"):
-            assert result["figures"]["GB left"] < 0.01 * result["figures"]["GB moved"] + 0.05, name
+            assert result["figures"]["GB moved"] > 18 * WEIGHTS / 1e9, name
+            assert result["figures"]["GB left"] < WORKSPACES_GB + 1e-3, name
         if name.startswith("checkpoint"):
             figures = result["figures"]
             assert figures["loss difference"] == figures["gradient norm difference"] == 0, name

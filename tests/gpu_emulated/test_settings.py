@@ -6,7 +6,6 @@ Experts are those of a recorded routing, so that rounding cannot send a token el
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any
 
 import pytest
 import torch
@@ -30,8 +29,6 @@ SETTINGS: dict[str, list[str]] = {
     "blockwise": ["actor.fp8.recipe=blockwise"],
     "blockwise, gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
 }  # fmt: skip
-BLOCKWISE = [name for name in SETTINGS if name.startswith("blockwise")]
-"""Transformer Engine has a variable for them in its environment: processes of their own."""
 E4M3_STEP, BF16_STEP = 2.0**-3, 2.0**-7
 """Distance of neighbouring numbers relative to the smaller one: 3 and 7 bits of mantissa."""
 
@@ -45,15 +42,12 @@ def config(models, model, setting, layout=None):
 def stepped(models, tmp_path_factory):
     """programs.step_and_resume by (model, setting)."""
     folder = tmp_path_factory.mktemp("settings")
-    results: dict[tuple[str, str], Any] = {}
-    for group in ([name for name in SETTINGS if name not in BLOCKWISE], BLOCKWISE):
-        cases = {
-            (model, setting): (config(models, model, setting), folder / f"{model}-{setting}")
-            for model in MODELS
-            for setting in group
-        }
-        results |= launch("step_and_resume", [config for config, _ in cases.values()], cases=cases)[0]
-    return results
+    cases = {
+        (model, setting): (config(models, model, setting), folder / f"{model}-{setting}")
+        for model in MODELS
+        for setting in SETTINGS
+    }
+    return launch("step_and_resume", [given for given, _ in cases.values()], cases=cases)[0]
 
 
 CASES = [(model, setting) for model in MODELS for setting in SETTINGS]
@@ -103,23 +97,21 @@ def moved(stepped, models):
         )
         for model, setting in MOVED
     }
-    results = []
-    for with_blocks in (False, True):
-        group = {case: given for case, given in cases.items() if (case[1] in BLOCKWISE) == with_blocks}
-        results.append(launch("resume", [given[0] for given in group.values()], ranks=2, cases=group))
-    return [first | second for first, second in zip(*results, strict=True)]
+    return launch("resume", [given for given, _ in cases.values()], ranks=2, cases=cases)
 
 
 @pytest.mark.parametrize(("model", "setting"), MOVED)
 def test_a_checkpoint_of_one_rank_goes_on_under_two(stepped, moved, model, setting):
-    (loss, count, norm), weights = stepped[model, setting]["third"]
-    steps = [rank[model, setting][0] for rank in moved]
+    saved, (loss, count, norm) = stepped[model, setting]["weights"], stepped[model, setting]["third"][0]
+    loaded, step, after = moved[0][model, setting]
+    exact = not setting.endswith("gathered")  # else two ranks cut FP8 blocks elsewhere
+    for name, before in saved.items():
+        if exact:
+            assert torch.equal(loaded[name], before), name
+        assert (loaded[name].float() - before.float()).norm() <= E4M3_STEP * before.float().norm(), name
+    steps = [rank[model, setting][1] for rank in moved]
     assert sum(step[1] for step in steps) == count
     # the ranks' partial sums round elsewhere: FP8 codes and bf16 numbers next to each other
     assert sum(step[0] for step in steps) == pytest.approx(loss, rel=0.15)
-    assert steps[0][2] == pytest.approx(norm, rel=0.15)
-    after = moved[0][model, setting][1]
-    rounding = E4M3_STEP if setting.endswith("gathered") else BF16_STEP
-    for name, before in weights.items():
-        bound = rounding * before.float().norm() + 2 * OPTIMIZER.learning_rate * before.numel() ** 0.5
-        assert (after[name].float() - before.float()).norm() <= bound, name
+    assert step[2] == pytest.approx(norm, rel=0.15)
+    assert any(not torch.equal(after[name], loaded[name]) for name in loaded)

@@ -6,5 +6,10 @@ import os
 
 import pytest
 
+from tests.emulated_cuda.run import device_of_this_worker
+
 if "EMULATED_CUDA_STATE" not in os.environ:
-    raise pytest.UsageError("tests/emulated_cuda runs on the emulated device: make gpu-emulated")
+    raise pytest.UsageError(
+        "start them with `python -m tests.emulated_cuda.run -m pytest tests/emulated_cuda`"
+    )
+device_of_this_worker()

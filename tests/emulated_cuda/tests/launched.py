@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 
+PORTS = range(20_000, 30_000)
+"""Below those that the kernel gives to outgoing connections: it gives none away meanwhile."""
+
+
+def free_port() -> int:
+    """One that nobody listens at, for rank 0's store."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
 
 def launch(program: str, *words: str, ranks: int) -> list[tuple[int, str]]:
     """Exit code and output of each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     place["EMULATED_CUDA_DEVICES"] = str(ranks)
     processes = [
         subprocess.Popen(
@@ -23,5 +33,9 @@ def launch(program: str, *words: str, ranks: int) -> list[tuple[int, str]]:
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
