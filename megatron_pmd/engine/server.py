@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import socket
 import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,19 @@ def port_was_taken(failure: str) -> bool:
     return any(words in failure.lower() for words in PORT_TAKEN)
 
 
+PORTS = range(30_000, 32_768)
+"""Below those that Linux gives to outgoing connections: of them one may be taken before a server listens.
+SGLang then says so in its log, and lives on without answering."""
+
+
 def free_port(host: str = LOOPBACK) -> int:
-    """A TCP port nobody listens on now; another process can still take it before the server does."""
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]
+    """A TCP port nobody listens on now; another server can still take it before this one does."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.choice(PORTS)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind((host, port))
+            return port
 
 
 def node_address() -> str:

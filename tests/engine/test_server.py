@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -156,3 +157,13 @@ def test_what_a_server_has_in_shared_memory_goes_also_when_the_server_is_killed(
         process.kill()
     psutil.wait_procs([supervisor], timeout=20)
     assert not Path(log.read_text().strip()).exists()
+
+
+def test_a_servers_port_is_none_that_an_outgoing_connection_may_have() -> None:
+    """SGLang that finds its port taken lives on without answering, until the deadline of its start."""
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.socket() as listener:
+        taken = free_port()
+        listener.bind((LOOPBACK, taken))
+        found = {free_port() for _ in range(200)}
+    assert len(found) > 100 and max(found) < min(first_outgoing, 32_768) and taken not in found
