@@ -65,7 +65,7 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
         # NCCL gathers a bucket in one piece, which torch copies into the ranks' pieces of another
-        device += 4 * (2 * bucket + share)
+        device = max(device, 4 * (2 * bucket + share))
         gathered += holders[kind] * states
         copies = max(copies, holders[kind] * 8 * bucket + ranks * STATE_BYTES * share)
         written += (holders[kind] if by_hosts else ranks / shards) * states
