@@ -32,7 +32,7 @@ from megatron_pmd.training.shutdown import Shutdown
 
 if TYPE_CHECKING:  # torch and Megatron are imported once the environment is as they want it
     from megatron_pmd.data.problem_sets import ProblemSets
-    from megatron_pmd.device import SharedDevice, saying_who_fills_it
+    from megatron_pmd.device import SharedDevice
     from megatron_pmd.distributed import Control
     from megatron_pmd.training.rollouts import RolloutSource
     from megatron_pmd.training.run_log import RunLog
@@ -245,7 +245,7 @@ def _assemble(
     """The parts of a run on this rank, as new or as a checkpoint has them; cleanup ends what they start."""
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.actor.checkpoint_folders import setting_aside
-    from megatron_pmd.device import SharedDevice
+    from megatron_pmd.device import SharedDevice, saying_who_fills_it
     from megatron_pmd.rollout.carried_over_file import read_carried_over
     from megatron_pmd.training.state import RunState
     from megatron_pmd.training.trainer import Trainer
