@@ -193,7 +193,7 @@ def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_respons
 
     separate._shards, separate.weight_push = 1, SimpleNamespace(push=push, close=lambda: None)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(generate, engine.url, max_new_tokens=100)
+        asked = pool.submit(generate, engine.url, max_new_tokens=600)
         while not running_requests(engine.url) and not asked.done():
             time.sleep(0.02)
         separate.load(SimpleNamespace(routing_width=0, release_parameters=None), 61)
