@@ -61,7 +61,7 @@ to be written, and less than the 2 GiB that a column of bytes can have."""
 def write_rollout(path: Path, samples: Sequence[Sample], iteration: int) -> None:
     """Write a rollout as Parquet, one row a sample, under its final name only when complete."""
     routing = _routing_type(samples)
-    scored = all(sample.teacher_log_probs is not None for sample in samples)
+    scored = bool(samples) and all(sample.teacher_log_probs is not None for sample in samples)
     schema = (SCHEMA.append(TEACHER) if scored else SCHEMA).with_metadata(
         {"iteration": json.dumps(iteration), ROUTING_TYPE: routing.name}
     )

@@ -99,6 +99,7 @@ def test_a_file_without_samples_is_refused(tmp_path):
     write_rollout(tmp_path / "0.parquet", [], 0)
     with pytest.raises(DataError, match="holds no samples"):
         read_rollout(tmp_path / "0.parquet")
+    assert "teacher_log_probs" not in pq.read_schema(tmp_path / "0.parquet").names
 
 
 # beside training

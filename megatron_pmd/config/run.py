@@ -77,12 +77,12 @@ class RunConfig(Frozen):
             rounds *= sampling.max_turns
         if sampling.repetition:
             rounds += self.batch.max_response_tokens // sampling.repetition.window_tokens
-        if sampling.group_filter:
-            rounds *= 1 + sampling.group_filter.max_dropped
         tools = sampling.agent.timeout_seconds if sampling.agent else 0.0
         teacher = self.algorithm.teacher
         scoring = teacher.timeout_seconds * (teacher.retries + 1) if teacher else 0.0
-        return rounds * sampling.request_timeout_seconds * (sampling.retries + 1) + tools + scoring
+        group = rounds * sampling.request_timeout_seconds * (sampling.retries + 1) + tools + scoring
+        # the next group begins when one is dropped
+        return group * (1 + sampling.group_filter.max_dropped) if sampling.group_filter else group
 
     @property
     def longest_silence_seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class IterationRecord:
 class Journal:
     """Metrics, ledger and summary of one run, and what trackers show of it."""
 
-    def __init__(self, folder: Path, config: RunConfig, iteration: int) -> None:
+    def __init__(self, folder: Path, config: RunConfig, iteration: int, say: Callable[[str], None]) -> None:
         """Use Journal.open, which prepares the folder."""
         self.folder = folder
         self._config = config
@@ -70,16 +70,23 @@ class Journal:
         self._phase: Phase | None = None
         self._opened = time.monotonic()
         logged = {kind: max(_axis_values(metrics, kind), default=-1) for kind in AXIS}
-        self._trackers = TrackerSet(folder, config, logged)
+        self._trackers = TrackerSet(folder, config, logged, say)
         self._metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._ledger_file = (folder / "ledger.jsonl").open("a", encoding="utf-8")
 
     @classmethod
     def open(
-        cls, folder: Path, config: RunConfig, resume_iteration: int, *, keep_warm_start: bool = False
+        cls,
+        folder: Path,
+        config: RunConfig,
+        resume_iteration: int,
+        *,
+        keep_warm_start: bool = False,
+        say: Callable[[str], None] = print,
     ) -> Journal:
         """Create the run directory, or continue it at `resume_iteration`, the next iteration to be trained.
 
+        say: to the user, what goes wrong with a tracker later.
         Lines of that iteration and later ones are dropped, since they are made again; so are lines
         without an iteration (the warm start) when the run begins again at 0, unless keep_warm_start.
         Raises ConfigError for the folder of a run with another configuration that has trained something.
@@ -99,7 +106,7 @@ class Journal:
         _record_versions(folder / "versions.json")
         for name in ("metrics.jsonl", "ledger.jsonl"):
             _keep_before(folder / name, resume_iteration, keep_warm_start or resume_iteration > 0)
-        return cls(folder, config, resume_iteration)
+        return cls(folder, config, resume_iteration, say)
 
     def iteration(self, t: int) -> None:
         """Iteration t begins: lines and phases from here on are its own. After the last, t = iterations."""
@@ -182,13 +189,15 @@ class Journal:
         return [m for m in self._iterations if m["iteration"] < t]
 
     def finish(self, outcome: RunOutcome) -> JsonObject:
-        """Close every file and write summary.json; returns the summary."""
+        """Close every file, write summary.json, and close the trackers' records; returns the summary."""
         self.close()
-        return write_summary(self.folder, outcome, wall_seconds=time.monotonic() - self._opened)
+        summary = write_summary(self.folder, outcome, wall_seconds=time.monotonic() - self._opened)
+        # last: their servers may not answer
+        self._trackers.close(outcome)
+        return summary
 
     def close(self) -> None:
-        """Close every file without a summary."""
-        self._trackers.close()
+        """Close every file without a summary, and leave the trackers' records open: as a killed run does."""
         self._metrics_file.close()
         self._ledger_file.close()
 

@@ -8,16 +8,17 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_pmd.config import Mlflow, RunConfig, Trackers, Wandb
-from megatron_pmd.errors import MissingPackage, PmdError
+from megatron_pmd.errors import Interrupted, MissingPackage, PmdError
 from megatron_pmd.files import JsonObject, write_whole
 from megatron_pmd.observe.folder import flatten
 from megatron_pmd.observe.samples import table_of_samples
+from megatron_pmd.outcome import RunOutcome, Status
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -34,8 +35,15 @@ SAMPLES = {"iteration": "rollouts", "evaluation": "evaluations"}
 PLACES = ("kind", "iteration", "step", "global_step")
 WANDB_ID, MLFLOW_ID = "wandb_id.txt", "mlflow_id.txt"
 """In the run's folder: which record a resumed run goes on in."""
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Setting -> the package that it needs."""
+EXTRAS = {"tensorboard": "cpu", "wandb": "trackers", "mlflow": "trackers"}
+"""Setting, which has the name of the package that it needs -> the extra that installs it."""
+MLFLOW_ENDINGS = {
+    Status.COMPLETE: "FINISHED",
+    Status.STOPPED: "FINISHED",
+    Status.SAVED: "KILLED",
+    Status.INTERRUPTED: "KILLED",
+}
+"""What MLflow calls how a run ended; every other ending is FAILED."""
 
 Table = tuple[list[str], list[list[Any]]]
 """Names of the columns, and the rows."""
@@ -53,30 +61,32 @@ class Tracker(ABC):
         """A few samples of a rollout or evaluation."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Everything is written; no call follows."""
+    def close(self, outcome: RunOutcome) -> None:
+        """Everything is written, and the record says how the run ended; no call follows."""
 
 
 def check_trackers(trackers: Trackers) -> None:
     """MissingPackage where the package of a tracker that is on is not installed."""
-    for setting, package in PACKAGES.items():
-        if getattr(trackers, setting) and importlib.util.find_spec(package) is None:
+    for package, extra in EXTRAS.items():
+        if getattr(trackers, package) and importlib.util.find_spec(package) is None:
             raise MissingPackage(
-                f"trackers.{setting} needs {package}, which is not installed: "
-                f"pip install 'megatron-pmd[trackers]', or remove the setting"
+                f"trackers.{package} needs {package}, which is not installed: "
+                f"pip install 'megatron-pmd[{extra}]', or remove the setting"
             )
 
 
 class TrackerSet:
-    """All trackers that are on."""
+    """All trackers that are on. One that fails is turned off: a run does not end for what shows it."""
 
-    def __init__(self, folder: Path, config: RunConfig, logged: dict[str, int]) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, logged: dict[str, int], say: Callable[[str], None]
+    ) -> None:
         """folder: the run's. logged: the last place of each kind of line; a resumed run goes on behind it.
 
-        PmdError where a record cannot be opened.
+        say: to the user, that a tracker has failed. PmdError where a record cannot be opened.
         """
-        self._folder, self._config, self._logged = folder, config, logged
-        self._opened = list(self._open())
+        self._folder, self._config, self._logged, self._say = folder, config, logged, say
+        self._opened = dict(self._open())
 
     def log(self, kind: str, line: JsonObject) -> None:
         """The numbers of a line of metrics.jsonl, and samples of the file that it is about."""
@@ -89,10 +99,25 @@ class TrackerSet:
             if key not in PLACES and isinstance(value, (int, float))
         }
         table = self._table(kind, place)
-        for tracker in self._opened:
-            tracker.log(kind, place, values)
-            if table:
-                tracker.show(kind, place, table)
+        for setting, tracker in list(self._opened.items()):
+            with self._spared(setting):
+                tracker.log(kind, place, values)
+                if table:
+                    tracker.show(kind, place, table)
+
+    @contextmanager
+    def _spared(self, setting: str) -> Iterator[None]:
+        """Around what one tracker does: its failure is told once, and it is asked for nothing more."""
+        try:
+            yield
+        except Interrupted:  # by the signal that ends the run, in the midst of it
+            raise
+        except Exception as error:
+            del self._opened[setting]
+            self._say(
+                f"warning: trackers.{setting} has failed and is off until the next start of this run: "
+                f"{type(error).__name__}: {error}; metrics.jsonl has every number"
+            )
 
     def _table(self, kind: str, place: int) -> Table | None:
         if kind not in SAMPLES:
@@ -100,19 +125,20 @@ class TrackerSet:
         file = self._folder / SAMPLES[kind] / f"{place}.parquet"
         return table_of_samples(file, self._config.trackers.sampled_groups) if file.is_file() else None
 
-    def _open(self) -> Iterator[Tracker]:
+    def _open(self) -> Iterator[tuple[str, Tracker]]:
         trackers = self._config.trackers
         if trackers.tensorboard:
-            yield TensorBoard(self._folder, self._logged)
+            yield "tensorboard", TensorBoard(self._folder, self._logged)
         if trackers.wandb:
-            yield WeightsAndBiases(self._folder, self._config, trackers.wandb)
+            yield "wandb", WeightsAndBiases(self._folder, self._config, trackers.wandb)
         if trackers.mlflow:
-            yield MlflowTracker(self._folder, self._config, trackers.mlflow)
+            yield "mlflow", MlflowTracker(self._folder, self._config, trackers.mlflow)
 
-    def close(self) -> None:
-        for tracker in self._opened:
-            tracker.close()
-        self._opened = []
+    def close(self, outcome: RunOutcome) -> None:
+        for setting, tracker in list(self._opened.items()):
+            with self._spared(setting):
+                tracker.close(outcome)
+        self._opened = {}
 
 
 class TensorBoard(Tracker):
@@ -141,7 +167,7 @@ class TensorBoard(Tracker):
             self._writers[kind] = SummaryWriter(str(self._folder / kind), purge_step=purged, flush_secs=30)
         return self._writers[kind]
 
-    def close(self) -> None:
+    def close(self, outcome: RunOutcome) -> None:
         for writer in self._writers.values():
             writer.close()
 
@@ -179,8 +205,8 @@ class WeightsAndBiases(Tracker):
         shown = self._wandb.Table(columns=names, data=rows, allow_mixed_types=True)
         self._run.log({f"{kind}/samples": shown, f"{kind}/{AXIS[kind]}": place})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, outcome: RunOutcome) -> None:
+        self._run.finish(outcome.exit_code)
 
 
 class MlflowTracker(Tracker):
@@ -220,8 +246,8 @@ class MlflowTracker(Tracker):
         names, rows = table
         self._client.log_dict(self._id, {"columns": names, "data": rows}, f"samples/{kind}-{place}.json")
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, outcome: RunOutcome) -> None:
+        self._client.set_terminated(self._id, MLFLOW_ENDINGS.get(outcome.status, "FAILED"))
 
 
 def _read_id(path: Path) -> str | None:

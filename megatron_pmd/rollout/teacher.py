@@ -28,11 +28,14 @@ def endpoint_of(teacher: Teacher) -> Endpoint:
         headers={"Authorization": f"Bearer {key}"} if key else {},
         request_timeout_seconds=teacher.timeout_seconds,
         retries=teacher.retries,
-        any_engine_alive=lambda: (
-            True
-        ),  # nothing here could bring it back: it is asked again, and then given up
+        any_engine_alive=_may_answer_again,
         max_in_flight=teacher.max_in_flight,
     )
+
+
+def _may_answer_again() -> bool:
+    """Nothing here could bring the teacher back: it is asked again, and then given up."""
+    return True
 
 
 class TeacherClient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,15 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.training.subproblem import Subproblem
 
 
-def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool]) -> dict[str, float]:
+def source_values(samples: Sequence[Sample], subproblem: Subproblem) -> dict[str, float]:
     """Of each source of a mixture in a rollout, as source/NAME/…; {} where there is only one.
 
     reward                mean of the grader's rewards
     response_tokens       mean length
     correct               share of the responses that are correct
     groups                prompts
-    groups_with_signal    those in which not every advantage is 0
+    groups_with_signal    those in which not every advantage is 0; absent with a teacher, who adds to the
+                          advantages later
     """
     of_source: dict[str, list[Sample]] = defaultdict(list)
     for sample in first_branches(samples):
@@ -36,10 +37,11 @@ def source_values(samples: Sequence[Sample], is_correct: Callable[[Sample], bool
         found = {
             "reward": float(np.mean([s.reward for s in members])),
             "response_tokens": float(np.mean([len(s.response_tokens) for s in members])),
-            "correct": float(np.mean([is_correct(s) for s in members])),
+            "correct": float(np.mean([subproblem.is_correct(s) for s in members])),
             "groups": len({s.group for s in members}),
-            "groups_with_signal": len({s.group for s in members if s.advantage}),
         }
+        if subproblem.config.algorithm.teacher is None:
+            found["groups_with_signal"] = len({s.group for s in members if s.advantage})
         values |= {f"source/{name}/{key}": value for key, value in found.items()}
     return values
 

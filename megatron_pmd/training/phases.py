@@ -89,7 +89,7 @@ def _grade_and_describe(
     if not subproblem.supervised:
         drawn = [*samples, *rollout.dropped_samples(run.tokenizer)]
         run.problems.train.record(success_rates(drawn, subproblem.is_correct))
-        iteration.values |= rollout_values(samples) | source_values(samples, subproblem.is_correct)
+        iteration.values |= rollout_values(samples) | source_values(samples, subproblem)
         if run.config.rollout.staleness:
             iteration.values |= staleness_values(samples, t)
     examples = _examples(run)

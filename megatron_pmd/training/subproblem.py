@@ -101,18 +101,23 @@ class Subproblem:
         """Whose optimum the advantages are of: a teacher's log-ratio is what it is, with Z = 1."""
         return "partition" if self.config.algorithm.objective.distils else self.config.algorithm.baseline
 
-    def taught(self, known: SampleColumns, log_ratios: np.ndarray) -> SampleColumns:
-        """The samples with what the teacher adds to their rewards.
+    def taught(self, batch: RolloutBatch, log_ratios: np.ndarray) -> SampleColumns:
+        """The samples with what the teacher adds to the responses' rewards; supervised examples as they are.
 
-        log_ratios: [samples] d = log π_T − log π_t of each response, nats; 0 for a supervised example.
+        log_ratios: [responses] d = log π_T − log π_t of each, nats.
         An objective that distils has τ d for reward and advantage: its target log-ratio is A/τ = d.
         """
-        teacher, taus = self.config.algorithm.teacher, known.taus
+        teacher, known = self.config.algorithm.teacher, batch.samples
         assert teacher is not None, "there are log-ratios to one"
+        # examples have no τ, and their groups have the numbers of responses' groups
+        responses = slice(batch.sampled)
+        taus, rewards, values = known.taus[responses], known.rewards.copy(), known.advantages.copy()
         if self.config.algorithm.objective.distils:
-            return dataclasses.replace(known, rewards=taus * log_ratios, advantages=taus * log_ratios)
-        rewards = known.rewards + taus * teacher.weight * log_ratios
-        values = self._advantages(rewards, known.groups.tolist(), taus)
+            rewards[responses] = values[responses] = taus * log_ratios
+        else:
+            rewards[responses] += taus * teacher.weight * log_ratios
+            groups = known.groups[responses].tolist()
+            values[responses] = self._advantages(rewards[responses], groups, taus)
         return dataclasses.replace(known, rewards=rewards, advantages=values)
 
     def _shaped(

@@ -31,7 +31,7 @@ def taught(run: Trainer, iteration: Iteration, batch: RolloutBatch, anchor: Anch
     found = run.control.all_gather(log_ratios(batch, anchor.log_probs.numpy()))
     values, iteration_values = together(batch, found)
     iteration.values |= iteration_values
-    samples = Subproblem(run.config, iteration.number).taught(batch.samples, values)
+    samples = Subproblem(run.config, iteration.number).taught(batch, values)
     return dataclasses.replace(batch, samples=samples)
 
 
@@ -55,14 +55,13 @@ def log_ratios(batch: RolloutBatch, anchor: np.ndarray) -> LogRatios:
 
 
 def together(batch: RolloutBatch, found: Sequence[LogRatios]) -> tuple[np.ndarray, dict[str, float]]:
-    """d of every sample, 0 for supervised examples, and what is logged of them; found: of all ranks.
+    """d of every response, and what is logged of them; found: of all ranks.
 
     teacher/kl             −mean d: an estimate of KL(π_t ‖ π_T) from samples of π_t, nats per response
     teacher/kl/per_token   the same, nats per counted token
     teacher/mean_abs       mean |log π_T − log π_t| of the counted tokens, nats
     """
-    values, absolute = np.full(len(batch), np.nan), np.zeros(len(batch))
-    values[batch.sampled :] = 0.0
+    values, absolute = np.full(batch.sampled, np.nan), np.zeros(batch.sampled)
     for samples, sums, magnitudes in found:
         values[samples], absolute[samples] = sums, magnitudes
     assert not np.isnan(values).any(), "each response's log π_t is computed by some rank"

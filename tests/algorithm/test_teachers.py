@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_pmd.algorithm.baselines import advantages
 from megatron_pmd.algorithm.closed_form import log_partition, optimum_partition, optimum_teacher
 from megatron_pmd.algorithm.losses import LossInput
 from tests.algorithm.evaluated import evaluated
@@ -138,13 +137,6 @@ def test_at_the_anchor_the_gradient_is_that_of_the_reverse_kl_to_the_teacher(for
     kl = (log_policy.exp() * (log_policy - teacher)).sum()
     expected, found = (torch.autograd.grad(value, logits)[0] for value in (kl, loss))
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-12)
-
-
-def test_a_sampled_group_learns_the_teachers_order_where_its_rewards_are_equal() -> None:
-    """τ β d is a reward like any other: with a mean baseline the advantages are τ β (d − mean d)."""
-    d, tau = np.array([0.5, -1.0, 2.0, 0.1]), 0.2
-    found = advantages(np.ones(4) + tau * d, [0] * 4, baseline="mean", tau=[tau] * 4)
-    np.testing.assert_allclose(found, tau * (d - d.mean()), atol=1e-12)
 
 
 def test_a_teacher_that_rules_out_what_the_anchor_takes_has_no_closed_form() -> None:

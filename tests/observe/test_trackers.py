@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import Trackers, override
-from megatron_pmd.errors import MissingPackage, PmdError
+from megatron_pmd.errors import Interrupted, MissingPackage, PmdError
+from megatron_pmd.observe import trackers
 from megatron_pmd.observe.journal import Journal
-from megatron_pmd.observe.trackers import check_trackers
+from megatron_pmd.observe.trackers import Tracker, check_trackers
 from megatron_pmd.outcome import RunOutcome, Status
 from recipes import recipe
 from tests.observe.synthetic_run import STEPS, make_config, run_iterations
@@ -33,10 +34,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two iterations, of which the second was lost, then that one again and one more; all trackers are on."""
     folder = tmp_path_factory.mktemp("tracked") / "run"
     config = make_config(trackers=ALL)
-    for first, stop in ((0, 2), (1, 3)):
+    for first, stop, ending in ((0, 2, Status.FAILED), (1, 3, Status.COMPLETE)):
         journal = Journal.open(folder, config, first)
         run_iterations(journal, first, stop)
-        journal.finish(RunOutcome(Status.COMPLETE))
+        journal.finish(RunOutcome(ending))
     return folder
 
 
@@ -108,13 +109,15 @@ def records(file: Path) -> Iterator[bytes]:
 def test_wandb_writes_the_parts_of_a_resumed_run_under_one_id(resumed: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 
-    ids, rows, tables = set(), {}, 0
+    ids, rows, tables, endings = set(), {}, 0, []
     files = sorted((resumed / "wandb").glob("offline-run-*/*.wandb"))
     for data in (data for file in files for data in records(file)):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("run"):
             ids.add((record.run.run_id, record.run.project, record.run.display_name))
+        if record.HasField("exit"):
+            endings.append(record.exit.exit_code)
         line: dict[str, Any] = {
             item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
         }
@@ -123,16 +126,94 @@ def test_wandb_writes_the_parts_of_a_resumed_run_under_one_id(resumed: Path) -> 
         tables += "iteration/samples/_type" in line
     [(found, project, name)] = ids
     assert (project, name) == ("tests", "synthetic") and found == (resumed / "wandb_id.txt").read_text()
-    assert len(files) == 2 and tables == 4
+    assert len(files) == 2 and tables == 4 and sorted(endings) == [0, 1]
     assert rows == pytest.approx(expected("iteration", "reward", resumed))
 
 
+def test_mlflow_says_how_each_start_of_a_run_ended(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder, config = tmp_path / "run", make_config(trackers={"mlflow": {"experiment": "x"}})
+    found = {}
+    for status in Status:
+        Journal.open(folder, config, 0).finish(RunOutcome(status))
+        run = MlflowClient((folder / "mlflow").as_uri()).get_run((folder / "mlflow_id.txt").read_text())
+        found[status.value] = run.info.status
+    assert found == {
+        "complete": "FINISHED", "stopped": "FINISHED", "saved": "KILLED", "interrupted": "KILLED",
+        "alarmed": "FAILED", "refused": "FAILED", "failed": "FAILED",
+    }  # fmt: skip
+
+
+class Failing(Tracker):
+    """In the place of another; its server has gone at the second line, or at the end."""
+
+    def __init__(self, *_: Any) -> None:
+        self.lines = 0
+
+    def log(self, kind: str, place: int, values: dict[str, float]) -> None:
+        self.lines += 1
+        if self.lines == 2:
+            raise ConnectionError("no route to host")
+        assert self.lines == 1, "it is asked for nothing more"
+
+    def show(self, kind: str, place: int, table: Any) -> None: ...
+
+    def close(self, outcome: RunOutcome) -> None:
+        raise TimeoutError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("iterations", "failure"), [(2, "ConnectionError: no route to host"), (0, "TimeoutError: no answer")]
+)
+def test_a_tracker_that_fails_is_turned_off_and_the_run_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, failure: str
+) -> None:
+    class Noted(Failing):
+        def log(self, kind: str, place: int, values: dict[str, float]) -> None:
+            self.lines += 1
+
+        def close(self, outcome: RunOutcome) -> None:
+            noted.append((self.lines, outcome.status, (tmp_path / "run/summary.json").exists()))
+
+    said, noted = list[str](), list[tuple[int, Status, bool]]()
+    monkeypatch.setattr(trackers, "WeightsAndBiases", Failing)
+    monkeypatch.setattr(trackers, "MlflowTracker", Noted)
+    journal = Journal.open(
+        tmp_path / "run", make_config(trackers=ALL | {"tensorboard": False}), 0, say=said.append
+    )
+    run_iterations(journal, 0, iterations)
+    journal.finish(RunOutcome(Status.COMPLETE))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+    assert noted == [(lines, Status.COMPLETE, True)] and bool(lines) == bool(iterations)
+    [told] = said
+    assert f"trackers.wandb has failed and is off until the next start of this run: {failure}" in told
+
+
+def test_the_signal_that_ends_a_run_is_no_failure_of_a_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Signalled(Failing):
+        def log(self, kind: str, place: int, values: dict[str, float]) -> None:
+            raise Interrupted("received SIGTERM")
+
+    monkeypatch.setattr(trackers, "MlflowTracker", Signalled)
+    journal = Journal.open(tmp_path / "run", make_config(trackers={"mlflow": {"experiment": "x"}}), 0)
+    with pytest.raises(Interrupted):
+        run_iterations(journal, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "extra"),
+    [({"wandb": {"project": "x"}}, "wandb", "trackers"), ({"tensorboard": True}, "tensorboard", "cpu")],
+)
 def test_a_tracker_without_its_package_is_named_with_what_installs_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], package: str, extra: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=r"trackers\.wandb needs wandb, .*'megatron-pmd\[trackers\]'"):
-        check_trackers(Trackers.model_validate({"wandb": {"project": "x"}}))
+    message = rf"trackers\.{package} needs {package}, .*'megatron-pmd\[{extra}\]'"
+    with pytest.raises(MissingPackage, match=message):
+        check_trackers(Trackers.model_validate(settings))
     check_trackers(Trackers())
 
 

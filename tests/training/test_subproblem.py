@@ -269,7 +269,7 @@ def test_each_source_has_its_own_tau_penalty_and_length_reward_in_its_advantages
         assert [s.advantage for s in samples[first : first + 2]] == pytest.approx(
             [r - baseline for r in pair]
         )
-    values = source_values(samples, subproblem.is_correct)
+    values = source_values(samples, subproblem)
     assert values == {
         "source/sums/reward": 0.25, "source/sums/response_tokens": 3.5, "source/sums/correct": 0.25,
         "source/sums/groups": 2, "source/sums/groups_with_signal": 1,

@@ -80,7 +80,7 @@ def test_the_log_ratios_are_those_of_all_counted_tokens_under_any_layout(
     shares: list[list[int]], known: list[list[int]]
 ) -> None:
     values, logged = found(shares, known)
-    np.testing.assert_allclose(values, [*expected(), 0.0], rtol=1e-5)
+    np.testing.assert_allclose(values, expected(), rtol=1e-5)
     assert logged["teacher/kl"] == pytest.approx(-sum(expected()) / 4, rel=1e-5)
     assert logged["teacher/kl/per_token"] == pytest.approx(-sum(expected()) / 11, rel=1e-5)
     assert logged["teacher/mean_abs"] >= abs(logged["teacher/kl/per_token"])
@@ -103,17 +103,20 @@ def test_an_iteration_takes_its_log_ratios_from_the_anchor_and_logs_them() -> No
 
 
 def test_with_a_reward_the_group_shares_one_baseline_of_reward_and_teacher() -> None:
-    """r + τ β d minus its mean over the group, as docs/algorithm.md has it."""
+    """r + τ β d minus its mean over the group, as docs/algorithm.md has it.
+
+    A supervised example, numbered from group 0 and without a τ, is no part of it.
+    """
     subproblem = Subproblem(config_with("algorithm.teacher.weight=0.25"), 0)
-    samples = [replace(s) for s in SAMPLES]
+    samples, example = [replace(s) for s in SAMPLES], replace(sample(4, 6), group=0)
     subproblem.compute_advantages(samples)
     values = np.array(expected())
-    known = subproblem.taught(RolloutBatch.describe(samples, 1.0).samples, values)
+    known = subproblem.taught(RolloutBatch.describe([*samples, example], 1.0, examples=1), values)
     mixed = np.array([0.0, 1.0, 2.0, 3.0]) + 0.5 * 0.25 * values
-    np.testing.assert_allclose(known.rewards, mixed, atol=1e-12)
+    np.testing.assert_allclose(known.rewards, [*mixed, 0.0], atol=1e-12)
     centred = mixed.reshape(2, 2) - mixed.reshape(2, 2).mean(1, keepdims=True)
-    np.testing.assert_allclose(known.advantages, centred.reshape(-1), atol=1e-12)
-    assert subproblem.baseline == "mean"
+    np.testing.assert_allclose(known.advantages, [*centred.reshape(-1), 0.0], atol=1e-12)
+    assert known.taus.tolist() == [0.5, 0.5, 0.5, 0.5, 0.0] and subproblem.baseline == "mean"
 
 
 def test_distillation_leaves_rewards_out_and_reports_its_progress_towards_the_teacher() -> None:
@@ -124,7 +127,7 @@ def test_distillation_leaves_rewards_out_and_reports_its_progress_towards_the_te
     samples = [replace(s) for s in SAMPLES]
     subproblem.compute_advantages(samples)
     values = np.array(expected())
-    known = subproblem.taught(RolloutBatch.describe(samples, 1.0).samples, values)
+    known = subproblem.taught(RolloutBatch.describe(samples, 1.0), values)
     target, _ = targets(
         known.advantages, known.rewards, known.groups, baseline=subproblem.baseline, tau=known.taus
     )
@@ -137,6 +140,7 @@ def test_distillation_leaves_rewards_out_and_reports_its_progress_towards_the_te
         (["rollout.temperature=2"], r"with rollout\.temperature=2: SGLang gives a teacher's"),
         (["rollout.temperature_schedule.end=0.5", "rollout.temperature_schedule.iterations=2"], "a schedule"),
         (["rollout.group_filter.max_dropped=3"], r"drop_equal_rewards: the teacher tells"),
+        (["rollout.agent.function=agent.py:solve"], r"with rollout\.agent: a teacher scores one trajectory"),
         (["algorithm.objective=distillation", "algorithm.teacher.weight=2"], r"weight=2: .*has no reward"),
     ],
 )
