@@ -47,6 +47,11 @@ ENDS_WITH = {
     "rollout/sampler.py: first.pop().result()": "nothing: it has ended",
     "rollout/sampler.py: self._enough.wait()": "asyncio.timeout around it",
     "rollout/sampler.py: self._may_end.wait()": "the rollout, whose requests have deadlines",
+    "rollout/teacher.py: asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)": (
+        "the question, whose requests have deadlines"
+    ),
+    "rollout/teacher.py: asking.result()": "nothing: it has ended",
+    "rollout/teacher.py: self._stopped.wait()": "asyncio.wait around it",
     "rollout_file.py: begun.result()": WORK_OF_ITS_OWN,
     "rollout_file.py: self.wait()": WORK_OF_ITS_OWN,
     "training/production.py: before.wait()": "the rollout before, which sets it however it ends",

@@ -45,7 +45,7 @@ from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.grading import grading
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler, maker_of, stop_tokens
+from megatron_pmd.rollout.sampler import Limits, Sampler, maker_of, stop_tokens
 from megatron_pmd.rollout_file import write_rollout
 
 DEFAULT_RESPONSE_TOKENS = 1024
@@ -269,10 +269,8 @@ def run(task: Task, console: Console) -> Evaluation:
             ),
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, task.model.path),
-            max_response_tokens=task.max_response_tokens,
+            limits=Limits(task.max_response_tokens, task.rollout.max_turns, task.rollout.repetition),
             grader=rewards,
-            max_turns=task.rollout.max_turns,
-            repetition=task.rollout.repetition,
             function=maker_of(
                 task.rollout, tokenizer, max(source.max_prompt_tokens for source in task.sources)
             ),

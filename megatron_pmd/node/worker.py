@@ -226,9 +226,7 @@ def _open_log(start: _Start, resume_from: Path | None, completed: int) -> RunLog
 
     config, folder, console = start.config, start.folder, Console()
     journal = start.control.on_driver(
-        lambda: Journal.open(
-            folder, config, completed, keep_warm_start=bool(resume_from), say=console.say
-        )
+        lambda: Journal.open(folder, config, completed, keep_warm_start=bool(resume_from), say=console.say)
     )
     if journal is not None:
         for line in read_records(folder / "ledger.jsonl"):

@@ -52,8 +52,6 @@ class Endpoint:
     """Requests sent at one time; their deadline runs only then. None: as many as files can be open."""
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
-    teacher: Endpoint | None = None
-    """Who scores the tokens of responses that are trained on; None: nobody."""
 
 
 class GenerateClient:

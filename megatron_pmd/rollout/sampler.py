@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,18 +37,27 @@ class Grader(Protocol):
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Where a response ends that does not end by itself."""
+
+    max_response_tokens: int
+    max_turns: int = 1
+    repetition: Repetition | None = None
+
+
+@dataclass(frozen=True)
 class Sampler:
     """A run's client of the engines."""
 
     endpoint: Endpoint
     tokenizer: Any
     stop_tokens: list[int]
-    max_response_tokens: int
+    limits: Limits
     grader: Grader
+    teacher: Endpoint | None = None
+    """Who scores the tokens of responses that are trained on; None: nobody."""
     routing_width: int = 0
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
-    max_turns: int = 1
-    repetition: Repetition | None = None
     function: RolloutFunction | Agent = single_turn
     """What makes a response."""
     interrupted: Callable[[], bool] = lambda: False
@@ -68,14 +77,13 @@ class Sampler:
         """As a run's configuration has it; routing_width: of its model, used where routing is replayed."""
         sampling, teacher = config.rollout, config.algorithm.teacher
         return cls(
-            endpoint=replace(endpoint, teacher=endpoint_of(teacher) if teacher else None),
+            endpoint=endpoint,
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(tokenizer, config.model.path),
-            max_response_tokens=config.batch.max_response_tokens,
+            limits=Limits(config.batch.max_response_tokens, sampling.max_turns, sampling.repetition),
             grader=grader,
+            teacher=endpoint_of(teacher) if teacher else None,
             routing_width=routing_width if config.actor.experts.replay_routing else 0,
-            max_turns=sampling.max_turns,
-            repetition=sampling.repetition,
             function=maker_of(sampling, tokenizer, config.batch.max_prompt_tokens),
             interrupted=interrupted,
         )
@@ -138,10 +146,10 @@ class _Draw:
             temperature=rollout.settings.temperature,
             top_p=rollout.settings.top_p,
             stop_tokens=sampler.stop_tokens,
-            max_response_tokens=sampler.max_response_tokens,
-            max_turns=sampler.max_turns,
+            max_response_tokens=sampler.limits.max_response_tokens,
+            max_turns=sampler.limits.max_turns,
             max_new_tokens=max_new_tokens,
-            repetition=sampler.repetition,
+            repetition=sampler.limits.repetition,
             routing_width=sampler.routing_width,
         )
         self._teacher: TeacherClient | None = None
@@ -155,10 +163,10 @@ class _Draw:
 
     async def run(self) -> None:
         async with AsyncExitStack() as opened:
-            endpoint = self._sampler.endpoint
-            self._client = await opened.enter_async_context(GenerateClient(endpoint))
-            if endpoint.teacher and self._rollout.settings.scored:
-                self._teacher = await opened.enter_async_context(TeacherClient(endpoint.teacher))
+            self._client = await opened.enter_async_context(GenerateClient(self._sampler.endpoint))
+            teacher = self._sampler.teacher
+            if teacher and self._rollout.settings.scored:
+                self._teacher = await opened.enter_async_context(TeacherClient(teacher))
             if isinstance(self._sampler.function, Agent):
                 self._server = await opened.enter_async_context(AgentServer())
             try:
@@ -218,7 +226,10 @@ class _Draw:
             for end in ends:
                 end.cancel()
         if not self._idle.is_set():
-            await self._client.stop(first.pop().result(), self._idle)
+            reason = first.pop().result()
+            if self._teacher:
+                self._teacher.stop(reason)
+            await self._client.stop(reason, self._idle)
 
     async def _by_rules(self) -> str:
         reason = DEADLINE

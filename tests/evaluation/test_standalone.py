@@ -35,7 +35,7 @@ from megatron_pmd.evaluation.standalone import EvaluationRequest, Task, table, t
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler
+from megatron_pmd.rollout.sampler import Limits, Sampler
 from megatron_pmd.rollout_file import read_rollout
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
 
@@ -218,7 +218,7 @@ def answering(version: str, most: list[int]) -> Iterator[str]:
 
 def sampler_for(url: str, **changes: Any) -> Sampler:
     endpoint = Endpoint(url, (), {}, 20.0, retries=0, any_engine_alive=lambda: True, **changes)
-    return Sampler(endpoint, Letters(), stop_tokens=[0], max_response_tokens=1, grader=Letters())
+    return Sampler(endpoint, Letters(), stop_tokens=[0], limits=Limits(1), grader=Letters())
 
 
 def small_rollout() -> RolloutGroups:

@@ -23,7 +23,7 @@ from megatron_pmd.rollout.episode import Episode, rollout_function
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
 from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups, graders_rewards
 from megatron_pmd.rollout.metrics import account_values, rollout_values
-from megatron_pmd.rollout.sampler import Sampler
+from megatron_pmd.rollout.sampler import Limits, Sampler
 from megatron_pmd.rollout.trajectory import Turn, repeats
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving
 
@@ -57,10 +57,12 @@ def problem(index: int) -> Problem:
 def sampler_for(url: str, score: Callable[[str, Problem], float] = lambda *_: 1.0, **changes: Any) -> Sampler:
     endpoint = Endpoint(
         url, [url], {}, 20.0, retries=changes.pop("retries", 1), any_engine_alive=lambda: True,
-        teacher=changes.pop("teacher", None),
     )  # fmt: skip
-    settings: dict[str, Any] = {"max_response_tokens": 1000} | changes
-    return Sampler(endpoint, Numbers(), [STOP_TOKEN], grader=Grading(score), **settings)
+    limits = {name: changes.pop(name) for name in Limits.__dataclass_fields__ if name in changes}
+    return Sampler(
+        endpoint, Numbers(), [STOP_TOKEN], Limits(**{"max_response_tokens": 1000} | limits),
+        grader=Grading(score), **changes,
+    )  # fmt: skip
 
 
 def rollout_for(groups: int, **changes: Any) -> RolloutGroups:
@@ -115,7 +117,7 @@ def test_what_was_drawn_before_the_engines_were_lost_is_not_drawn_again():
         lost = Endpoint(url, [url], {}, 20.0, retries=1, any_engine_alive=lambda: False)
         engine.failures = 5
         with pytest.raises(EnginesLost):
-            Sampler(lost, Numbers(), [STOP_TOKEN], 1000, Grading(lambda *_: 1.0)).run(rollout)
+            Sampler(lost, Numbers(), [STOP_TOKEN], Limits(1000), Grading(lambda *_: 1.0)).run(rollout)
         drawn = rollout.finished
         sampler_for(url).run(rollout)
     assert drawn > 0 and rollout.finished == 12

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -77,6 +80,38 @@ def test_a_teacher_that_stumbles_is_asked_again(engine: str) -> None:
         rollout = rollout_for(1, scored=True, samples_per_prompt=1)
         sampler_for(engine, teacher=endpoint_of(settings(url, retries=2))).run(rollout)
     assert len(sent) == 3 and rollout.samples(Numbers())[0].teacher_log_probs is not None
+
+
+def test_a_rollout_that_ends_does_not_wait_for_the_teacher_and_the_next_one_asks_again() -> None:
+    answered_first, calls, ending = 3, itertools.count(), threading.Event()
+    engine = StubEngine(keep_requests=True)
+
+    def slow(body: dict[str, Any]) -> Reply:
+        if next(calls) >= answered_first:
+            ending.wait(60)
+        return scored(body)
+
+    with serving(engine) as url, service(slow) as (address, sent):
+        teacher_there = endpoint_of(settings(address, timeout_seconds=60))
+        rollout = rollout_for(2, scored=True)
+        sampler = sampler_for(
+            url,
+            teacher=teacher_there,
+            interrupted=lambda: len(sent) == 8 and rollout.finished == answered_first,
+        )
+        begun = time.monotonic()
+        sampler.run(rollout)
+        assert time.monotonic() - begun < 20, "it did not wait for the teacher"
+        left = [m for group in rollout.groups for m in group.members if not m.finished]
+        assert {(m.stopped, m.finish_reason, m.teacher_log_probs is None) for m in left} == {
+            ("interrupted", "stop", True)
+        }
+        assert len(left) == 8 - answered_first
+        ending.set()
+        sampler_for(url, teacher=teacher_there).run(rollout)
+    assert len(engine.requests) == 8, "what was sampled is scored, not sampled again"
+    for sample in rollout.samples(Numbers()):
+        np.testing.assert_allclose(sample.teacher_log_probs, -sample.response_tokens / 100, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,13 @@ def test_each_source_has_its_own_tau_penalty_and_length_reward_in_its_advantages
     assert success_rates(samples, subproblem.is_correct)["words", 3] == 1.0
 
 
+def test_with_a_teacher_no_source_says_which_groups_have_a_signal():
+    """The advantages of a rollout are of its rewards alone; what the teacher adds comes later."""
+    config = mixed("algorithm.teacher.url=http://here", "rollout.temperature=1")
+    values = source_values(mixed_rollout(), Subproblem(config, 0))
+    assert values["source/sums/groups"] == 2 and not [key for key in values if key.endswith("with_signal")]
+
+
 def test_the_target_of_a_sequence_is_its_own_sources_advantage_over_tau():
     """(τ/2)(s − A/τ)² / n with each sequence's own τ, and its gradient (τ s − A)/n at every counted token."""
     samples = mixed_rollout()

@@ -45,7 +45,7 @@ from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler, stop_tokens
+from megatron_pmd.rollout.sampler import Limits, Sampler, stop_tokens
 from megatron_pmd.rollout_file import write_rollout
 from recipes import configuration
 from tools.bench import update as bench_update_sides
@@ -130,7 +130,7 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
     with served(config, folder) as engines, RewardPool(config.reward) as rewards:
         sampler = Sampler(
             Endpoint(engines.router.url, (), engines.headers, 600.0, 0, any_engine_alive=lambda: True),
-            tokenizer, stops, config.batch.max_response_tokens, rewards,
+            tokenizer, stops, Limits(config.batch.max_response_tokens), rewards,
         )  # fmt: skip
         for turn in range(repetitions + 1):
             settings = DrawSettings(
@@ -138,7 +138,7 @@ def bench_rollout(config: RunConfig, repetitions: int, folder: Path) -> list[Row
                 config.seed,
             )  # fmt: skip
             rollout = RolloutGroups(chosen, settings)
-            requests = _requests(rollout, stops, sampler.max_response_tokens)
+            requests = _requests(rollout, stops, config.batch.max_response_tokens)
             engines.flush()
             loop.append(_through_the_loop(sampler, rollout, folder / "rollout.parquet"))
             engines.flush()

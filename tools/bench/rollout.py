@@ -29,7 +29,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, EndRules, Group, RolloutGroups
-from megatron_pmd.rollout.sampler import Sampler
+from megatron_pmd.rollout.sampler import Limits, Sampler
 from tools.bench.stub_engine import STOP_TOKEN, response_length
 
 # 512 prompts of 16, all in flight; the median response takes 8 s, the longest of 8,192 about 130 s
@@ -75,7 +75,7 @@ def sampler(url: str, max_response_tokens: int) -> Sampler:
     endpoint = Endpoint(
         url, [url], {}, request_timeout_seconds=600.0, retries=0, any_engine_alive=lambda: True
     )
-    return Sampler(endpoint, Instant(), [STOP_TOKEN], max_response_tokens, Instant())
+    return Sampler(endpoint, Instant(), [STOP_TOKEN], Limits(max_response_tokens), Instant())
 
 
 def settings_of(size: int, iteration: int) -> DrawSettings:
