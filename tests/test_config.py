@@ -199,14 +199,8 @@ def test_a_rollout_may_take_as_long_as_the_groups_that_its_filter_drops_one_afte
     patience = ["rollout.request_timeout_seconds=10", "rollout.retries=1", "rollout.temperature=1"]
     filtered = ["rollout.group_filter.max_dropped=3", "rollout.group_filter.drop_equal_rewards=false"]
     filtered.append("rollout.group_filter.mean_reward_above=0")
-    of_agent = [
-        "rollout.agent.function=x.py:solve",
-        "rollout.agent.timeout_seconds=100",
-        "rollout.max_turns=2",
-    ]
-    of_teacher = [
-        "algorithm.teacher." + setting for setting in ("url=http://x", "timeout_seconds=30", "retries=2")
-    ]
+    of_agent = ['rollout.agent={"function":"x.py:solve","timeout_seconds":100}', "rollout.max_turns=2"]
+    of_teacher = ['algorithm.teacher={"url":"http://x","timeout_seconds":30,"retries":2}']
     for settings, seconds in ((of_agent, 2 * 20 + 100), (of_teacher, 20 + 90)):
         once, again = (override(config, [*patience, *settings, *more]) for more in ([], filtered))
         assert (once.longest_rollout_seconds, again.longest_rollout_seconds) == (seconds, 4 * seconds)
