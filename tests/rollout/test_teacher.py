@@ -111,7 +111,7 @@ def test_a_rollout_that_ends_does_not_wait_for_the_teacher_and_the_next_one_asks
         sampler_for(url, teacher=teacher_there).run(rollout)
     assert len(engine.requests) == 8, "what was sampled is scored, not sampled again"
     for sample in rollout.samples(Numbers()):
-        np.testing.assert_allclose(sample.teacher_log_probs, -sample.response_tokens / 100, rtol=1e-6)
+        assert sample.teacher_log_probs == pytest.approx(-sample.response_tokens / 100, rel=1e-6)
 
 
 @pytest.mark.parametrize(

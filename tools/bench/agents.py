@@ -28,6 +28,7 @@ from megatron_pmd.processes import allow_many_files
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.program import Agent, AgentTask
 from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.rollout.sampler import Limits
 from recipes.tiny_moe_cpu import make_tokenizer
 from tools.bench.rollout import sampler, settings_of, stub
 from tools.bench.stub_engine import response_length
@@ -107,7 +108,8 @@ def main(
     ideal = [ideal_seconds(group.members[0].seed, group.problem.index) for group in rollout.groups]
     agent = Agent(Programs(client).run, 3600.0, OutputReader(tokenizer), max_prompt_tokens=1024)
     with stub(ENGINE) as url:
-        drawing = replace(sampler(url, MAX_TOKENS), tokenizer=tokenizer, function=agent, max_turns=TURNS)
+        limits = Limits(MAX_TOKENS, max_turns=TURNS)
+        drawing = replace(sampler(url, MAX_TOKENS), tokenizer=tokenizer, function=agent, limits=limits)
         used, begun = time.process_time(), time.monotonic()
         drawing.run(rollout)
         seconds = time.monotonic() - begun
