@@ -14,7 +14,7 @@ import pytest
 from megatron_pmd import rollout_file
 from megatron_pmd.batch import Sample
 from megatron_pmd.errors import DataError
-from megatron_pmd.observe.samples import grades
+from megatron_pmd.observe.samples import grades, read_prompts
 from megatron_pmd.rollout_file import RolloutWriter, check_rollouts, read_rollout, write_rollout
 
 
@@ -160,10 +160,12 @@ def test_a_sources_name_is_read_back_and_a_file_without_that_column_has_one_sour
     write_rollout(tmp_path / "0.parquet", [sample(0, source="sums"), sample(2, source="words")], 0)
     assert [s.source for s in read_rollout(tmp_path / "0.parquet")[0]] == ["sums", "words"]
     table = pq.read_table(tmp_path / "0.parquet")
-    pq.write_table(table.drop_columns("source"), tmp_path / "1.parquet")
+    pq.write_table(table.drop_columns(["source", "branch"]), tmp_path / "1.parquet")
     assert [s.source for s in read_rollout(tmp_path / "1.parquet")[0]] == ["", ""]
     assert list(grades(tmp_path / "0.parquet")) == ["sums 4", "words 4"]
     assert list(grades(tmp_path / "1.parquet")) == [4]
+    shown = [read_prompts(tmp_path / f"{n}.parquet", [0], 2, 100)[0]["responses"][0]["branch"] for n in (0, 1)]
+    assert shown == [0, None]
 
 
 def test_a_teachers_log_probabilities_are_read_back_bit_for_bit_and_lacking_ones_are_named(tmp_path):

@@ -17,6 +17,7 @@ from megatron_pmd.observe.quantities import clip, finite
 COLUMNS = [
     "group",
     "number",
+    "branch",
     "source",
     "problem",
     "prompt",
@@ -28,7 +29,7 @@ COLUMNS = [
     "advantage",
     "reward_error",
 ]
-
+ABSENT_IN_OLD_FILES = {"branch", "source"}
 
 Label = int | str
 """A problem's index, behind the name of its source where the run has several."""
@@ -100,6 +101,7 @@ def _prompt(rows: list[JsonObject], responses: int, limit: int) -> dict[str, Any
         "responses": [
             {
                 "number": r["number"],
+                "branch": r.get("branch"),
                 "text": clip(r["response"], limit),
                 "tokens": r["tokens"],
                 "reward": finite(r["reward"]),
@@ -134,8 +136,8 @@ def before_and_after(first: Path, last: Path, limit: int) -> tuple[JsonObject, J
 
 def _read(path: Path, columns: list[str], filters: Any = None) -> pa.Table:
     try:
-        if "source" not in pq.read_schema(path).names:  # a file from before there were mixtures
-            columns = [name for name in columns if name != "source"]
+        absent = ABSENT_IN_OLD_FILES - set(pq.read_schema(path).names)
+        columns = [name for name in columns if name not in absent]
         return pq.read_table(path, columns=columns, filters=filters)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"{path}: not a rollout file of this program: {error}") from None

@@ -123,7 +123,7 @@ def _part(row: dict[str, Any], problem: Problem) -> Trajectory:
             np.array(turn["log_probs"], np.float32),
             [(s["tokens"], s["weight_version"]) for s in turn["segments"]],
             turn["finish"],
-            turn["counted"] is not False,  # a file from before there were agents has none
+            turn["counted"],
         )
         for turn in row["turns"]
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +27,10 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 
 class EnginesLost(EngineError):
     """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
+
+
+class _Failed(Exception):
+    """One attempt at a request, which another may mend."""
 
 
 class RequestRefused(EngineError):
@@ -53,14 +57,19 @@ class Endpoint:
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
 
+    @property
+    def slots(self) -> int:
+        """Requests that can be sent at one time."""
+        possible = connections_possible()
+        return min(self.max_in_flight or possible, possible)
+
 
 class GenerateClient:
     """One rollout's requests to the engines: `async with GenerateClient(endpoint) as client`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        possible = connections_possible()
-        self._slots = asyncio.Semaphore(min(endpoint.max_in_flight or possible, possible))
+        self._slots = asyncio.Semaphore(endpoint.slots)
         self._asking, self._questions = asyncio.Lock(), 0
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
         self.stopping: str | None = None
@@ -88,64 +97,61 @@ class GenerateClient:
         not help, EnginesLost when no engine is left, EngineError when the request fails `retries` times on
         engines that are alive.
         """
-        failure = ""
-        for attempt in range(self._endpoint.retries + 1):
-            answer, failure = await self._attempt(request, routing_key)
-            if answer is not None:
+
+        async def attempt() -> EngineAnswer:
+            url, headers = self._endpoint.router_url + "/generate", {ROUTING_KEY: routing_key}
+            answer = parse_answer(await self._post(url, request, headers))
+            reason = answer.finish_reason
+            if reason["type"] in ("stop", "length") or (self.stopping and reason["type"] == "abort"):
                 return answer
-            if self.stopping:
-                raise ResponseStopped(self.stopping)
-            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
-            if not await self._any_alive():
-                raise EnginesLost(f"no engine answers any more; last failure: {failure}")
-        raise EngineError(f"a request failed {self._endpoint.retries + 1} times; last failure: {failure}")
+            raise _Failed(f"finish reason {reason}")
 
-    async def _attempt(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
-        """(answer, "") or (None, what went wrong)."""
-        async with self._slots:
-            return await self._post(request, routing_key)
-
-    async def _post(self, request: dict[str, Any], routing_key: str) -> tuple[EngineAnswer | None, str]:
-        if self.stopping:
-            raise ResponseStopped(self.stopping)
-        url, body = self._endpoint.router_url + "/generate", orjson.dumps(request)
-        try:
-            async with self._session.post(url, data=body, headers={ROUTING_KEY: routing_key}) as reply:
-                if reply.status == 200:
-                    answer = parse_answer(await reply.read())
-                    reason = answer.finish_reason
-                    if reason["type"] in ("stop", "length") or (self.stopping and reason["type"] == "abort"):
-                        return answer, ""
-                    return None, f"finish reason {reason}"
-                if reply.status == 400:
-                    raise RequestRefused(f"the engine refuses a request: {(await reply.text())[:500]}")
-                return None, f"HTTP {reply.status}: {(await reply.text())[:200]}"
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            return None, f"{type(error).__name__}: {error}"
+        return await self._retried(attempt)
 
     async def ask(self, path: str, question: dict[str, Any]) -> Any:
         """What one of the engines answers to something that all of them know, asked directly.
 
-        The router has not all of their addresses. Raises ResponseStopped after stop(), EnginesLost and
-        EngineError as generate().
+        The router has not all of their addresses. Raises what generate() raises, but EngineError for a
+        refusal: the response that is asked about is there.
         """
-        urls, failure = self._endpoint.engine_urls or [self._endpoint.router_url], ""
-        for attempt in range(self._endpoint.retries + 1):
-            if self.stopping:
-                raise ResponseStopped(self.stopping)
+        urls = self._endpoint.engine_urls or [self._endpoint.router_url]
+
+        async def attempt() -> Any:
             self._questions += 1
-            url = urls[self._questions % len(urls)] + path
+            return orjson.loads(await self._post(urls[self._questions % len(urls)] + path, question))
+
+        try:
+            return await self._retried(attempt)
+        except RequestRefused as refusal:
+            raise EngineError(f"{path}: {refusal}") from None
+
+    async def _retried[T](self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What an attempt gives, the first one that does not fail; see generate()."""
+        failure = ""
+        for number in range(self._endpoint.retries + 1):
             try:
-                async with self._slots, self._session.post(url, data=orjson.dumps(question)) as reply:
-                    if reply.status == 200:
-                        return orjson.loads(await reply.read())
-                    failure = f"HTTP {reply.status}: {(await reply.text())[:200]}"
+                async with self._slots:
+                    if self.stopping:
+                        raise ResponseStopped(self.stopping)
+                    return await attempt()
+            except _Failed as error:
+                failure = str(error)
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 failure = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**attempt)
+            if self.stopping:
+                raise ResponseStopped(self.stopping)
+            await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**number)
             if not await self._any_alive():
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
-        raise EngineError(f"an engine does not answer {path}: {failure}")
+        raise EngineError(f"a request failed {self._endpoint.retries + 1} times; last failure: {failure}")
+
+    async def _post(self, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
+        async with self._session.post(url, data=orjson.dumps(body), headers=headers) as reply:
+            if reply.status == 200:
+                return await reply.read()
+            if reply.status == 400:
+                raise RequestRefused(f"the engine refuses a request: {(await reply.text())[:500]}")
+            raise _Failed(f"HTTP {reply.status}: {(await reply.text())[:200]}")
 
     async def _any_alive(self) -> bool:
         """Asked once for all requests that fail together."""

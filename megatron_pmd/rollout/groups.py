@@ -80,14 +80,16 @@ class Accounts:
     dropped_tokens: Counter[str] = field(default_factory=Counter)
     """By the same reasons. Without their response: `begun_anew`, `not_delivered` (docs/agents.md)."""
     agents: Counter[str] = field(default_factory=Counter, init=False)
-    """What became of the turns that agents' programs asked for: see rollout/conversations.py."""
+    """What became of the turns that agents' programs asked for: see rollout/agents/conversations.py."""
     filter_passed: int = 0
     """Groups that the filter would have dropped beyond its limit."""
     refusals: int = 0
-    """Requests that the engines would not answer, the first one's reason in `first_refusal`."""
+    """Requests that the engines would not answer."""
     first_refusal: str = ""
+    """Why, of the first one; or why the first response that was not begun was not."""
 
     def note_refusal(self, reason: str) -> None:
+        """To be called once for each request that an engine refuses."""
         self.first_refusal = self.first_refusal or reason
         self.refusals += 1
 
@@ -219,8 +221,11 @@ class RolloutGroups:
         )
 
     def refuse(self, member: Trajectory, reason: str) -> None:
-        """To be called for a response that the engines will not begin. An evaluation counts it as wrong."""
-        self.accounts.note_refusal(reason)
+        """To be called for a response that cannot be begun. An evaluation counts it as wrong.
+
+        reason: of the engines, whose refusal is noted already, or of the agent's program.
+        """
+        self.accounts.first_refusal = self.accounts.first_refusal or reason
         if self._next_problem is None:
             member.turns = [Turn(finish="length")]
             member.reward, member.reward_error = 0.0, reason
@@ -230,13 +235,13 @@ class RolloutGroups:
     def settled(self, group: Group) -> Group | None:
         """To be called when a group is settled. It counts (None), or the returned new group replaces it.
 
-        Raises EngineError when more groups than the rollout wants were refused, and none is complete.
+        Raises EngineError when more groups than the rollout wants could not be begun, and none is complete.
         """
         if not group.complete:
             self.accounts.drop(group.members, "refused")
             dropped = self.accounts.dropped["refused"] // self.settings.samples_per_prompt
             if not self.complete_groups and dropped > self._wanted:
-                raise EngineError(f"the engines refuse every prompt: {self.accounts.first_refusal}")
+                raise EngineError(f"no prompt could be begun: {self.accounts.first_refusal}")
             return self._replace(group)
         rule = self.rules.group_filter
         if rule is None or group.has_signal(rule, self.rules.shaping):

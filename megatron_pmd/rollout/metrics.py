@@ -75,7 +75,7 @@ def account_values(rollout: RolloutGroups) -> dict[str, float]:
     """Of the drawing: where every response and token went. Only what the run's settings make possible."""
     accounts, settings = rollout.accounts, rollout.settings
     values: dict[str, float] = {}
-    if accounts.refusals:
+    if accounts.first_refusal:
         values |= {
             "rollout/refused_requests": accounts.refusals,
             "rollout/refused_groups": accounts.dropped["refused"] / settings.samples_per_prompt,

@@ -15,7 +15,6 @@ import uvloop
 from megatron_pmd.config import Repetition, Rollout, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RolloutError
-from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.program import Agent
@@ -155,11 +154,6 @@ class _Draw:
         self._teacher: TeacherClient | None = None
         self._working = 0
         self._idle, self._enough, self._may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        possible = connections_possible()
-        # a program has two files here for its connection, and one at the engines for its request
-        self._programs = asyncio.Semaphore(
-            max(1, min(sampler.endpoint.max_in_flight or possible, possible) // 2)
-        )
 
     async def run(self) -> None:
         async with AsyncExitStack() as opened:
@@ -168,6 +162,8 @@ class _Draw:
             if teacher and self._rollout.settings.scored:
                 self._teacher = await opened.enter_async_context(TeacherClient(teacher))
             if isinstance(self._sampler.function, Agent):
+                # a program has two files here for its connection, and one at the engines for its request
+                self._programs = asyncio.Semaphore(max(1, endpoint.slots // 2))
                 self._server = await opened.enter_async_context(AgentServer())
             try:
                 async with asyncio.TaskGroup() as self._tasks:
@@ -297,7 +293,8 @@ class _Draw:
         if episode.refusal is not None and not member.turns:
             raise episode.refusal
         agent.check(group.problem, bool(member.turns), graded, error)
-        accounts.agents["failed"] += error is not None
+        if error is not None:
+            accounts.agents["failed"] += 1
         return graded or "", error
 
     def _text(self, trajectory: Trajectory) -> str:

@@ -102,9 +102,9 @@ class TurnSampler:
         try:
             answer = await self._client.generate(request, self._routing_key)
         except RequestRefused as refusal:
+            self._accounts.note_refusal(str(refusal))
             if not trajectory.sampled_tokens:
                 raise
-            self._accounts.note_refusal(str(refusal))
             turn.finish = "length"  # there is a response, which the engine cannot make longer
             return
         reason = self._take(trajectory, turn, answer)

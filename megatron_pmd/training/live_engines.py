@@ -152,10 +152,10 @@ class LiveEngines:
 
     def _tell_of_refusals(self, rollout: RolloutGroups) -> None:
         accounts = rollout.accounts
-        if accounts.refusals:
+        if accounts.first_refusal:
             self._console.say(
-                f"the engines refused {accounts.refusals} requests; {accounts.dropped['refused']} responses "
-                f"were dropped for it, in whole groups. The first reason: {accounts.first_refusal}"
+                f"{accounts.refusals} requests were refused; {accounts.dropped['refused']} responses were "
+                f"dropped in whole groups that could not be begun. The first reason: {accounts.first_refusal}"
             )
 
     def _asked_meanwhile(self) -> bool:

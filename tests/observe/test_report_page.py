@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.report import write_report
-from tests.observe.synthetic_run import HOSTILE, make_config
+from megatron_pmd.rollout_file import write_rollout
+from tests.observe.synthetic_run import HOSTILE, make_config, make_samples
 
 # runs before every other script of the page and reports to the page around it
 PROBE = """<script>
@@ -39,6 +41,7 @@ const waiting = setInterval(() => {
     iterations: [...choose.options].map((o) => o.textContent),
     prompts: [...document.querySelectorAll("#browse-prompt option")].map((o) => o.textContent),
     shown: document.getElementById("browse-shown").textContent,
+    note: document.getElementById("browse-note").textContent,
     compared: document.getElementById("compare-shown").textContent,
   }, "*");
 }, 50);
@@ -92,7 +95,10 @@ def test_the_page_works_and_does_not_scroll_sideways(make_run, width):
 
 
 def test_the_sample_browser_and_the_comparison_are_filled(make_run):
-    found = look(make_run(extra=HOSTILE), 1280)
+    folder, samples = make_run(extra=HOSTILE), make_samples(6, 12, 2, HOSTILE)
+    samples.insert(1, replace(samples[0], branch=1))
+    write_rollout(folder / "evaluations/6.parquet", samples, 6)
+    found = look(folder, 1280)
     assert found["iterations"] == [
         *(f"rollout of iteration {t}" for t in range(6)),
         "evaluation at the start",
@@ -104,6 +110,9 @@ def test_the_sample_browser_and_the_comparison_are_filled(make_run):
     assert re.fullmatch(r"100 · mean reward [\d.]+ · 10 \+ 7", found["prompts"][0])
     assert "Reference answer" in found["shown"]
     assert 'document.title="owned"' in found["shown"]
+    # an agent's second trajectory is shown, and is no response of its own
+    assert [found["shown"].count(f"Response 0{more} ·") for more in ("", ", trajectory 1")] == [1, 1]
+    assert "2 of 2 responses" in found["note"]
     assert "At the start" in found["compared"]
     assert "After 6 iterations" in found["compared"]
 

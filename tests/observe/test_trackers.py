@@ -85,7 +85,7 @@ def test_mlflow_reads_one_run_with_every_metric_its_settings_and_samples(resumed
     table = json.loads(
         Path(client.download_artifacts(run.info.run_id, "samples/iteration-2.json")).read_text()
     )
-    assert table["columns"][:2] == ["group", "number"] and len(table["data"]) == 2 * 4
+    assert table["columns"][:3] == ["group", "number", "branch"] and len(table["data"]) == 2 * 4
 
 
 def records(file: Path) -> Iterator[bytes]:

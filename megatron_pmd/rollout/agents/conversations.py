@@ -238,7 +238,6 @@ class AgentEpisode:
             )
         except RequestRefused as refusal:
             self.refusal = refusal
-            self._accounts.note_refusal(str(refusal))
             raise RequestError(str(refusal), code="context_length_exceeded") from refusal
         except (Exception, ResponseStopped) as failure:
             raise self._failed(failure) from failure

@@ -92,7 +92,7 @@ def test_a_conversation_is_one_trajectory_of_exactly_the_tokens_that_were_sample
     assert batch.tokens.engine_log_probs[counted].tolist() == [-n / 8 for n in range(1, counted.sum() + 1)]
     assert set(batch.tokens.versions[counted]) == {0}
     assert set(batch.tokens.versions[~counted]) == {NOT_SAMPLED}
-    assert values == {"agent/turns": 3, "agent/failed": 0}
+    assert values == {"agent/turns": 3}
 
 
 def test_tokens_are_kept_where_their_text_would_be_encoded_otherwise() -> None:
@@ -135,7 +135,7 @@ def test_a_fork_is_a_trajectory_of_its_own_that_counts_nothing_twice() -> None:
     # the fork was asked with the tokens of before, though they count in the first trajectory
     asked = engine.requests[0]["input_ids"] + engine.answers[0]
     assert engine.requests[2]["input_ids"][: len(asked)] == asked == samples[1].tokens[: len(asked)].tolist()
-    assert values == {"agent/turns": 4, "agent/branches": 1, "agent/failed": 0}
+    assert values == {"agent/turns": 4, "agent/branches": 1}
     assert len({request["sampling_params"]["sampling_seed"] for request in engine.requests}) == 4
     assert rollout_values(samples)["reward"] == 1.0
 
@@ -154,7 +154,7 @@ def test_answers_to_the_same_request_are_trajectories_and_one_of_them_goes_on(at
     assert sum(len(t) for t in engine.answers) == sum(
         g.tokens for s in samples for g in s.segments if g.counted
     )
-    assert values == {"agent/turns": 4, "agent/branches": 2, "agent/failed": 0}
+    assert values == {"agent/turns": 4, "agent/branches": 2}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_turn_that_the_program_rewrites_is_recorded_and_does_not_count(history
     assert samples[0].response_tokens.tolist() == engine.answers[0]
     assert counted_text(samples[1]) == [decode(engine.answers[1])]
     assert decode(engine.requests[1]["input_ids"]) == render(history, add_generation_prompt=True)
-    assert values == {"agent/turns": 2, "agent/branches": 1, f"agent/{reason}": 1, "agent/failed": 0}
+    assert values == {"agent/turns": 2, "agent/branches": 1, f"agent/{reason}": 1}
 
 
 def test_other_tools_and_a_template_that_drops_thoughts_begin_a_trajectory_and_mask_nothing() -> None:
@@ -199,7 +199,7 @@ def test_other_tools_and_a_template_that_drops_thoughts_begin_a_trajectory_and_m
         finally:
             made.chat_template = TEMPLATE
         assert [counted_text(s) for s in samples] == [[decode(answer)] for answer in engine.answers]
-        assert values == {"agent/turns": 2, "agent/branches": 1, "agent/failed": 0}
+        assert values == {"agent/turns": 2, "agent/branches": 1}
 
 
 def test_a_history_that_is_longer_than_a_prompt_counts_as_what_was_inserted() -> None:

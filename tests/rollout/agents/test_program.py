@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
 import openai
 import pytest
+from aiohttp import web
 
 from megatron_pmd.errors import EngineError, RolloutError, StaleWeights
+from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.program import AgentTask
 from megatron_pmd.rollout.carried_over_file import read_carried_over, write_carried_over
-from megatron_pmd.rollout.generate_client import EnginesLost
+from megatron_pmd.rollout.generate_client import EnginesLost, RequestRefused
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values
 from tests.rollout.agents.talking_engine import (
     Talking,
     assistant,
     client_of,
+    decode,
     draw,
     problem,
     tokenizer,
@@ -99,7 +103,67 @@ def test_a_program_that_fails_before_it_has_an_answer_has_its_group_replaced_and
         draw(url, fragile, rollout=rollout)
     assert [s.problem for s in samples_of(rollout)] == [1, 1, 2, 2]
     assert rollout.accounts.first_refusal == "the agent failed: ConnectionError: no sandbox"
-    assert account_values(rollout)["rollout/refused_groups"] == 1
+    refused = {"rollout/refused_requests": 0, "rollout/refused_groups": 1}
+    assert account_values(rollout) == refused | {"agent/turns": 4}
+
+
+def test_a_program_that_fails_on_every_prompt_ends_the_rollout_and_the_engines_are_not_blamed() -> None:
+    async def broken(task: AgentTask) -> str:
+        raise ConnectionError("no sandbox")
+
+    said = "^no prompt could be begun: the agent failed: ConnectionError: no sandbox$"
+    with serving(Talking()) as url, pytest.raises(EngineError, match=said):
+        rollout = rollout_for(0, problems=[problem(0)], wanted=1, next_problem=lambda: problem(1))
+        draw(url, broken, rollout=rollout)
+
+
+class Refusing(Talking):
+    """Answers status 400 to prompts that say `long`, and to all questions about what it wrote."""
+
+    refused = 0
+
+    async def generate(self, request: web.Request) -> web.Response:
+        if "long" in decode((await request.json())["input_ids"]):
+            self.refused += 1
+            return web.Response(status=400, text="too long")
+        return await super().generate(request)
+
+    async def parse(self, request: web.Request) -> web.Response:
+        self.refused += 1
+        return web.Response(status=400, text="no such parser")
+
+
+def test_each_request_that_the_engines_refuse_counts_once_whether_or_not_it_ends_its_episode() -> None:
+    """Two of each of the 2 responses to problem 0; one of each to problem 1, and to problem 2 in its place."""
+
+    async def program(task: AgentTask) -> str:
+        async with client_of(task) as client:
+            with contextlib.suppress(openai.BadRequestError):
+                await ask(client, [user("long")])
+            return await ask(client, [user("long" if task.problem.index == 0 else "go")])
+
+    engine = Refusing()
+    with serving(engine) as url:
+        problems = [problem(0), problem(1)]
+        rollout = rollout_for(
+            0, problems=problems, samples_per_prompt=2, wanted=2, next_problem=lambda: problem(2)
+        )
+        draw(url, program, rollout=rollout)
+    assert engine.refused == 8
+    refused = {"rollout/refused_requests": 8, "rollout/refused_groups": 1}
+    assert account_values(rollout) == refused | {"agent/turns": 4}
+
+
+def test_a_refused_question_about_the_models_words_is_not_asked_again_and_ends_the_rollout() -> None:
+    async def program(task: AgentTask) -> str:
+        async with client_of(task) as client:
+            return await ask(client, [user("go")], tools=[{"type": "function", "function": {"name": "f"}}])
+
+    engine, reader = Refusing(), OutputReader(tokenizer(), "qwen25")
+    said = "^/parse_function_call: the engine refuses a request: no such parser"
+    with serving(engine) as url, pytest.raises(EngineError, match=said) as raised:
+        draw(url, program, agent={"reader": reader})
+    assert engine.refused == 1 and not isinstance(raised.value, RequestRefused)
 
 
 def test_a_program_that_never_asks_or_returns_no_text_is_refused() -> None:
