@@ -1,4 +1,4 @@
-"""What is on the device when an engine is started again; with engines that die when the test tells them."""
+"""What is on the device when an engine is started again, where the test says when; what is told of a rollout."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.training.live_engines import LiveEngines
 from recipes import recipe
 from tests.engine.only_rank import OnlyRank
+from tests.rollout.test_sampler import problem, rollout_for
 
 
 class Engine:
@@ -102,3 +103,16 @@ def test_a_start_beside_the_actors_parameters_is_an_error_of_the_program(engines
     Actor(engines.fleet.device)
     with pytest.raises(RuntimeError, match="kv_cache would come to a device that parameters has not left"):
         engines.recovery.restart_lost(probe=False)
+
+
+def test_what_a_program_failed_of_is_told_and_not_said_of_the_engines(engines, capsys):
+    engines._console = Console(width=1000)
+    rollout = rollout_for(2, next_problem=lambda: problem(2))
+    for member in rollout.groups[0].members:
+        rollout.refuse(member, "the agent failed: no sandbox")
+    rollout.settled(rollout.groups[0])
+    engines._tell_of_refusals(rollout)
+    assert capsys.readouterr().out.strip() == (
+        "0 requests were refused; 4 responses were dropped in whole groups that could not be begun. "
+        "The first reason: the agent failed: no sandbox"
+    )

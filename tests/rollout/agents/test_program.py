@@ -134,7 +134,7 @@ class Refusing(Talking):
 
 
 def test_each_request_that_the_engines_refuse_counts_once_whether_or_not_it_ends_its_episode() -> None:
-    """Two of each of the 2 responses to problem 0; one of each to problem 1, and to problem 2 in its place."""
+    """Two of each of the 2 responses to problem 0; one of each to problem 1 and to problem 2 in its place."""
 
     async def program(task: AgentTask) -> str:
         async with client_of(task) as client:
