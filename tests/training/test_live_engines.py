@@ -1,4 +1,4 @@
-"""What is on the device when an engine is started again, where the test says when; what is told of a rollout."""
+"""What is on the device when an engine that the test lets die starts again, and what is told of a rollout."""
 
 from __future__ import annotations
 
