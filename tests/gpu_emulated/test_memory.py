@@ -30,6 +30,8 @@ CASES = {
     ),
 }  # fmt: skip
 DEVICE_BYTES = 2**32
+SCALES = 4096
+"""Bytes: the scales of FP8 blocks are no part of megatron-core's buffers, and single numbers have no holder."""
 LEFT = {
     "get_cublas_workspace": 5 * (2**25 + 2**10),  # one, and one for each stream of grouped products
     "DistributedDataParallel.params_with_grad": 2**10,  # scales of parameters that are held in FP8
@@ -85,7 +87,8 @@ def plan(models, case):
 
 def test_nothing_of_the_actor_is_left_on_the_device(outcomes, case):
     for away in outcomes[case]["away"]:
-        assert {name: size for name, size in away.items() if size > LEFT.get(name, 0)} == {}
+        more = {name: size for name, size in away.items() if size > LEFT.get(name, 0)}
+        assert sum(more.values()) <= (SCALES if case.startswith("blockwise") else 0), more
 
 
 def test_what_comes_back_has_the_bits_that_left(outcomes, case):
