@@ -163,7 +163,7 @@ class _Draw:
                 self._teacher = await opened.enter_async_context(TeacherClient(teacher))
             if isinstance(self._sampler.function, Agent):
                 # a program has two files here for its connection, and one at the engines for its request
-                self._programs = asyncio.Semaphore(max(1, endpoint.slots // 2))
+                self._programs = asyncio.Semaphore(max(1, self._sampler.endpoint.slots // 2))
                 self._server = await opened.enter_async_context(AgentServer())
             try:
                 async with asyncio.TaskGroup() as self._tasks:
