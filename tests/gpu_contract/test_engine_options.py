@@ -46,7 +46,9 @@ def test_sglang_takes_every_option_of_a_recipe_as_it_was_meant(name, models, tmp
     assert found.tp_size == rollout.tensor_parallel and found.dp_size == 1
     assert found.load_format == "dummy" and found.weight_version == NO_WEIGHTS
     assert found.custom_weight_loader == [LOADER]
-    assert found.enable_memory_saver and found.skip_tokenizer_init
+    # engines with devices of their own release nothing
+    assert found.enable_memory_saver == (rollout.placement == "colocated")
+    assert found.skip_tokenizer_init
     assert found.attention_backend == ATTENTION
     assert found.max_running_requests == rollout.max_running_requests
     for option, value in rollout.sglang.items():

@@ -228,7 +228,7 @@ def test_a_request_to_generate_and_an_abort_are_taken_and_the_answer_is_read(ser
 
     answer = asyncio.run(ask())
     assert answer.tokens.tolist() == [7, 8] and answer.log_probs.tolist() == [-0.5, -0.25]
-    assert answer.weight_version == "3" and answer.finish_reason["type"] == "stop"
+    assert answer.spans == [(2, "3")] and answer.finish_reason["type"] == "stop"
     taken = server.manager.received["generate"]
     assert taken.input_ids == [1, 2] and taken.sampling_params == sampling and taken.return_logprob
     assert server.manager.received["abort_request"] is True
