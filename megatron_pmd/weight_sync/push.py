@@ -189,7 +189,7 @@ class WeightPush:
         export: ShardExport,
         plan: Plan,
         update: dict[str, Any],
-        when_first_is_full: Callable[[], None] = lambda: None,
+        before_load: Callable[[], None] = lambda: None,
     ) -> None:
         """Every bucket, once; what of `update` depends on the position is added here."""
         loading: Future[None] | None = None
@@ -201,7 +201,7 @@ class WeightPush:
             with self._clock(write, bucket_plan.nbytes, memory=number == 0):
                 sums = self._write(export, number, bucket, irregular)
             if number == 0:
-                when_first_is_full()
+                before_load()
             with self._clock(load, memory=False):
                 totals = self._loaded(loading, sums)
             words = dict(

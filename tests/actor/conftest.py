@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 
 from megatron_pmd.config import Layout
 from tests.actor.launch import launch
-from tests.actor.reference import Reference, compute
-from tests.actor.tiny_models import FAMILIES, write_model
+from tests.actor.reference import Reference, write_with_references
+from tests.actor.tiny_models import FAMILIES
 
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "dense, tensor=2": ("qwen2", dict(tensor=2)),
@@ -57,16 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    folder = root / "models"
-    with (root / "models.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            partial = root / "models.partial"
-            for family in FAMILIES:
-                write_model(partial / family, family)
-                torch.save(compute(partial / family), partial / family / "reference.pt")
-            partial.rename(folder)
-    return folder
+    return write_with_references(root, {family: (family, {}) for family in FAMILIES})
 
 
 @pytest.fixture(scope="session")

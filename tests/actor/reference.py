@@ -7,6 +7,8 @@ initialises rotary buffers wrongly.
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_pmd.batch import Sample
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, rollout
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, rollout, write_model
 
 
 @dataclass
@@ -70,6 +72,22 @@ def compute(model_folder: Path, steps: list[list[int]] = STEPS) -> Reference:
     prompts = [torch.full((len(s.prompt_tokens),), torch.nan) for s in samples]
     anchor = torch.cat([part for pair in zip(prompts, anchors, strict=True) for part in pair])
     return Reference(samples, entropy_sum, anchor, taken)
+
+
+def write_with_references(root: Path, models: Mapping[str, tuple[str, dict[str, Any]]]) -> Path:
+    """A folder of tiny models in root, each with reference.pt; who comes second finds it, or waits for it.
+
+    models: by name, the family and what differs from its tiny model.
+    """
+    folder, partial = root / "models", root / "models.partial"
+    with (root / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for name, (family, changes) in models.items():
+                write_model(partial / name, family, **changes)
+                torch.save(compute(partial / name), partial / name / "reference.pt")
+            partial.rename(folder)
+    return folder
 
 
 def log_softmax(model: Any, sample: Sample) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""How far an actor's tensors are from a reference's."""
+"""How far an actor's tensors are from a reference's, and whether it goes on from a checkpoint as without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,3 +16,10 @@ def relative_errors(
         name: float((found[name].double() - tensor).norm() / tensor.norm())
         for name, tensor in expected.items()
     }
+
+
+def assert_resumes_bit_for_bit(result: Mapping[str, Any]) -> None:
+    """result: has the third step and its weights, without and with loading a checkpoint before it."""
+    (step, weights), (again, weights_again) = result["third"], result["third_resumed"]
+    assert step == again
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.actor.reference import Reference, compute
-from tests.actor.tiny_models import FAMILIES, write_model
+from tests.actor.reference import Reference, write_with_references
+from tests.actor.tiny_models import FAMILIES
 from tests.emulated_cuda.run import device_of_this_worker
 
 if "EMULATED_CUDA_STATE" not in os.environ:
@@ -45,19 +44,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     root = Path(os.environ.get("GPU_EMULATED_MODELS", root))
-    folder = root / "models"
-    with (root / "models.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            partial = root / "models.partial"
-            for family in FAMILIES:
-                write_model(partial / family, family)
-            for name, (family, changes) in FP8_FAMILIES.items():
-                write_model(partial / name, family, **(FP8_WIDTHS | changes))
-            for model in sorted(partial.iterdir()):
-                torch.save(compute(model), model / "reference.pt")
-            partial.rename(folder)
-    return folder
+    for_fp8 = {name: (family, FP8_WIDTHS | changes) for name, (family, changes) in FP8_FAMILIES.items()}
+    return write_with_references(root, {family: (family, {}) for family in FAMILIES} | for_fp8)
 
 
 @pytest.fixture(scope="session")

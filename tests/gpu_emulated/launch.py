@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_pmd.config import RunConfig
+from tests.actor.launch import run_order
 from tests.emulated_cuda.tests.launched import free_port
 
 DEADLINE_SECONDS = 900
 
 
-def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **arguments: Any) -> list[Any]:
+def launch(program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
     """Every rank's return value of `<program>(**arguments)`, from programs.py or as `module.function`.
 
-    configs: each sets what it wants of the ranks' environment, as the first thing that a worker does. Fails
-    with the end of the ranks' output when one of them fails.
+    Each configuration in the arguments sets what it wants of the ranks' environment first, as in a worker.
+    Fails with the end of the ranks' output when one of them fails.
     """
     __tracebackhide__ = True
     with tempfile.TemporaryDirectory() as folder:
-        order = Path(folder) / "order"
-        order.write_bytes(pickle.dumps((program, configs, arguments)))
+        module, _, function = program.rpartition(".")
+        order, configurations = Path(folder) / "order", Path(folder) / "configurations"
+        order.write_bytes(pickle.dumps((function, arguments)))
+        configurations.write_bytes(pickle.dumps(list(_configurations(arguments))))
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         place |= {
             "MASTER_PORT": str(free_port()),
             "EMULATED_CUDA_DEVICES": str(ranks),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_emulated.launch", str(order)]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_emulated.launch"]
+        command += [f"tests.gpu_emulated.{module or 'programs'}", str(order), str(configurations)]
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         running = []
         for rank, log in enumerate(logs):
@@ -56,21 +59,17 @@ def launch(program: str, configs: Sequence[RunConfig], *, ranks: int = 1, **argu
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def run_order(order: Path) -> None:
-    """What each rank does for launch()."""
-    from megatron_pmd.actor.environment import set_environment
-
-    torch.set_num_threads(1)
-    name, configs, arguments = pickle.loads(order.read_bytes())
-    for config in configs:
-        set_environment(config)
-    module, _, function = name.rpartition(".")
-    programs = importlib.import_module(f"tests.gpu_emulated.{module or 'programs'}")
-    value = getattr(programs, function)(**arguments)
-    torch.save(value, order.parent / f"{os.environ['RANK']}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _configurations(value: Any) -> Iterator[RunConfig]:
+    if isinstance(value, RunConfig):
+        yield value
+    elif isinstance(value, (dict, tuple, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _configurations(each)
 
 
 if __name__ == "__main__":
-    run_order(Path(sys.argv[1]))
+    from megatron_pmd.actor.environment import set_environment
+
+    for configuration in pickle.loads(Path(sys.argv[3]).read_bytes()):
+        set_environment(configuration)
+    run_order(*sys.argv[1:3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from megatron_pmd.weight_sync.push import WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial
 from tests.actor.tiny_models import STEPS
+from tests.emulated_cuda.account import peak_bytes, reset_peak
 from tests.gpu_emulated.engine import EngineProcesses
 
 OWNERS = ("megatron", "transformer_engine", "torch.nn", "torch.optim")
@@ -36,12 +36,6 @@ class TakesNothing(EngineProcesses):
     opens_buckets = False
 
     def load(self, bucket: Any, descriptions: Any) -> None: ...
-
-
-def runtime() -> ctypes.CDLL:
-    library = ctypes.CDLL("libcudart.so.13")
-    library.emulated_peak_bytes.restype = library.emulated_held_bytes.restype = ctypes.c_size_t
-    return library
 
 
 def blocks() -> dict[int, int]:
@@ -141,14 +135,14 @@ def peaks(action: Any) -> dict[str, int]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     device = torch.cuda.current_device()
-    runtime().emulated_reset_peak(device)
+    reset_peak(device)
     before = torch.cuda.memory_allocated()
     action()
     return {
         "resident": before,
         "added": torch.cuda.max_memory_allocated() - before,
         "reserved": torch.cuda.max_memory_reserved(),
-        "device": int(runtime().emulated_peak_bytes(device)),
+        "device": peak_bytes(device),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import subprocess
@@ -21,6 +20,7 @@ from megatron_pmd.weight_sync.loader import BucketError, read_bucket
 from megatron_pmd.weight_sync.push import WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import start
+from tests.emulated_cuda.account import held_bytes
 from tests.gpu_emulated.engine import EngineProcesses
 from tests.gpu_emulated.programs import to_host
 
@@ -40,13 +40,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def held_bytes() -> int:
-    """What this process holds of its device, by the device's own account: tensors, and freed blocks too."""
-    runtime = ctypes.CDLL("libcudart.so.13")
-    runtime.emulated_held_bytes.restype = ctypes.c_size_t
-    return int(runtime.emulated_held_bytes(torch.cuda.current_device()))
-
-
 def push_into(engine: EngineProcesses, control: Control) -> WeightPush:
     return WeightPush(
         engine, control, "emulated", SubphaseClock(), bucket_bytes=BUCKET_BYTES, timeout_seconds=60,
@@ -64,17 +57,17 @@ def updates(cases: dict[str, tuple[RunConfig, bool]], *, together: bool) -> dict
     serves = [control.rank]
     if together:
         serves = list(range(control.world)) if control.is_driver else []
-    results = {}
+    results, device = {}, torch.cuda.current_device()
     with contextlib.closing(EngineProcesses(serves)) as engine:
         for name, (config, fp8) in cases.items():
             control = start(config.layout)
             actor = Actor(config, control)
             shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes, fp8=fp8)
             torch.cuda.empty_cache()
-            before = held_bytes()
+            before = held_bytes(device)
             report = push_into(engine, control).push(shards, 1, serves=serves)
             results[name] = {
-                "left": held_bytes() - before, "received": engine.keep(), "buckets": report.buckets,
+                "left": held_bytes(device) - before, "received": engine.keep(), "buckets": report.buckets,
                 "told": engine.descriptions, "export": to_host(dict(actor.export())),
             }  # fmt: skip
             del actor, shards
@@ -89,7 +82,8 @@ def faults(config: RunConfig) -> dict[Any, Any]:
     shards = ShardExport(actor.bridge, actor.chunks, control, actor.shapes)
     result: dict[Any, Any] = {"sender died": sender_that_died(), "export": to_host(dict(actor.export()))}
     torch.cuda.empty_cache()
-    before = held_bytes()
+    device = torch.cuda.current_device()
+    before = held_bytes(device)
     with contextlib.closing(EngineProcesses([0])) as engine:
         push = push_into(engine, control)
         for fault, bucket in FAULTS:
@@ -102,7 +96,7 @@ def faults(config: RunConfig) -> dict[Any, Any]:
             setattr(engine, fault, -1)
             push.push(shards, 2, serves=[0])
             result[fault, bucket] = {
-                "said": said, "received": engine.keep()[0], "left": held_bytes() - before,
+                "said": said, "received": engine.keep()[0], "left": held_bytes(device) - before,
             }  # fmt: skip
     return result
 

@@ -27,7 +27,7 @@ def trained(models, tmp_path_factory):
         family: (config_for(models / family, actor=dict(megatron=fields)), folder / family)
         for family, fields in FUSIONS.items()
     }
-    return launch("train", [config for config, _ in cases.values()], cases=cases)[0]
+    return launch("train", cases=cases)[0]
 
 
 @pytest.mark.parametrize("family", FUSIONS)

@@ -72,7 +72,7 @@ def outcomes(request, models, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # what a test can fill: an allocation is an address range of the process
         patch.setenv("EMULATED_CUDA_BYTES", str(DEVICE_BYTES))
-        return launch("memory_programs.round_trips", list(cases.values()), cases=cases, folder=folder)[0]
+        return launch("memory_programs.round_trips", cases=cases, folder=folder)[0]
 
 
 @pytest.fixture(params=CASES)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.actor.tiny_models import FAMILIES, WEIGHT_TOLERANCE, config_for
-from tests.gpu_emulated.comparing import relative_errors
+from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit, relative_errors
 from tests.gpu_emulated.launch import launch
 
 
@@ -15,7 +14,7 @@ def trained(models, tmp_path_factory):
     """programs.train's result for each family, of one process."""
     folder = tmp_path_factory.mktemp("parity")
     cases = {family: (config_for(models / family), folder / family) for family in FAMILIES}
-    return launch("train", [config for config, _ in cases.values()], cases=cases)[0]
+    return launch("train", cases=cases)[0]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -44,6 +43,4 @@ def test_weights_after_two_steps_equal_the_reference(case):
 
 
 def test_the_step_after_loading_a_checkpoint_is_bit_equal(case):
-    (step, weights), (again, weights_again) = case[0]["third"], case[0]["third_resumed"]
-    assert step == again
-    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+    assert_resumes_bit_for_bit(case[0])

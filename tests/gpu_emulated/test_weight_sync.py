@@ -39,8 +39,7 @@ def config(models, model, words, layout=None):
 def one_rank(request, models):
     asked = asked_for(request, "case", CASES)
     cases = {name: (config(models, model, words), fp8) for name, (model, words, fp8) in asked.items()}
-    configs = [config for config, _ in cases.values()]
-    return launch("sync_programs.updates", configs, cases=cases, together=False)[0]
+    return launch("sync_programs.updates", cases=cases, together=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +49,13 @@ def two_ranks(request, models):
         name: (config(models, model, GATHERED if fp8 else [], layout), fp8)
         for name, (model, layout, fp8) in asked_for(request, "layout", TWO_RANKS).items()
     }
-    configs = [config for config, _ in cases.values()]
-    return launch("sync_programs.updates", configs, ranks=2, cases=cases, together=True)[0]
+    return launch("sync_programs.updates", ranks=2, cases=cases, together=True)[0]
 
 
 @pytest.fixture(scope="module")
 def faulty(models):
     given = config(models, "dense for fp8", [])
-    return launch("sync_programs.faults", [given], config=given)[0]
+    return launch("sync_programs.faults", config=given)[0]
 
 
 FUSED = tuple(f"self_attn.{kind}_proj.weight" for kind in "qkv")

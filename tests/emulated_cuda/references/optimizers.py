@@ -53,21 +53,12 @@ def _corrections(step: int | Tensor, betas: tuple[float, float], bias_correction
 
 
 @reference("multi_tensor_adam")
-def multi_tensor_adam(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-) -> None:
-    """Lists of gradient, parameter, moments and maybe the fp32 parameter; the flag plays no part."""
-    settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
+def multi_tensor_adam(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, *numbers: Any) -> None:
+    """Lists of gradient, parameter, moments and maybe the fp32 parameter; the flag plays no part.
+
+    numbers: the arguments of _settings, in their order.
+    """
+    settings = _settings(*numbers)
     for gradient, parameter, first, second, *master in zip(*tensor_lists, strict=True):
         source = master[0] if master else parameter
         new = _adam((gradient, source, first, second), **settings)
@@ -89,6 +80,7 @@ def _settings(
     bias_correction: int,
     decay: float,
 ) -> dict[str, Any]:
+    """What a step of Adam goes by, of the numbers that follow the lists in each of its kernels."""
     # Arguments of the kernel are fp32: 1 - 0.999 is then 0.00099998713.
     betas = (_fp32(beta1), _fp32(beta2))
     return {
@@ -103,24 +95,14 @@ def _settings(
 
 @reference("multi_tensor_adam_param_remainder")
 def multi_tensor_adam_param_remainder(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, *numbers: Any
 ) -> None:
     """Lists of gradient, bf16 parameter, moments and the lower 16 bits (int16) of the fp32 parameter.
 
     The bf16 parameter is the upper half of the bits, one up where the lower half is negative: rounded half
     up.
     """
-    settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
+    settings = _settings(*numbers)
     for gradient, parameter, first, second, remainder in zip(*tensor_lists, strict=True):
         halves, remainder = host(parameter).view(torch.int16), host(remainder)
         upper = halves.int() - (remainder < 0).int()
@@ -133,21 +115,11 @@ def multi_tensor_adam_param_remainder(
 
 @reference("multi_tensor_adam_fp8")
 def multi_tensor_adam_fp8(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: int,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-    fp8_dtype: Any,
+    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, *numbers_and_type: Any
 ) -> None:
     """Lists of gradient, FP8 bytes, moments, fp32 parameter, and the bytes' scale, amax and inverse scale."""
-    settings = _settings(lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay)
+    *numbers, fp8_dtype = numbers_and_type
+    settings = _settings(*numbers)
     for gradient, codes, first, second, master, scale, amax, scale_inv in zip(*tensor_lists, strict=True):
         new = _adam((gradient, master, first, second), **settings)
         host(master).copy_(new)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.emulated_cuda.references import context_parallel as cp
 from tests.emulated_cuda.references.registry import NoReferenceError
+from tests.emulated_cuda.tests.launched import launch
 from tests.emulated_cuda.tests.test_attention import backward, bounds, forward, operands
 
 LENGTHS = (8, 4, 12)
@@ -133,19 +129,5 @@ def test_a_correction_that_the_kernel_has_not_is_refused():
 
 def test_attention_over_two_ranks_is_that_over_whole_rows():
     """With every way of cp_comm_type that Transformer Engine has for packed rows; None is "p2p"."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "EMULATED_CUDA_DEVICES": "2"}
-    place["HOW"] = "p2p all_gather a2a"
-    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.attention_ranks"]
-    ranks = [
-        subprocess.Popen(
-            command, env=os.environ | place | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        output = process.communicate(timeout=600)[0]
-        assert process.returncode == 0 and output.count(": alike") == 6, output[-4000:]
+    for code, output in launch("attention_ranks", "p2p", "all_gather", "a2a", ranks=2):
+        assert code == 0 and output.count(": alike") == 6, output[-4000:]

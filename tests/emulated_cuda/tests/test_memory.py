@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests.emulated_cuda.account import held_bytes, peak_bytes, reset_peak
 
 MEGABYTE = 2**20
 OPENS = """
@@ -57,16 +58,14 @@ def test_an_allocation_beyond_the_device_fails_as_on_a_device() -> None:
 
 
 def test_the_runtime_keeps_the_peak() -> None:
-    runtime = ctypes.CDLL("libcudart.so.13")
-    runtime.emulated_peak_bytes.restype = runtime.emulated_held_bytes.restype = ctypes.c_size_t
     torch.cuda.empty_cache()
-    runtime.emulated_reset_peak(0)
-    held = runtime.emulated_held_bytes(0)
+    reset_peak(0)
+    held = held_bytes(0)
     kept = torch.empty(50 * MEGABYTE, dtype=torch.uint8, device="cuda")
     del kept
     torch.cuda.empty_cache()
-    assert runtime.emulated_held_bytes(0) == held
-    assert runtime.emulated_peak_bytes(0) == held + 50 * MEGABYTE
+    assert held_bytes(0) == held
+    assert peak_bytes(0) == held + 50 * MEGABYTE
 
 
 def test_a_process_holds_its_share_of_the_device_until_it_ends_or_is_killed() -> None:
