@@ -20,10 +20,11 @@ WITHOUT_DEPENDENCIES := sglang sglang-router xgrammar megatron-bridge llm-smollm
 
 .DEFAULT_GOAL := help
 NEMO := .venv-nemo
+VERIFIERS := .venv-verifiers
 DOCS := .venv-docs
 TRANSFORMERS_4 := build/transformers-4
 GPU := .venv-gpu
-.PHONY: help setup nemo demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract gpu-emulated gpu-packages lint format \
+.PHONY: help setup nemo verifiers demo demo-lora demo-moe demo-overlap test transformers-4 gpu-contract gpu-emulated gpu-packages lint format \
 	docs docs-site clean
 # A failed recipe must not leave a target that looks done.
 .DELETE_ON_ERROR:
@@ -31,6 +32,7 @@ GPU := .venv-gpu
 help:
 	@echo "make setup      install the pinned stack into $(VENV), as far as a CPU needs it (PYTHON=path of a Python 3.12)"
 	@echo "make nemo       nemo-run, for launching, into $(NEMO): it asks for other versions than the engines"
+	@echo "make verifiers  the library verifiers, for its environments, into $(VERIFIERS): as above"
 	@echo "make demo       train SmolLM2-135M with policy mirror descent on this machine"
 	@echo "make demo-lora  the same with adapters alone (LoRA), in half the actor's memory"
 	@echo "make demo-moe   train a tiny mixture of experts, two actor ranks"
@@ -68,6 +70,13 @@ nemo: $(NEMO)/.installed
 $(NEMO)/.installed: pyproject.toml constraints/nemo.txt
 	@python=$$(PYTHON="$(PYTHON)" tools/find_python) && $$python -m venv $(NEMO)
 	@$(NEMO)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/nemo.txt -e '.[nemo]'
+	@touch $@
+
+verifiers: $(VERIFIERS)/.installed
+
+$(VERIFIERS)/.installed: constraints/verifiers.txt
+	@python=$$(PYTHON="$(PYTHON)" tools/find_python) && $$python -m venv $(VERIFIERS)
+	@$(VERIFIERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints/verifiers.txt 'verifiers[openenv]' uv
 	@touch $@
 
 demo: setup
@@ -137,5 +146,5 @@ $(DOCS)/.installed: pyproject.toml constraints/stack.txt constraints/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEMO) $(DOCS) $(GPU) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) $(VERIFIERS) $(DOCS) $(GPU) site .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_pmd recipes tools tests -name __pycache__ -prune -exec rm -rf {} +

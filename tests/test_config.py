@@ -79,7 +79,7 @@ def config() -> RunConfig:
             "rollout.ranks_per_engine is for engines that this program starts",
         ),
         ("data.train.path=x", "data.train.path is a setting of data.train.kind=file, not of reasoning_gym"),
-        ("data.train.kind=csv", "data.train.kind must be file or reasoning_gym (got 'csv')"),
+        ("data.train.kind=csv", "data.train.kind must be file or reasoning_gym or verifiers (got 'csv')"),
         ("data.train.kind=file", "data.train.path is not set and has no default: give it"),
         ("model=x", "model is a group of settings, not a value (got 'x'): set model.path, …"),
         ("rollout.servers=http://a:1", "rollout.servers: Input should be a JSON list"),

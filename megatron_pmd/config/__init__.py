@@ -27,6 +27,7 @@ from megatron_pmd.config.data import (
     Source,
     Stage,
     TrainingSource,
+    VerifiersSource,
 )
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.config.layout import Layout
@@ -98,6 +99,7 @@ __all__ = [
     "Teacher",
     "Trackers",
     "TrainingSource",
+    "VerifiersSource",
     "Wandb",
     "WarmStart",
     "build",

@@ -29,6 +29,7 @@ REWARDS = Registry(
     "reward",
     {
         "code": "megatron_pmd.rewards.code:CodeReward",
+        "environment": "megatron_pmd.rewards.environment:score",
         "exact": "megatron_pmd.rewards.exact:score",
         "judge": "megatron_pmd.rewards.judge:JudgeReward",
         "math": "megatron_pmd.rewards.mathematics:score",
@@ -73,9 +74,23 @@ class ReasoningGymSource(Frozen):
     """The task's own settings, e.g. min_digits."""
 
 
+class VerifiersSource(Frozen):
+    kind: Literal["verifiers"] = "verifiers"
+    taskset: str
+    """An installed environment of the library `verifiers`, by its name there (docs/environments.md)."""
+    size: PositiveInt | None = None
+    """Only the first so many tasks."""
+    parameters: dict[str, Any] = {}
+    """The taskset's own settings."""
+    settings: dict[str, Any] = {}
+    """What else verifiers' own `[env]` block has: its agents, their programs and limits."""
+    python: str = ".venv-verifiers/bin/python"
+    """An interpreter that has `verifiers` and the environment; `make verifiers` installs it."""
+
+
 Stage = Literal["train", "evaluation"]
 Sampling = Literal["uniform", "in_order", "curriculum", "prioritised"]
-Source = Annotated[FileSource | ReasoningGymSource, Field(discriminator="kind")]
+Source = Annotated[FileSource | ReasoningGymSource | VerifiersSource, Field(discriminator="kind")]
 
 
 class LengthReward(Frozen):
@@ -90,7 +105,8 @@ class LengthReward(Frozen):
 class Reward(Frozen):
     name: str
     """`math`, `reasoning_gym`, `exact`, `code` (docs/code.md), `judge` and `model` (docs/judges.md),
-    `remote`, or your own (response, problem) -> float, as `module:function` or `path/to/file.py:function`."""
+    `environment` (docs/environments.md), `remote`, or your own (response, problem) -> float, as
+    `module:function` or `path/to/file.py:function`."""
     remote: RemoteReward | None = None
     """The service, for `remote`."""
     judge: Judge | None = None

@@ -80,7 +80,7 @@ def _explained(problem: Any, model: type[BaseModel]) -> str:
 
 
 OF_PYDANTIC = (
-    "file", "reasoning_gym", "[key]", "str", "tuple[str, ...]", "tuple[str,...]", SINGLE, MIXTURE
+    "file", "reasoning_gym", "verifiers", "[key]", "str", "tuple[str, ...]", "tuple[str,...]", SINGLE, MIXTURE
 )  # fmt: skip
 """pydantic's own words in the place of a problem: a union's tag or member, a mapping's key."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pmd.config import FileSource, ProblemSource, Source
+from megatron_pmd.config import ProblemSource, ReasoningGymSource, Source, VerifiersSource
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import named, problems_of
@@ -63,8 +63,10 @@ def describe(given: ProblemSource, tokenizer: Any, first: int) -> Iterator[str]:
 
 
 def _name(source: Source) -> str:
-    if not isinstance(source, FileSource):
+    if isinstance(source, ReasoningGymSource):
         return f"reasoning-gym task {source.task}"
+    if isinstance(source, VerifiersSource):
+        return f"environment {source.taskset}"
     return source.path if isinstance(source.path, str) else " + ".join(source.path)
 
 

@@ -1,4 +1,7 @@
-"""Where problems come from: JSON lines, Parquet, or a reasoning-gym generator. Nothing is tokenised here."""
+"""Where problems come from: JSON lines, Parquet, a reasoning-gym generator, or an environment of verifiers.
+
+Nothing is tokenised here.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_pmd.config import Data, FileSource, ProblemSource, ReasoningGymSource, Source
+from megatron_pmd.config import (
+    Data,
+    FileSource,
+    ProblemSource,
+    ReasoningGymSource,
+    Source,
+    VerifiersSource,
+)
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.rows import kind_of, read_rows, value_at
+from megatron_pmd.environments.process import interpreter, process_of
 from megatron_pmd.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -54,15 +65,21 @@ def load_problems(source: Source, data: Data) -> list[Problem]:
     """Read every problem of a source, in its order, with data.system_prompt and data.prompt_suffix applied.
 
     Raises DataError for a missing, empty or malformed file (with its line or row, from 1), an unknown
-    reasoning-gym task, or parameters that the task refuses.
+    reasoning-gym task or environment, or parameters that it refuses.
     """
     if isinstance(source, ReasoningGymSource):
         return _generate(source, data)
+    if isinstance(source, VerifiersSource):
+        return _of_environment(source, data)
     return _read_file(source, data)
 
 
 def check_source(given: ProblemSource) -> None:
-    """Raise what problems_of would, as far as the first problem of a file tells; a task is not made yet."""
+    """Raise what problems_of would, as far as the first problem of a file tells; a task is not made yet, and
+    an environment not loaded."""
+    if isinstance(given.source, VerifiersSource):
+        with named(given):
+            interpreter(given.source.python, given.source.taskset)
     if isinstance(given.source, FileSource):
         with named(given):
             next(_problems_of(given.source, given.data))
@@ -216,6 +233,48 @@ def _generate(source: ReasoningGymSource, data: Data) -> list[Problem]:
         )
         for i, entry in enumerate(entries)
     ]
+
+
+SPEAKS_FIRST = "(The environment speaks first.)"
+"""In the place of a prompt that an environment's tasks do not have."""
+
+
+def _of_environment(source: VerifiersSource, data: Data) -> list[Problem]:
+    """The tasks of an environment. Their messages are to be read: its program writes what the model sees.
+
+    metadata has what plays them, as rollout/agents/verifiers.py takes it, in `verifiers`.
+    """
+    name = f"the environment {source.taskset}"
+    if data.system_prompt is not None or data.prompt_suffix:
+        raise DataError(
+            f"data.system_prompt and data.prompt_suffix do not reach {name}, which writes its own prompts; "
+            "verifiers' tasksets take a system_prompt among their parameters"
+        )
+    settings = source.settings | {"taskset": {**source.parameters, "id": source.taskset}}
+    tasks = process_of(source.python, settings).tasks(source.size)
+    if not tasks:
+        raise DataError(f"{name} has no tasks with the parameters {source.parameters}")
+    played = {"python": source.python, "settings": settings}
+    return [
+        Problem(
+            index=index,
+            messages=_chat(_prompt(task), f"{name}, task {index}", data),
+            answer="",
+            metadata={"verifiers": played | {"task": task}},
+            template_arguments=data.template_arguments,
+        )
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _prompt(task: dict[str, Any]) -> Any:
+    """What verifiers' TaskData gives the model to begin with."""
+    prompt = task.get("prompt") or SPEAKS_FIRST
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if task.get("system_prompt"):
+        prompt = [{"role": "system", "content": task["system_prompt"]}, *prompt]
+    return prompt
 
 
 def _did_you_mean(near: list[str]) -> str:

@@ -155,7 +155,7 @@ def test_every_registered_reward_resolves(name):
     [
         (
             "maths",
-            r"no reward \(did you mean math\?\); use code, exact, judge, math, .*, or your own: module:name",
+            r"no reward \(did you mean math\?\); use code, environment, .*, or your own: module:name",
         ),
         ("my_rewards:", "or your own: module:name"),
         (":score", "or your own: module:name"),
