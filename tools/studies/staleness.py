@@ -115,27 +115,28 @@ def exact_curve(way: str, lag: int) -> list[float]:
 
 def draw(found: Results, path: Path) -> None:
     """Above: what each way reaches, against the lag, and the exact ends. Below: the curves of each lag."""
-    figure, axes = plt.subplots(2, len(LAGS), figsize=(15, 7.5), layout="constrained")
-    grid = axes[0, 0].get_gridspec()
-    for axis in axes[0]:
-        axis.remove()
-    ends, exact = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+    measured = sorted({lag for _, lag in found})
+    figure = plt.figure(figsize=(15, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    ends, exact = above.subplots(1, 2)
+    curves = below.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for colour, way in zip(plt.get_cmap("tab10").colors, WAYS, strict=False):  # type: ignore[attr-defined]
-        lags = [lag for lag in LAGS if (way, lag) in found]
-        last = [[rewards[-1] for rewards in found[way, lag]] for lag in lags]
-        _band(ends, lags, last, colour, way)
-        for axis, lag in zip(axes[1], LAGS, strict=True):
+        lags = [lag for lag in measured if (way, lag) in found]
+        _band(ends, lags, [[rewards[-1] for rewards in found[way, lag]] for lag in lags], colour, way)
+        for axis, lag in zip(curves, measured, strict=True):
             columns = list(zip(*found.get((way, lag), []), strict=True))
             _band(axis, [EVERY * k for k in range(len(columns))], columns, colour, way)
-            axis.set_title(f"samples {lag} iterations old" if lag else "fresh samples")
+            axis.set_title(f"lag {lag}")
+            axis.set_xlabel("iteration")
         if way.startswith("pmd"):
             exact.plot(LAGS, [exact_curve(way, lag)[6] for lag in LAGS], "o-", color=colour, label=way)
     ends.set_title(f"held-out problems solved after {ITERATIONS} iterations")
     exact.set_title(f"exact: success after 6 updates from {EXACT_START}, τ = {EXACT_TAU:g}")
     for axis in (ends, exact):
-        axis.set_xlabel("age of the samples, iterations")
+        axis.set_xlabel("lag: age of the samples, iterations")
+        axis.set_xticks(LAGS)
         axis.legend(fontsize=8)
-    for axis in (ends, exact, *axes[1]):
+    for axis in (ends, exact, *curves):
         axis.grid(alpha=0.3)
         axis.set_ylim(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
