@@ -2,36 +2,30 @@
 
     python -m tools.studies.objectives [--folder runs/study] [--seed 0 …] [--draw study_objectives.png]
 
-The task of `tiny_moe_cpu` (spelling words backward) with its model, in one process with one engine that all
-runs share: each run begins from the same supervised checkpoint, and differs from the others in its objective,
-its number of optimizer steps on each rollout, and its seed. A depth has one learning rate for all objectives,
-∝ 1/√depth: steps on fewer samples are noisier. The curve is the mean reward of each rollout: that of the
-policy π_t on prompts it has not trained on before.
+The task of `tiny_moe_cpu` (spelling words backward) with its model (harness.py): each run begins from the
+same supervised checkpoint, and differs from the others in its objective, its number of optimizer steps on
+each rollout, and its seed. A depth has one learning rate for all objectives, ∝ 1/√depth: steps on fewer
+samples are noisier. The curve is the mean reward of each rollout: that of the policy π_t on prompts it has
+not trained on before.
 
-Runs that are complete in --folder are not run again, and what is complete is drawn. A process takes one
-core most of the time: two, of different seeds in folders of their own, keep two cores busy. Left out: a
-learning rate of its own for every objective, the fairer comparison.
+Runs that are complete in --folder are not run again, and what is complete is drawn. Left out: a learning
+rate of its own for every objective, the fairer comparison.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib
 import typer
 
-from megatron_pmd.actor.cpu import standins
-from megatron_pmd.config import RunConfig, override
-from megatron_pmd.files import read_object
+from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.folder import RunFolder
-from recipes import recipe
+from tools.studies.harness import complete_summary, laboratory, study_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,102 +46,27 @@ LEARNING_RATE = 4e-4
 """At depth 1."""
 COMMON = [
     f"batch.prompts_per_rollout={PROMPTS}", f"batch.samples_per_prompt={SAMPLES}", f"iterations={ITERATIONS}",
-    "layout.data=1", "layout.expert=1", "rollout.ranks_per_engine=1", "data.evaluation=null",
-    "checkpoint.every=null", "checkpoint.hf_export=false", "checkpoint.asynchronous=false",
+    "data.evaluation=null",
 ]  # fmt: skip
 
 
 def configuration(objective: str, depth: int, seed: int) -> RunConfig:
-    """One run of the study; its warm start is the study's."""
+    """One run of the study."""
     rate = LEARNING_RATE / depth**0.5
-    words = [f"name={objective}-{depth}-{seed}", f"seed={seed}", f"batch.prompts_per_step={PROMPTS // depth}"]
-    words.append(f"optimizer.learning_rate={rate}")
-    base = override(recipe("tiny_moe_cpu"), [*COMMON, *OBJECTIVES[objective], *words])
-    return base.model_copy(update={"warm_start": None})
-
-
-@contextmanager
-def single_rank(config: RunConfig) -> Iterator[Any]:
-    """This process as the only actor rank."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.setdefault("MASTER_PORT", "0")
-    standins.install()
-    import torch
-
-    from megatron_pmd.actor import parallel
-    from megatron_pmd.distributed import Control
-
-    torch.set_num_threads(1)
-    parallel.initialize(config.layout, seed=0, timeout_seconds=600)
-    try:
-        yield Control(600)
-    finally:
-        torch.distributed.destroy_process_group()
+    own = [f"seed={seed}", f"batch.prompts_per_step={PROMPTS // depth}", f"optimizer.learning_rate={rate}"]
+    return study_run(f"{objective}-{depth}-{seed}", [*COMMON, *OBJECTIVES[objective], *own])
 
 
 def run_all(folder: Path, seeds: list[int]) -> None:
     """Train every run of these seeds that is not complete yet."""
-    base = override(recipe("tiny_moe_cpu"), [*COMMON, "name=warm_start"])
-    with ExitStack() as stack:
-        control = stack.enter_context(single_rank(base))
-        from megatron_pmd.actor.actor import Actor
-        from megatron_pmd.data.tokenizer import load_tokenizer
-        from megatron_pmd.node.worker import prepare_model
-        from megatron_pmd.observe.console import Console
-        from megatron_pmd.rewards.pool import RewardPool
-        from megatron_pmd.training.live_engines import LiveEngines
-        from megatron_pmd.training.run_log import RunLog
-        from megatron_pmd.training.warm_start import warm_start
-
-        prepare_model(base)
-        quiet = Console(stack.enter_context((folder / "console.log").open("a")))
-        tokenizer = load_tokenizer(base.model)
-        rewards = stack.enter_context(RewardPool(base.reward))
-        engines = LiveEngines(base, control, folder, tokenizer, rewards, quiet, cpu=True)
-        stack.callback(engines.close)
-        actor = Actor(base, control)
-        start = folder / "warm_start" / "iteration-0"
-        if not start.exists():
-            warm_start(trainer(base, folder, control, actor, engines, RunLog(quiet, None), tokenizer))
-            actor.save(start.parent, 0, {"iteration": 0})
-        everything = list(itertools.product(seeds, DEPTHS, OBJECTIVES))
+    everything = list(itertools.product(seeds, DEPTHS, OBJECTIVES))
+    with laboratory(folder, COMMON) as found:
         for number, (seed, depth, objective) in enumerate(everything, 1):
-            config = configuration(objective, depth, seed)
-            actor.load(start)
-            reward = train_one(config, folder / config.name, control, actor, engines, quiet, tokenizer)
-            print(f"{number} of {len(everything)}  {config.name}  last reward {reward:.3f}", flush=True)
-
-
-def trainer(
-    config: RunConfig, folder: Path, control: Any, actor: Any, engines: Any, log: Any, tokenizer: Any
-) -> Any:
-    """A run that has not begun, with an actor and engines that outlive it."""
-    from megatron_pmd.data.problem_sets import ProblemSets
-    from megatron_pmd.training.shutdown import Shutdown
-    from megatron_pmd.training.state import RunState
-    from megatron_pmd.training.trainer import Trainer
-
-    problems = ProblemSets.load(config, tokenizer, log.say)
-    return Trainer(config, folder, control, actor, engines, log, problems, tokenizer, Shutdown(), RunState())
-
-
-def train_one(
-    config: RunConfig, folder: Path, control: Any, actor: Any, engines: Any, console: Any, tokenizer: Any
-) -> float:
-    """The loop itself; returns the last reward."""
-    from megatron_pmd.observe.journal import Journal
-    from megatron_pmd.training.loop import train
-    from megatron_pmd.training.run_log import RunLog
-
-    summary = read_object(folder / "summary.json")
-    if summary and summary["status"] == "complete":
-        return summary["last_reward"]
-    for file in ("metrics.jsonl", "ledger.jsonl", "config.json"):
-        (folder / file).unlink(missing_ok=True)
-    journal = Journal.open(folder, config, 0)
-    log = RunLog(console, journal)
-    outcome = train(trainer(config, folder, control, actor, engines, log, tokenizer))
-    return journal.finish(outcome)["last_reward"]
+            summary = found.train(configuration(objective, depth, seed))
+            print(
+                f"{number} of {len(everything)}  {summary['name']}  last reward {summary['last_reward']:.3f}",
+                flush=True,
+            )
 
 
 def curves(folder: Path) -> dict[tuple[str, int], list[list[float]]]:
@@ -155,8 +74,7 @@ def curves(folder: Path) -> dict[tuple[str, int], list[list[float]]]:
     found: dict[tuple[str, int], list[list[float]]] = {}
     for objective, depth, seed in itertools.product(OBJECTIVES, DEPTHS, SEEDS):
         run = folder / f"{objective}-{depth}-{seed}"
-        summary = read_object(run / "summary.json")
-        if summary and summary["status"] == "complete":
+        if complete_summary(run):
             rewards = [line["reward"] for line in RunFolder.read(run).iterations]
             found.setdefault((objective, depth), []).append(rewards)
     return found
@@ -204,7 +122,6 @@ def main(
     seed: Annotated[list[int], typer.Option(help="seeds to run; all that --folder holds are drawn")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
     run_all(folder, seed)
     found = curves(folder)
     draw(found, picture)
