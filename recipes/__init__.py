@@ -29,6 +29,9 @@ RECIPES = Registry(
             "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_dapo_tau005_32xh100"
         ),
         "qwen3_30b_a3b_fp8_32xh100": "recipes.qwen3_30b_a3b_dapo_32xh100:qwen3_30b_a3b_fp8_32xh100",
+        "qwen3_30b_a3b_longcontext_64xh100": (
+            "recipes.qwen3_30b_a3b_longcontext_64xh100:qwen3_30b_a3b_longcontext_64xh100"
+        ),
         "qwen3_30b_a3b_lora_8xh100": "recipes.qwen3_30b_a3b_lora_8xh100:qwen3_30b_a3b_lora_8xh100",
         "qwen3_30b_a3b_overlap_48xh100": (
             "recipes.qwen3_30b_a3b_overlap_48xh100:qwen3_30b_a3b_overlap_48xh100"

@@ -39,6 +39,8 @@ from megatron_pmd.config import (
 RANKS = 2
 STEPS = 4
 """Timed optimizer steps without a checkpoint."""
+EQUAL_COST = 13_889
+"""Tokens at which attention costs as much as all else: Qwen3-30B-A3B."""
 
 
 def checkpoint_run() -> dict[str, Any]:
@@ -226,22 +228,51 @@ def memory() -> dict[str, Any]:
 
 
 def packing() -> dict[str, Any]:
-    """8,192 log-normal lengths (mean 4,000, cut at 10,000) over 32 ranks, in rows of 16,384 tokens."""
-    from megatron_pmd.actor.batching import attention_cost_tokens, pack
-
-    draws = np.random.default_rng(0).lognormal(np.log(4000) - 0.18, 0.6, 8192)
-    lengths = np.clip(draws, 1, 10_000).astype(np.int64)
-    costs = attention_cost_tokens(lengths, 13_889)  # Qwen3-30B-A3B
-    begin = time.process_time()
-    shares = pack(lengths, costs, ranks=32, max_tokens=16_384)
-    seconds = time.process_time() - begin
-    work = np.array([[costs[microbatch].sum() for microbatch in share] for share in shares])
-    as_drawn, by_length = lengths.reshape(-1, 4), np.sort(lengths).reshape(-1, 4)
+    """8,192 log-normal lengths in rows of several sizes, over replicas of one rank or of several."""
     return {
-        "occupancy, packed": lengths.sum() / (work.size * 16_384),
+        "mean 4,000, cut at 10,000, 32 ranks": {
+            "rows of 16,384": packed(log_normal(4000, 10_000), ranks=32, context=1, max_tokens=16_384)
+        },
+        "mean 32,768, cut at 131,072, 8 x context 8 ranks": {
+            f"rows of {limit:,}": packed(log_normal(32_768, 131_072), ranks=8, context=8, max_tokens=limit)
+            for limit in (133_120, 163_840, 262_144)
+        },
+    }
+
+
+def log_normal(mean: float, longest: int) -> np.ndarray:
+    """8,192 lengths whose mean was so much before they were cut; σ of their logarithm is 0.6."""
+    draws = np.random.default_rng(0).lognormal(np.log(mean) - 0.18, 0.6, 8192)
+    return np.clip(draws, 1, longest).astype(np.int64)
+
+
+def packed(lengths: np.ndarray, *, ranks: int, context: int, max_tokens: int) -> dict[str, float]:
+    """How full rows are, and how even the work of ranks, of which `context` share out each row.
+
+    Operations of a rank: those of its tokens, and of the pairs of tokens in which it holds the later one.
+    """
+    from megatron_pmd.actor.batching import attention_cost_tokens, pack
+    from megatron_pmd.actor.packing import Row
+
+    rows = [Row(rank=rank, size=context) for rank in range(context)]
+    padded = rows[0].padded(lengths)
+    begin = time.process_time()
+    shares = pack(padded, attention_cost_tokens(padded, EQUAL_COST), ranks=ranks, max_tokens=max_tokens)
+    seconds = time.process_time() - begin
+    work = np.zeros((ranks, context, len(shares[0])))
+    for rank, share in enumerate(shares):
+        for number, microbatch in enumerate(share):
+            bounds = np.concatenate([[0], np.cumsum(padded[microbatch])]).astype(np.int64)
+            positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], padded[microbatch])
+            for row in rows:
+                held = positions[row.held(bounds)] if context > 1 and microbatch else positions
+                work[rank, row.rank, number] = len(held) + 2 * held.sum() / EQUAL_COST
+    as_drawn = lengths.reshape(-1, 4)
+    return {
+        "occupancy, packed": lengths.sum() / (ranks * len(shares[0]) * max_tokens),
         "occupancy, batches of 4 padded": lengths.sum() / (as_drawn.max(1).sum() * 4),
-        "occupancy, batches of 4 of like length padded": lengths.sum() / (by_length.max(1).sum() * 4),
-        "busiest rank over mean": work.sum(1).max() / work.sum(1).mean(),
+        "busiest rank over mean": work.sum(2).max() / work.sum(2).mean(),
+        "each round's busiest rank over mean": work.max((0, 1)).sum() / work.mean((0, 1)).sum(),
         "schedule, seconds": seconds,
     }
 
