@@ -54,7 +54,8 @@ These settings are refused, although the family works:
   of DeepSeek and Kimi.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
-trained.
+trained. Conversions and exports carry them
+([conversion.md](conversion.md#layers-that-predict-further-tokens)).
 """
 NOT = """\
 ## What is refused

@@ -144,6 +144,8 @@ def _report(control: Any, out: Path, manifest: dict[str, Any]) -> None:
     typer.echo(f"{out}: {len(manifest['tensors'])} tensors, each once; {out / MANIFEST} lists them")
     for name, reason in manifest.get("left_out", {}).items():
         typer.echo(f"left out: {name}: {reason}")
+    for name, folder in manifest.get("untrained", {}).items():
+        typer.echo(f"not trained: {name}: as {folder} has it")
     for name, rows in manifest.get("padding_rows_removed", {}).items():
         typer.echo(f"{name}: {rows} rows of padding removed")
     if "verified" in manifest:

@@ -11,6 +11,7 @@ import torch
 from megatron_pmd.actor.parameters import model_of
 from megatron_pmd.convert import precision
 from megatron_pmd.convert.sharded import ShardedReader
+from megatron_pmd.convert.untrained import untrained_of
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.fp8 import is_scale
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
@@ -37,10 +38,13 @@ class _Checkpoint:
     def __init__(self, folder: Path, config_folder: Path) -> None:
         self._reader = ShardedReader(folder)
         self._parameters = model_of(config_folder, self._reader.tensors).by_tensor()
-        self.names = list(self._parameters)
+        self._untrained = {tensor.name: tensor for tensor in untrained_of(config_folder)}
+        self.names = [*self._parameters, *self._untrained]
         self._last: dict[str, torch.Tensor] = {}
 
     def get(self, name: str) -> torch.Tensor:
+        if name in self._untrained:
+            return self._untrained[name].read()
         if name not in self._last:  # a parameter's tensors follow each other: it is read once
             parameter = self._parameters[name]
             self._last = parameter.split(self._reader.read(parameter))

@@ -38,11 +38,11 @@ LOCK = "lock"
 
 
 @dataclass(frozen=True)
-class Part:
-    """The parameters of one file, and the bytes they will take there."""
+class Part[Content]:
+    """The parameters of one file, or else what it holds, and the bytes they will take there."""
 
     number: int
-    parameters: list[Parameter]
+    parameters: list[Content]
     bytes: int
 
 
@@ -54,10 +54,10 @@ class PartRecord:
     written: Any = None
 
 
-def divide(parameters: Iterable[tuple[Parameter, int]], largest_bytes: int) -> list[Part]:
+def divide[Content](parameters: Iterable[tuple[Content, int]], largest_bytes: int) -> list[Part[Content]]:
     """Consecutive parameters, with the bytes each will take, in parts of at most so many bytes."""
-    parts: list[Part] = []
-    group: list[Parameter] = []
+    parts: list[Part[Content]] = []
+    group: list[Content] = []
     size = 0
     for parameter, bytes_ in parameters:
         if group and size + bytes_ > largest_bytes:
@@ -131,8 +131,10 @@ class ConversionJob:
             self.records.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(order))
 
-    def work(
-        self, parts: Sequence[Part], convert: Callable[[Part, Callable[[int], None]], PartRecord]
+    def work[Content](
+        self,
+        parts: Sequence[Part[Content]],
+        convert: Callable[[Part[Content], Callable[[int], None]], PartRecord],
     ) -> list[PartRecord]:
         """Convert this rank's share of the parts that are not done; all parts' records, on every rank.
 

@@ -23,6 +23,7 @@ from megatron_pmd.convert.parts import (
 )
 from megatron_pmd.convert.sharded import ShardedReader
 from megatron_pmd.convert.side_files import copy_side_files
+from megatron_pmd.convert.untrained import Untrained, sources, untrained_of
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, ConfigError
@@ -30,6 +31,8 @@ from megatron_pmd.fp8 import quantization_config
 from megatron_pmd.hugging_face import ShardWriter, write_index
 
 DIRECTION = "megatron-to-hf"
+Content = Parameter | Untrained
+"""What a folder's tensors are made of."""
 
 
 def megatron_to_hf(
@@ -44,7 +47,8 @@ def megatron_to_hf(
 ) -> dict[str, Any]:
     """Convert a checkpoint of any layout into the model folder `out`; returns its manifest. Collective.
 
-    model_folder: where config.json, tokenizer and chat template come from; its weights are not looked at.
+    model_folder: where config.json, tokenizer and chat template come from, and the layers that are not
+    trained; its other weights are not looked at.
     dtype: of the tensors written; None: as in the checkpoint. shard_bytes: the largest size of a shard.
     verified: compare before publishing.
 
@@ -61,7 +65,9 @@ def megatron_to_hf(
         )
     model = model_of(model_folder, reader.tensors)
     padding = padding_rows(reader, model)
-    parts = divide(((p, _bytes(p, reader, dtype)) for p in model.parameters), shard_bytes)
+    carried = untrained_of(model_folder)
+    contents: list[Content] = [*model.parameters, *carried]
+    parts = divide(((c, _bytes(c, reader, dtype)) for c in contents), shard_bytes)
     order = {
         "direction": DIRECTION,
         "source": str(checkpoint.resolve()),
@@ -72,14 +78,16 @@ def megatron_to_hf(
     }
     job = ConversionJob(out, order, control)
 
-    def convert(part: Part, advance: Callable[[int], None]) -> PartRecord:
+    def convert(part: Part[Content], advance: Callable[[int], None]) -> PartRecord:
         path = job.folder / shard_name(part.number, len(parts))
         return _convert(part, reader, dtype, path, advance)
 
     records = job.work(parts, convert)
-    manifest = _manifest(records, reader, model, dtype) | {"padding_rows_removed": padding}
+    names = [name for content in contents for name in content.tensor_names]
+    manifest = _manifest(records, reader, model, [s for n in names for s in precision.stored_names(n, dtype)])
+    manifest |= {"untrained": sources(carried), "padding_rows_removed": padding}
     width = precision.TORCH[dtype] if dtype else reader.dtype(model.parameters[0])
-    blocks = quantization_config(model.by_tensor()) if dtype == "fp8" else None
+    blocks = quantization_config(names) if dtype == "fp8" else None
 
     def finish() -> None:
         if len(parts) > 1:
@@ -95,10 +103,9 @@ def megatron_to_hf(
 
 
 def _manifest(
-    records: list[PartRecord], reader: ShardedReader, model: Model, dtype: precision.Precision | None
+    records: list[PartRecord], reader: ShardedReader, model: Model, expected: list[str]
 ) -> dict[str, Any]:
-    """What was made of what. Raises CheckpointError unless every tensor of the model was converted once."""
-    expected = [s for name in model.by_tensor() for s in precision.stored_names(name, dtype)]
+    """What was made of what. Raises CheckpointError unless every tensor of the folder was converted once."""
     files = {name: record.written["file"] for record in records for name in record.tensors}
     tensors = tensors_of(records, expected)
     return {
@@ -115,14 +122,19 @@ def shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
-def _bytes(parameter: Parameter, reader: ShardedReader, dtype: precision.Precision | None) -> int:
-    return precision.stored_bytes(
-        parameter.tensor_names[0], parameter.elements, reader.dtype(parameter), dtype
-    )
+def _bytes(content: Content, reader: ShardedReader, dtype: precision.Precision | None) -> int:
+    held = content.dtype if isinstance(content, Untrained) else reader.dtype(content)
+    return precision.stored_bytes(content.tensor_names[0], content.elements, held, dtype)
+
+
+def _tensors(content: Content, reader: ShardedReader) -> dict[str, torch.Tensor]:
+    if isinstance(content, Untrained):
+        return {content.name: content.read()}
+    return content.split(reader.read(content))
 
 
 def _convert(
-    part: Part,
+    part: Part[Content],
     reader: ShardedReader,
     dtype: precision.Precision | None,
     path: Path,
@@ -130,18 +142,18 @@ def _convert(
 ) -> PartRecord:
     record, hasher = PartRecord(), Hasher()
     names = [
-        s for p in part.parameters for name in p.tensor_names for s in precision.stored_names(name, dtype)
+        s for c in part.parameters for name in c.tensor_names for s in precision.stored_names(name, dtype)
     ]
     try:
         with ShardWriter(path, names) as shard:
-            for parameter in part.parameters:
-                for name, plain in parameter.split(reader.read(parameter)).items():
+            for content in part.parameters:
+                for name, plain in _tensors(content, reader).items():
                     for stored, tensor in precision.stored(name, plain, dtype):
                         tensor = tensor.contiguous()
                         hasher.add(stored, tensor)
                         shard.add(stored, tensor)
                         record.tensors[stored] = describe(tensor)
-                advance(_bytes(parameter, reader, dtype))
+                advance(_bytes(content, reader, dtype))
         for name, hash_ in hasher.results().items():
             record.tensors[name]["sha256"] = hash_
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_pmd.convert.parts import (
     tensors_of,
 )
 from megatron_pmd.convert.side_files import copy_side_files
+from megatron_pmd.convert.untrained import Untrained, sources, untrained, write_untrained
 from megatron_pmd.convert.verify import verify
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import ConfigError, ModelError
@@ -50,7 +51,7 @@ def hf_to_megatron(
     """
     if dtype == "fp8":
         raise ConfigError("a checkpoint to train from holds bf16 or fp32; FP8 is for Hugging Face folders")
-    files, model, left_out = _checked(source)
+    files, model, carried, left_out = _checked(source)
     placed = [(p, _dtype(p, files, dtype)) for p in model.parameters]
     dtypes = {p.name: held for p, held in placed}
     parts = divide(((p, p.elements * held.itemsize) for p, held in placed), part_bytes)
@@ -63,7 +64,7 @@ def hf_to_megatron(
     }
     job = ConversionJob(out, order, control)
 
-    def convert(part: Part, advance: Callable[[int], None]) -> PartRecord:
+    def convert(part: Part[Parameter], advance: Callable[[int], None]) -> PartRecord:
         return _convert(part, files, dtypes, job.folder, advance)
 
     records = job.work(parts, convert)
@@ -72,6 +73,7 @@ def hf_to_megatron(
         "source": str(source.resolve()),
         "layout": None,
         "tensors": tensors_of(records, model.by_tensor()),
+        "untrained": sources(carried),
         "left_out": left_out,
         "parameters": {p.name: places(p) for p in model.parameters},
     }
@@ -79,6 +81,7 @@ def hf_to_megatron(
     def finish() -> None:
         (job.folder / SIDE_FILES).mkdir(exist_ok=True)
         copy_side_files(source, job.folder / SIDE_FILES, dtype=placed[0][1])
+        write_untrained(carried, job.folder / SIDE_FILES)
         sharded.finish(job.folder, placed, [w for r in records for w in sharded.unpacked(r.written)])
 
     job.on_driver(finish)
@@ -88,21 +91,22 @@ def hf_to_megatron(
     return manifest
 
 
-def _checked(source: Path) -> tuple[TensorFiles, Model, dict[str, str]]:
-    """A folder's tensors, its model, and the tensors that no parameter is made of, each with the reason.
+def _checked(source: Path) -> tuple[TensorFiles, Model, list[Untrained], dict[str, str]]:
+    """A folder's tensors, its model, what is carried along, and what is left out, each with the reason.
 
     Raises ModelError unless the tensors are those of the model.
     """
     check_files(source)
     files, model = TensorFiles(source), model_of(source)
-    left_out = unused(files, model)
+    carried = untrained(files)
+    left_out = unused(files, {*model.by_tensor(), *(tensor.name for tensor in carried)}, tied=model.tied)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     check_shapes(source, {name: s for name, s in shapes.items() if not is_scale(name, files.tensors)})
-    return files, model, left_out
+    return files, model, carried, left_out
 
 
 def _convert(
-    part: Part,
+    part: Part[Parameter],
     files: TensorFiles,
     dtypes: dict[str, torch.dtype],
     folder: Path,
@@ -143,8 +147,10 @@ def _dtype(parameter: Parameter, files: TensorFiles, asked: precision.Precision 
     return next(iter(found.values()))
 
 
-def unused(files: TensorFiles, model: Model) -> dict[str, str]:
-    """The folder's tensors that no parameter is made of, each with why that is right.
+def unused(files: TensorFiles, used: Collection[str], *, tied: bool) -> dict[str, str]:
+    """The folder's tensors that are not used, each with why that is right.
+
+    tied: whether the output layer is the embedding.
 
     Raises ModelError naming one for which it is not.
     """
@@ -154,10 +160,10 @@ def unused(files: TensorFiles, model: Model) -> dict[str, str]:
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     ignored = [*(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
     reasons = {}
-    for name in sorted(files.tensors.keys() - model.by_tensor().keys()):
+    for name in sorted(files.tensors.keys() - set(used)):
         if is_scale(name, files.tensors):
             continue  # read together with its values
-        if model.tied and name == "lm_head.weight":
+        if tied and name == "lm_head.weight":
             if bytes_of(files.get(name)) != bytes_of(files.get("model.embed_tokens.weight")):
                 raise ModelError(
                     f"{files.folder}: lm_head.weight differs from the embedding, to which config.json ties "

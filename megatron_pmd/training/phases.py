@@ -326,7 +326,12 @@ def export(run: Trainer, completed: int) -> None:
     folder = run.folder / "hf" / f"iteration-{completed}"
     tensors, names = run.actor.export(), run.actor.shapes.keys()
     model = Path(run.config.model.path)
-    write_policy(tensors, names, model, folder, run.control)
+    untrained = write_policy(tensors, names, model, folder, run.control)
+    if untrained:
+        run.log.say(
+            f"{folder}: {untrained} tensors, of layers that predict further tokens, are not trained: they "
+            f"are those of {model}"
+        )
     if lora := run.config.actor.lora:
         adapters = run.folder / "adapters" / folder.name
         write_adapters(run.actor.export_adapters(), lora, model, adapters, run.control)

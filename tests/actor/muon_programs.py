@@ -59,6 +59,13 @@ def resume(cases: list[tuple[Path, Path, dict[str, int]]]) -> list[Any]:
     return results
 
 
+def train_and_resume(
+    cases: dict[str, tuple[Path, dict[str, int], Path]], saved: list[tuple[Path, Path, dict[str, int]]]
+) -> tuple[dict[str, Any], list[Any]]:
+    """See train and resume: one launch for both."""
+    return train(cases, resumed=()), resume(saved)
+
+
 def in_one_process(path: Path, latent: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """See train_one and trials: one launch for both."""
     steps = train_one(config_for(path, optimizer=MUON), folder / "one", resume=True)

@@ -122,18 +122,25 @@ def test_ranks_wait_less_for_each_other_when_attention_has_its_cost(tokens_at_eq
     assert work.max(0).sum() / work.mean(0).sum() == pytest.approx(loss, abs=0.002)
 
 
-@pytest.mark.parametrize("limit", [10_000, 12_288, 16_384, 32_768])
-def test_a_rollout_of_long_responses_fills_and_balances_32_ranks(limit):
-    """8,192 log-normal lengths, mean 4k, cut at 10k, operations as of Qwen3-30B-A3B.
+@pytest.mark.parametrize(
+    ("mean", "longest", "ranks", "limit"),
+    [
+        *((4_000, 10_000, 32, limit) for limit in (10_000, 12_288, 16_384, 32_768)),
+        # replicas of ranks that share out each row: see test_packing for what each of these gets of it
+        *((32_768, 131_072, 8, limit) for limit in (133_120, 163_840, 262_144)),
+    ],
+)
+def test_a_rollout_of_long_responses_fills_and_balances_all_ranks(mean, longest, ranks, limit):
+    """8,192 log-normal lengths, cut at the longest, operations as of Qwen3-30B-A3B.
 
     The ranks wait for each other after every micro-batch (experts) and after all of them (gradients).
     """
     sigma = 0.6
-    draws = np.random.default_rng(0).lognormal(np.log(4000) - sigma**2 / 2, sigma, 8192)
-    lengths = np.clip(draws, 1, 10_000).astype(np.int64)
+    draws = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, 8192)
+    lengths = np.clip(draws, 1, longest).astype(np.int64)
     costs = attention_cost_tokens(lengths, 13_889)
     begin = time.process_time()
-    shares = pack(lengths, costs, ranks=32, max_tokens=limit)
+    shares = pack(lengths, costs, ranks=ranks, max_tokens=limit)
     seconds = time.process_time() - begin
     work = np.array([[costs[microbatch].sum() for microbatch in share] for share in shares])
     assert lengths.sum() / (work.size * limit) >= 0.97

@@ -23,10 +23,21 @@ ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
 ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "dense, pipeline=2": ("llama", dict(pipeline=2)),
+    "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),
+    "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
     "moe, tensor=2": ("qwen3moe", dict(tensor=2)),
     "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
     "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
 }
+ON_FOUR: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, tensor=2, data=2": ("llama", dict(tensor=2, data=2)),
+    "moe, tensor=2, expert=2, data=2": ("qwen3moe", dict(tensor=2, expert=2, data=2)),
+}
+FROM_TWO: dict[str, dict[str, int]] = {
+    ONE_PROCESS: dict(tensor=2, expert=2, data=2),
+    "moe, tensor=2": dict(pipeline=2, data=2),
+}
+"""Case that saved on one rank or two -> layout of four that loads."""
 RESUMED = (ONE_PROCESS, "moe, expert=2, data=2")
 
 
@@ -56,6 +67,18 @@ def trained(one_process, models: Path, tmp_path_factory: pytest.TempPathFactory)
     }
     steps = launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)[0]
     return {ONE_PROCESS: one_process[0], **steps}
+
+
+@pytest.fixture(scope="module")
+def on_four(trained, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list]:
+    """programs.train of ON_FOUR, and programs.resume of FROM_TWO, on the driver: one launch for both."""
+    folder = tmp_path_factory.mktemp("muon-on-four")
+    cases = {
+        name: (models / family, layout, folder / str(i))
+        for i, (name, (family, layout)) in enumerate(ON_FOUR.items())
+    }
+    saved = [(models / "qwen3moe", trained[name]["checkpoint"], layout) for name, layout in FROM_TWO.items()]
+    return launch("train_and_resume", ranks=4, module=MODULE, cases=cases, saved=saved)[0]
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
@@ -104,19 +127,33 @@ def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
     return {name: float((w.double() - others[name].double()).abs().max()) for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
-def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, name):
+def check_steps(case: dict[str, Any]) -> None:
     """Queries, keys, values, gate and up each alone, as the folder has them."""
-    before = {n: w for n, w in trained[name]["loaded"].items() if "correction_bias" not in n}
+    before = {n: w for n, w in case["loaded"].items() if "correction_bias" not in n}
     definition = Definition(before)
-    for step, rate in zip(trained[name]["steps"], MUON_RATES, strict=True):
+    for step, rate in zip(case["steps"], MUON_RATES, strict=True):
         after = {n: w for n, w in step["weights"].items() if n in before}
         errors = difference(definition.step(before, step["gradient"], step["norm"], rate), after)
         assert max(errors.values()) < WEIGHT_TOLERANCE, errors
         before = after
 
 
-@pytest.mark.parametrize("name", [name for name in (ONE_PROCESS, *LAYOUTS) if "data" not in name])
+@pytest.mark.parametrize("name", [ONE_PROCESS, *LAYOUTS])
+def test_steps_are_those_of_newton_schulz_in_float64_on_whole_matrices(trained, name):
+    check_steps(trained[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_steps_of_four_ranks_are_those_too(on_four, name):
+    check_steps(on_four[0][name])
+
+
+ALONE = [name for name in (ONE_PROCESS, *LAYOUTS) if "data" not in name and "context" not in name]
+"""Without replicas: ranks that share out a row hold the same weights."""
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_the_planner_counts_the_states_that_a_rank_holds(trained, models, name):
     """Of replicas it counts the mean: each has whole matrices."""
     family, layout = LAYOUTS.get(name, (ONE_PROCESS, {}))
@@ -133,25 +170,14 @@ def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
     assert all(torch.equal(weights[tensor], resumed_weights[tensor]) for tensor in weights)
 
 
-OTHER_LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    1: {"latent, tensor=2, expert=2": {}},
-    2: {ONE_PROCESS: dict(expert=2, data=2), "moe, tensor=2": dict(pipeline=2)},
-}
-"""Ranks to load with: case that saved -> layout that loads."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", OTHER_LAYOUTS)
-def test_a_checkpoint_resumes_under_another_layout(trained, models, ranks):
+def test_a_checkpoint_resumes_under_another_layout(trained, models, on_four):
     """The third step needs the momentum and Adam's moments, which other ranks held."""
-    family = {ONE_PROCESS: ONE_PROCESS} | {name: case[0] for name, case in LAYOUTS.items()}
-    cases = [
-        (models / family[name], trained[name]["checkpoint"], layout)
-        for name, layout in OTHER_LAYOUTS[ranks].items()
-    ]
-    resumed = launch("resume", ranks=ranks, module=MODULE, cases=cases)[0]
-    for name, (step, weights) in zip(OTHER_LAYOUTS[ranks], resumed, strict=True):
-        third_step, third_weights = trained[name]["third"]
+    latent = "latent, tensor=2, expert=2"
+    cases = [(models / "deepseek", trained[latent]["checkpoint"], {})]
+    on_one = launch("resume", module=MODULE, cases=cases)[0]
+    for name, resumed in zip([latent, *FROM_TWO], [*on_one, *on_four[1]], strict=True):
+        (step, weights), (third_step, third_weights) = resumed, trained[name]["third"]
         assert step[2] == pytest.approx(third_step[2], rel=1e-5), name
         errors = difference(weights, third_weights)
         assert max(errors.values()) < WEIGHT_TOLERANCE, (name, errors)

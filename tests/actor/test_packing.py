@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from megatron_pmd.actor.packing import Row, pack_microbatch
-from megatron_pmd.batch import RolloutBatch
+from megatron_pmd.batch import RolloutBatch, Segment
 from tests.actor.tiny_models import TEMPERATURE, rollout, with_routing
 
 
@@ -80,3 +82,31 @@ def test_two_ranks_hold_the_outer_and_the_inner_quarters_of_a_sequence():
     bounds = np.array([0, 8, 12])
     assert Row(rank=0, size=2).held(bounds).tolist() == [0, 1, 6, 7, 8, 11]
     assert Row(rank=1, size=2).held(bounds).tolist() == [2, 3, 4, 5, 9, 10]
+
+
+def test_eight_ranks_share_out_a_row_of_128k_tokens_evenly_and_know_each_tokens_position():
+    """A row of the long-context recipe: tokens, and pairs of them that attention compares, of each rank."""
+    lengths = [133_119, 17_003, 12_001]
+    rng = np.random.default_rng(0)
+    samples = [
+        dataclasses.replace(
+            sample,
+            prompt_tokens=rng.integers(1, 512, 2048),
+            response_tokens=rng.integers(1, 512, length - 2048),
+            engine_log_probs=np.zeros(length - 2048, np.float32),
+            segments=[Segment(length - 2048, 2)],
+        )
+        for sample, length in zip(rollout(), lengths, strict=False)
+    ]
+    batch = RolloutBatch.pack(samples, TEMPERATURE)
+    parts = [pack_microbatch(batch, [0, 1, 2], Row(4, rank, 8), "cpu") for rank in range(8)]
+    pairs = [int((part.positions + 1).sum()) for part in parts]
+    assert max(pairs) / min(pairs) < 1.001
+    for part in parts:
+        assert part.tokens.size(1) * 8 == int(part.bounds[-1]) <= 163_840
+        assert all(length % 16 == 0 for length in np.diff(part.bounds.numpy()))
+        assert part.longest == 133_120
+    held = np.sort(np.concatenate([part.positions[0].numpy() for part in parts]))
+    padded = sum(int(part.tokens.size(1)) for part in parts) - sum(lengths)
+    expected = np.concatenate([*map(np.arange, lengths), np.zeros(padded, np.int64)])
+    assert np.array_equal(held, np.sort(expected))
