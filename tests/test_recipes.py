@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pmd.config import override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError
 from recipes import configuration, recipe
@@ -78,6 +79,14 @@ def test_the_overlapped_run_of_the_paper_differs_from_it_in_where_and_when_it_sa
     own = {key for key, value in paper["rollout"].items() if overlapped["rollout"][key] != value}
     assert own == {"placement", "staleness", "ranks_per_engine", "sglang"}
     assert overlapped["layout"] | {"data": 8} == paper["layout"]
+
+
+def test_the_long_context_recipe_holds_a_sample_of_128k_tokens_in_one_pass_of_eight_ranks() -> None:
+    config = recipe("qwen3_30b_a3b_longcontext_64xh100")
+    assert config.batch.max_response_tokens == 128 * 1024 and config.layout.context == 8
+    assert config.longest_trained_sample >= config.batch.max_prompt_tokens + 128 * 1024
+    with pytest.raises(ConfigError, match=r"layout\.context=8 ranks; raise it to 16640"):
+        override(config, ["batch.max_tokens_per_microbatch=16639"])
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:

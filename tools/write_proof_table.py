@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_pmd.actor.families import PROVEN
 from megatron_pmd.planner.shapes import MODELS
 from recipes import recipe
 from tests.actor import (
@@ -215,7 +216,12 @@ def page() -> str:
         for family, layout, settings in (SINGLE | TWO_RANKS).values()
     ]
     converted = [
-        (name, NAMES[family], words_of_changes(changes), "bytes and logits" if name in VERIFIED else "bytes")
+        (
+            name,
+            NAMES.get(family) or PROVEN[family],
+            words_of_changes(changes),
+            "bytes and logits" if name in VERIFIED else "bytes",
+        )
         for name, (family, changes) in VARIANTS.items()
     ]
     parts = [
