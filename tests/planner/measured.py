@@ -23,8 +23,9 @@ from recipes import recipe
 
 def measure(actor: Actor) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on this rank, of elements that are a parameter's."""
-    parameters = list(actor.chunks[0].parameters())
-    actor.chunks[0].zero_grad_buffer()
+    parameters = [p for chunk in actor.chunks for p in chunk.parameters()]
+    for chunk in actor.chunks:
+        chunk.zero_grad_buffer()
     actor.optimizer.step()  # Adam makes its moments in the first step
     own = {p.untyped_storage().data_ptr() for p in parameters}
     states: list[torch.Tensor] = []
