@@ -174,7 +174,7 @@ def test_resuming_gives_the_next_step_bit_for_bit(trained, name):
 def test_a_checkpoint_resumes_under_another_layout(trained, models, on_four):
     """The third step needs the momentum and Adam's moments, which other ranks held."""
     latent = "latent, tensor=2, expert=2"
-    cases = [(models / "deepseek", trained[latent]["checkpoint"], {})]
+    cases: list[Any] = [(models / "deepseek", trained[latent]["checkpoint"], {})]
     on_one = launch("resume", module=MODULE, cases=cases)[0]
     for name, resumed in zip([latent, *FROM_TWO], [*on_one, *on_four[1]], strict=True):
         (step, weights), (third_step, third_weights) = resumed, trained[name]["third"]
