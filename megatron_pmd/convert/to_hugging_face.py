@@ -55,14 +55,7 @@ def megatron_to_hf(
     Raises CheckpointError when the checkpoint's tensors are not exactly the model's, or the folder cannot be
     written, or is not what was to be written; ConfigError when `out` exists.
     """
-    if not (model_folder / "config.json").is_file():
-        raise ConfigError(f"{model_folder}: no config.json; --model names the model's Hugging Face folder")
-    reader = ShardedReader(checkpoint)
-    if any(ADAPTER in key for key in reader.tensors):
-        raise CheckpointError(
-            f"{checkpoint}: it holds adapters alone (actor.lora), no model. The run writes both as folders, "
-            "hf/iteration-N merged and adapters/iteration-N for peft: checkpoint.hf_export_every"
-        )
+    reader = _opened(checkpoint, model_folder)
     model = model_of(model_folder, reader.tensors)
     padding = padding_rows(reader, model)
     carried = untrained_of(model_folder)
@@ -100,6 +93,19 @@ def megatron_to_hf(
         manifest["verified"] = verify(job.folder, checkpoint, control, dtype=dtype)
     job.publish(manifest)
     return manifest
+
+
+def _opened(checkpoint: Path, model_folder: Path) -> ShardedReader:
+    """The checkpoint; raises ConfigError without a configuration, CheckpointError for adapters alone."""
+    if not (model_folder / "config.json").is_file():
+        raise ConfigError(f"{model_folder}: no config.json; --model names the model's Hugging Face folder")
+    reader = ShardedReader(checkpoint)
+    if any(ADAPTER in key for key in reader.tensors):
+        raise CheckpointError(
+            f"{checkpoint}: it holds adapters alone (actor.lora), no model. The run writes both as folders, "
+            "hf/iteration-N merged and adapters/iteration-N for peft: checkpoint.hf_export_every"
+        )
+    return reader
 
 
 def _manifest(
