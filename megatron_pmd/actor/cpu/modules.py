@@ -6,34 +6,23 @@ tells column- from row-parallel weights by class name; the names below are there
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.utils import (
-    is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
-)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_pmd.actor.cpu.attention import PackedAttention
 from megatron_pmd.actor.latent_attention import LatentAttention
-from megatron_pmd.actor.packing import Row
-
-FP32_ATTENTION_TOKENS = 256
-"""Up to this length of the longest sequence attention runs in fp32."""
-
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
@@ -50,105 +39,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight + self.offset, self.eps)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """All context-parallel ranks' tokens, one after another; each gets the sum of its tokens' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        whole = part.new_empty((part.size(0) * group.size(), *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        whole = gradients[0].contiguous()
-        part = whole.new_empty((whole.size(0) // ctx.group.size(), *whole.shape[1:]))
-        dist.reduce_scatter_tensor(part, whole, group=ctx.group)
-        return part, None
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention within each packed sequence, by torch's SDPA.
-
-    The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
-    after every real token and is therefore never attended to. Under context parallelism each rank gathers
-    the keys and values of all ranks for its own queries.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        *,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale
-        self.window: int | None = None
-        """Tokens before its own that a query sees; None: all."""
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            self.window = config.window_size[0]
-        self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *_: Any,
-        packed_seq_params: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        """query [tokens, heads, dim], key and value [tokens, groups, dim] -> [tokens, heads * dim]"""
-        bounds = packed_seq_params.cu_seqlens_q.long()
-        lengths = bounds.diff()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        position = torch.arange(len(sequence)) - bounds[sequence]
-        longest = int(lengths.max())
-        # torch's bf16 kernel takes 3 times as long backward as its fp32 one at 62 tokens, less than it at 512
-        dtype = torch.float32 if longest <= FP32_ATTENTION_TOKENS else query.dtype
-
-        def batched(x: torch.Tensor, sequence: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
-            padded = x.new_zeros((len(lengths), width, *x.shape[1:]), dtype=dtype)
-            return padded.index_put((sequence, place), x.to(dtype)).transpose(1, 2)
-
-        asked, place, width = sequence, position, longest
-        keys = torch.arange(longest)
-        mask: dict[str, Any] = {"is_causal": True}
-        if self.window is not None:
-            mask = {"attn_mask": self._sees(keys, keys)}
-        if self.context.size() > 1:
-            row = Row(size=self.context.size())
-            held = [
-                torch.from_numpy(replace(row, rank=rank).held(bounds.numpy())) for rank in range(row.size)
-            ]
-            order = torch.cat(held).argsort()
-            key, value = (_GatherTokens.apply(x, self.context)[order] for x in (key, value))
-            own = held[self.context.rank()]
-            asked, width = sequence[own], longest // row.size
-            place = torch.arange(len(own)) - bounds[asked] // row.size
-            # a place without a query is taken for the last: a row of nothing but masked keys would give NaN
-            last = torch.full((len(lengths), width), longest - 1)
-            mask = {"attn_mask": self._sees(last.index_put((asked, place), position[own]), keys)[:, None]}
-        output = F.scaled_dot_product_attention(
-            batched(query, asked, place, width),
-            batched(key, sequence, position, longest),
-            batched(value, sequence, position, longest),
-            scale=self.scale,
-            enable_gqa=True,
-            **mask,
-        )
-        return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
-
-    def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Whether a query sees a key. queries [..., queries] and keys [keys]: their positions."""
-        before = queries[..., None] - keys
-        return (before >= 0) if self.window is None else (before >= 0) & (before <= self.window)
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
