@@ -75,7 +75,7 @@ def compared(kind: str) -> str:
         assert set(own) <= FAMILIES.keys()
         layouts = [layout for family, layout in LAYOUTS.values() if family in own]
     else:
-        layouts = [MODELS[kind][2]]
+        layouts = MODELS[kind][2]
     return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
 
 

@@ -20,11 +20,13 @@ PROVEN: dict[str, str] = {
     "gemma": "Gemma",
     "glm4_moe": "GLM-4.5, 4.6",
     "glm4_moe_lite": "GLM-4.7-Flash",
+    "gpt_oss": "gpt-oss",
     "hy_v3": "Hy3",
     "kimi_k2": "Kimi-K2",
     "llama": "Llama 2, 3",
     "minimax_m2": "MiniMax-M2",
     "mistral": "Mistral",
+    "nemotron": "Nemotron-3, Nemotron-4",
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
@@ -42,9 +44,7 @@ REFUSED: dict[str, str] = {
     "gemma3_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "gemma4_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
-    "gpt_oss": "its attention has sinks, and its experts biases and a clamped activation; none is compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
-    "nemotron": "its norms subtract the mean and have biases, which is not compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
     "qwen3_5_moe_text": "it has linear attention, whose kernels need CUDA; it is not compared",
     "qwen3_5_text": "it has linear attention, whose kernels need CUDA; it is not compared",
@@ -58,6 +58,24 @@ READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
+BIASED_EXPERTS = frozenset({"gpt_oss"})
+"""megatron-core has biases of experts without tensor parallelism inside an expert alone."""
+
+
+def _taken_for_granted(config: Any) -> dict[str, Any]:
+    """What Megatron-Bridge's provider of a family is fixed to, whatever config.json says."""
+    if config.model_type == "nemotron":
+        return dict(hidden_act="relu2", attention_bias=False, mlp_bias=False)
+    if config.model_type == "gpt_oss":
+        layers = config.num_hidden_layers
+        return dict(
+            swiglu_alpha=1.702,
+            swiglu_limit=7.0,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=(["sliding_attention", "full_attention"] * layers)[:layers],
+        )
+    return {}
 
 
 def check_family(path: Path, bridge: Any) -> None:
@@ -81,10 +99,23 @@ def check_family(path: Path, bridge: Any) -> None:
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
         )
+    for key, value in _taken_for_granted(config).items():
+        if getattr(config, key) != value:
+            raise ModelError(
+                f"{path}: {key}={getattr(config, key)} in config.json: Megatron-Bridge 0.6.2 takes {value} "
+                f"for granted, and would compute other logits; of type {kind}, models with {key}={value} are "
+                "trained"
+            )
 
 
 def check_layout(path: Path, model_type: str, layout: Layout) -> None:
-    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly."""
+    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly, or not at all."""
+    if model_type in BIASED_EXPERTS and layout.experts_tensor > 1:
+        raise LayoutError(
+            f"layout: {layout.experts_tensor} tensor-parallel ranks inside an expert: those of {path} have "
+            "biases, which megatron-core 0.19.2 does not divide; set layout.expert > 1 and "
+            "layout.expert_tensor=1"
+        )
     # FullDimQNorm and FullDimKNorm (minimax_m2_provider.py) sum over the ranks outside of autograd, and
     # OLMoESelfAttention (olmoe_provider.py) gives every rank the norm of all heads
     if model_type in NORMS_OF_ALL_HEADS and layout.tensor > 1:

@@ -22,23 +22,23 @@ YARN = dict(
     mscale_all_dim=0.707, original_max_position_embeddings=16,
 )  # fmt: skip
 
-Case = tuple[str, dict[str, Any], dict[str, int]]
-"""What transformers calls its classes, settings beside tiny_models.COMMON, the layout on two ranks."""
+Case = tuple[str, dict[str, Any], list[dict[str, int]]]
+"""What transformers calls its classes, settings beside tiny_models.COMMON, the layouts on two ranks."""
 MODELS: dict[str, Case] = {
-    "mistral": ("Mistral", dict(sliding_window=8), dict(tensor=2)),
-    "gemma": ("Gemma", dict(head_dim=16), dict(pipeline=2)),
+    "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2)]),
+    "gemma": ("Gemma", dict(head_dim=16), [dict(pipeline=2)]),
     "glm4_moe": (
         "Glm4Moe",
         dict(
             EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
             norm_topk_prob=True, routed_scaling_factor=2.5, use_qk_norm=True, attention_bias=True,
         ),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         dict(LATENT, q_lora_rank=32, n_shared_experts=1),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "deepseek_v2": (
         "DeepseekV2",
@@ -46,7 +46,7 @@ MODELS: dict[str, Case] = {
             LATENT, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", norm_topk_prob=False,
             routed_scaling_factor=1.0, rope_parameters=YARN,
         ),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "olmoe": (
         "Olmoe",
@@ -55,30 +55,43 @@ MODELS: dict[str, Case] = {
             num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, intermediate_size=32,
             pad_token_id=None,
         ),
-        dict(expert=2, data=2),
+        [dict(expert=2, data=2)],
     ),
     "minimax_m2": (
         "MiniMaxM2",
         dict(
             head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
         ),
-        dict(expert=2, data=2),
+        [dict(expert=2, data=2)],
     ),
     "exaone_moe": (
         "ExaoneMoe",
         dict(EXPERTS | WINDOW, num_experts=4, num_shared_experts=1),
-        dict(pipeline=2),
+        [dict(pipeline=2)],
     ),
     "hy_v3": (
         "HYV3",
         dict(EXPERTS, num_experts=4, num_shared_experts=1, first_k_dense_replace=1),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
+    ),
+    "nemotron": (
+        "Nemotron",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
+        [dict(tensor=2), dict(pipeline=2)],
+    ),
+    "gpt_oss": (
+        "GptOss",
+        dict(
+            head_dim=16, num_local_experts=4, num_experts_per_tok=2, intermediate_size=48, sliding_window=8,
+            tie_word_embeddings=False,
+        ),
+        [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
     ),
     "kimi_k2": (
         "DeepseekV3",
         # matrices larger than a block of FP8
         dict(FAMILIES["deepseek"][1], n_group=1, intermediate_size=160, moe_intermediate_size=144),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
 }  # fmt: skip
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""

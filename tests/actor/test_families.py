@@ -11,17 +11,23 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pmd.actor import families
+from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
-from megatron_pmd.hugging_face import TensorFiles
+from megatron_pmd.hugging_face import TensorFiles, bytes_of
 from tests.actor.family_models import MODELS, write_family, write_quantized, write_refused
 from tests.actor.launch import launch
 from tests.actor.reference import Reference
 from tests.actor.tiny_models import FAMILIES
 from tools.write_model_table import PAGE, page
+from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
 
-RANKS = (1, 2)
+CASES = {
+    f"{kind}, {words(layout)}": (kind, layout)
+    for kind, (_, _, layouts) in MODELS.items()
+    for layout in [{}, *layouts]
+}
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -37,32 +43,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folders: Path) -> dict[int, list[dict[str, Any]]]:
-    """By number of ranks, every rank's results."""
-    layouts: dict[int, dict[str, dict[str, int]]] = {
-        1: {kind: {} for kind in MODELS},
-        2: {kind: layout for kind, (_, _, layout) in MODELS.items()},
-    }
-    return {
-        ranks: program("families", ranks, cases={k: (folders / k, v) for k, v in layouts[ranks].items()})
-        for ranks in RANKS
-    }
+def results(folders: Path) -> dict[str, list[dict[str, Any]]]:
+    """By case, every rank's results."""
+    found = {}
+    for ranks in (1, 2):
+        own = {name: case for name, case in CASES.items() if Layout(**case[1]).ranks == ranks}
+        of_ranks = program("families", ranks, cases={n: (folders / k, v) for n, (k, v) in own.items()})
+        found |= {name: [rank[name] for rank in of_ranks] for name in own}
+    return found
 
 
-@pytest.fixture(params=MODELS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def reference(kind: str, folders: Path) -> Reference:
-    return torch.load(folders / kind / "reference.pt", weights_only=False)
+def reference(case: str, folders: Path) -> Reference:
+    return torch.load(folders / CASES[case][0] / "reference.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
+def test_log_probs_are_those_of_transformers(case, results, reference):
     whole = torch.full_like(reference.anchor, torch.nan)
-    for rank in (result[kind] for result in results[ranks]):
+    for rank in results[case]:
         own = ~rank["log_probs"].isnan()
         if rank["holds_logits"]:
             whole[own] = rank["log_probs"][own]
@@ -71,9 +74,8 @@ def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(ranks, kind, results, reference):
-    found, (expected,) = [result[kind] for result in results[ranks]], reference.steps
+def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case, results, reference):
+    found, (expected,) = results[case], reference.steps
     loss, count = (sum(rank["step"][i] for rank in found) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
     gradient = found[0]["gradient"]
@@ -85,11 +87,27 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(rank
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_a_folder_comes_back_byte_for_byte(kind, folders, results):
-    held = load_file(folders / kind / "model.safetensors")
-    exported = results[1][0][kind]["exported"]
+def test_a_folder_comes_back_byte_for_byte(case, folders, results):
+    held = load_file(folders / CASES[case][0] / "model.safetensors")
+    exported = results[case][0]["exported"]
     assert exported.keys() == held.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in held.items())
+
+
+@pytest.fixture(scope="module")
+def converted(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every folder's model as a checkpoint and as a folder again, in files of several parameters."""
+    out = tmp_path_factory.mktemp("converted")
+    cases = [(folders / kind, out / kind, None) for kind in MODELS]
+    launch("round_trips", module="tests.convert.conversion_programs", cases=cases, verified=([], []))
+    return out
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_conversion_there_and_back_keeps_every_byte(kind, folders, converted):
+    before, after = (TensorFiles(folder) for folder in (folders / kind, converted / kind / "hf"))
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
 
 
 OTHERS: dict[str, dict[str, Any]] = {"deepseek_v2, groups": dict(topk_method="group_limited_greedy")}

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from megatron_pmd.actor.packing import Row
 
@@ -59,6 +60,13 @@ class PackedAttention(MegatronModule):
         """Tokens before its own that a query sees; None: all."""
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size[0]
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """[heads] The score of a sink, which takes its share of the attention and adds nothing."""
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            config.init_method(self.softmax_offset)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 
     def forward(
@@ -101,17 +109,36 @@ class PackedAttention(MegatronModule):
             # a place without a query is taken for the last: a row of nothing but masked keys would give NaN
             last = torch.full((len(lengths), width), longest - 1)
             mask = {"attn_mask": self._sees(last.index_put((asked, place), position[own]), keys)[:, None]}
-        output = F.scaled_dot_product_attention(
+        scale = query.size(-1) ** -0.5 if self.scale is None else self.scale
+        padded = (
             batched(query, asked, place, width),
             batched(key, sequence, position, longest),
             batched(value, sequence, position, longest),
-            scale=self.scale,
-            enable_gqa=True,
-            **mask,
         )
+        if self.softmax_offset is not None:
+            mask = {"attn_mask": F.pad(mask.get("attn_mask", self._sees(keys, keys)), (0, 1), value=True)}
+            padded = _with_sink(*padded, self.softmax_offset / scale)
+        output = F.scaled_dot_product_attention(*padded, scale=scale, enable_gqa=True, **mask)
         return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
 
     def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Whether a query sees a key. queries [..., queries] and keys [keys]: their positions."""
         before = queries[..., None] - keys
         return (before >= 0) if self.window is None else (before >= 0) & (before <= self.window)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
+
+
+def _with_sink(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One key more, whose value is zero, and whose product with every query of a head is the head's `score`.
+
+    query, key, value [sequences, heads or groups, tokens, dim]; score [heads].
+    """
+    column = score.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
+    sink = F.one_hot(torch.tensor(key.size(-1))).to(key.dtype).expand(*key.shape[:2], 1, -1)
+    key = torch.cat([F.pad(key, (0, 1)), sink], dim=2)
+    return torch.cat([query, column], dim=-1), key, F.pad(value, (0, 0, 0, 1))

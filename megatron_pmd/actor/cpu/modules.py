@@ -24,25 +24,44 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_pmd.actor.cpu.attention import PackedAttention
 from megatron_pmd.actor.latent_attention import LatentAttention
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
 
-    The mark on the weight is all it takes: finalize_model_grads() then sums its gradient over the
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
+
+    The mark on the parameters is all it takes: finalize_model_grads() then sums their gradients over the
     tensor-parallel ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps, self.offset = eps, float(config.layernorm_zero_centered_gamma)
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype) - self.offset)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight, bias = _norm_parameters(config, hidden_size)
+        self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight + self.offset, self.eps)
+        return _normalise(x, self.weight + self.offset, self.bias, self.eps)
+
+
+def _norm_parameters(config: Any, width: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """The weight of a norm, and the bias that a LayerNorm has."""
+    ones = torch.ones(width, dtype=config.params_dtype)
+    weight = torch.nn.Parameter(ones - float(config.layernorm_zero_centered_gamma))
+    bias = torch.nn.Parameter(torch.zeros_like(ones)) if config.normalization == "LayerNorm" else None
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.sequence_parallel = config.sequence_parallel
+    return weight, bias
+
+
+def _normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Over the last dimension: LayerNorm where there is a bias, else RMSNorm."""
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and a column-parallel linear in one module, as TE fuses them."""
+    """A norm and a column-parallel linear in one module, as TE fuses them."""
 
     return_layernorm_output = False
     """An adapter, whose input is the norm's output, sets it."""
@@ -53,12 +72,11 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.in_features, self.out_features = input_size, self.output_size_per_partition
         self.eps, self.offset = config.layernorm_epsilon, float(config.layernorm_zero_centered_gamma)
-        norm = torch.ones(input_size, dtype=config.params_dtype) - self.offset
-        self.layer_norm_weight = torch.nn.Parameter(norm)
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight, bias = _norm_parameters(config, input_size)
+        self.register_parameter("layer_norm_bias", bias)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = F.rms_norm(x, (x.size(-1),), self.layer_norm_weight + self.offset, self.eps)
+        normed = _normalise(x, self.layer_norm_weight + self.offset, self.layer_norm_bias, self.eps)
         output, bias = super().forward(normed, *args, **kwargs)
         return ((output, normed) if self.return_layernorm_output else output), bias
 
@@ -93,7 +111,7 @@ class TELinear(torch.nn.Module):
 
 
 class _GroupedLinear(torch.nn.Module):
-    """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens."""
+    """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens; and one bias each."""
 
     parallel_dimension: int
 
@@ -106,10 +124,13 @@ class _GroupedLinear(torch.nn.Module):
         config: Any,
         init_method: Any,
         pg_collection: Any,
+        bias: bool,
+        skip_bias_add: bool,
         **_: Any,
     ) -> None:
         super().__init__()
         self.num_gemms, self.groups, self.config = num_gemms, pg_collection, config
+        self.bias, self.skip_bias_add = bias, skip_bias_add
         shape = [output_size, input_size]
         shape[self.parallel_dimension] //= pg_collection.expt_tp.size()
         self.out_features, self.in_features = shape
@@ -119,10 +140,21 @@ class _GroupedLinear(torch.nn.Module):
             set_tensor_model_parallel_attributes(weight, True, self.parallel_dimension, 1)
             weight.allreduce = config.expert_model_parallel_size == 1
             self.register_parameter(f"weight{i}", weight)
+            if bias:  # megatron-core has them without tensor parallelism inside an expert alone
+                own = torch.nn.Parameter(torch.zeros(self.out_features, dtype=config.params_dtype))
+                set_tensor_model_parallel_attributes(own, True, 0, 1)
+                own.allreduce = weight.allreduce
+                self.register_parameter(f"bias{i}", own)
 
-    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
-        parts = torch.split(x, m_splits)
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """The product, and the experts' biases where skip_bias_add leaves them to the caller."""
+        biases = [getattr(self, f"bias{i}") if self.bias else None for i in range(self.num_gemms)]
+        added = [None] * self.num_gemms if self.skip_bias_add else biases
+        parts = [
+            F.linear(part, getattr(self, f"weight{i}"), added[i])
+            for i, part in enumerate(torch.split(x, m_splits))
+        ]
+        return torch.cat(parts), biases if self.bias and self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         experts = self.groups.ep.size() * self.num_gemms
@@ -130,8 +162,9 @@ class _GroupedLinear(torch.nn.Module):
         state = self.state_dict(prefix="", keep_vars=True)
         sharded = {}
         for i in range(self.num_gemms):
+            kinds = ("weight", "bias") if self.bias else ("weight",)
             one = make_sharded_tensors_for_checkpoint(
-                {f"{i}.weight": state[f"weight{i}"]},
+                {f"{i}.{kind}": state[f"{kind}{i}"] for kind in kinds},
                 "",
                 {f"{i}.weight": self.parallel_dimension},
                 (*sharded_offsets, (len(sharded_offsets), first + i, experts)),
@@ -139,9 +172,10 @@ class _GroupedLinear(torch.nn.Module):
                 dp_cp_group=metadata["dp_cp_group"],
             )
             replace_prefix_for_sharding(one, f"{i}.", prefix)
-            tensor = one[f"{i}.weight"]
-            tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
-            sharded[f"{prefix}weight{i}"] = tensor
+            for kind in kinds:
+                tensor = one[f"{i}.{kind}"]
+                tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
+                sharded[f"{prefix}{kind}{i}"] = tensor
         return sharded
 
 
@@ -172,17 +206,17 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if latent:
         layer.self_attention.module = LatentAttention
-        layer.input_layernorm = RMSNorm
+        layer.input_layernorm = Norm
         attention.linear_q_down_proj = attention.linear_kv_down_proj = TELinear
         attention.linear_q_up_proj = attention.linear_kv_up_proj = TELayerNormColumnParallelLinear
         attention.q_layernorm = attention.kv_layernorm = IdentityOp
     else:
         layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
         if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            attention.q_layernorm = attention.k_layernorm = Norm
         _whole_norms(spec, of_family)
     if is_moe:
-        layer.pre_mlp_layernorm = RMSNorm
+        layer.pre_mlp_layernorm = Norm
         layer.mlp.keywords["submodules"].experts = partial(
             TEGroupedMLP,
             submodules=GroupedMLPSubmodules(
@@ -230,4 +264,4 @@ def block_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [layer_spec(config, is_moe, of_family) for is_moe in pattern[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
