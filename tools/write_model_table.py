@@ -37,9 +37,9 @@ grep model_type models/Qwen3-30B-A3B-Base/config.json
 ## What works
 
 Of each of these a tiny random model is compared with transformers in float64. Log-probabilities are within
-1e-5. The whole gradient of each tensor is within 1e-5 of its norm. Every tensor comes back from the actor bit
-for bit. The third column has the layouts that are compared on two or more CPU processes. Other layouts of a
-family are not compared.
+1e-5. The whole gradient of each tensor is within 1e-5 of its norm. Every tensor comes back bit for bit: from
+the actor, as it goes to the engines, and from a conversion there and back. The third column has the layouts
+that are compared on two or more CPU processes. Other layouts of a family are not compared.
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
@@ -50,8 +50,14 @@ These settings are refused, although the family works:
 
 - DeepSeek-V2 with `topk_method=group_limited_greedy` (the large V2): megatron-core chooses groups otherwise.
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
-- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, and `yarn`
-  of DeepSeek and Kimi.
+- gpt-oss with `layout.tensor` above 1 and `layout.expert=1`: megatron-core does not divide experts that have
+  biases. Set `layout.expert` above 1.
+- gpt-oss in MXFP4, as it is published. The message says how transformers writes a bf16 folder.
+- gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
+  limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its
+  matrices.
+- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
+  DeepSeek and Kimi, and gpt-oss's own.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
 trained.

@@ -137,6 +137,26 @@ def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
     return meant
 
 
+def write_blocks(source: Path, folder: Path) -> Path:
+    """The model as gpt-oss is published: its experts' matrices are in MXFP4, under names of its own."""
+    shutil.copytree(source, folder)
+    held = load_file(folder / "model.safetensors")
+    for name in [name for name in held if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        scales = torch.zeros_like(held.pop(name)[..., ::32], dtype=torch.uint8)
+        held[name + "_blocks"], held[name + "_scales"] = scales[..., None].repeat(1, 1, 1, 16), scales
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_rope(source: Path, folder: Path, **changes: Any) -> Path:
+    """The model with other rotary settings."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_refused(folder: Path, kind: str, architecture: str, **changes: Any) -> None:
     """A folder with a configuration alone."""
     from transformers import CONFIG_MAPPING

@@ -14,7 +14,14 @@ from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
-from tests.actor.family_models import MODELS, write_family, write_quantized, write_refused
+from tests.actor.family_models import (
+    MODELS,
+    write_blocks,
+    write_family,
+    write_quantized,
+    write_refused,
+    write_rope,
+)
 from tests.actor.launch import launch
 from tests.actor.reference import Reference
 from tests.actor.tiny_models import FAMILIES
@@ -110,7 +117,26 @@ def test_a_conversion_there_and_back_keeps_every_byte(kind, folders, converted):
     assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
 
 
-OTHERS: dict[str, dict[str, Any]] = {"deepseek_v2, groups": dict(topk_method="group_limited_greedy")}
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_rank_knows_which_regions_of_the_tensors_it_holds(kind, folders, results):
+    """Without asking Megatron-Bridge to gather one: so they go to the engines."""
+    held = load_file(folders / kind / "model.safetensors")
+    for case in (case for case, (other, _) in CASES.items() if other == kind):
+        seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in held.items()}
+        for rank in results[case]:
+            assert rank["irregular"] == []
+            for region, tensor in rank["shards"].items():
+                own = held[region.name].narrow(region.dim, region.start, region.length)
+                assert torch.equal(tensor.reshape(own.shape), own), region
+                seen[region.name].narrow(region.dim, region.start, region.length).fill_(True)
+        assert all(whole.all() for whole in seen.values())
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2, groups": dict(topk_method="group_limited_greedy"),
+    "gpt_oss, layers": dict(layer_types=["full_attention"] * 36),
+    "nemotron, biases": dict(attention_bias=True),
+}
 """Configurations of families that work, which are refused."""
 
 
@@ -132,9 +158,14 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
-    layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in families.NORMS_OF_ALL_HEADS}
+    whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
+    layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in whole}
     named = {folder.name: folder for folder in root.iterdir()}
-    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0])[0]
+    unread = {
+        "gpt_oss, MXFP4": write_blocks(folders / "gpt_oss", root / "blocks"),
+        "gpt_oss, rope": write_rope(folders / "gpt_oss", root / "rope", factor=16.0),
+    }
+    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)
@@ -187,6 +218,17 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     for kind in families.NORMS_OF_ALL_HEADS:
         error, message = refused["said"][f"{kind}, tensor=2"]
         assert error == "LayoutError" and "normalises the queries of all heads at once" in message
+    for kind in families.BIASED_EXPERTS:
+        error, message = refused["said"][f"{kind}, tensor=2"]
+        assert error == "LayoutError" and "have biases" in message and "layout.expert > 1" in message
+    for name, words_of_it in {
+        "gpt_oss, layers": "layer_types=['full_attention'",
+        "nemotron, biases": "attention_bias=True",
+        "gpt_oss, rope": "'factor': 16.0",
+        "gpt_oss, MXFP4": "mlp.experts.down_proj is MXFP4",
+    }.items():
+        error, message = refused["said"][name]
+        assert error == "ModelError" and words_of_it in message, message
 
 
 def test_every_family_that_works_is_compared_here_or_with_four_layers():
