@@ -11,6 +11,7 @@ from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
 from tests.actor.conftest import LAYOUTS
 from tests.actor.family_models import MODELS
 from tests.actor.tiny_models import FAMILIES
+from tests.engine.test_every_family import DIES, OTHERWISE, SERVED
 from tools.write_proof_table import proofs, table, words
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -43,8 +44,10 @@ that are compared on two or more CPU processes. Other layouts of a family are no
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
-only. "Engines not tried": SGLang has a class for the model, and no test has started it. "Whole loop": a test
-runs SGLang with such a model ([proofs](proofs.md)). **Nothing of this was run on a GPU.**
+only, or for the reason beside it. "Whole loop": a test runs SGLang with such a model ([proofs](proofs.md)).
+"Served": an engine, given the weights, computes transformers' log-probabilities within 1e-4 in
+`tests/engine/test_every_family.py`, which is run by name, outside of the suite. "Engines not tried": SGLang
+has a class for the model, and no test has started it. **Nothing of this was run on a GPU.**
 
 These settings are refused, although the family works:
 
@@ -89,8 +92,13 @@ def on_a_cpu(kind: str) -> str:
     """How a model of the family can be trained there, as far as a test shows it."""
     if kind in LATENT_ATTENTION:
         return "replays"
-    (served,) = (proof.families for proof in proofs() if proof.title == "SGLang")
-    return "whole loop" if served & {*OF_FOUR_LAYERS.get(kind, ())} else "replays; engines not tried"
+    (in_loops,) = (proof.families for proof in proofs() if proof.title == "SGLang")
+    if in_loops & {*OF_FOUR_LAYERS.get(kind, ())}:
+        return "whole loop"
+    if kind in SERVED:
+        return "served"
+    reasons = OTHERWISE | {name: reason for name, (_, reason) in DIES.items()}
+    return f"replays: {reasons[kind]}" if kind in reasons else "replays; engines not tried"
 
 
 def page() -> str:

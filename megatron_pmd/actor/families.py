@@ -7,11 +7,14 @@ without an error, and its logits are wrong.
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_pmd.config import Layout
-from megatron_pmd.errors import LayoutError, ModelError
+from megatron_pmd.errors import LayoutError, MissingPackage, ModelError
 
 PROVEN: dict[str, str] = {
     "deepseek_v2": "DeepSeek-V2-Lite",
@@ -30,7 +33,9 @@ PROVEN: dict[str, str] = {
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
+    "qwen3_5_text": "Qwen3.5",
     "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
 }
 """model_type of config.json, and whose it is: tests/actor/test_families.py compares each."""
 
@@ -47,8 +52,6 @@ REFUSED: dict[str, str] = {
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
     "qwen3_5_moe_text": "it has linear attention, whose kernels need CUDA; it is not compared",
-    "qwen3_5_text": "it has linear attention, whose kernels need CUDA; it is not compared",
-    "qwen3_next": "it has linear attention, whose kernels need CUDA; it is not compared",
 }
 """model_type, and what the error says of it."""
 
@@ -56,6 +59,8 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
+LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
+"""On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 BIASED_EXPERTS = frozenset({"gpt_oss"})
@@ -98,6 +103,12 @@ def check_family(path: Path, bridge: Any) -> None:
             f"{path}: topk_method={config.topk_method} in config.json: it chooses groups of experts by their "
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
+        )
+    if kind in LINEAR_ATTENTION and torch.cuda.is_available() and find_spec("fla") is None:
+        raise MissingPackage(
+            f"{path}: models of type {kind} have linear attention, for which megatron-core 0.19.2 takes the "
+            "kernels of flash-linear-attention (module fla); it is not installed, and nobody has run it with "
+            "this version on a GPU"
         )
     for key, value in _taken_for_granted(config).items():
         if getattr(config, key) != value:

@@ -17,13 +17,17 @@ from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
 
 EXPERTS: dict[str, Any] = dict(head_dim=16, moe_intermediate_size=32, num_experts_per_tok=2)
 WINDOW: dict[str, Any] = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+LINEAR: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=12,
+    linear_num_key_heads=2, linear_num_value_heads=4,
+)  # fmt: skip
 YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=40.0, beta_fast=32, beta_slow=1, mscale=0.707,
     mscale_all_dim=0.707, original_max_position_embeddings=16,
 )  # fmt: skip
 
 Case = tuple[str, dict[str, Any], list[dict[str, int]]]
-"""What transformers calls its classes, settings beside tiny_models.COMMON, the layouts on two ranks."""
+"""What transformers calls its configuration, settings beside tiny_models.COMMON, the layouts on two ranks."""
 MODELS: dict[str, Case] = {
     "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2)]),
     "gemma": ("Gemma", dict(head_dim=16), [dict(pipeline=2)]),
@@ -87,6 +91,16 @@ MODELS: dict[str, Case] = {
         ),
         [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            EXPERTS | LINEAR, num_experts=4, shared_expert_intermediate_size=32, partial_rotary_factor=0.5
+        ),
+        [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5Text", dict(LINEAR, head_dim=16, tie_word_embeddings=False), [dict(tensor=2)]
+    ),
     "kimi_k2": (
         "DeepseekV3",
         # matrices larger than a block of FP8
@@ -97,10 +111,15 @@ MODELS: dict[str, Case] = {
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
 
-def write_family(folder: Path, kind: str) -> None:
-    """The model, and what transformers computes with it."""
+def write_model_of(folder: Path, kind: str) -> None:
+    """The model of a family."""
     name, settings, _ = MODELS[kind]
     write(folder, name, {**settings, "num_hidden_layers": 2})
+
+
+def write_family(folder: Path, kind: str) -> None:
+    """The model, and what transformers computes with it."""
+    write_model_of(folder, kind)
     torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
     if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
         config = json.loads((folder / "config.json").read_text())

@@ -83,7 +83,7 @@ def write_model(folder: Path, family: str, **changes: Any) -> None:
 
 
 def write(folder: Path, name: str, settings: dict[str, Any]) -> None:
-    """As write_model; name: what transformers calls the family's classes."""
+    """As write_model; name: what transformers calls the family's configuration."""
     import transformers
 
     kind = getattr(transformers, f"{name}Config")
@@ -91,7 +91,7 @@ def write(folder: Path, name: str, settings: dict[str, Any]) -> None:
     common = {key: value for key, value in COMMON.items() if key != "rms_norm_eps" or hasattr(kind, key)}
     config = kind(**{**common, **settings})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1 or key.endswith("_bias"):

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -187,9 +193,10 @@ class TERowParallelGroupedLinear(_GroupedLinear):
     parallel_dimension = 1
 
 
-def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
+def layer_spec(config: Any, is_moe: bool, of_family: Any, *, is_linear: bool = False) -> ModuleSpec:
     """megatron-core's local layer spec with the modules above where Transformer Engine's would stand.
 
+    is_linear: the layer has a gated delta net in the place of attention.
     of_family: the function that makes the layers of Megatron-Bridge's family, with Transformer Engine.
     """
     latent = config.multi_latent_attention
@@ -215,6 +222,13 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = Norm
         _whole_norms(spec, of_family)
+    if is_linear:
+        layer.self_attention = ModuleSpec(
+            module=GatedDeltaNet,
+            submodules=GatedDeltaNetSubmodules(
+                in_proj=TELayerNormColumnParallelLinear, out_norm=Norm, out_proj=RowParallelLinear
+            ),
+        )
     if is_moe:
         layer.pre_mlp_layernorm = Norm
         layer.mlp.keywords["submodules"].experts = partial(
@@ -263,5 +277,10 @@ def block_spec(
         ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(config, is_moe, of_family) for is_moe in pattern[first : first + count]]
+    linear = [False] * config.num_layers
+    if config.experimental_attention_variant == "gated_delta_net":
+        linear = [bool(own) for own in get_linear_attention_pattern(config)]
+    layers = [
+        layer_spec(config, pattern[i], of_family, is_linear=linear[i]) for i in range(first, first + count)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
