@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
+from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
 from tests.actor.family_models import MODELS
 from tests.actor.tiny_models import FAMILIES
@@ -55,12 +56,17 @@ These settings are refused, although the family works:
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
 - gpt-oss with `layout.tensor` above 1 and `layout.expert=1`: megatron-core does not divide experts that have
   biases. Set `layout.expert` above 1.
+- Qwen3-Next and Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there: megatron-core
+  takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On a CPU torch
+  computes the same, slowly.
 - gpt-oss in MXFP4, as it is published. The message says how transformers writes a bf16 folder.
 - gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
   limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its
   matrices.
 - `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
   DeepSeek and Kimi, and gpt-oss's own.
+
+`plan` counts {counted} alone.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
 trained.
@@ -107,7 +113,7 @@ def page() -> str:
     parts = [
         HEAD,
         table(["model_type", "models", "layouts compared, beside one process", "on a CPU"], works),
-        REPLAYS,
+        REPLAYS.format(counted=", ".join(f"`{kind}`" for kind in COUNTED)),
         NOT,
         table(["model_type", "why"], [[f"`{kind}`", reason] for kind, reason in REFUSED.items()]),
         OTHERS,

@@ -33,6 +33,7 @@ PROVEN: dict[str, str] = {
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
+    "qwen3_5_moe_text": "Qwen3.5-MoE",
     "qwen3_5_text": "Qwen3.5",
     "qwen3_moe": "Qwen3-MoE",
     "qwen3_next": "Qwen3-Next",
@@ -51,7 +52,6 @@ REFUSED: dict[str, str] = {
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "qwen3_5_moe_text": "it has linear attention, whose kernels need CUDA; it is not compared",
 }
 """model_type, and what the error says of it."""
 
@@ -59,7 +59,7 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
-LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
+LINEAR_ATTENTION = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
@@ -119,8 +119,17 @@ def check_family(path: Path, bridge: Any) -> None:
             )
 
 
-def check_layout(path: Path, model_type: str, layout: Layout) -> None:
-    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly, or not at all."""
+def check_layout(path: Path, config: Any, layout: Layout) -> None:
+    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly, or not at all.
+
+    config: transformers' of the model.
+    """
+    model_type, ranks = config.model_type, layout.tensor * layout.context
+    if model_type in LINEAR_ATTENTION and config.linear_num_key_heads % ranks:
+        raise LayoutError(
+            f"layout.tensor={layout.tensor} x context={layout.context} does not divide the "
+            f"{config.linear_num_key_heads} key heads of {path}'s linear attention"
+        )
     if model_type in BIASED_EXPERTS and layout.experts_tensor > 1:
         raise LayoutError(
             f"layout: {layout.experts_tensor} tensor-parallel ranks inside an expert: those of {path} have "

@@ -137,7 +137,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
-    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config.model_type, config.layout)
+    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config, config.layout)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:

@@ -57,7 +57,7 @@ MODELS: dict[str, Case] = {
         # the row of a token for padding starts as zero, and gets no gradient in transformers
         dict(
             num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, intermediate_size=32,
-            pad_token_id=None,
+            pad_token_id=None, rms_norm_eps=1e-5,  # SGLang takes the published one, whatever config.json says
         ),
         [dict(expert=2, data=2)],
     ),
@@ -100,6 +100,13 @@ MODELS: dict[str, Case] = {
     ),
     "qwen3_5_text": (
         "Qwen3_5Text", dict(LINEAR, head_dim=16, tie_word_embeddings=False), [dict(tensor=2)]
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        dict(
+            EXPERTS | LINEAR, num_experts=4, shared_expert_intermediate_size=32, tie_word_embeddings=False
+        ),
+        [dict(tensor=2, expert=2)],
     ),
     "kimi_k2": (
         "DeepseekV3",

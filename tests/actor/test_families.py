@@ -88,7 +88,7 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
     # Megatron-Bridge adds 1 to these on the way out: megatron-core holds them around zero
     gradient = {
-        name: tensor - name.endswith("linear_attn.norm.weight")
+        name: tensor - float(name.endswith("linear_attn.norm.weight"))
         for name, tensor in found[0]["gradient"].items()
     }
     assert expected.gradient.keys() <= gradient.keys()
@@ -126,6 +126,7 @@ GATHERED = {
     "glm4_moe_lite": r".*",
     "minimax_m2": r"[qk]_norm\.weight$",
     "qwen3_next": r"linear_attn|self_attn\.[qkv]_proj",
+    "qwen3_5_moe_text": r"linear_attn|self_attn\.[qkv]_proj|mlp\.experts",
     "qwen3_5_text": r"linear_attn|self_attn\.[qkv]_proj",
 }
 """The tensors that Megatron-Bridge alone can make, by family: all ranks gather them."""
@@ -176,6 +177,7 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
         write_refused(root / name, kind, CLASSES[kind], **changes)
     whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
     layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in whole}
+    layouts["qwen3_next, four ways"] = (folders / "qwen3_next", dict(tensor=2, context=2, expert=2))
     named = {folder.name: folder for folder in root.iterdir()}
     unread = {
         "gpt_oss, MXFP4": write_blocks(folders / "gpt_oss", root / "blocks"),
@@ -237,6 +239,8 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     for kind in families.BIASED_EXPERTS:
         error, message = refused["said"][f"{kind}, tensor=2"]
         assert error == "LayoutError" and "have biases" in message and "layout.expert > 1" in message
+    error, message = refused["said"]["qwen3_next, four ways"]
+    assert error == "LayoutError" and "does not divide the 2 key heads" in message
     for name, words_of_it in {
         "gpt_oss, layers": "layer_types=['full_attention'",
         "nemotron, biases": "attention_bias=True",
