@@ -24,10 +24,11 @@ from tests.weight_sync.filling import fill
 
 pytestmark = pytest.mark.slow
 
-SERVED: frozenset[str] = frozenset()
+SERVED = frozenset({"qwen2"})
 """model_type of families whose engine, given the actor's tensors, computes what transformers does."""
 OTHERWISE = {
     "gemma": "SGLang computes the exact GELU, transformers its approximation",
+    "olmoe": "SGLang takes 1e-5 for `rms_norm_eps`, whatever config.json says",
     "mistral": "SGLang ignores `sliding_window`",
 }
 """Families of which an engine computes something else, and why."""
