@@ -39,9 +39,10 @@ grep model_type models/Qwen3-30B-A3B-Base/config.json
 ## What works
 
 Of each of these a tiny random model is compared with transformers in float64. Log-probabilities are within
-1e-5. The whole gradient of each tensor is within 1e-5 of its norm. Every tensor comes back bit for bit: from
-the actor, as it goes to the engines, and from a conversion there and back. The third column has the layouts
-that are compared on two or more CPU processes. Other layouts of a family are not compared.
+1e-5. The whole gradient of each tensor is within 1e-5 of its norm; that of linear attention's `A_log` and
+`dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and from
+a conversion there and back. The third column has the layouts that are compared on two or more CPU processes.
+Other layouts of a family are not compared.
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
@@ -56,9 +57,9 @@ These settings are refused, although the family works:
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
 - gpt-oss with `layout.tensor` above 1 and `layout.expert=1`: megatron-core does not divide experts that have
   biases. Set `layout.expert` above 1.
-- Qwen3-Next and Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there: megatron-core
-  takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On a CPU torch
-  computes the same, slowly.
+- Qwen3-Next and the dense Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there:
+  megatron-core takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On
+  a CPU torch computes the same, slowly.
 - gpt-oss in MXFP4, as it is published. The message says how transformers writes a bf16 folder.
 - gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
   limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its

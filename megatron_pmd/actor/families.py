@@ -33,7 +33,6 @@ PROVEN: dict[str, str] = {
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
-    "qwen3_5_moe_text": "Qwen3.5-MoE",
     "qwen3_5_text": "Qwen3.5",
     "qwen3_moe": "Qwen3-MoE",
     "qwen3_next": "Qwen3-Next",
@@ -52,6 +51,8 @@ REFUSED: dict[str, str] = {
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
+    "qwen3_5_moe_text": "Megatron-Bridge's mapping of its experts reads the names of the folder's tensors, and "
+    "the config.json that is kept with a checkpoint has none beside it: it cannot be converted back",
 }
 """model_type, and what the error says of it."""
 
@@ -59,7 +60,7 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
-LINEAR_ATTENTION = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
+LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
 """On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""

@@ -96,7 +96,9 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
         name: float((gradient[name].double() - own).norm() / own.norm())
         for name, own in expected.gradient.items()
     }
-    assert max(errors.values()) < 1e-5, errors
+    # of these two the terms cancel, and transformers computes the rule in fp32 whatever the model's type is
+    bounds = {name: 1e-4 if name.endswith((".A_log", ".dt_bias")) else 1e-5 for name in errors}
+    assert all(error < bounds[name] for name, error in errors.items()), errors
 
 
 def test_a_folder_comes_back_byte_for_byte(case, folders, results):
@@ -126,7 +128,6 @@ GATHERED = {
     "glm4_moe_lite": r".*",
     "minimax_m2": r"[qk]_norm\.weight$",
     "qwen3_next": r"linear_attn|self_attn\.[qkv]_proj",
-    "qwen3_5_moe_text": r"linear_attn|self_attn\.[qkv]_proj|mlp\.experts",
     "qwen3_5_text": r"linear_attn|self_attn\.[qkv]_proj",
 }
 """The tensors that Megatron-Bridge alone can make, by family: all ranks gather them."""
