@@ -40,9 +40,9 @@ grep model_type models/Qwen3-30B-A3B-Base/config.json
 
 Of each of these a tiny random model is compared with transformers in float64. Log-probabilities are within
 1e-5. The whole gradient of each tensor is within 1e-5 of its norm; that of linear attention's `A_log` and
-`dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and from
-a conversion there and back. The third column has the layouts that are compared on two or more CPU processes.
-Other layouts of a family are not compared.
+`dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and
+from a conversion there and back. The third column has the layouts that are compared on two or more CPU
+processes. Other layouts of a family are not compared.
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs

@@ -51,8 +51,8 @@ REFUSED: dict[str, str] = {
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "qwen3_5_moe_text": "Megatron-Bridge's mapping of its experts reads the names of the folder's tensors, and "
-    "the config.json that is kept with a checkpoint has none beside it: it cannot be converted back",
+    "qwen3_5_moe_text": "Megatron-Bridge's mapping of its experts reads the names of the folder's tensors; "
+    "the config.json that is kept with a checkpoint has none beside it, so it cannot be converted back",
 }
 """model_type, and what the error says of it."""
 
