@@ -29,7 +29,7 @@ PROVEN: dict[str, str] = {
     "llama": "Llama 2, 3",
     "minimax_m2": "MiniMax-M2",
     "mistral": "Mistral",
-    "nemotron": "Nemotron-3, Nemotron-4",
+    "nemotron": "Nemotron-4, Minitron",
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
