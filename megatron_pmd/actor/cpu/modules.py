@@ -38,6 +38,8 @@ class Norm(torch.nn.Module):
     tensor-parallel ranks.
     """
 
+    bias: torch.nn.Parameter | None
+
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps, self.offset = eps, float(config.layernorm_zero_centered_gamma)
