@@ -19,6 +19,8 @@ WITH_CUDA_PACKAGES = [
     Path(__file__).parent / name for name in ("gpu_contract", "emulated_cuda", "gpu_emulated")
 ]
 """They make torch believe in a GPU: an environment and processes of their own."""
+RUN_BY_NAME = [*WITH_CUDA_PACKAGES, Path(__file__).parent / "engine" / "test_every_family.py"]
+"""The last starts an engine a family: minutes."""
 
 
 class ByFile(LoadScopeScheduling):
@@ -39,8 +41,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave these folders out unless one is asked for by its path, as `make gpu-contract` does."""
-    if collection_path not in WITH_CUDA_PACKAGES:
+    """Leave these out unless one is asked for by its path, as `make gpu-contract` does."""
+    if collection_path not in RUN_BY_NAME:
         return None
     named = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
     asked = any(path == collection_path or collection_path in path.parents for path in named)

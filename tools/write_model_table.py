@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
+from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
 from tests.actor.family_models import MODELS
 from tests.actor.tiny_models import FAMILIES
+from tests.engine.test_every_family import DIES, OTHERWISE, SERVED
 from tools.write_proof_table import proofs, table, words
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -37,21 +39,35 @@ grep model_type models/Qwen3-30B-A3B-Base/config.json
 ## What works
 
 Of each of these a tiny random model is compared with transformers in float64. Log-probabilities are within
-1e-5. The whole gradient of each tensor is within 1e-5 of its norm. Every tensor comes back from the actor bit
-for bit. The third column has the layouts that are compared on two or more CPU processes. Other layouts of a
-family are not compared.
+1e-5. The whole gradient of each tensor is within 1e-5 of its norm; that of linear attention's `A_log` and
+`dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and
+from a conversion there and back. The third column has the layouts that are compared on two or more CPU
+processes. Other layouts of a family are not compared.
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
-only. "Engines not tried": SGLang has a class for the model, and no test has started it. "Whole loop": a test
-runs SGLang with such a model ([proofs](proofs.md)). **Nothing of this was run on a GPU.**
+only, or for the reason beside it. "Whole loop": a test runs SGLang with such a model ([proofs](proofs.md)).
+"Served": an engine, given the weights, computes transformers' log-probabilities within 1e-4 in
+`tests/engine/test_every_family.py`, which is run by name, outside of the suite. "Engines not tried": SGLang
+has a class for the model, and no test has started it. **Nothing of this was run on a GPU.**
 
 These settings are refused, although the family works:
 
 - DeepSeek-V2 with `topk_method=group_limited_greedy` (the large V2): megatron-core chooses groups otherwise.
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
-- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, and `yarn`
-  of DeepSeek and Kimi.
+- gpt-oss with `layout.tensor` above 1 and `layout.expert=1`: megatron-core does not divide experts that have
+  biases. Set `layout.expert` above 1.
+- Qwen3-Next and the dense Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there:
+  megatron-core takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On
+  a CPU torch computes the same, slowly.
+- gpt-oss in MXFP4, as it is published. The message says how transformers writes a bf16 folder.
+- gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
+  limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its
+  matrices.
+- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
+  DeepSeek and Kimi, and gpt-oss's own.
+
+`plan` counts {counted} alone.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
 trained. Conversions and exports carry them
@@ -76,7 +92,7 @@ def compared(kind: str) -> str:
         assert set(own) <= FAMILIES.keys()
         layouts = [layout for family, layout in LAYOUTS.values() if family in own]
     else:
-        layouts = [MODELS[kind][2]]
+        layouts = MODELS[kind][2]
     return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
 
 
@@ -84,8 +100,13 @@ def on_a_cpu(kind: str) -> str:
     """How a model of the family can be trained there, as far as a test shows it."""
     if kind in LATENT_ATTENTION:
         return "replays"
-    (served,) = (proof.families for proof in proofs() if proof.title == "SGLang")
-    return "whole loop" if served & {*OF_FOUR_LAYERS.get(kind, ())} else "replays; engines not tried"
+    (in_loops,) = (proof.families for proof in proofs() if proof.title == "SGLang")
+    if in_loops & {*OF_FOUR_LAYERS.get(kind, ())}:
+        return "whole loop"
+    if kind in SERVED:
+        return "served"
+    reasons = OTHERWISE | {name: reason for name, (_, reason) in DIES.items()}
+    return f"replays: {reasons[kind]}" if kind in reasons else "replays; engines not tried"
 
 
 def page() -> str:
@@ -94,7 +115,7 @@ def page() -> str:
     parts = [
         HEAD,
         table(["model_type", "models", "layouts compared, beside one process", "on a CPU"], works),
-        REPLAYS,
+        REPLAYS.format(counted=", ".join(f"`{kind}`" for kind in COUNTED)),
         NOT,
         table(["model_type", "why"], [[f"`{kind}`", reason] for kind, reason in REFUSED.items()]),
         OTHERS,

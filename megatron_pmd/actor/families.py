@@ -7,11 +7,14 @@ without an error, and its logits are wrong.
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_pmd.config import Layout
-from megatron_pmd.errors import LayoutError, ModelError
+from megatron_pmd.errors import LayoutError, MissingPackage, ModelError
 
 PROVEN: dict[str, str] = {
     "deepseek_v2": "DeepSeek-V2-Lite",
@@ -20,15 +23,19 @@ PROVEN: dict[str, str] = {
     "gemma": "Gemma",
     "glm4_moe": "GLM-4.5, 4.6",
     "glm4_moe_lite": "GLM-4.7-Flash",
+    "gpt_oss": "gpt-oss",
     "hy_v3": "Hy3",
     "kimi_k2": "Kimi-K2",
     "llama": "Llama 2, 3",
     "minimax_m2": "MiniMax-M2",
     "mistral": "Mistral",
+    "nemotron": "Nemotron-4, Minitron",
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
+    "qwen3_5_text": "Qwen3.5",
     "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
 }
 """model_type of config.json, and whose it is: tests/actor/test_families.py compares each."""
 
@@ -42,13 +49,10 @@ REFUSED: dict[str, str] = {
     "gemma3_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "gemma4_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
-    "gpt_oss": "its attention has sinks, and its experts biases and a clamped activation; none is compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
-    "nemotron": "its norms subtract the mean and have biases, which is not compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "qwen3_5_moe_text": "it has linear attention, whose kernels need CUDA; it is not compared",
-    "qwen3_5_text": "it has linear attention, whose kernels need CUDA; it is not compared",
-    "qwen3_next": "it has linear attention, whose kernels need CUDA; it is not compared",
+    "qwen3_5_moe_text": "Megatron-Bridge's mapping of its experts reads the names of the folder's tensors; "
+    "the config.json that is kept with a checkpoint has none beside it, so it cannot be converted back",
 }
 """model_type, and what the error says of it."""
 
@@ -56,8 +60,28 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
+LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
+"""On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
+BIASED_EXPERTS = frozenset({"gpt_oss"})
+"""megatron-core has biases of experts without tensor parallelism inside an expert alone."""
+
+
+def _taken_for_granted(config: Any) -> dict[str, Any]:
+    """What Megatron-Bridge's provider of a family is fixed to, whatever config.json says."""
+    if config.model_type == "nemotron":
+        return dict(hidden_act="relu2", attention_bias=False, mlp_bias=False)
+    if config.model_type == "gpt_oss":
+        layers = config.num_hidden_layers
+        return dict(
+            swiglu_alpha=1.702,
+            swiglu_limit=7.0,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=(["sliding_attention", "full_attention"] * layers)[:layers],
+        )
+    return {}
 
 
 def check_family(path: Path, bridge: Any) -> None:
@@ -81,10 +105,38 @@ def check_family(path: Path, bridge: Any) -> None:
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
         )
+    if kind in LINEAR_ATTENTION and torch.cuda.is_available() and find_spec("fla") is None:
+        raise MissingPackage(
+            f"{path}: models of type {kind} have linear attention, for which megatron-core 0.19.2 takes the "
+            "kernels of flash-linear-attention (module fla); it is not installed, and nobody has run it with "
+            "this version on a GPU"
+        )
+    for key, value in _taken_for_granted(config).items():
+        if getattr(config, key) != value:
+            raise ModelError(
+                f"{path}: {key}={getattr(config, key)} in config.json: Megatron-Bridge 0.6.2 takes {value} "
+                f"for granted, and would compute other logits; of type {kind}, models with {key}={value} are "
+                "trained"
+            )
 
 
-def check_layout(path: Path, model_type: str, layout: Layout) -> None:
-    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly."""
+def check_layout(path: Path, config: Any, layout: Layout) -> None:
+    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly, or not at all.
+
+    config: transformers' of the model.
+    """
+    model_type, ranks = config.model_type, layout.tensor * layout.context
+    if model_type in LINEAR_ATTENTION and config.linear_num_key_heads % ranks:
+        raise LayoutError(
+            f"layout.tensor={layout.tensor} x context={layout.context} does not divide the "
+            f"{config.linear_num_key_heads} key heads of {path}'s linear attention"
+        )
+    if model_type in BIASED_EXPERTS and layout.experts_tensor > 1:
+        raise LayoutError(
+            f"layout: {layout.experts_tensor} tensor-parallel ranks inside an expert: those of {path} have "
+            "biases, which megatron-core 0.19.2 does not divide; set layout.expert > 1 and "
+            "layout.expert_tensor=1"
+        )
     # FullDimQNorm and FullDimKNorm (minimax_m2_provider.py) sum over the ranks outside of autograd, and
     # OLMoESelfAttention (olmoe_provider.py) gives every rank the norm of all heads
     if model_type in NORMS_OF_ALL_HEADS and layout.tensor > 1:

@@ -36,6 +36,10 @@ UNROUNDED = "get_high_precision_init_val"
 YARN_ROPE = {
     "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings",
 }  # fmt: skip
+GPT_OSS_ROPE = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+    original_max_position_embeddings=4096,
+)  # fmt: skip
 
 
 def load_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -64,7 +68,7 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
 
-    AutoMapping.register_module_type("RMSNorm", "replicated")
+    AutoMapping.register_module_type("PackedAttention", "column")  # its sinks, one a head
     try:
         bridge = AutoBridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -77,6 +81,10 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     if config.model_type in DEEPSEEK_V3 and not hasattr(config, "scoring_func"):
         # transformers' DeepseekV3 scores by sigmoid always, and does not write it; the bridge assumes softmax
         config.scoring_func = "sigmoid"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "partial_rotary_factor" in rope:
+        # transformers computes with this one; the bridge reads the other, which may be a default of its own
+        config.partial_rotary_factor = rope["partial_rotary_factor"]
     return bridge
 
 
@@ -84,19 +92,22 @@ def check_rope(path: Path, config: Any) -> None:
     """ModelError for rotary settings that do not arrive in megatron-core.
 
     Of llama3's four numbers Megatron-Bridge passes on one, `factor`, and megatron-core fixes the others to
-    those of Llama 3.1 to 3.3; other types are dropped by some of its families. Both would give wrong logits,
-    silently.
+    those of Llama 3.1 to 3.3; gpt-oss's are all fixed; other types are dropped by some of its families. All
+    would give wrong logits, silently.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
     yarn = config.model_type in (*DEEPSEEK_V3, "deepseek_v2") and kind == "yarn" and rope.keys() >= YARN_ROPE
-    if "rope_theta" not in rope or not (kind == "default" or llama3 or yarn):
+    default = kind == "default"
+    if config.model_type == "gpt_oss":
+        default, yarn = False, {k: v for k, v in rope.items() if k != "rope_theta"} == GPT_OSS_ROPE
+    if "rope_theta" not in rope or not (default or llama3 or yarn):
         raise ModelError(
             f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
-            f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, and for the "
-            f"DeepSeek families `yarn` with {', '.join(sorted(YARN_ROPE))}"
+            f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, for the DeepSeek "
+            f"families `yarn` with {', '.join(sorted(YARN_ROPE))}, and for gpt-oss {GPT_OSS_ROPE} alone"
         )
 
 
@@ -126,7 +137,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
-    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config.model_type, config.layout)
+    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config, config.layout)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:
@@ -204,6 +215,12 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
         names = task.mapping.hf_param
         needed.update(names.values() if isinstance(names, dict) else [names])
     missing = sorted(needed - files.keys())
+    if missing and missing[0] + "_blocks" in files:
+        raise ModelError(
+            f"{path}: {missing[0]} is MXFP4, which is not trained. Set model.path to a bf16 folder, written "
+            "by transformers' from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)) and "
+            "save_pretrained"
+        )
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     check_fp8(path, files, bridge.hf_pretrained.config)

@@ -41,9 +41,12 @@ class Piece:
 class Parameter:
     """One parameter of the model: `pieces` stacked along its first axis, or Hugging Face's `tensor_names`."""
 
-    def __init__(self, name: str, shape: torch.Size, pieces: list[Piece], mapping: Any, module: Any) -> None:
+    def __init__(
+        self, name: str, shape: torch.Size, pieces: list[Piece], mapping: Any, module: Any, bridge: Any
+    ) -> None:
+        """bridge: Megatron-Bridge's of the family, which the mapping is of."""
         self.name, self.shape, self.pieces = name, shape, pieces
-        self._mapping, self._module = mapping, module
+        self._mapping, self._module, self._bridge = mapping, module, bridge
 
     @property
     def tensor_names(self) -> list[str]:
@@ -59,17 +62,14 @@ class Parameter:
 
         Raises ModelError when their shapes do not make up the parameter's, or their dtypes differ.
         """
-        names = self._mapping.hf_param
         of = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         if len({tensor.dtype for tensor in tensors.values()}) > 1:
             raise ModelError(f"{of}: they make one parameter but differ in dtype; name the dtype to write")
-        if isinstance(names, dict):
-            weights: Any = {role: tensors[name] for role, name in names.items()}
-        else:
-            weights = tensors[names]
         try:
-            merged = self._mapping.hf_to_megatron(weights, self._module)
-        except (RuntimeError, AssertionError) as error:
+            merged = self._made_of(
+                self._bridge.maybe_modify_loaded_hf_weight(self._mapping.hf_param, tensors)
+            )
+        except (RuntimeError, AssertionError, ValueError) as error:
             raise ModelError(f"{of} cannot make {self.name} {list(self.shape)}: {error}") from None
         if merged.shape != self.shape:
             raise ModelError(
@@ -77,12 +77,51 @@ class Parameter:
             )
         return merged
 
+    def _made_of(self, weights: Any) -> torch.Tensor:
+        """weights: a tensor, or several by their role."""
+        return self._mapping.hf_to_megatron(weights, self._module)
+
+    def boxes(self, weight: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Each piece, and the part of the parameter's weight that it is, in the piece's shape."""
+        start = 0
+        for piece in self.pieces:
+            rows = piece.sizes[len(piece.sizes) - weight.dim()]
+            yield piece, weight.narrow(0, start, rows).view(piece.sizes)
+            start += rows
+
+    def named(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weight by the name that the module has for it."""
+        yield self.name, weight
+
     def split(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The Hugging Face tensors of the parameter, by name."""
         tensors = self._mapping.megatron_to_hf(weight, self._module)
         if sorted(tensors) != sorted(self.tensor_names):
             raise ModelError(f"{self.name} became {sorted(tensors)}, not {sorted(self.tensor_names)}")
         return tensors
+
+
+class StackedParameters(Parameter):
+    """The same parameter of all experts of a layer, one below the other: one tensor of Hugging Face's."""
+
+    def __init__(self, experts: list[Parameter]) -> None:
+        first = experts[0]
+        shape = torch.Size((len(experts) * first.shape[0], *first.shape[1:]))
+        pieces = [piece for expert in experts for piece in expert.pieces]
+        super().__init__(first.name, shape, pieces, first._mapping, first._module, first._bridge)
+        self._experts = experts
+
+    def _made_of(self, weights: Any) -> torch.Tensor:
+        return torch.cat([expert._made_of(weights) for expert in self._experts])
+
+    def named(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        for expert, own in zip(self._experts, weight.chunk(len(self._experts)), strict=True):
+            yield expert.name, own
+
+    def split(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = weight.chunk(len(self._experts))
+        split = [expert.split(own) for expert, own in zip(self._experts, parts, strict=True)]
+        return {name: torch.stack([own[name] for own in split]) for name in self.tensor_names}
 
 
 @dataclass(frozen=True)
@@ -108,7 +147,9 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
     bridge = open_bridge(path)
     module = build_whole(bridge, dtype=torch.float32, on_meta=True)
     config = get_model_config(module)
-    registry = bridge._model_bridge.mapping_registry()
+    family = bridge._model_bridge
+    family.hf_pretrained = bridge.hf_pretrained  # as when it loads a model
+    registry = family.mapping_registry()
     modules = dict(module.named_modules())
     parameters = []
     placed = list(_places(module, keys))
@@ -121,8 +162,16 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
         if not hasattr(owner, "config"):
             owner.config = config  # mappings read head counts from it; torch's own modules have none
         shape = getattr(owner, name.rpartition(".")[2]).shape
-        parameters.append(Parameter(name, shape, pieces, mapping, owner))
-    return Model(parameters, tied=bool(module.share_embeddings_and_output_weights))
+        parameters.append(Parameter(name, shape, pieces, mapping, owner, family))
+    return Model(_stacked(parameters), tied=bool(module.share_embeddings_and_output_weights))
+
+
+def _stacked(parameters: list[Parameter]) -> list[Parameter]:
+    """The parameters with those that become one tensor as one."""
+    by_tensors: dict[tuple[str, ...], list[Parameter]] = {}
+    for parameter in parameters:
+        by_tensors.setdefault(tuple(parameter.tensor_names), []).append(parameter)
+    return [own[0] if len(own) == 1 else StackedParameters(own) for own in by_tensors.values()]
 
 
 def _without_memory(module: torch.nn.Module) -> None:
@@ -154,7 +203,8 @@ def logits(
     module = build_whole(bridge, dtype=torch.float32).eval()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for parameter in model.parameters:
-        tensors[parameter.name].copy_(read(parameter))
+        for name, weight in parameter.named(read(parameter)):
+            tensors[name].copy_(weight)
     tokens = prompt(int(module.vocab_size))
     bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
     packed = PackedSeqParams(

@@ -157,12 +157,8 @@ class ShardedReader:
         Raises CheckpointError when the checkpoint lacks (a part of) it, or its file is damaged.
         """
         weight = torch.empty(parameter.shape, dtype=self.dtype(parameter))
-        start = 0
-        for piece in parameter.pieces:
-            leading = len(piece.sizes) - weight.dim()
-            rows = piece.sizes[leading]
-            self._read_piece(piece, leading, weight.narrow(0, start, rows).view(piece.sizes))
-            start += rows
+        for piece, box in parameter.boxes(weight):
+            self._read_piece(piece, len(piece.sizes) - weight.dim(), box)
         return weight
 
     def _tensor(self, piece: Piece) -> TensorStorageMetadata:
@@ -227,20 +223,22 @@ def write_part(
     """
     items, owner = [], {}
     for parameter, dtype in parameters:
-        if len(parameter.pieces) != 1:
-            raise CheckpointError(f"{parameter.name} lies in {len(parameter.pieces)} places of a checkpoint")
-        piece = parameter.pieces[0]
-        item = _write_item(piece, dtype)
-        items.append(item)
-        owner[item.index] = parameter, piece
+        for piece in parameter.pieces:
+            item = _write_item(piece, dtype)
+            items.append(item)
+            owner[item.index] = parameter, piece
+    held: dict[Parameter, torch.Tensor] = {}
     writer = FileSystemWriter(folder)
     # files are named after the part, as if each were a rank's own
     writer.set_up_storage_writer(is_coordinator=False, rank=number, use_collectives=False)
     plan = writer.prepare_local_plan(SavePlan(items))
 
     def resolve(item: WriteItem) -> torch.Tensor:
-        parameter, piece = owner[item.index]
-        return make(parameter).view(piece.sizes)
+        parameter, wanted = owner[item.index]
+        if parameter not in held:  # its pieces come one after another
+            held.clear()
+            held[parameter] = make(parameter)
+        return next(box for piece, box in parameter.boxes(held[parameter]) if piece is wanted)
 
     return writer.write_data(plan, _Source(resolve)).wait()
 

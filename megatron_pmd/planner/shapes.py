@@ -16,7 +16,7 @@ from megatron_pmd.files import read_object
 
 MODELS = Path(__file__).with_name("models.json")
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2", "nemotron", "gpt_oss")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Attention:
     linears: dict[str, tuple[int, int]]
     """Widths of input and output of the linear layers that can have an adapter, by megatron-core's names."""
     split_vectors: int
-    """Of `split`, what is no matrix: biases."""
+    """Of `split`, what is no matrix: biases, sinks."""
     replicated_vectors: int
     """Of `replicated`: norms."""
 
@@ -59,6 +59,11 @@ class FeedForward:
     expert_intermediate: int
     shared_intermediate: int
     """Width of the experts that see every token, together."""
+    matrices: int = 3
+    """Of each part: gate, up and down, or 2 without a gate."""
+    expert_biases: int = 0
+    """Parameters of one expert's biases."""
+    router_biases: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,17 @@ class Shape:
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
+    norm: int
+    """Parameters of one norm of the hidden width: the weight, and the bias of a LayerNorm."""
 
     def feed_forward_of(self, layer: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
         part = self.feed_forward
+        each = part.matrices * self.hidden
         if layer < part.dense_layers:
-            return 3 * self.hidden * part.dense_intermediate, 0, 0
-        return 3 * self.hidden * part.shared_intermediate, self.hidden * part.experts, self.routed
+            return each * part.dense_intermediate, 0, 0
+        router = self.hidden * part.experts + part.router_biases
+        return each * part.shared_intermediate, router, self.routed
 
     def adapters(self, layer: int, rank: int, targets: list[str]) -> tuple[int, int]:
         """(dense, routed experts') parameters of a layer's adapters; tensor parallelism divides them all."""
@@ -91,7 +100,7 @@ class Shape:
 
         def both(width: int) -> int:
             """Of gate and up, one linear layer, and of the one behind them."""
-            first, second = self.hidden + 2 * width, width + self.hidden
+            first, second = self.hidden + (part.matrices - 1) * width, width + self.hidden
             return ("linear_fc1" in targets) * first + ("linear_fc2" in targets) * second
 
         experts = part.experts if layer >= part.dense_layers else 0
@@ -111,7 +120,18 @@ class Shape:
     @property
     def routed(self) -> int:
         """Parameters of one layer's routed experts."""
-        return self.feed_forward.experts * 3 * self.hidden * self.feed_forward.expert_intermediate
+        part = self.feed_forward
+        return part.experts * part.matrices * self.hidden * part.expert_intermediate + self.routed_vectors
+
+    @property
+    def routed_vectors(self) -> int:
+        """Of `routed`, what is no matrix: biases."""
+        return self.feed_forward.experts * self.feed_forward.expert_biases
+
+    def replicated_vectors(self, layer: int) -> int:
+        """Parameters of a layer that every tensor-parallel rank holds, and that are no matrix."""
+        router = self.feed_forward.router_biases if layer >= self.feed_forward.dense_layers else 0
+        return self.attention.replicated_vectors + router + 2 * self.norm
 
     @property
     def embedding(self) -> int:
@@ -122,22 +142,23 @@ class Shape:
         split, replicated, routed = self.feed_forward_of(number)
         return (
             split + self.attention.split,
-            replicated + self.attention.replicated + 2 * self.hidden,
+            replicated + self.attention.replicated + 2 * self.norm,
             routed,
         )
 
     @property
     def total(self) -> int:
         """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norm
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
 
     @property
     def outside_matrices(self) -> int:
         """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
-        attention = self.attention
-        return ends + self.layers * (attention.split_vectors + attention.replicated_vectors + 2 * self.hidden)
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norm
+        sparse = self.layers - self.feed_forward.dense_layers
+        vectors = sum(self.replicated_vectors(layer) for layer in range(self.layers))
+        return ends + vectors + self.layers * self.attention.split_vectors + sparse * self.routed_vectors
 
     @property
     def active(self) -> int:
@@ -178,13 +199,13 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
     experts = next((config[name] for name in names if config.get(name)), 0)
     if not latent and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ModelError(f"{source}: layers without experts between layers with experts cannot be counted")
-    shared = (config.get("n_shared_experts") or 0) * config.get("moe_intermediate_size", 0)
-    layers = config["num_hidden_layers"]
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    biased, hidden, layers = family == "gpt_oss", config["hidden_size"], config["num_hidden_layers"]
     return Shape(
         name=name,
         source=source,
         vocabulary=config["vocab_size"],
-        hidden=config["hidden_size"],
+        hidden=hidden,
         layers=layers,
         attention=_latent_attention(config) if latent else _grouped_attention(family, config),
         feed_forward=FeedForward(
@@ -192,11 +213,15 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
             experts=experts,
             experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
-            expert_intermediate=config.get("moe_intermediate_size", 0) if experts else 0,
-            shared_intermediate=shared,
+            expert_intermediate=width if experts else 0,
+            shared_intermediate=(config.get("n_shared_experts") or 0) * width,
+            matrices=2 if family == "nemotron" else 3,
+            expert_biases=2 * width + hidden if biased else 0,
+            router_biases=experts if biased else 0,
         ),
         tied_embeddings=config.get("tie_word_embeddings", False),
         context_limit=config.get("max_position_embeddings", 0),
+        norm=2 * hidden if family == "nemotron" else hidden,
     )
 
 
@@ -208,6 +233,7 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
     biases = width * (heads + 2 * groups) if family == "qwen2" or config.get("attention_bias") else 0
     if config.get("attention_bias") and family != "qwen2":
         biases += hidden  # the output projection has one too
+    biases += heads if family == "gpt_oss" else 0  # a sink each
     return Attention(
         split=projections + biases,
         replicated=2 * width if family.startswith("qwen3") else 0,

@@ -34,6 +34,7 @@ def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> int:
     split, _, routed = shape.feed_forward_of(layer)
     divided = split + attention.split - attention.split_vectors
     whole = attention.replicated - attention.replicated_vectors
+    routed -= shape.routed_vectors if routed else 0
     return divided // layout.tensor + whole + routed // (layout.expert * layout.experts_tensor)
 
 
@@ -161,14 +162,13 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         first, last = number == 0, number == layout.pipeline - 1
         # tied embeddings: the last stage keeps a copy of its own
         matrices = int(first) + int(last and not (shape.tied_embeddings and first))
-        split, replicated, routed = matrices * shape.embedding, int(last) * shape.hidden, 0
-        adams = split // layout.tensor + replicated
+        split, replicated, routed = matrices * shape.embedding, int(last) * shape.norm, 0
+        adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
-            adams += (
-                attention.split_vectors // layout.tensor + attention.replicated_vectors + 2 * shape.hidden
-            )
+            adams += attention.split_vectors // layout.tensor + shape.replicated_vectors(layer)
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
+            experts_adams += shape.routed_vectors if parts[2] else 0
         dense = split // layout.tensor + replicated
         experts = routed // (layout.expert * layout.experts_tensor)
         trained_dense, trained_experts = dense, experts
@@ -188,7 +188,7 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
                 dense_shards=layout.ranks // (layout.pipeline * layout.tensor),
                 expert_shards=layout.ranks // (layout.pipeline * layout.expert * layout.experts_tensor),
                 muon_dense=dense - adams if muon else 0,
-                muon_experts=experts if muon else 0,
+                muon_experts=experts - experts_adams // layout.expert if muon else 0,
                 holds_logits=last,
                 bytes_each=BYTES[config.model.precision],
                 in_fp8=sum(computed_in_fp8(shape, config, layer) for layer in layers),

@@ -7,6 +7,7 @@ whose conversion is more than cutting up a parameter (`irregular`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,12 @@ Cut = tuple[str, int, int, int, View]
 Shapes = Mapping[str, Sequence[int]]
 PLAIN = ("AutoMapping", "ColumnParallelMapping", "RowParallelMapping", "ReplicatedMapping", "DirectMapping")
 """Megatron-Bridge's classes by name: it can be imported only once model.load_bridge has prepared for it."""
+ONE_OF_THE_EXPERTS: dict[str, View] = {
+    # columns of the gate and of the up-projection in turn
+    "GPTOSSMLPGateUpProjMapping": lambda p: p.view(2, -1, *p.shape[1:]).transpose(0, 1).flatten(0, 1).T,
+    "GPTOSSMLPDownProjMapping": lambda p: p.T,
+}
+"""Those that put a parameter into a tensor of all experts, and what they make of it."""
 CONSTANTS = ("rotary_emb.inv_freq",)
 """Ends of the names of tensors that some model folders hold and no training changes."""
 
@@ -137,7 +144,7 @@ class ShardExport:
 def _only_renames(bridge: Any) -> bool:
     """Whether what the mappings give is what the family's files hold.
 
-    Some bridges change tensors after their mapping (GPT-OSS merges experts); DeepSeek's only adds CONSTANTS.
+    Some bridges change tensors after their mapping; DeepSeek's only adds CONSTANTS.
     """
     change = type(bridge._model_bridge).maybe_modify_converted_hf_weight
     return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge", "LlamaBridge")
@@ -160,6 +167,8 @@ def _shards(task: Any, shapes: Shapes, adapters: Adapters) -> list[Shard] | None
         cuts = _cut_qkv(task, whole)
     elif kind_of_mapping == "GatedMLPMapping":
         cuts = _cut_gated(mapping, tuple(parameter.shape), whole)
+    elif kind_of_mapping in ONE_OF_THE_EXPERTS:
+        cuts = _cut_expert(mapping, tuple(parameter.shape), whole[""], ONE_OF_THE_EXPERTS[kind_of_mapping])
     elif kind_of_mapping in PLAIN and getattr(mapping, "permute_dims", None) is None:
         cuts = _cut_plain(mapping, tuple(parameter.shape), whole[""])
     if cuts is None:
@@ -249,6 +258,15 @@ def _cut_plain(mapping: Any, local: tuple[int, ...], whole: tuple[int, ...]) -> 
         if local == split and local[dim] * mapping.tp_size == whole[dim]:
             return [("", dim, mapping.tp_rank * local[dim], local[dim], _itself)]
     return None
+
+
+def _cut_expert(mapping: Any, local: tuple[int, ...], whole: tuple[int, ...], made: View) -> list[Cut] | None:
+    """One row of the tensor of all experts: matrices lie there with rows for columns."""
+    if local[::-1] != whole[1:]:
+        return None
+    number = re.search(r"\d+$", mapping.megatron_param)
+    assert number is not None, mapping.megatron_param
+    return [("", 0, int(number[0]), 1, made)]
 
 
 def _cut_gated(mapping: Any, local: tuple[int, ...], whole: dict[str, tuple[int, ...]]) -> list[Cut] | None:

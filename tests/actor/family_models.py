@@ -17,28 +17,32 @@ from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
 
 EXPERTS: dict[str, Any] = dict(head_dim=16, moe_intermediate_size=32, num_experts_per_tok=2)
 WINDOW: dict[str, Any] = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+LINEAR: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=12,
+    linear_num_key_heads=2, linear_num_value_heads=4,
+)  # fmt: skip
 YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=40.0, beta_fast=32, beta_slow=1, mscale=0.707,
     mscale_all_dim=0.707, original_max_position_embeddings=16,
 )  # fmt: skip
 
-Case = tuple[str, dict[str, Any], dict[str, int]]
-"""What transformers calls its classes, settings beside tiny_models.COMMON, the layout on two ranks."""
+Case = tuple[str, dict[str, Any], list[dict[str, int]]]
+"""What transformers calls its configuration, settings beside tiny_models.COMMON, the layouts on two ranks."""
 MODELS: dict[str, Case] = {
-    "mistral": ("Mistral", dict(sliding_window=8), dict(tensor=2)),
-    "gemma": ("Gemma", dict(head_dim=16), dict(pipeline=2)),
+    "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2)]),
+    "gemma": ("Gemma", dict(head_dim=16), [dict(pipeline=2)]),
     "glm4_moe": (
         "Glm4Moe",
         dict(
             EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
             norm_topk_prob=True, routed_scaling_factor=2.5, use_qk_norm=True, attention_bias=True,
         ),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         dict(LATENT, q_lora_rank=32, n_shared_experts=1),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "deepseek_v2": (
         "DeepseekV2",
@@ -46,7 +50,7 @@ MODELS: dict[str, Case] = {
             LATENT, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", norm_topk_prob=False,
             routed_scaling_factor=1.0, rope_parameters=YARN,
         ),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
     "olmoe": (
         "Olmoe",
@@ -55,39 +59,67 @@ MODELS: dict[str, Case] = {
             num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, intermediate_size=32,
             pad_token_id=None,
         ),
-        dict(expert=2, data=2),
+        [dict(expert=2, data=2)],
     ),
     "minimax_m2": (
         "MiniMaxM2",
         dict(
             head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
         ),
-        dict(expert=2, data=2),
+        [dict(expert=2, data=2)],
     ),
     "exaone_moe": (
         "ExaoneMoe",
         dict(EXPERTS | WINDOW, num_experts=4, num_shared_experts=1),
-        dict(pipeline=2),
+        [dict(pipeline=2)],
     ),
     "hy_v3": (
         "HYV3",
         dict(EXPERTS, num_experts=4, num_shared_experts=1, first_k_dense_replace=1),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
+    ),
+    "nemotron": (
+        "Nemotron",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
+        [dict(tensor=2), dict(pipeline=2)],
+    ),
+    "gpt_oss": (
+        "GptOss",
+        dict(
+            head_dim=16, num_local_experts=4, num_experts_per_tok=2, intermediate_size=48, sliding_window=8,
+            tie_word_embeddings=False,
+        ),
+        [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            EXPERTS | LINEAR, num_experts=4, shared_expert_intermediate_size=32, partial_rotary_factor=0.5
+        ),
+        [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
+    ),
+    "qwen3_5_text": (
+        "Qwen3_5Text", dict(LINEAR, head_dim=16, tie_word_embeddings=False), [dict(tensor=2)]
     ),
     "kimi_k2": (
         "DeepseekV3",
         # matrices larger than a block of FP8
         dict(FAMILIES["deepseek"][1], n_group=1, intermediate_size=160, moe_intermediate_size=144),
-        dict(tensor=2, expert=2),
+        [dict(tensor=2, expert=2)],
     ),
 }  # fmt: skip
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
 
-def write_family(folder: Path, kind: str) -> None:
-    """The model, and what transformers computes with it."""
+def write_model_of(folder: Path, kind: str) -> None:
+    """The model of a family."""
     name, settings, _ = MODELS[kind]
     write(folder, name, {**settings, "num_hidden_layers": 2})
+
+
+def write_family(folder: Path, kind: str) -> None:
+    """The model, and what transformers computes with it."""
+    write_model_of(folder, kind)
     torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
     if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
         config = json.loads((folder / "config.json").read_text())
@@ -122,6 +154,26 @@ def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
     return meant
+
+
+def write_blocks(source: Path, folder: Path) -> Path:
+    """The model as gpt-oss is published: its experts' matrices are in MXFP4, under names of its own."""
+    shutil.copytree(source, folder)
+    held = load_file(folder / "model.safetensors")
+    for name in [name for name in held if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        scales = torch.zeros_like(held.pop(name)[..., ::32], dtype=torch.uint8)
+        held[name + "_blocks"], held[name + "_scales"] = scales[..., None].repeat(1, 1, 1, 16), scales
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_rope(source: Path, folder: Path, **changes: Any) -> Path:
+    """The model with other rotary settings."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_refused(folder: Path, kind: str, architecture: str, **changes: Any) -> None:

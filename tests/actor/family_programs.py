@@ -11,19 +11,24 @@ from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.model import load_bridge, open_bridge, provider_for
 from megatron_pmd.actor.parallel import holds_logits
 from megatron_pmd.errors import PmdError
+from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial, start
 from tests.actor.tiny_models import STEPS, config_for
 
 
 def families(cases: dict[str, tuple[Path, dict[str, int]]]) -> dict[str, Any]:
-    """Log-probs, the loaded tensors exported again, loss and whole gradient of one step; by case."""
+    """Log-probs, the loaded tensors exported again and as engines get them, loss and whole gradient of one
+    step; by case."""
     return {name: family(path, layout) for name, (path, layout) in cases.items()}
 
 
 def family(path: Path, layout: dict[str, int]) -> dict[str, Any]:
     trial = Trial(config_for(path, layout))
     microbatches = trial.actor.microbatches(trial.batch, np.arange(16))
+    shards = ShardExport(trial.actor.bridge, trial.actor.chunks, trial.control, trial.actor.shapes)
     result: dict[str, Any] = {
+        "shards": {region: shard.tensor().detach().clone() for region, shard in shards.shards.items()},
+        "irregular": [region.name for region in shards.irregular],
         "log_probs": trial.actor.log_probs(trial.batch, microbatches).log_probs,
         "holds_logits": holds_logits(),
         "exported": trial.weights(),
@@ -34,10 +39,13 @@ def family(path: Path, layout: dict[str, int]) -> dict[str, Any]:
 
 
 def refusals(
-    folders: dict[str, Path], layouts: dict[str, tuple[Path, dict[str, int]]], quantized: Path
+    folders: dict[str, Path],
+    layouts: dict[str, tuple[Path, dict[str, int]]],
+    quantized: Path,
+    unread: dict[str, Path],
 ) -> dict[str, Any]:
     """What opening each folder says, what building a model under each layout says, and the known classes;
-    and what the actor holds of the model in the folder `quantized`."""
+    what reading the weights of those in `unread` says; and what the actor holds of the one in `quantized`."""
     from megatron.bridge import AutoBridge
 
     said = {name: _said(lambda folder=folder: open_bridge(folder)) for name, folder in folders.items()}
@@ -45,7 +53,10 @@ def refusals(
         config = config_for(path, layout)
         said[name] = _said(lambda path=path, config=config: provider_for(load_bridge(path), config))
     config = config_for(quantized)
-    held = dict(Actor(config, start(config.layout)).export())
+    control = start(config.layout)
+    held = dict(Actor(config, control).export())
+    for name, path in unread.items():
+        said[name] = _said(lambda path=path: Actor(config_for(path), control))
     return {"said": said, "known": AutoBridge.list_supported_models(), "read from FP8": held}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -146,6 +147,27 @@ def rotate_packed_rows() -> None:
             raise AssertionError(f"rank {rank} of {size}: the rotated rows differ")
 
 
+def pass_states_along_rows(name: str | None) -> None:
+    """The delta rule and its convolution over a packed row, as over each of its sequences alone."""
+    standins.install(leave_out=(name,) if name else ())
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    bounds, heads, dim, width = torch.tensor([0, 4, 70, 73], dtype=torch.int32), 2, 6, 3
+    query, key, value = (torch.randn(1, 73, heads, dim) for _ in range(3))
+    states = {"g": -torch.rand(1, 73, heads), "beta": torch.rand(1, 73, heads)}
+    key = torch.nn.functional.normalize(key, dim=-1)
+    row, weight = torch.randn(1, 73, 5), torch.randn(5, width)
+    packed, _ = gdn.chunk_gated_delta_rule(query, key, value, **states, cu_seqlens=bounds)
+    convolved, _ = gdn.causal_conv1d(row, weight, None, activation="silu", cu_seqlens=bounds)
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        of_one = (x[:, begin:end] for x in (query, key, value, *states.values()))
+        alone, _ = common.torch_chunk_gated_delta_rule(*of_one)
+        torch.testing.assert_close(packed[:, begin:end], alone)
+        padded = torch.nn.functional.pad(row[:, begin:end].mT, (width - 1, 0))
+        expected = torch.nn.functional.silu(torch.conv1d(padded, weight[:, None], groups=5)).mT
+        torch.testing.assert_close(convolved[:, begin:end], expected)
+
+
 def import_before_core() -> None:
     """The bridge with its stand-in, before megatron-core has found that there is no Transformer Engine."""
     with mock.patch.object(bridge_import, "CORE_MODULES", ()):
@@ -179,8 +201,10 @@ def trials(models: Path) -> dict[str, str]:
         trial(f"nothing left out, as for {name}", action, 2)
     trial("nothing left out, unequal parts", lambda: exchange_unequal_parts(None), 2)
     trial("rotate_at_once", rotate_packed_rows)
+    trial("nothing left out, as for delta_net_kernels", lambda: pass_states_along_rows(None))
+    trial("delta_net_kernels", lambda: pass_states_along_rows("delta_net_kernels"))
     trial("uneven_collectives", lambda: exchange_unequal_parts("uneven_collectives"), 2)
-    for name in standins.STAND_INS.keys() - {"uneven_collectives"}:
+    for name in standins.STAND_INS.keys() - outcomes.keys():
         layout = TWO_RANKS.get(name, {})
         action = functools.partial(train_without, name, model_for[name], layout)
         trial(name, action, 2 if layout else 1)

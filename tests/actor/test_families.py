@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,30 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pmd.actor import families
+from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
-from megatron_pmd.hugging_face import TensorFiles
-from tests.actor.family_models import MODELS, write_family, write_quantized, write_refused
+from megatron_pmd.hugging_face import TensorFiles, bytes_of
+from tests.actor.family_models import (
+    MODELS,
+    write_blocks,
+    write_family,
+    write_quantized,
+    write_refused,
+    write_rope,
+)
 from tests.actor.launch import launch
 from tests.actor.reference import Reference
 from tests.actor.tiny_models import FAMILIES
 from tools.write_model_table import PAGE, page
+from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
 
-RANKS = (1, 2)
+CASES = {
+    f"{kind}, {words(layout)}": (kind, layout)
+    for kind, (_, _, layouts) in MODELS.items()
+    for layout in [{}, *layouts]
+}
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -37,32 +51,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folders: Path) -> dict[int, list[dict[str, Any]]]:
-    """By number of ranks, every rank's results."""
-    layouts: dict[int, dict[str, dict[str, int]]] = {
-        1: {kind: {} for kind in MODELS},
-        2: {kind: layout for kind, (_, _, layout) in MODELS.items()},
-    }
-    return {
-        ranks: program("families", ranks, cases={k: (folders / k, v) for k, v in layouts[ranks].items()})
-        for ranks in RANKS
-    }
+def results(folders: Path) -> dict[str, list[dict[str, Any]]]:
+    """By case, every rank's results."""
+    found = {}
+    for ranks in (1, 2):
+        own = {name: case for name, case in CASES.items() if Layout(**case[1]).ranks == ranks}
+        of_ranks = program("families", ranks, cases={n: (folders / k, v) for n, (k, v) in own.items()})
+        found |= {name: [rank[name] for rank in of_ranks] for name in own}
+    return found
 
 
-@pytest.fixture(params=MODELS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def reference(kind: str, folders: Path) -> Reference:
-    return torch.load(folders / kind / "reference.pt", weights_only=False)
+def reference(case: str, folders: Path) -> Reference:
+    return torch.load(folders / CASES[case][0] / "reference.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
+def test_log_probs_are_those_of_transformers(case, results, reference):
     whole = torch.full_like(reference.anchor, torch.nan)
-    for rank in (result[kind] for result in results[ranks]):
+    for rank in results[case]:
         own = ~rank["log_probs"].isnan()
         if rank["holds_logits"]:
             whole[own] = rank["log_probs"][own]
@@ -71,28 +82,79 @@ def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(ranks, kind, results, reference):
-    found, (expected,) = [result[kind] for result in results[ranks]], reference.steps
+def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case, results, reference):
+    found, (expected,) = results[case], reference.steps
     loss, count = (sum(rank["step"][i] for rank in found) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
-    gradient = found[0]["gradient"]
+    # Megatron-Bridge adds 1 to these on the way out: megatron-core holds them around zero
+    gradient = {
+        name: tensor - float(name.endswith("linear_attn.norm.weight"))
+        for name, tensor in found[0]["gradient"].items()
+    }
     assert expected.gradient.keys() <= gradient.keys()
     errors = {
         name: float((gradient[name].double() - own).norm() / own.norm())
         for name, own in expected.gradient.items()
     }
-    assert max(errors.values()) < 1e-5, errors
+    # of these two the terms cancel, and transformers computes the rule in fp32 whatever the model's type is
+    bounds = {name: 1e-4 if name.endswith((".A_log", ".dt_bias")) else 1e-5 for name in errors}
+    assert all(error < bounds[name] for name, error in errors.items()), errors
 
 
-def test_a_folder_comes_back_byte_for_byte(kind, folders, results):
-    held = load_file(folders / kind / "model.safetensors")
-    exported = results[1][0][kind]["exported"]
+def test_a_folder_comes_back_byte_for_byte(case, folders, results):
+    held = load_file(folders / CASES[case][0] / "model.safetensors")
+    exported = results[case][0]["exported"]
     assert exported.keys() == held.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in held.items())
 
 
-OTHERS: dict[str, dict[str, Any]] = {"deepseek_v2, groups": dict(topk_method="group_limited_greedy")}
+@pytest.fixture(scope="module")
+def converted(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every folder's model as a checkpoint and as a folder again, in files of several parameters."""
+    out = tmp_path_factory.mktemp("converted")
+    cases = [(folders / kind, out / kind, None) for kind in MODELS]
+    launch("round_trips", module="tests.convert.conversion_programs", cases=cases, verified=([], []))
+    return out
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_conversion_there_and_back_keeps_every_byte(kind, folders, converted):
+    before, after = (TensorFiles(folder) for folder in (folders / kind, converted / kind / "hf"))
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
+
+
+GATHERED = {
+    "glm4_moe_lite": r".*",
+    "minimax_m2": r"[qk]_norm\.weight$",
+    "qwen3_next": r"linear_attn|self_attn\.[qkv]_proj",
+    "qwen3_5_text": r"linear_attn|self_attn\.[qkv]_proj",
+}
+"""The tensors that Megatron-Bridge alone can make, by family: all ranks gather them."""
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_rank_knows_which_regions_of_the_tensors_it_holds(kind, folders, results):
+    """They go to the engines without a gather of the whole tensor; GATHERED has the exceptions."""
+    held = load_file(folders / kind / "model.safetensors")
+    for case in (case for case, (other, _) in CASES.items() if other == kind):
+        seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in held.items()}
+        for rank in results[case]:
+            for name in rank["irregular"]:
+                assert kind in GATHERED and re.search(GATHERED[kind], name), name
+                seen[name].fill_(True)
+            for region, tensor in rank["shards"].items():
+                own = held[region.name].narrow(region.dim, region.start, region.length)
+                assert torch.equal(tensor.reshape(own.shape), own), region
+                seen[region.name].narrow(region.dim, region.start, region.length).fill_(True)
+        assert all(whole.all() for whole in seen.values())
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2, groups": dict(topk_method="group_limited_greedy"),
+    "gpt_oss, layers": dict(layer_types=["full_attention"] * 36),
+    "nemotron, biases": dict(attention_bias=True),
+}
 """Configurations of families that work, which are refused."""
 
 
@@ -114,9 +176,15 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
-    layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in families.NORMS_OF_ALL_HEADS}
+    whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
+    layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in whole}
+    layouts["qwen3_next, four ways"] = (folders / "qwen3_next", dict(tensor=2, context=2, expert=2))
     named = {folder.name: folder for folder in root.iterdir()}
-    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0])[0]
+    unread = {
+        "gpt_oss, MXFP4": write_blocks(folders / "gpt_oss", root / "blocks"),
+        "gpt_oss, rope": write_rope(folders / "gpt_oss", root / "rope", factor=16.0),
+    }
+    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)
@@ -169,6 +237,19 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     for kind in families.NORMS_OF_ALL_HEADS:
         error, message = refused["said"][f"{kind}, tensor=2"]
         assert error == "LayoutError" and "normalises the queries of all heads at once" in message
+    for kind in families.BIASED_EXPERTS:
+        error, message = refused["said"][f"{kind}, tensor=2"]
+        assert error == "LayoutError" and "have biases" in message and "layout.expert > 1" in message
+    error, message = refused["said"]["qwen3_next, four ways"]
+    assert error == "LayoutError" and "does not divide the 2 key heads" in message
+    for name, words_of_it in {
+        "gpt_oss, layers": "layer_types=['full_attention'",
+        "nemotron, biases": "attention_bias=True",
+        "gpt_oss, rope": "'factor': 16.0",
+        "gpt_oss, MXFP4": "mlp.experts.down_proj is MXFP4",
+    }.items():
+        error, message = refused["said"][name]
+        assert error == "ModelError" and words_of_it in message, message
 
 
 def test_every_family_that_works_is_compared_here_or_with_four_layers():

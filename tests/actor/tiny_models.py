@@ -83,16 +83,20 @@ def write_model(folder: Path, family: str, **changes: Any) -> None:
 
 
 def write(folder: Path, name: str, settings: dict[str, Any]) -> None:
-    """As write_model; name: what transformers calls the family's classes."""
+    """As write_model; name: what transformers calls the family's configuration."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings})
+    kind = getattr(transformers, f"{name}Config")
+    # of two epsilons in a config.json Megatron-Bridge reads this one; Nemotron's has another name
+    common = {key: value for key, value in COMMON.items() if key != "rms_norm_eps" or hasattr(kind, key)}
+    config = kind(**{**common, **settings})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.ndim == 1 or key.endswith("_bias"):
+                # gpt-oss clamps what lies behind this one to 7 at most
+                parameter.add_(torch.randn_like(parameter) * (4.0 if "gate_up" in key else 0.1))
             assert parameter.std() > 0, key
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):

@@ -73,6 +73,6 @@ def test_a_tensor_that_was_converted_twice_or_never_is_named(times):
 
 def test_a_parameter_that_was_not_written_is_named(tmp_path):
     piece = Piece("decoder.weight", (0, 0), (4, 4), (4, 4))
-    parameter = Parameter("decoder.weight", torch.Size((4, 4)), [piece], None, None)
+    parameter = Parameter("decoder.weight", torch.Size((4, 4)), [piece], None, None, None)
     with pytest.raises(CheckpointError, match=r"decoder\.weight at .* was not written exactly once"):
         sharded.finish(tmp_path, [(parameter, torch.float32)], [])

@@ -46,6 +46,37 @@ def test_the_count_is_that_of_transformers_modules(name: str) -> None:
     assert shape_of(name).total == sum(p.numel() for p in model.parameters())
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32),
+    "Nemotron": dict(model_type="nemotron", num_hidden_layers=3, num_key_value_heads=8),
+}
+"""Of families that no recipe has: what differs from transformers' configuration."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_biases_of_norms_and_experts_sinks_and_parts_without_a_gate_are_counted(name: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**OTHERS[name])
+    with torch.device("meta"):
+        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    shape = from_config(name, "config.json", config.to_dict())
+    assert shape.total == sum(p.numel() for p in parameters.values())
+    stacked = {key: p for key, p in parameters.items() if ".experts." in key}  # one more dimension each
+    vectors = sum(p.numel() for key, p in parameters.items() if p.ndim == 1 + (key in stacked))
+    ends = sum(p.numel() for key, p in parameters.items() if key.startswith(("model.embed", "lm_head")))
+    assert shape.outside_matrices == vectors + ends
+
+
+def test_gpt_oss_has_the_published_number_of_parameters() -> None:
+    """arXiv 2508.10925, table 1."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**OTHERS["gpt-oss-20b"]).to_dict()
+    assert as_published(from_config("gpt-oss-20b", "", config).total, 20.91e9)
+
+
 def test_kimi_k2_is_counted_as_the_deepseek_v3_it_is_built_as() -> None:
     config = KNOWN["Kimi-K2-Base"]["config"]
     assert (

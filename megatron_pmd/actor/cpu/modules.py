@@ -6,153 +6,70 @@ tells column- from row-parallel weights by class name; the names below are there
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_linear_attention_pattern
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.utils import (
-    is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
-)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_pmd.actor.cpu.attention import PackedAttention
 from megatron_pmd.actor.latent_attention import LatentAttention
-from megatron_pmd.actor.packing import Row
-
-FP32_ATTENTION_TOKENS = 256
-"""Up to this length of the longest sequence attention runs in fp32."""
 
 
-class RMSNorm(torch.nn.Module):
-    """RMSNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm under sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
 
-    The mark on the weight is all it takes: finalize_model_grads() then sums its gradient over the
+    The mark on the parameters is all it takes: finalize_model_grads() then sums their gradients over the
     tensor-parallel ranks.
     """
+
+    bias: torch.nn.Parameter | None
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps, self.offset = eps, float(config.layernorm_zero_centered_gamma)
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype) - self.offset)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight, bias = _norm_parameters(config, hidden_size)
+        self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight + self.offset, self.eps)
+        return _normalise(x, self.weight + self.offset, self.bias, self.eps)
 
 
-class _GatherTokens(torch.autograd.Function):
-    """All context-parallel ranks' tokens, one after another; each gets the sum of its tokens' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        whole = part.new_empty((part.size(0) * group.size(), *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        whole = gradients[0].contiguous()
-        part = whole.new_empty((whole.size(0) // ctx.group.size(), *whole.shape[1:]))
-        dist.reduce_scatter_tensor(part, whole, group=ctx.group)
-        return part, None
+def _norm_parameters(config: Any, width: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """The weight of a norm, and the bias that a LayerNorm has."""
+    ones = torch.ones(width, dtype=config.params_dtype)
+    weight = torch.nn.Parameter(ones - float(config.layernorm_zero_centered_gamma))
+    bias = torch.nn.Parameter(torch.zeros_like(ones)) if config.normalization == "LayerNorm" else None
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.sequence_parallel = config.sequence_parallel
+    return weight, bias
 
 
-class PackedAttention(MegatronModule):
-    """Causal attention within each packed sequence, by torch's SDPA.
-
-    The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
-    after every real token and is therefore never attended to. Under context parallelism each rank gathers
-    the keys and values of all ranks for its own queries.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        *,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale
-        self.window: int | None = None
-        """Tokens before its own that a query sees; None: all."""
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            self.window = config.window_size[0]
-        self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *_: Any,
-        packed_seq_params: Any,
-        **__: Any,
-    ) -> torch.Tensor:
-        """query [tokens, heads, dim], key and value [tokens, groups, dim] -> [tokens, heads * dim]"""
-        bounds = packed_seq_params.cu_seqlens_q.long()
-        lengths = bounds.diff()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        position = torch.arange(len(sequence)) - bounds[sequence]
-        longest = int(lengths.max())
-        # torch's bf16 kernel takes 3 times as long backward as its fp32 one at 62 tokens, less than it at 512
-        dtype = torch.float32 if longest <= FP32_ATTENTION_TOKENS else query.dtype
-
-        def batched(x: torch.Tensor, sequence: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
-            padded = x.new_zeros((len(lengths), width, *x.shape[1:]), dtype=dtype)
-            return padded.index_put((sequence, place), x.to(dtype)).transpose(1, 2)
-
-        asked, place, width = sequence, position, longest
-        keys = torch.arange(longest)
-        mask: dict[str, Any] = {"is_causal": True}
-        if self.window is not None:
-            mask = {"attn_mask": self._sees(keys, keys)}
-        if self.context.size() > 1:
-            row = Row(size=self.context.size())
-            held = [
-                torch.from_numpy(replace(row, rank=rank).held(bounds.numpy())) for rank in range(row.size)
-            ]
-            order = torch.cat(held).argsort()
-            key, value = (_GatherTokens.apply(x, self.context)[order] for x in (key, value))
-            own = held[self.context.rank()]
-            asked, width = sequence[own], longest // row.size
-            place = torch.arange(len(own)) - bounds[asked] // row.size
-            # a place without a query is taken for the last: a row of nothing but masked keys would give NaN
-            last = torch.full((len(lengths), width), longest - 1)
-            mask = {"attn_mask": self._sees(last.index_put((asked, place), position[own]), keys)[:, None]}
-        output = F.scaled_dot_product_attention(
-            batched(query, asked, place, width),
-            batched(key, sequence, position, longest),
-            batched(value, sequence, position, longest),
-            scale=self.scale,
-            enable_gqa=True,
-            **mask,
-        )
-        return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
-
-    def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Whether a query sees a key. queries [..., queries] and keys [keys]: their positions."""
-        before = queries[..., None] - keys
-        return (before >= 0) if self.window is None else (before >= 0) & (before <= self.window)
+def _normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Over the last dimension: LayerNorm where there is a bias, else RMSNorm."""
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and a column-parallel linear in one module, as TE fuses them."""
+    """A norm and a column-parallel linear in one module, as TE fuses them."""
 
     return_layernorm_output = False
     """An adapter, whose input is the norm's output, sets it."""
@@ -163,12 +80,11 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.in_features, self.out_features = input_size, self.output_size_per_partition
         self.eps, self.offset = config.layernorm_epsilon, float(config.layernorm_zero_centered_gamma)
-        norm = torch.ones(input_size, dtype=config.params_dtype) - self.offset
-        self.layer_norm_weight = torch.nn.Parameter(norm)
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight, bias = _norm_parameters(config, input_size)
+        self.register_parameter("layer_norm_bias", bias)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = F.rms_norm(x, (x.size(-1),), self.layer_norm_weight + self.offset, self.eps)
+        normed = _normalise(x, self.layer_norm_weight + self.offset, self.layer_norm_bias, self.eps)
         output, bias = super().forward(normed, *args, **kwargs)
         return ((output, normed) if self.return_layernorm_output else output), bias
 
@@ -203,7 +119,7 @@ class TELinear(torch.nn.Module):
 
 
 class _GroupedLinear(torch.nn.Module):
-    """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens."""
+    """One weight an expert, weight0 … weightN, applied to consecutive runs of tokens; and one bias each."""
 
     parallel_dimension: int
 
@@ -216,10 +132,13 @@ class _GroupedLinear(torch.nn.Module):
         config: Any,
         init_method: Any,
         pg_collection: Any,
+        bias: bool,
+        skip_bias_add: bool,
         **_: Any,
     ) -> None:
         super().__init__()
         self.num_gemms, self.groups, self.config = num_gemms, pg_collection, config
+        self.bias, self.skip_bias_add = bias, skip_bias_add
         shape = [output_size, input_size]
         shape[self.parallel_dimension] //= pg_collection.expt_tp.size()
         self.out_features, self.in_features = shape
@@ -229,10 +148,21 @@ class _GroupedLinear(torch.nn.Module):
             set_tensor_model_parallel_attributes(weight, True, self.parallel_dimension, 1)
             weight.allreduce = config.expert_model_parallel_size == 1
             self.register_parameter(f"weight{i}", weight)
+            if bias:  # megatron-core has them without tensor parallelism inside an expert alone
+                own = torch.nn.Parameter(torch.zeros(self.out_features, dtype=config.params_dtype))
+                set_tensor_model_parallel_attributes(own, True, 0, 1)
+                own.allreduce = weight.allreduce
+                self.register_parameter(f"bias{i}", own)
 
-    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
-        parts = torch.split(x, m_splits)
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+    def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """The product, and the experts' biases where skip_bias_add leaves them to the caller."""
+        biases = [getattr(self, f"bias{i}") if self.bias else None for i in range(self.num_gemms)]
+        added = [None] * self.num_gemms if self.skip_bias_add else biases
+        parts = [
+            F.linear(part, getattr(self, f"weight{i}"), added[i])
+            for i, part in enumerate(torch.split(x, m_splits))
+        ]
+        return torch.cat(parts), biases if self.bias and self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         experts = self.groups.ep.size() * self.num_gemms
@@ -240,8 +170,9 @@ class _GroupedLinear(torch.nn.Module):
         state = self.state_dict(prefix="", keep_vars=True)
         sharded = {}
         for i in range(self.num_gemms):
+            kinds = ("weight", "bias") if self.bias else ("weight",)
             one = make_sharded_tensors_for_checkpoint(
-                {f"{i}.weight": state[f"weight{i}"]},
+                {f"{i}.{kind}": state[f"{kind}{i}"] for kind in kinds},
                 "",
                 {f"{i}.weight": self.parallel_dimension},
                 (*sharded_offsets, (len(sharded_offsets), first + i, experts)),
@@ -249,9 +180,10 @@ class _GroupedLinear(torch.nn.Module):
                 dp_cp_group=metadata["dp_cp_group"],
             )
             replace_prefix_for_sharding(one, f"{i}.", prefix)
-            tensor = one[f"{i}.weight"]
-            tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
-            sharded[f"{prefix}weight{i}"] = tensor
+            for kind in kinds:
+                tensor = one[f"{i}.{kind}"]
+                tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
+                sharded[f"{prefix}{kind}{i}"] = tensor
         return sharded
 
 
@@ -263,9 +195,10 @@ class TERowParallelGroupedLinear(_GroupedLinear):
     parallel_dimension = 1
 
 
-def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
+def layer_spec(config: Any, is_moe: bool, of_family: Any, *, is_linear: bool = False) -> ModuleSpec:
     """megatron-core's local layer spec with the modules above where Transformer Engine's would stand.
 
+    is_linear: the layer has a gated delta net in the place of attention.
     of_family: the function that makes the layers of Megatron-Bridge's family, with Transformer Engine.
     """
     latent = config.multi_latent_attention
@@ -282,17 +215,24 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if latent:
         layer.self_attention.module = LatentAttention
-        layer.input_layernorm = RMSNorm
+        layer.input_layernorm = Norm
         attention.linear_q_down_proj = attention.linear_kv_down_proj = TELinear
         attention.linear_q_up_proj = attention.linear_kv_up_proj = TELayerNormColumnParallelLinear
         attention.q_layernorm = attention.kv_layernorm = IdentityOp
     else:
         layer.input_layernorm, attention.linear_qkv = IdentityOp, TELayerNormColumnParallelLinear
         if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            attention.q_layernorm = attention.k_layernorm = Norm
         _whole_norms(spec, of_family)
+    if is_linear:
+        layer.self_attention = ModuleSpec(
+            module=GatedDeltaNet,
+            submodules=GatedDeltaNetSubmodules(
+                in_proj=TELayerNormColumnParallelLinear, out_norm=Norm, out_proj=RowParallelLinear
+            ),
+        )
     if is_moe:
-        layer.pre_mlp_layernorm = RMSNorm
+        layer.pre_mlp_layernorm = Norm
         layer.mlp.keywords["submodules"].experts = partial(
             TEGroupedMLP,
             submodules=GroupedMLPSubmodules(
@@ -339,5 +279,10 @@ def block_spec(
         ]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(config, is_moe, of_family) for is_moe in pattern[first : first + count]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    linear = [False] * config.num_layers
+    if config.experimental_attention_variant == "gated_delta_net":
+        linear = [bool(own) for own in get_linear_attention_pattern(config)]
+    layers = [
+        layer_spec(config, pattern[i], of_family, is_linear=linear[i]) for i in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

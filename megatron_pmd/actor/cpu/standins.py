@@ -128,6 +128,20 @@ def latent_linear() -> None:
     multi_latent_attention.TELinear = TELinear
 
 
+def delta_net_kernels() -> None:
+    """ssm/gated_delta_net/common.py needs kernels of flash-linear-attention, which CUDA alone has.
+
+    Its own rule in torch (deterministic_mode) takes no packed rows.
+    """
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    from megatron_pmd.actor.cpu import linear_attention
+
+    common.HAVE_FLA, common.l2norm = True, linear_attention.l2norm
+    gdn.causal_conv1d = linear_attention.causal_conv1d
+    gdn.chunk_gated_delta_rule = linear_attention.chunk_gated_delta_rule
+
+
 def split_sizes() -> None:
     """moe_utils.maybe_move_tensor_to_cpu passes tensors on the CPU through; c10d wants plain numbers."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -247,6 +261,7 @@ STAND_INS: dict[str, Callable[[], None]] = {
         random_state,
         streams,
         latent_linear,
+        delta_net_kernels,
         split_sizes,
         uneven_collectives,
         adam_state,

@@ -1,0 +1,95 @@
+"""An engine on the CPU for each family that no test of the default suite serves: it takes 20 s a family.
+
+Run by name alone: `pytest tests/engine/test_every_family.py`. docs/models.md is written from the lists below.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_pmd.engine.control import EngineControl
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.sglang_server import EngineProcess
+from megatron_pmd.errors import EngineError
+from megatron_pmd.weight_sync.bucket import SharedBucket
+from tests.actor.family_models import MODELS, write_model_of
+from tests.actor.tiny_models import FAMILIES, write_model
+from tests.engine.live_engine import ADMIN_KEY, KEY, generate, largest_difference, spec_for
+from tests.weight_sync.filling import fill
+
+pytestmark = pytest.mark.slow
+
+SERVED = frozenset({"qwen2"})
+"""model_type of families whose engine, given the actor's tensors, computes what transformers does."""
+OTHERWISE = {
+    "gemma": "SGLang computes the exact GELU, transformers its approximation",
+    "olmoe": "SGLang takes 1e-5 for `rms_norm_eps`, whatever config.json says",
+    "mistral": "SGLang ignores `sliding_window`",
+}
+"""Families of which an engine computes something else, and why."""
+DIES = {
+    "gpt_oss": ("GptOssForCausalLM requires one of", "SGLang's attention for CPUs has no sinks"),
+    "nemotron": (
+        "'NoneType' object is not subscriptable",
+        "SGLang has no class for it, and cannot run transformers'",
+    ),
+}
+"""Families of which no engine starts: what its log ends with, and why."""
+START_SECONDS = 600.0
+
+
+def started(folder: Path, model: Path) -> EngineProcess:
+    engine = EngineProcess(spec_for(model, folder, keys=Keys(KEY, ADMIN_KEY)))
+    try:
+        engine.wait_ready(START_SECONDS)
+    except EngineError:
+        engine.stop()
+        raise
+    return engine
+
+
+def written(kind: str, folder: Path) -> Path:
+    if kind in FAMILIES:
+        write_model(folder, kind, num_hidden_layers=2)
+    else:
+        write_model_of(folder, kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", sorted([*SERVED, *OTHERWISE]))
+def test_an_engine_computes_what_transformers_does_or_is_known_not_to(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = written(kind, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    engine, bucket = started(tmp_path, model), SharedBucket(f"family-{os.getpid()}", 1 << 23)
+    try:
+        with EngineControl(engine.spec, timeout_seconds=60) as control:
+            control.begin_update()
+            control.load_bucket([fill(bucket, load_file(model / "model.safetensors"))])
+            control.end_update(1)
+            control.flush_cache()
+        difference = largest_difference(theirs, generate(engine.spec.url))
+    finally:
+        engine.stop()
+        bucket.close()
+    assert (difference < 1e-4) == (kind in SERVED)
+
+
+@pytest.mark.parametrize("kind", DIES)
+def test_an_engine_that_does_not_start_says_why(kind, tmp_path):
+    with pytest.raises(EngineError) as failure:
+        started(tmp_path, written(kind, tmp_path / "model"))
+    assert DIES[kind][0] in str(failure.value) + (tmp_path / "logs" / "engine-3.log").read_text()
+
+
+def test_every_family_is_in_one_of_the_lists_at_most():
+    listed = [*SERVED, *OTHERWISE, *DIES]
+    assert len(listed) == len({*listed}) and {*listed} <= {*MODELS, *FAMILIES}
