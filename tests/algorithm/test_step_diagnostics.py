@@ -321,7 +321,10 @@ def test_a_response_has_the_weights_of_all_its_sequences_towards_who_sampled():
     whole = stale_diagnostics(log_weight, reward=REWARDS, **of_group)
     parts, of_group["group"] = np.array([0.25, 0.75]), np.repeat(GROUPS, 2)
     split = stale_diagnostics(
-        np.outer(log_weight, parts).ravel(), reward=np.repeat(REWARDS, 2), response=np.arange(24) // 2, **of_group
+        np.outer(log_weight, parts).ravel(),
+        reward=np.repeat(REWARDS, 2),
+        response=np.arange(24) // 2,
+        **of_group,
     )
     assert split == pytest.approx(whole)
 

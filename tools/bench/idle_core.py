@@ -1,4 +1,4 @@
-"""An event loop with the time that a core of its own would show, on a machine that is busy with other work."""
+"""An event loop with the time that a core of its own would show, on a machine that is busy."""
 
 from __future__ import annotations
 
