@@ -66,11 +66,11 @@ class Programs:
 
     async def function(self, episode: Episode) -> str:
         """A rollout function."""
-        text = await self._asked(episode.generate)
+        answer = await self._asked(episode.generate)
         for seconds in latencies(episode.problem.index):
             await episode.insert_message("user", partial(_tool, seconds))
-            text = await self._asked(episode.generate)
-        return text.text
+            answer = await self._asked(episode.generate)
+        return answer.text
 
     async def aiohttp(self, task: AgentTask) -> str:
         """An agent with a client that does no more than it has to."""
