@@ -109,6 +109,7 @@ class SampleColumns:
     prompt_lengths   int64   [samples]
     counted_lengths  int64   [samples]  tokens that count in the loss
     groups           int64   [samples]
+    responses        int64   [samples]  the same for all samples of a response: see by_response
     rewards, advantages, taus  float64 [samples]  rewards are the shaped ones
     """
 
@@ -116,6 +117,7 @@ class SampleColumns:
     prompt_lengths: np.ndarray
     counted_lengths: np.ndarray
     groups: np.ndarray
+    responses: np.ndarray
     rewards: np.ndarray
     advantages: np.ndarray
     taus: np.ndarray
@@ -216,6 +218,7 @@ class RolloutBatch:
                 [sum(segment.tokens for segment in s.segments if segment.counted) for s in samples], np.int64
             ),
             groups=np.array([s.group for s in samples], np.int64),
+            responses=np.cumsum([s.branch == 0 for s in samples], dtype=np.int64),
             rewards=np.array([s.shaped_reward for s in samples], np.float64),
             advantages=np.array([s.advantage for s in samples], np.float64),
             taus=np.array([s.tau for s in samples], np.float64),

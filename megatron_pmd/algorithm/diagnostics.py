@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_pmd.algorithm.baselines import Floats, advantages, rows_by_size
+from megatron_pmd.algorithm.baselines import Floats, Indices, advantages, rows_by_size
 from megatron_pmd.algorithm.closed_form import optimum_mean
 from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
 
@@ -30,6 +30,7 @@ def diagnostics(
     group: ArrayLike,
     baseline: str,
     tau: ArrayLike,
+    response: ArrayLike | None = None,
 ) -> dict[str, float]:
     """One optimizer step's diagnostics, over all its micro-batches and data-parallel ranks.
 
@@ -37,6 +38,11 @@ def diagnostics(
     advantage, reward [sequences] in reward units, in the same order
     group             [sequences] integer label of the sequence's prompt; every group whole
     baseline, tau     as given to baselines.advantages
+    response          [sequences] integer label of the response that the sequence is a part of, whose reward
+                      and advantage it has; None: each is one
+
+    A group's optimum, its λ and its Z are over responses, as its baseline is: each counts once, and all of
+    its sequences have its s*. All other values are over sequences, as the loss is.
 
     Returns (N sequences; "per token" divides the sum by the counted tokens of the step):
 
@@ -63,13 +69,16 @@ def diagnostics(
     tau = np.asarray(tau, np.float64)
     a, r, labels = np.asarray(advantage, np.float64), np.asarray(reward, np.float64), np.asarray(group)
     _refuse_other_lengths(values | {"advantage": a, "reward": r}, len(labels))
-    target, chi2_weights = targets(a, r, labels, baseline=baseline, tau=tau)
+    first, of_response = _responses(response, len(labels))
+    of_responses = a[first], r[first], labels[first]
+    taus = np.broadcast_to(tau, labels.shape)[first]
+    target, chi2_weights = targets(*of_responses, baseline=baseline, tau=taus)
     s, tokens, weight = values["log_ratio"], values["length"].sum(), values["weight"]
     quantiles = np.quantile(s, [0.05, 0.5, 0.95])
     result = {
-        **_fit(s, target, a / tau, values["length"] > 0),
+        **_fit(s, target[of_response], a / tau, values["length"] > 0),
         "pmd/chi2_weight": float(chi2_weights.mean()),
-        **_groups(a, r, labels, tau),
+        **_groups(*of_responses, taus),
         **{f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)},
         "pmd/drift": float(np.abs(s).mean()),
         "mismatch/mean_abs": _ratio(values["mismatch_abs_sum"].sum(), tokens),
@@ -89,6 +98,13 @@ def _refuse_other_lengths(arrays: Mapping[str, Floats], sequences: int) -> None:
             raise ValueError(
                 f"{name} has {len(values)} entries for {sequences} sequences: one for each is needed"
             )
+
+
+def _responses(labels: ArrayLike | None, sequences: int) -> tuple[Indices, Indices]:
+    """(the first sequence of each response, which response each sequence is of)."""
+    given = np.arange(sequences) if labels is None else np.asarray(labels)
+    _, first, inverse = np.unique(given, return_index=True, return_inverse=True)
+    return first, inverse
 
 
 def over_iteration(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -210,7 +226,13 @@ def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: 
 
 
 def stale_diagnostics(
-    log_weight: ArrayLike, *, reward: ArrayLike, group: ArrayLike, baseline: str, tau: ArrayLike
+    log_weight: ArrayLike,
+    *,
+    reward: ArrayLike,
+    group: ArrayLike,
+    baseline: str,
+    tau: ArrayLike,
+    response: ArrayLike | None = None,
 ) -> dict[str, float]:
     """How far older policies π_b, which sampled, are from π_t; of one optimizer step, as diagnostics().
 
@@ -221,10 +243,13 @@ def stale_diagnostics(
     stale/chi2_weight            ν, mean over groups: the weight of the implicit χ² penalty against π_b, nats
     (stale_optimum.py); mean baselines alone
 
-    A group's samples stand for π_b, each 1/K of it. π_t is theirs by their weights, which add up to 1.
+    N and K count responses: a response has the weights of all its sequences, multiplied. A group's responses
+    stand for π_b, each 1/K of it. π_t is theirs by their weights, which add up to 1.
     """
-    log_weight, reward, group = np.asarray(log_weight), np.asarray(reward, np.float64), np.asarray(group)
-    tau = np.broadcast_to(np.asarray(tau, np.float64), reward.shape)
+    reward, group = np.asarray(reward, np.float64), np.asarray(group)
+    first, of_response = _responses(response, len(group))
+    tau = np.broadcast_to(np.asarray(tau, np.float64), reward.shape)[first]
+    log_weight, reward, group = np.bincount(of_response, log_weight), reward[first], group[first]
     weight = np.exp(log_weight - log_weight.max())
     values = {"stale/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum())}
     if not baseline.startswith("mean"):

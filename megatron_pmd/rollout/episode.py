@@ -77,11 +77,11 @@ class Episode:
         except Exception as error:
             self.failure = error
             raise
-        tokens = turn.tokens.tolist()
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        # an array: transformers looks at each entry of a list, which takes longer than the decoding
+        text = self._tokenizer.decode(turn.tokens, skip_special_tokens=True)
         if self._cursor == 1:
             self._first_text = text
-        return Answer(tokens, text, finish)
+        return Answer(turn.tokens.tolist(), text, finish)
 
     async def insert(self, text: str | Callable[[], Awaitable[str]]) -> None:
         """Put text behind the response so far; its tokens are in the model's context and not in the loss.
@@ -130,7 +130,7 @@ class Episode:
         trajectory = self._trajectory
         if len(trajectory.turns) == 1 and self._answers:  # then it is decoded already
             return self._first_text
-        return self._tokenizer.decode(trajectory.response_tokens.tolist(), skip_special_tokens=True)
+        return self._tokenizer.decode(trajectory.response_tokens, skip_special_tokens=True)
 
     def _next(self, *, inserted: bool) -> Turn:
         """The turn the function has come to: one of before, or a new one."""

@@ -298,9 +298,7 @@ class _Draw:
         return graded or "", error
 
     def _text(self, trajectory: Trajectory) -> str:
-        text: str = self._sampler.tokenizer.decode(
-            trajectory.response_tokens.tolist(), skip_special_tokens=True
-        )
+        text: str = self._sampler.tokenizer.decode(trajectory.response_tokens, skip_special_tokens=True)
         return text
 
     async def _called(self, function: RolloutFunction, episode: Episode) -> Any:

@@ -124,6 +124,7 @@ def step_values(
     of_samples: dict[str, Any] = {
         "reward": batch.samples.rewards[samples],
         "group": batch.samples.groups[samples],
+        "response": batch.samples.responses[samples],
         "baseline": subproblem.baseline,
         "tau": batch.samples.taus[samples],
     }

@@ -296,6 +296,39 @@ def test_groups_of_several_taus_are_measured_as_each_alone(baseline):
     assert result["pmd/chi2_weight"] == pytest.approx(np.mean(list(alone_weights.values())))
 
 
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_response_of_several_sequences_counts_once_in_its_groups_optimum(baseline):
+    """An agent's episodes: their baseline is over episodes, so their optimum, λ and Z must be, too."""
+    parts = np.array([3, 1, 1, 2, 1, 1, 1, 1, 4, 1, 1, 1])
+    a = advantages(REWARDS, GROUPS, baseline=baseline, tau=0.1)
+    target = a / 0.1
+    if baseline.startswith("mean"):
+        target = np.concatenate([group_target(own / 0.1)[0] for own in np.split(a, 3)])
+    s, a, reward, group, response = (np.repeat(x, parts) for x in (target, a, REWARDS, GROUPS, np.arange(12)))
+    result = diagnostics(
+        arrays(s), advantage=a, reward=reward, group=group, response=response, baseline=baseline, tau=0.1
+    )
+    assert result["pmd/progress"] == pytest.approx(1)
+    assert result["pmd/fit/target_square"] == pytest.approx((s**2).sum()), "every sequence is in the loss"
+    whole = measure(target, baseline=baseline)
+    for key in ("pmd/chi2_weight", "pmd/log_z_gap", "pmd/zero_advantage_groups", SIGNAL):
+        assert result[key] == pytest.approx(whole[key]), key
+
+
+def test_a_response_has_the_weights_of_all_its_sequences_towards_who_sampled():
+    log_weight = np.random.default_rng(0).normal(size=12)
+    of_group: dict = {"group": GROUPS, "baseline": "mean", "tau": 0.1}
+    whole = stale_diagnostics(log_weight, reward=REWARDS, **of_group)
+    parts, of_group["group"] = np.array([0.25, 0.75]), np.repeat(GROUPS, 2)
+    split = stale_diagnostics(
+        np.outer(log_weight, parts).ravel(),
+        reward=np.repeat(REWARDS, 2),
+        response=np.arange(24) // 2,
+        **of_group,
+    )
+    assert split == pytest.approx(whole)
+
+
 def test_samples_of_the_anchor_itself_have_its_own_chi2_weight_and_all_count():
     result = stale_diagnostics(np.zeros(12), reward=REWARDS, group=GROUPS, baseline="mean", tau=0.1)
     assert result["stale/effective_sample_size"] == pytest.approx(1)

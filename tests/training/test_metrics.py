@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from megatron_pmd.actor.actor import StepReport
 from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import override
-from megatron_pmd.training.metrics import throughput
+from megatron_pmd.training.metrics import step_values, throughput
+from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
 
 SFT = ["algorithm.objective=sft", "warm_start=null", "actor.experts.replay_routing=false"]
@@ -40,3 +44,31 @@ def test_tokens_per_second_are_of_what_each_phase_computed(settings, sampled, ex
     batch = RolloutBatch.describe([*responses, *examples], 1.0, examples=len(examples))
     found = throughput(batch, SECONDS, config, sampled)
     assert found == {f"{name}/tokens_per_second": value for name, value in expected.items()}
+
+
+def report(samples: np.ndarray, mismatch_sum: np.ndarray) -> StepReport:
+    """A replica's, of a step before which the policy has not moved; each sequence has 30 counted tokens."""
+    names = ("log_ratio", "kl_k2", "kl_k3", "mismatch_abs_sum", "mismatch_abs_max")
+    zeros = np.zeros(len(samples))
+    per_sequence = dict.fromkeys(names, zeros) | {"length": zeros + 30, "weight": zeros + 1}
+    per_sequence["mismatch_sum"] = mismatch_sum[samples]
+    return StepReport(0.1, 1.0, 0.0, len(samples), samples, per_sequence, 0.0, 30 * len(samples), 0.0, 0)
+
+
+def test_a_step_compares_with_the_same_optimum_however_many_trajectories_an_episode_has():
+    """Four episodes; two replicas have them in another order. The first one's log-weight is −0.9 in all."""
+    config = override(recipe("tiny_moe_overlap_cpu"), ["algorithm.baseline=mean_loo"])
+    found = []
+    for trajectories in (1, 3):
+        samples = [replace(sample(0, 10, 30), number=n, reward=float(n < 2)) for n in range(4)]
+        samples[1:1] = [replace(samples[0], branch=branch) for branch in range(1, trajectories)]
+        log_weights = np.array([-0.9 / trajectories] * trajectories + [0.1, 0.2, 0.3])
+        subproblem = Subproblem(config, 0)
+        subproblem.compute_advantages(samples)
+        early, late = np.array_split(np.arange(len(samples)), 2)
+        reports = [report(late, log_weights), report(early, log_weights)]
+        values = step_values(RolloutBatch.describe(samples, 1.0), reports, subproblem)
+        of_group = ("pmd/chi2_weight", "pmd/log_z_gap", "stale/chi2_weight", "stale/effective_sample_size")
+        found.append({key: values[key] for key in of_group})
+    assert min(found[0].values()) > 0
+    assert found[1] == pytest.approx(found[0])

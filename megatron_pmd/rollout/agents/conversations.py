@@ -249,9 +249,9 @@ class AgentEpisode:
         return RequestError(f"{type(failure).__name__}: {failure}", status=503)
 
     async def _read(self, candidate: Trajectory, turn: Turn, request: ChatRequest, number: int) -> ChatAnswer:
-        tokens = turn.tokens.tolist()
-        if turn.finish == "stop" and tokens and tokens[-1] in self._sampling.stop_tokens:
-            tokens.pop()
+        tokens = turn.tokens
+        if turn.finish == "stop" and len(tokens) and int(tokens[-1]) in self._sampling.stop_tokens:
+            tokens = tokens[:-1]
         text = self._reader.text(tokens, with_tools=bool(request.tools))
         for stop in request.stop:
             text = text.partition(stop)[0]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_pmd.rollout.generate_client import GenerateClient
 
 
@@ -32,8 +34,8 @@ class OutputReader:
     reasoning_parser: str | None = None
     """SGLang's names; None: there is nothing of the kind in its words."""
 
-    def text(self, tokens: Sequence[int], *, with_tools: bool) -> str:
-        """Decoded; with special tokens where a parser may look for them, as SGLang does."""
+    def text(self, tokens: np.ndarray, *, with_tools: bool) -> str:
+        """int32 [tokens], decoded; with special tokens where a parser may look for them, as SGLang does."""
         plain = not with_tools and self.reasoning_parser is None
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=plain)
         return text
