@@ -18,6 +18,8 @@ PROVEN: dict[str, str] = {
     "deepseek_v3": "DeepSeek-V3, Moonlight",
     "exaone_moe": "K-EXAONE",
     "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 without images",
     "glm4_moe": "GLM-4.5, 4.6",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "hy_v3": "Hy3",
@@ -38,8 +40,6 @@ REFUSED: dict[str, str] = {
     "Megatron-Bridge 0.6.2 takes a sigmoid, which gives other logits",
     "exaone4": "its norms stand behind attention and feed-forward, where none is compared",
     "falcon_h1": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "gemma2": "its attention caps the scores, and its layers have norms at both ends; neither is compared",
-    "gemma3_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "gemma4_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "gpt_oss": "its attention has sinks, and its experts biases and a clamped activation; none is compared",
@@ -56,6 +56,8 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
+POST_NORMS = frozenset({"gemma2", "gemma3_text"})
+"""They have norms behind attention and feed-forward: post_norms.py."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 

@@ -86,9 +86,10 @@ def write(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """As write_model; name: what transformers calls the family's classes."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **settings})
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    config = cls.config_class(**{**COMMON, **settings})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float()
+    model = cls(config).float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1:

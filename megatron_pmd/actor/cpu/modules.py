@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
@@ -71,7 +75,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each packed sequence, by torch's SDPA.
+    """Causal attention within each packed sequence, by torch's SDPA where scores have no cap.
 
     The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
     after every real token and is therefore never attended to. Under context parallelism each rank gathers
@@ -89,6 +93,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        """What bounds the scores, smoothly; None: nothing."""
         self.window: int | None = None
         """Tokens before its own that a query sees; None: all."""
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
@@ -120,7 +126,7 @@ class PackedAttention(MegatronModule):
         asked, place, width = sequence, position, longest
         keys = torch.arange(longest)
         mask: dict[str, Any] = {"is_causal": True}
-        if self.window is not None:
+        if self.window is not None or self.softcap:
             mask = {"attn_mask": self._sees(keys, keys)}
         if self.context.size() > 1:
             row = Row(size=self.context.size())
@@ -135,7 +141,8 @@ class PackedAttention(MegatronModule):
             # a place without a query is taken for the last: a row of nothing but masked keys would give NaN
             last = torch.full((len(lengths), width), longest - 1)
             mask = {"attn_mask": self._sees(last.index_put((asked, place), position[own]), keys)[:, None]}
-        output = F.scaled_dot_product_attention(
+        attend = self._capped if self.softcap else F.scaled_dot_product_attention
+        output = attend(
             batched(query, asked, place, width),
             batched(key, sequence, position, longest),
             batched(value, sequence, position, longest),
@@ -144,6 +151,22 @@ class PackedAttention(MegatronModule):
             **mask,
         )
         return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
+
+    def _capped(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        attn_mask: torch.Tensor,
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        """torch's SDPA with capped scores, which it does not have."""
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+        scores = self.softcap * torch.tanh(query @ key.mT * (scale / self.softcap))
+        weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value
 
     def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Whether a query sees a key. queries [..., queries] and keys [keys]: their positions."""
@@ -175,6 +198,18 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+class TERowParallelLinearLayerNorm(RowParallelLinear):
+    """A row-parallel linear and the norm behind it: Megatron-Bridge's models/common/te_layers.py."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output, bias = super().forward(x)
+        return self.post_layernorm(output), bias
 
 
 class TELinear(torch.nn.Module):
@@ -291,6 +326,7 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any) -> ModuleSpec:
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         _whole_norms(spec, of_family)
+        _post_norms(spec, of_family)
     if is_moe:
         layer.pre_mlp_layernorm = RMSNorm
         layer.mlp.keywords["submodules"].experts = partial(
@@ -321,6 +357,20 @@ def _whole_norms(spec: ModuleSpec, of_family: Any) -> None:
     elif of_family is minimax_m2_layer_spec:
         attention.submodules.q_layernorm = FullDimQNorm
         attention.submodules.k_layernorm = FullDimKNorm
+
+
+def _post_norms(spec: ModuleSpec, of_family: Any) -> None:
+    """The norms behind attention and feed-forward of Gemma 2 and 3, and Gemma 3's two rotary embeddings."""
+    from megatron.bridge.models.gemma.gemma2_provider import gemma2_layer_spec
+    from megatron.bridge.models.gemma.gemma3_provider import Gemma3SelfAttention, gemma3_layer_spec
+
+    if of_family not in (gemma2_layer_spec, gemma3_layer_spec):
+        return
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    attention.submodules.linear_proj = TERowParallelLinearLayerNorm
+    layer.mlp.keywords["submodules"].linear_fc2 = TERowParallelLinearLayerNorm
+    if of_family is gemma3_layer_spec:
+        attention.module = Gemma3SelfAttention
 
 
 def block_spec(
