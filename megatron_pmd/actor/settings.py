@@ -27,8 +27,6 @@ CPU_FIELDS = dict(
     moe_permute_fusion=False,
     moe_router_fusion=False,
     moe_shared_expert_overlap=False,
-    # of TE's kernels; a family that names one would write it into the environment of this process
-    attention_backend=AttnBackend.auto,
     # freeing a stage's output while gloo still sends it gives nondeterministic gradients
     deallocate_pipeline_outputs=False,
 )
@@ -107,6 +105,9 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
+        # Megatron-Bridge names flash-attn for Gemma, which need not be there: the environment would then
+        # forbid Transformer Engine every other kernel
+        attention_backend=AttnBackend.auto,
         moe_router_dtype="fp32",
         # an auxiliary loss depends on how samples are packed; it is turned on through actor.megatron
         moe_router_load_balancing_type="none",
