@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
 from tests.actor.conftest import LAYOUTS
-from tests.actor.family_models import MODELS
+from tests.actor.family_models import MODELS, OTHER_LAYOUTS
 from tests.actor.tiny_models import FAMILIES
 from tools.write_proof_table import proofs, table, words
 
@@ -50,8 +50,10 @@ These settings are refused, although the family works:
 
 - DeepSeek-V2 with `topk_method=group_limited_greedy` (the large V2): megatron-core chooses groups otherwise.
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
-- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, and `yarn`
-  of DeepSeek and Kimi.
+- Gemma 2 and 3 with `layout.context` above 1: Transformer Engine computes no windows over several ranks. With
+  `actor.lora`, name `linear_qkv`, `linear_fc1` or both: norms stand behind the other linear layers.
+- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
+  DeepSeek and Kimi, and `linear` of Gemma 3 on the layers that see all tokens.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
 trained.
@@ -75,7 +77,7 @@ def compared(kind: str) -> str:
         assert set(own) <= FAMILIES.keys()
         layouts = [layout for family, layout in LAYOUTS.values() if family in own]
     else:
-        layouts = [MODELS[kind][2]]
+        layouts = [MODELS[kind][2], *([OTHER_LAYOUTS[kind]] if kind in OTHER_LAYOUTS else [])]
     return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
 
 

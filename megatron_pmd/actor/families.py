@@ -62,6 +62,18 @@ NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 
 
+TAKEN_FOR_GRANTED: dict[str, dict[str, bool]] = {
+    "gemma2": dict(tie_word_embeddings=True, use_bidirectional_attention=False, attention_bias=False),
+    "gemma3_text": dict(
+        tie_word_embeddings=True,
+        use_bidirectional_attention=False,
+        attention_bias=False,
+        final_logit_softcapping=False,
+    ),
+}
+"""By model_type, settings that Megatron-Bridge does not read, and whether it computes as if they were on."""
+
+
 def check_family(path: Path, bridge: Any) -> None:
     """ModelError for a family of Megatron-Bridge's own that is not compared, or is known to be wrong.
 
@@ -77,6 +89,12 @@ def check_family(path: Path, bridge: Any) -> None:
             f"{path}: models of type {kind} are refused: {reason}. Those that are compared with transformers "
             f"are {', '.join(PROVEN)}"
         )
+    for name, on in TAKEN_FOR_GRANTED.get(kind, {}).items():
+        if bool(value := getattr(config, name)) != on:
+            raise ModelError(
+                f"{path}: {name}={value} in config.json, which Megatron-Bridge does not read; of {kind}, "
+                f"models {'with' if on else 'without'} it are trained"
+            )
     if kind == "deepseek_v2" and config.topk_method != "greedy":
         raise ModelError(
             f"{path}: topk_method={config.topk_method} in config.json: it chooses groups of experts by their "
@@ -86,7 +104,7 @@ def check_family(path: Path, bridge: Any) -> None:
 
 
 def check_layout(path: Path, model_type: str, layout: Layout) -> None:
-    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly."""
+    """LayoutError for a layout under which Megatron-Bridge computes a family wrongly, or none at all."""
     # FullDimQNorm and FullDimKNorm (minimax_m2_provider.py) sum over the ranks outside of autograd, and
     # OLMoESelfAttention (olmoe_provider.py) gives every rank the norm of all heads
     if model_type in NORMS_OF_ALL_HEADS and layout.tensor > 1:
@@ -94,6 +112,12 @@ def check_layout(path: Path, model_type: str, layout: Layout) -> None:
             f"layout.tensor={layout.tensor}: {path} normalises the queries of all heads at once, which "
             "Megatron-Bridge 0.6.2 does not do over several ranks; use tensor=1, and pipeline, expert or "
             "data instead"
+        )
+    # attn_forward_func_with_cp (context_parallel.py) asserts it, where keys are sent from rank to rank
+    if model_type in POST_NORMS and layout.context > 1:
+        raise LayoutError(
+            f"layout.context={layout.context}: {path} has layers whose attention sees a window, which "
+            "Transformer Engine does not compute over several ranks; use context=1"
         )
 
 

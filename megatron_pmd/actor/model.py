@@ -91,7 +91,7 @@ def check_rope(path: Path, config: Any) -> None:
     if config.model_type == "gemma3_text":
         # the bridge reads the base of both kinds of layers, and the factor of `linear` for those that see all
         kinds = {layers: own.get("rope_type") for layers, own in rope.items() if isinstance(own, dict)}
-        if kinds.get("sliding_attention") == "default" and kinds.get("full_attention") in ("default", "linear"):
+        if kinds in [dict(sliding_attention="default", full_attention=one) for one in ("default", "linear")]:
             return
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]

@@ -36,8 +36,11 @@ class TERowParallelLinearLayerNorm(te_layers.TERowParallelLinearLayerNorm):
 def configure(path: Path, provider: Any, config: Any) -> None:
     """Tell megatron-core's own attention what Megatron-Bridge tells its attention for these families.
 
-    config: of transformers. Raises ModelError for an order of the layers that the bridge cannot make.
+    config: of transformers. Afterwards provider.post_norms says that the model is one of them.
+
+    Raises ModelError for an order of the layers that the bridge cannot make.
     """
+    provider.post_norms = True
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     provider.window_size = (config.sliding_window - 1, 0)
     provider.window_attn_skip_freq = [int(one) for one in sliding]

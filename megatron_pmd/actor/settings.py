@@ -310,6 +310,7 @@ def lora_targets(provider: Any, config: RunConfig) -> list[str]:
         latent=latent,
         compressed_queries=bool(latent and provider.q_lora_rank),
         experts=provider.num_moe_experts,
+        post_norms=getattr(provider, "post_norms", False),
     )
 
 
@@ -348,6 +349,11 @@ def check_model(provider: Any, config: RunConfig) -> None:
         raise ConfigError(
             f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the "
             "weights that QK-clip scales, which undoes it; leave it unset"
+        )
+    if threshold and getattr(provider, "attn_logit_softcapping", None):
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={threshold:g}: {path} caps its scores at "
+            f"{provider.attn_logit_softcapping:g} itself; leave it unset"
         )
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}

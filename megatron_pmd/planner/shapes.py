@@ -16,7 +16,9 @@ from megatron_pmd.files import read_object
 
 MODELS = Path(__file__).with_name("models.json")
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2")
+FAMILIES = (
+    "gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Shape:
     layers: int
     attention: Attention
     feed_forward: FeedForward
+    norms: int
+    """Of a layer, as wide as it is; those of queries and keys are the attention's."""
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
@@ -106,6 +110,7 @@ class Shape:
             latent=self.attention.key_value_heads is None,
             compressed_queries="linear_q_up_proj" in self.attention.linears,
             experts=self.feed_forward.experts,
+            post_norms=self.norms > 2,
         )
 
     @property
@@ -118,11 +123,11 @@ class Shape:
         return self.vocabulary * self.hidden
 
     def layer(self, number: int) -> tuple[int, int, int]:
-        """(split, replicated, routed experts') parameters of a whole layer, its two norms included."""
+        """(split, replicated, routed experts') parameters of a whole layer, its norms included."""
         split, replicated, routed = self.feed_forward_of(number)
         return (
             split + self.attention.split,
-            replicated + self.attention.replicated + 2 * self.hidden,
+            replicated + self.attention.replicated + self.norms * self.hidden,
             routed,
         )
 
@@ -136,8 +141,8 @@ class Shape:
     def outside_matrices(self) -> int:
         """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
         ends = self.embedding * (1 if self.tied_embeddings else 2) + self.hidden
-        attention = self.attention
-        return ends + self.layers * (attention.split_vectors + attention.replicated_vectors + 2 * self.hidden)
+        vectors = self.attention.split_vectors + self.attention.replicated_vectors
+        return ends + self.layers * (vectors + self.norms * self.hidden)
 
     @property
     def active(self) -> int:
@@ -195,7 +200,9 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             expert_intermediate=config.get("moe_intermediate_size", 0) if experts else 0,
             shared_intermediate=shared,
         ),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        norms=4 if family in ("gemma2", "gemma3_text") else 2,
+        # published files of Gemma leave it out
+        tied_embeddings=config.get("tie_word_embeddings", family.startswith("gemma")),
         context_limit=config.get("max_position_embeddings", 0),
     )
 
@@ -208,9 +215,10 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
     biases = width * (heads + 2 * groups) if family == "qwen2" or config.get("attention_bias") else 0
     if config.get("attention_bias") and family != "qwen2":
         biases += hidden  # the output projection has one too
+    norms = 2 * width if family.startswith(("gemma3", "qwen3")) else 0
     return Attention(
         split=projections + biases,
-        replicated=2 * width if family.startswith("qwen3") else 0,
+        replicated=norms,
         cached_values=2 * groups * width,
         cache_heads=groups,
         query_values=heads * width,
@@ -222,7 +230,7 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
             "linear_proj": (heads * width, hidden),
         },
         split_vectors=biases,
-        replicated_vectors=2 * width if family.startswith("qwen3") else 0,
+        replicated_vectors=norms,
     )
 
 

@@ -104,10 +104,18 @@ MODELS: dict[str, Case] = {
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
 
+OTHER_LAYOUTS: dict[str, dict[str, int]] = {"gemma2": dict(pipeline=2), "gemma3_text": dict(pipeline=2)}
+"""Of two ranks too."""
+
+
+def write_without_reference(folder: Path, kind: str, **changes: Any) -> None:
+    name, settings, _ = MODELS[kind]
+    write(folder, name, {**settings, "num_hidden_layers": 2, **changes})
+
+
 def write_family(folder: Path, kind: str) -> None:
     """The model, and what transformers computes with it."""
-    name, settings, _ = MODELS[kind]
-    write(folder, name, {**settings, "num_hidden_layers": 2})
+    write_without_reference(folder, kind)
     torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
     if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
         config = json.loads((folder / "config.json").read_text())

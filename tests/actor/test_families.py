@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_pmd.actor import families
 from megatron_pmd.convert import precision
 from megatron_pmd.hugging_face import TensorFiles
-from tests.actor.family_models import MODELS, write_family, write_quantized, write_refused
+from tests.actor.family_models import MODELS, OTHER_LAYOUTS, write_family, write_quantized, write_refused
 from tests.actor.launch import launch
 from tests.actor.reference import Reference
 from tests.actor.tiny_models import FAMILIES
@@ -22,6 +22,10 @@ from tools.write_model_table import PAGE, page
 pytestmark = pytest.mark.slow
 
 RANKS = (1, 2)
+OTHERWISE = {f"{kind}, otherwise": kind for kind in OTHER_LAYOUTS}
+CASES = [(ranks, kind, kind) for ranks in RANKS for kind in MODELS]
+CASES += [(2, kind, name) for name, kind in OTHERWISE.items()]
+"""Ranks, family, and how the results are called."""
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -39,14 +43,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folders: Path) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, every rank's results."""
-    layouts: dict[int, dict[str, dict[str, int]]] = {
-        1: {kind: {} for kind in MODELS},
-        2: {kind: layout for kind, (_, _, layout) in MODELS.items()},
-    }
-    return {
-        ranks: program("families", ranks, cases={k: (folders / k, v) for k, v in layouts[ranks].items()})
-        for ranks in RANKS
-    }
+    one = {kind: (folders / kind, {}) for kind in MODELS}
+    two = {kind: (folders / kind, layout) for kind, (_, _, layout) in MODELS.items()}
+    two |= {name: (folders / kind, OTHER_LAYOUTS[kind]) for name, kind in OTHERWISE.items()}
+    return {ranks: program("families", ranks, cases=cases) for ranks, cases in ((1, one), (2, two))}
 
 
 @pytest.fixture(params=MODELS)
@@ -59,10 +59,10 @@ def reference(kind: str, folders: Path) -> Reference:
     return torch.load(folders / kind / "reference.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
+@pytest.mark.parametrize(("ranks", "kind", "name"), CASES)
+def test_log_probs_are_those_of_transformers(ranks, kind, name, results, reference):
     whole = torch.full_like(reference.anchor, torch.nan)
-    for rank in (result[kind] for result in results[ranks]):
+    for rank in (result[name] for result in results[ranks]):
         own = ~rank["log_probs"].isnan()
         if rank["holds_logits"]:
             whole[own] = rank["log_probs"][own]
@@ -71,16 +71,18 @@ def test_log_probs_are_those_of_transformers(ranks, kind, results, reference):
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(ranks, kind, results, reference):
-    found, (expected,) = [result[kind] for result in results[ranks]], reference.steps
+@pytest.mark.parametrize(("ranks", "kind", "name"), CASES)
+def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(
+    ranks, kind, name, results, reference
+):
+    found, (expected,) = [result[name] for result in results[ranks]], reference.steps
     loss, count = (sum(rank["step"][i] for rank in found) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
     gradient = found[0]["gradient"]
     assert expected.gradient.keys() <= gradient.keys()
     errors = {
-        name: float((gradient[name].double() - own).norm() / own.norm())
-        for name, own in expected.gradient.items()
+        tensor: float((gradient[tensor].double() - own).norm() / own.norm())
+        for tensor, own in expected.gradient.items()
     }
     assert max(errors.values()) < 1e-5, errors
 
@@ -92,7 +94,10 @@ def test_a_folder_comes_back_byte_for_byte(kind, folders, results):
     assert all(torch.equal(exported[name], tensor) for name, tensor in held.items())
 
 
-OTHERS: dict[str, dict[str, Any]] = {"deepseek_v2, groups": dict(topk_method="group_limited_greedy")}
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v2, groups": dict(topk_method="group_limited_greedy"),
+    "gemma3_text, capped": dict(final_logit_softcapping=30.0),
+}
 """Configurations of families that work, which are refused."""
 
 
@@ -115,6 +120,7 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
     layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in families.NORMS_OF_ALL_HEADS}
+    layouts |= {f"{kind}, context=2": (folders / kind, dict(context=2)) for kind in families.POST_NORMS}
     named = {folder.name: folder for folder in root.iterdir()}
     return program("refusals", folders=named, layouts=layouts, quantized=quantized[0])[0]
 
@@ -166,9 +172,14 @@ def test_a_model_of_images_is_refused(refused):
 def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(refused):
     error, message = refused["said"]["deepseek_v2, groups"]
     assert error == "ModelError" and "topk_method=group_limited_greedy" in message
+    error, message = refused["said"]["gemma3_text, capped"]
+    assert error == "ModelError" and "final_logit_softcapping=30.0 in config.json" in message
     for kind in families.NORMS_OF_ALL_HEADS:
         error, message = refused["said"][f"{kind}, tensor=2"]
         assert error == "LayoutError" and "normalises the queries of all heads at once" in message
+    for kind in families.POST_NORMS:
+        error, message = refused["said"][f"{kind}, context=2"]
+        assert error == "LayoutError" and "layers whose attention sees a window" in message
 
 
 def test_every_family_that_works_is_compared_here_or_with_four_layers():
