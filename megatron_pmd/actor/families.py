@@ -38,9 +38,11 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its attention chooses tokens by an indexer, which is not compared",
     "ernie4_5_moe": "its routers take a softmax and a bias, for which megatron-core 0.19.2 has no router; "
     "Megatron-Bridge 0.6.2 takes a sigmoid, which gives other logits",
-    "exaone4": "its norms stand behind attention and feed-forward, where none is compared",
+    "exaone4": "Megatron-Bridge 0.6.2 leaves out the norms of its queries and keys and the windows of its "
+    "layers, and its attention there refuses packed rows",
     "falcon_h1": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "gemma4_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
+    "gemma4_text": "its layers of two kinds differ in the number and width of heads, and some take keys for "
+    "values; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "gpt_oss": "its attention has sinks, and its experts biases and a clamped activation; none is compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
