@@ -57,8 +57,9 @@ Engines of SGLang 0.5.23 were started by hand with the tiny models of three fami
 largest difference of a sampled token's log-probability from transformers':
 
 - `gemma3_text`: 1e-6, with sequences longer than the window.
-- `gemma2`: 1e-6 without a cap on attention scores, 0.16 with a cap of 2. SGLang's attention on a CPU leaves
-  the cap out. An engine needs `hidden_act` in config.json, which transformers 5 does not write.
+- `gemma2`: 1e-6 without a cap on attention scores, 0.16 with a cap of 2, 3e-4 with one of 50. SGLang's
+  attention on a CPU leaves the cap out. An engine needs `hidden_act` in config.json, which transformers 5
+  does not write.
 - `gemma`: 4e-4. SGLang computes the exact GELU, on every device; transformers computes its approximation.
 
 Transformer Engine has a cap in flash-attn 2 alone, which `constraints/stack.txt` does not bring. Without it,

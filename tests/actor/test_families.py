@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folders: Path) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, every rank's results."""
-    one = {kind: (folders / kind, {}) for kind in MODELS}
+    one: dict[str, Any] = {kind: (folders / kind, {}) for kind in MODELS}
     two = {kind: (folders / kind, layout) for kind, (_, _, layout) in MODELS.items()}
     two |= {name: (folders / kind, OTHER_LAYOUTS[kind]) for name, kind in OTHERWISE.items()}
     return {ranks: program("families", ranks, cases=cases) for ranks, cases in ((1, one), (2, two))}

@@ -93,8 +93,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
-        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
-        """What bounds the scores, smoothly; None: nothing."""
+        self.softcap: float = getattr(config, "attn_logit_softcapping", None) or 0.0
+        """What bounds the scores, smoothly; 0: nothing."""
         self.window: int | None = None
         """Tokens before its own that a query sees; None: all."""
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
@@ -158,13 +158,14 @@ class PackedAttention(MegatronModule):
         key: torch.Tensor,
         value: torch.Tensor,
         *,
-        scale: float,
+        scale: float | None,
         attn_mask: torch.Tensor,
         enable_gqa: bool,
     ) -> torch.Tensor:
         """torch's SDPA with capped scores, which it does not have."""
         key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
-        scores = self.softcap * torch.tanh(query @ key.mT * (scale / self.softcap))
+        scores = query @ key.mT * (scale or query.size(-1) ** -0.5)
+        scores = self.softcap * torch.tanh(scores / self.softcap)
         weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32)
         return weights.to(value.dtype) @ value
 
