@@ -21,6 +21,8 @@ PROVEN: dict[str, str] = {
     "deepseek_v3": "DeepSeek-V3, Moonlight",
     "exaone_moe": "K-EXAONE",
     "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 without images",
     "glm4_moe": "GLM-4.5, 4.6",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "gpt_oss": "gpt-oss",
@@ -43,11 +45,11 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its attention chooses tokens by an indexer, which is not compared",
     "ernie4_5_moe": "its routers take a softmax and a bias, for which megatron-core 0.19.2 has no router; "
     "Megatron-Bridge 0.6.2 takes a sigmoid, which gives other logits",
-    "exaone4": "its norms stand behind attention and feed-forward, where none is compared",
+    "exaone4": "Megatron-Bridge 0.6.2 leaves out the norms of its queries and keys and the windows of its "
+    "layers, and its attention there refuses packed rows",
     "falcon_h1": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "gemma2": "its attention caps the scores, and its layers have norms at both ends; neither is compared",
-    "gemma3_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
-    "gemma4_text": "its layers have two rotary embeddings and norms at both ends; neither is compared",
+    "gemma4_text": "its layers of two kinds differ in the number and width of heads, and some take keys for "
+    "values; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
@@ -62,6 +64,8 @@ READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
 LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
 """On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
+POST_NORMS = frozenset({"gemma2", "gemma3_text"})
+"""They have norms behind attention and feed-forward: post_norms.py."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 BIASED_EXPERTS = frozenset({"gpt_oss"})
@@ -70,6 +74,9 @@ BIASED_EXPERTS = frozenset({"gpt_oss"})
 
 def _taken_for_granted(config: Any) -> dict[str, Any]:
     """What Megatron-Bridge's provider of a family is fixed to, whatever config.json says."""
+    if config.model_type in POST_NORMS:
+        taken = dict(tie_word_embeddings=True, use_bidirectional_attention=False, attention_bias=False)
+        return taken if config.model_type == "gemma2" else taken | dict(final_logit_softcapping=None)
     if config.model_type == "nemotron":
         return dict(hidden_act="relu2", attention_bias=False, mlp_bias=False)
     if config.model_type == "gpt_oss":
@@ -112,7 +119,8 @@ def check_family(path: Path, bridge: Any) -> None:
             "this version on a GPU"
         )
     for key, value in _taken_for_granted(config).items():
-        if getattr(config, key) != value:
+        # what is off may be False, None or 0
+        if (getattr(config, key) or None) != (value or None):
             raise ModelError(
                 f"{path}: {key}={getattr(config, key)} in config.json: Megatron-Bridge 0.6.2 takes {value} "
                 f"for granted, and would compute other logits; of type {kind}, models with {key}={value} are "
@@ -144,6 +152,12 @@ def check_layout(path: Path, config: Any, layout: Layout) -> None:
             f"layout.tensor={layout.tensor}: {path} normalises the queries of all heads at once, which "
             "Megatron-Bridge 0.6.2 does not do over several ranks; use tensor=1, and pipeline, expert or "
             "data instead"
+        )
+    # attn_forward_func_with_cp (context_parallel.py) asserts it, where keys are sent from rank to rank
+    if model_type in POST_NORMS and layout.context > 1:
+        raise LayoutError(
+            f"layout.context={layout.context}: {path} has layers whose attention sees a window, which "
+            "Transformer Engine does not compute over several ranks; use context=1"
         )
 
 

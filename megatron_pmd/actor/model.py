@@ -96,6 +96,11 @@ def check_rope(path: Path, config: Any) -> None:
     would give wrong logits, silently.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    if config.model_type == "gemma3_text":
+        # the bridge reads the base of both kinds of layers, and the factor of `linear` for those that see all
+        kinds = {layers: own.get("rope_type") for layers, own in rope.items() if isinstance(own, dict)}
+        if kinds in [dict(sliding_attention="default", full_attention=one) for one in ("default", "linear")]:
+            return
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
     llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
@@ -130,6 +135,12 @@ def tensors_in(path: Path) -> dict[str, list[int]]:
 def provider_for(bridge: Any, config: RunConfig) -> Any:
     """The bridge's TransformerConfig for this model, with our layout, precision and the recipe's settings."""
     provider = bridge.to_megatron_provider(load_weights=False)
+    model = bridge.hf_pretrained.config
+    behind = model.model_type in families.POST_NORMS
+    if behind:
+        from megatron_pmd.actor import post_norms
+
+        post_norms.configure(Path(config.model.path), provider, model)
     unknown = [name for name in config.actor.megatron if not hasattr(provider, name)]
     if unknown:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
@@ -137,7 +148,7 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     for name, value in fields.items():
         setattr(provider, name, value)
     settings.check_model(provider, config)
-    families.check_layout(Path(config.model.path), bridge.hf_pretrained.config, config.layout)
+    families.check_layout(Path(config.model.path), model, config.layout)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:
@@ -149,6 +160,9 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     elif provider.multi_latent_attention:
         layers = partial(latent_attention.block_spec, of_family=provider.transformer_layer_spec)
         provider.transformer_layer_spec = layers
+    elif behind:
+        layer = partial(post_norms.layer_spec, of_family=provider.transformer_layer_spec)
+        provider.transformer_layer_spec = layer
     provider.finalize()
     provider.finalize_model_grads_func = finalize_model_grads
     return provider

@@ -27,8 +27,6 @@ CPU_FIELDS = dict(
     moe_permute_fusion=False,
     moe_router_fusion=False,
     moe_shared_expert_overlap=False,
-    # of TE's kernels; a family that names one would write it into the environment of this process
-    attention_backend=AttnBackend.auto,
     # freeing a stage's output while gloo still sends it gives nondeterministic gradients
     deallocate_pipeline_outputs=False,
 )
@@ -107,6 +105,9 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
+        # Megatron-Bridge names flash-attn for Gemma, which need not be there: the environment would then
+        # forbid Transformer Engine every other kernel
+        attention_backend=AttnBackend.auto,
         moe_router_dtype="fp32",
         # an auxiliary loss depends on how samples are packed; it is turned on through actor.megatron
         moe_router_load_balancing_type="none",
@@ -309,6 +310,7 @@ def lora_targets(provider: Any, config: RunConfig) -> list[str]:
         latent=latent,
         compressed_queries=bool(latent and provider.q_lora_rank),
         experts=provider.num_moe_experts,
+        post_norms=getattr(provider, "post_norms", False),
     )
 
 
@@ -347,6 +349,11 @@ def check_model(provider: Any, config: RunConfig) -> None:
         raise ConfigError(
             f"optimizer.qk_clip_threshold={threshold:g}: {path} normalises queries and keys behind the "
             "weights that QK-clip scales, which undoes it; leave it unset"
+        )
+    if threshold and getattr(provider, "attn_logit_softcapping", None):
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={threshold:g}: {path} caps its scores at "
+            f"{provider.attn_logit_softcapping:g} itself; leave it unset"
         )
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}

@@ -135,13 +135,22 @@ class Lora(Frozen):
     """Of the adapters' inputs, in update passes."""
 
     def targets_in(
-        self, model: str, layout: Layout, *, latent: bool, compressed_queries: bool, experts: int | None
+        self,
+        model: str,
+        layout: Layout,
+        *,
+        latent: bool,
+        compressed_queries: bool,
+        experts: int | None,
+        post_norms: bool,
     ) -> list[str]:
         """The linear layers of a model that get an adapter.
 
         latent: it has latent attention; compressed_queries: also of queries. experts: None or 0 for none.
-        Raises ConfigError for a target that the model lacks, LayoutError for a layout under which adapters
-        would be trained wrongly.
+        post_norms: norms stand behind its attention and feed-forward.
+
+        Raises ConfigError for a target that the model lacks or whose adapter would stand in the wrong place,
+        LayoutError for a layout under which adapters would be trained wrongly.
         """
         queries = ["linear_q_up_proj" if compressed_queries else "linear_q_proj", "linear_kv_up_proj"]
         there = [*(queries if latent else ["linear_qkv"]), "linear_proj", "linear_fc1", "linear_fc2"]
@@ -151,6 +160,12 @@ class Lora(Frozen):
         if self.rank % layout.tensor:
             raise LayoutError(f"layout.tensor={layout.tensor} does not divide actor.lora.rank={self.rank}")
         chosen = [name for name in there if name in (self.targets or there)]
+        # Megatron-Bridge 0.6.2 has linear and norm in one module, whose output an adapter's is added to
+        if post_norms and (before := {"linear_proj", "linear_fc2"} & {*chosen}):
+            raise ConfigError(
+                f"actor.lora.targets: {model} has a norm behind {' and '.join(sorted(before))}, "
+                "and an adapter would be added behind the norm; name linear_qkv, linear_fc1 or both"
+            )
         # Megatron-Bridge 0.6.2, peft/utils.py, GroupedExpertLinearAdapter: it gathers by torch's all_gather,
         # which no gradient passes, and does not sum the parts of A x that row-parallel ranks compute
         if experts and layout.experts_tensor > 1 and {"linear_fc1", "linear_fc2"} & {*chosen}:

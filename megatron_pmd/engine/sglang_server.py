@@ -219,12 +219,12 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
         # (distributed/device_communicators/pynccl.py): tensor-parallel engines would die at their start
         environment["SGLANG_NCCL_SO_PATH"] = "no NCCL on a CPU"
         environment["OMP_NUM_THREADS"] = str(spec.rollout.threads_per_engine)
+        # tensor-parallel embeddings and Gemma 3's rotary one are compiled, by a compiler that is not there
+        environment["TORCHDYNAMO_DISABLE"] = "1"
         if spec.rollout.tensor_parallel > 1:
             # SGLang else refuses more ranks than the machine has NUMA nodes; here they share its cores
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * spec.rollout.tensor_parallel)
-            # tensor-parallel embeddings are compiled, by a compiler that is not there
-            environment["TORCHDYNAMO_DISABLE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(path + [p for p in [environment.get("PYTHONPATH")] if p])
     return environment
 

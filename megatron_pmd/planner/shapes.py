@@ -16,7 +16,10 @@ from megatron_pmd.files import read_object
 
 MODELS = Path(__file__).with_name("models.json")
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2", "nemotron", "gpt_oss")
+FAMILIES = (
+    "gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2",
+    "nemotron", "gpt_oss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Shape:
     layers: int
     attention: Attention
     feed_forward: FeedForward
+    norms: int
+    """Of a layer, as wide as it is; those of queries and keys are the attention's."""
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
@@ -115,6 +120,7 @@ class Shape:
             latent=self.attention.key_value_heads is None,
             compressed_queries="linear_q_up_proj" in self.attention.linears,
             experts=self.feed_forward.experts,
+            post_norms=self.norms > 2,
         )
 
     @property
@@ -131,18 +137,18 @@ class Shape:
     def replicated_vectors(self, layer: int) -> int:
         """Parameters of a layer that every tensor-parallel rank holds, and that are no matrix."""
         router = self.feed_forward.router_biases if layer >= self.feed_forward.dense_layers else 0
-        return self.attention.replicated_vectors + router + 2 * self.norm
+        return self.attention.replicated_vectors + router + self.norms * self.norm
 
     @property
     def embedding(self) -> int:
         return self.vocabulary * self.hidden
 
     def layer(self, number: int) -> tuple[int, int, int]:
-        """(split, replicated, routed experts') parameters of a whole layer, its two norms included."""
+        """(split, replicated, routed experts') parameters of a whole layer, its norms included."""
         split, replicated, routed = self.feed_forward_of(number)
         return (
             split + self.attention.split,
-            replicated + self.attention.replicated + 2 * self.norm,
+            replicated + self.attention.replicated + self.norms * self.norm,
             routed,
         )
 
@@ -219,7 +225,9 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             expert_biases=2 * width + hidden if biased else 0,
             router_biases=experts if biased else 0,
         ),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        norms=4 if family in ("gemma2", "gemma3_text") else 2,
+        # published files of Gemma leave it out
+        tied_embeddings=config.get("tie_word_embeddings", family.startswith("gemma")),
         context_limit=config.get("max_position_embeddings", 0),
         norm=2 * hidden if family == "nemotron" else hidden,
     )
@@ -234,9 +242,10 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
     if config.get("attention_bias") and family != "qwen2":
         biases += hidden  # the output projection has one too
     biases += heads if family == "gpt_oss" else 0  # a sink each
+    norms = 2 * width if family.startswith(("gemma3", "qwen3")) else 0
     return Attention(
         split=projections + biases,
-        replicated=2 * width if family.startswith("qwen3") else 0,
+        replicated=norms,
         cached_values=2 * groups * width,
         cache_heads=groups,
         query_values=heads * width,
@@ -248,7 +257,7 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
             "linear_proj": (heads * width, hidden),
         },
         split_vectors=biases,
-        replicated_vectors=2 * width if family.startswith("qwen3") else 0,
+        replicated_vectors=norms,
     )
 
 

@@ -31,6 +31,26 @@ Case = tuple[str, dict[str, Any], list[dict[str, int]]]
 MODELS: dict[str, Case] = {
     "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2)]),
     "gemma": ("Gemma", dict(head_dim=16), [dict(pipeline=2)]),
+    # caps that bend: the scores and logits of random weights are larger than these
+    "gemma2": (
+        "Gemma2",
+        dict(
+            WINDOW, head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=2.0,
+            final_logit_softcapping=4.0,
+        ),
+        [dict(tensor=2), dict(pipeline=2)],
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        dict(
+            WINDOW, head_dim=16, query_pre_attn_scalar=24,
+            rope_parameters=dict(
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+            ),
+        ),
+        [dict(tensor=2), dict(pipeline=2)],
+    ),
     "glm4_moe": (
         "Glm4Moe",
         dict(
@@ -111,10 +131,10 @@ MODELS: dict[str, Case] = {
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
 
-def write_model_of(folder: Path, kind: str) -> None:
-    """The model of a family."""
+def write_model_of(folder: Path, kind: str, **changes: Any) -> None:
+    """The model of a family; changes: of its settings."""
     name, settings, _ = MODELS[kind]
-    write(folder, name, {**settings, "num_hidden_layers": 2})
+    write(folder, name, {**settings, "num_hidden_layers": 2, **changes})
 
 
 def write_family(folder: Path, kind: str) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.actor.family_models import write_model_of
 from tests.actor.launch import launch
-from tests.actor.tiny_models import MUON, write_model
+from tests.actor.tiny_models import FAMILIES, MUON, write_model
 
 Change = Callable[[Path], object]
 
@@ -232,6 +233,24 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         "ConfigError",
         ["optimizer.qk_clip_threshold=100", "normalises queries and keys"],
     ),
+    "clipping queries whose scores have a cap": (
+        "gemma2",
+        dict(precision="bf16", optimizer=MUON.model_copy(update={"qk_clip_threshold": 100.0})),
+        "ConfigError",
+        ["optimizer.qk_clip_threshold=100", "caps its scores at 2 itself"],
+    ),
+    "an adapter before a norm": (
+        "gemma2",
+        dict(actor={"lora": {"rank": 2, "alpha": 4}}),
+        "ConfigError",
+        ["actor.lora.targets", "a norm behind linear_fc2 and linear_proj", "name linear_qkv, linear_fc1"],
+    ),
+    "layers in an order that Megatron-Bridge cannot make": (
+        "disordered",
+        {},
+        "ModelError",
+        ["layer_types of config.json are full_attention, sliding_attention"],
+    ),
     "a field that megatron-core does not have": (
         "qwen3",
         dict(actor={"megatron": {"attention_dropuot": 0.1}}),
@@ -246,6 +265,9 @@ def outcomes(models, tmp_path_factory):
     """(error type, message) of every case, from one process."""
     root = tmp_path_factory.mktemp("bad")
     write_model(root / "odd", "qwen2", vocab_size=509)
+    write_model_of(root / "gemma2", "gemma2")
+    order = ["full_attention", "sliding_attention"]
+    write_model_of(root / "disordered", "gemma3_text", layer_types=order)
     cases: dict[str, tuple[Path, dict[str, Any]]] = {"unchanged": (models / "qwen3", {})}
     for k, (name, (family, change, _, _)) in enumerate(FOLDERS.items()):
         folder = root / f"case-{k}"
@@ -253,7 +275,7 @@ def outcomes(models, tmp_path_factory):
         change(folder)
         cases[name] = (folder, {})
     for name, (family, changes, _, _) in SETTINGS.items():
-        cases[name] = ((root if family == "odd" else models) / family, changes)
+        cases[name] = ((models if family in FAMILIES else root) / family, changes)
     return cases, launch("build_errors", cases=cases)[0]
 
 

@@ -93,8 +93,8 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
     }
     assert expected.gradient.keys() <= gradient.keys()
     errors = {
-        name: float((gradient[name].double() - own).norm() / own.norm())
-        for name, own in expected.gradient.items()
+        tensor: float((gradient[tensor].double() - own).norm() / own.norm())
+        for tensor, own in expected.gradient.items()
     }
     # of these two the terms cancel, and transformers computes the rule in fp32 whatever the model's type is
     bounds = {name: 1e-4 if name.endswith((".A_log", ".dt_bias")) else 1e-5 for name in errors}
@@ -154,6 +154,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v2, groups": dict(topk_method="group_limited_greedy"),
     "gpt_oss, layers": dict(layer_types=["full_attention"] * 36),
     "nemotron, biases": dict(attention_bias=True),
+    "gemma3_text, capped": dict(final_logit_softcapping=30.0),
 }
 """Configurations of families that work, which are refused."""
 
@@ -179,6 +180,7 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
     whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
     layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in whole}
     layouts["qwen3_next, four ways"] = (folders / "qwen3_next", dict(tensor=2, context=2, expert=2))
+    layouts |= {f"{kind}, context=2": (folders / kind, dict(context=2)) for kind in families.POST_NORMS}
     named = {folder.name: folder for folder in root.iterdir()}
     unread = {
         "gpt_oss, MXFP4": write_blocks(folders / "gpt_oss", root / "blocks"),
@@ -234,6 +236,8 @@ def test_a_model_of_images_is_refused(refused):
 def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(refused):
     error, message = refused["said"]["deepseek_v2, groups"]
     assert error == "ModelError" and "topk_method=group_limited_greedy" in message
+    error, message = refused["said"]["gemma3_text, capped"]
+    assert error == "ModelError" and "final_logit_softcapping=30.0 in config.json" in message
     for kind in families.NORMS_OF_ALL_HEADS:
         error, message = refused["said"][f"{kind}, tensor=2"]
         assert error == "LayoutError" and "normalises the queries of all heads at once" in message
@@ -250,6 +254,9 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     }.items():
         error, message = refused["said"][name]
         assert error == "ModelError" and words_of_it in message, message
+    for kind in families.POST_NORMS:
+        error, message = refused["said"][f"{kind}, context=2"]
+        assert error == "LayoutError" and "layers whose attention sees a window" in message
 
 
 def test_every_family_that_works_is_compared_here_or_with_four_layers():

@@ -24,10 +24,11 @@ from tests.weight_sync.filling import fill
 
 pytestmark = pytest.mark.slow
 
-SERVED = frozenset({"qwen2"})
+SERVED = frozenset({"gemma3_text", "qwen2"})
 """model_type of families whose engine, given the actor's tensors, computes what transformers does."""
 OTHERWISE = {
     "gemma": "SGLang computes the exact GELU, transformers its approximation",
+    "gemma2": "SGLang's attention for CPUs leaves out the cap of scores",
     "olmoe": "SGLang takes 1e-5 for `rms_norm_eps`, whatever config.json says",
     "mistral": "SGLang ignores `sliding_window`",
 }

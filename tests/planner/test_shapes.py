@@ -77,6 +77,25 @@ def test_gpt_oss_has_the_published_number_of_parameters() -> None:
     assert as_published(from_config("gpt-oss-20b", "", config).total, 20.91e9)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_the_count_of_a_gemma_is_that_of_transformers_modules(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=20,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    described = {name: value for name, value in config.to_dict().items() if name != "tie_word_embeddings"}
+    counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shape = from_config(kind, "", described)
+    assert shape.total == sum(counted.values())
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    assert shape.outside_matrices == counted["model.embed_tokens.weight"] + vectors
+
+
 def test_kimi_k2_is_counted_as_the_deepseek_v3_it_is_built_as() -> None:
     config = KNOWN["Kimi-K2-Base"]["config"]
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each packed sequence, by torch's SDPA.
+    """Causal attention within each packed sequence, by torch's SDPA where scores have no cap.
 
     The packed row is laid out as one padded batch, so that no token sees another sequence; padding comes
     after every real token and is therefore never attended to. Under context parallelism each rank gathers
@@ -56,6 +57,8 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.softcap: float = getattr(config, "attn_logit_softcapping", None) or 0.0
+        """What bounds the scores, smoothly; 0: nothing."""
         self.window: int | None = None
         """Tokens before its own that a query sees; None: all."""
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
@@ -94,7 +97,7 @@ class PackedAttention(MegatronModule):
         asked, place, width = sequence, position, longest
         keys = torch.arange(longest)
         mask: dict[str, Any] = {"is_causal": True}
-        if self.window is not None:
+        if self.window is not None or self.softcap:
             mask = {"attn_mask": self._sees(keys, keys)}
         if self.context.size() > 1:
             row = Row(size=self.context.size())
@@ -118,7 +121,8 @@ class PackedAttention(MegatronModule):
         if self.softmax_offset is not None:
             mask = {"attn_mask": F.pad(mask.get("attn_mask", self._sees(keys, keys)), (0, 1), value=True)}
             padded = _with_sink(*padded, self.softmax_offset / scale)
-        output = F.scaled_dot_product_attention(*padded, scale=scale, enable_gqa=True, **mask)
+        attend = partial(_capped, softcap=self.softcap) if self.softcap else F.scaled_dot_product_attention
+        output = attend(*padded, scale=scale, enable_gqa=True, **mask)
         return output.transpose(1, 2)[asked, place].flatten(1).to(query.dtype)
 
     def _sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -129,6 +133,23 @@ class PackedAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
+
+
+def _capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    softcap: float,
+    scale: float,
+    attn_mask: torch.Tensor,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """torch's SDPA with capped scores, which it does not have."""
+    key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
+    weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
 
 
 def _with_sink(

@@ -93,6 +93,18 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
 
 
+class TERowParallelLinearLayerNorm(RowParallelLinear):
+    """A row-parallel linear and the norm behind it: Megatron-Bridge's models/common/te_layers.py."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = Norm(config, output_size, config.layernorm_epsilon)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output, bias = super().forward(x)
+        return self.post_layernorm(output), bias
+
+
 class TELinear(torch.nn.Module):
     """A linear whose weight every tensor-parallel rank holds whole: MLA's projections to its latent spaces.
 
@@ -224,6 +236,7 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any, *, is_linear: bool = F
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = Norm
         _whole_norms(spec, of_family)
+        _post_norms(spec, of_family)
     if is_linear:
         layer.self_attention = ModuleSpec(
             module=GatedDeltaNet,
@@ -261,6 +274,20 @@ def _whole_norms(spec: ModuleSpec, of_family: Any) -> None:
     elif of_family is minimax_m2_layer_spec:
         attention.submodules.q_layernorm = FullDimQNorm
         attention.submodules.k_layernorm = FullDimKNorm
+
+
+def _post_norms(spec: ModuleSpec, of_family: Any) -> None:
+    """The norms behind attention and feed-forward of Gemma 2 and 3, and Gemma 3's two rotary embeddings."""
+    from megatron.bridge.models.gemma.gemma2_provider import gemma2_layer_spec
+    from megatron.bridge.models.gemma.gemma3_provider import Gemma3SelfAttention, gemma3_layer_spec
+
+    if of_family not in (gemma2_layer_spec, gemma3_layer_spec):
+        return
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    attention.submodules.linear_proj = TERowParallelLinearLayerNorm
+    layer.mlp.keywords["submodules"].linear_fc2 = TERowParallelLinearLayerNorm
+    if of_family is gemma3_layer_spec:
+        attention.module = Gemma3SelfAttention
 
 
 def block_spec(

@@ -1,0 +1,50 @@
+"""The Gemma families on Transformer Engine's layers, one device, fp32, against transformers in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.actor.family_models import write_family
+from tests.actor.tiny_models import config_for
+from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit, relative_errors
+from tests.gpu_emulated.launch import launch
+
+GEMMA = ("gemma", "gemma2", "gemma3_text")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma")
+    for kind in GEMMA:
+        write_family(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+    cases = {kind: (config_for(root / kind), root / "checkpoints" / kind) for kind in GEMMA}
+    return launch("train", cases=cases)[0]
+
+
+@pytest.fixture(params=GEMMA)
+def case(request, root, trained):
+    return trained[request.param], torch.load(root / request.param / "reference.pt", weights_only=False)
+
+
+def test_log_probs_equal_transformers_however_samples_are_packed(case):
+    for report in case[0]["anchors"]:
+        assert report.max_absolute < 1e-5
+
+
+def test_loss_and_whole_gradient_equal_the_reference(case):
+    result, (expected,) = case[0], case[1].steps
+    loss, count, norm = result["steps"][0]
+    assert loss / count == pytest.approx(expected.loss, rel=1e-5)
+    assert norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+    errors = relative_errors(result["gradient"], expected.gradient)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_the_step_after_loading_a_checkpoint_is_bit_equal(case):
+    assert_resumes_bit_for_bit(case[0])
