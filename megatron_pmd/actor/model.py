@@ -16,6 +16,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
 
@@ -132,15 +133,23 @@ def tensors_in(path: Path) -> dict[str, list[int]]:
     return {name: tensor.shape for name, tensor in files.items() if not is_scale(name, files)}
 
 
-def provider_for(bridge: Any, config: RunConfig) -> Any:
-    """The bridge's TransformerConfig for this model, with our layout, precision and the recipe's settings."""
+def provider_of_family(bridge: Any) -> Any:
+    """The bridge's TransformerConfig for this model, as it computes what transformers does on packed rows."""
     provider = bridge.to_megatron_provider(load_weights=False)
     model = bridge.hf_pretrained.config
-    behind = model.model_type in families.POST_NORMS
-    if behind:
+    if model.model_type in families.POST_NORMS:
         from megatron_pmd.actor import post_norms
 
-        post_norms.configure(Path(config.model.path), provider, model)
+        post_norms.configure(Path(model.name_or_path), provider, model)
+    # Megatron-Bridge names flash-attn for Gemma, which need not be there: the environment would then forbid
+    # Transformer Engine every other kernel
+    provider.attention_backend = AttnBackend.auto
+    return provider
+
+
+def provider_for(bridge: Any, config: RunConfig) -> Any:
+    """provider_of_family, with our layout, precision and the recipe's settings."""
+    provider, model = provider_of_family(bridge), bridge.hf_pretrained.config
     unknown = [name for name in config.actor.megatron if not hasattr(provider, name)]
     if unknown:
         raise ConfigError(f"actor.megatron.{unknown[0]} is not a field of megatron-core's TransformerConfig")
@@ -160,7 +169,9 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
     elif provider.multi_latent_attention:
         layers = partial(latent_attention.block_spec, of_family=provider.transformer_layer_spec)
         provider.transformer_layer_spec = layers
-    elif behind:
+    elif model.model_type in families.POST_NORMS:
+        from megatron_pmd.actor import post_norms
+
         layer = partial(post_norms.layer_spec, of_family=provider.transformer_layer_spec)
         provider.transformer_layer_spec = layer
     provider.finalize()

@@ -20,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_pmd.actor.cpu.modules import block_spec
-from megatron_pmd.actor.model import load_bridge, open_bridge
+from megatron_pmd.actor.model import load_bridge, open_bridge, provider_of_family
 from megatron_pmd.actor.settings import CPU_FIELDS
 from megatron_pmd.errors import ModelError
 
@@ -217,7 +217,7 @@ def logits(
 
 def build_whole(bridge: Any, *, dtype: torch.dtype, on_meta: bool = False) -> Any:
     """The whole model in this process, on the CPU or on the meta device, its weights not set."""
-    provider = bridge.to_megatron_provider(load_weights=False)
+    provider = provider_of_family(bridge)
     settings: dict[str, Any] = dict(
         CPU_FIELDS,
         tensor_model_parallel_size=1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import AttnBackend
 
 from megatron_pmd.actor import muon
 from megatron_pmd.config import Actor, Experts, RunConfig
@@ -105,9 +104,6 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         # the loss is a sum; finalize_model_grads divides by the global count: no mean of micro-batch means
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
-        # Megatron-Bridge names flash-attn for Gemma, which need not be there: the environment would then
-        # forbid Transformer Engine every other kernel
-        attention_backend=AttnBackend.auto,
         moe_router_dtype="fp32",
         # an auxiliary loss depends on how samples are packed; it is turned on through actor.megatron
         moe_router_load_balancing_type="none",

@@ -73,7 +73,7 @@ def diagnostics(
     of_responses = a[first], r[first], labels[first]
     taus = np.broadcast_to(tau, labels.shape)[first]
     target, chi2_weights = targets(*of_responses, baseline=baseline, tau=taus)
-    s, tokens, weight = values["log_ratio"], values["length"].sum(), values["weight"]
+    s, tokens = values["log_ratio"], values["length"].sum()
     quantiles = np.quantile(s, [0.05, 0.5, 0.95])
     result = {
         **_fit(s, target[of_response], a / tau, values["length"] > 0),
@@ -81,10 +81,7 @@ def diagnostics(
         **_groups(*of_responses, taus),
         **{f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)},
         "pmd/drift": float(np.abs(s).mean()),
-        "mismatch/mean_abs": _ratio(values["mismatch_abs_sum"].sum(), tokens),
-        "mismatch/max_abs": float(values["mismatch_abs_max"].max()),
-        "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
-        "mismatch/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum()),
+        **_mismatch(values),
     }
     for name, estimate in (("k1", -s), ("k2", values["kl_k2"]), ("k3", values["kl_k3"])):
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
@@ -209,6 +206,16 @@ def _fit(s: Floats, target: Floats, scaled_advantage: Floats, counted: NDArray[n
 def _ratios(sums: Mapping[str, float]) -> dict[str, float]:
     """Those of RATIOS whose denominator is not 0."""
     return {name: sums[over] / sums[under] for name, (over, under) in RATIOS.items() if sums[under] > 0}
+
+
+def _mismatch(values: Mapping[str, Floats]) -> dict[str, float]:
+    weight = values["weight"]
+    return {
+        "mismatch/mean_abs": _ratio(values["mismatch_abs_sum"].sum(), values["length"].sum()),
+        "mismatch/max_abs": float(values["mismatch_abs_max"].max()),
+        "mismatch/sequence_sum_abs": float(np.abs(values["mismatch_sum"]).mean()),
+        "mismatch/effective_sample_size": _ratio(weight.sum() ** 2, len(weight) * (weight**2).sum()),
+    }
 
 
 def _groups(advantage: Floats, reward: Floats, group: NDArray[np.generic], tau: Floats) -> dict[str, float]:

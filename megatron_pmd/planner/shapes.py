@@ -70,6 +70,16 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """Those of the hidden width; norms of queries and keys are the attention's."""
+
+    each: int
+    """Parameters of one: the weight, and the bias of a LayerNorm."""
+    in_layer: int = 2
+    """4 where others stand behind attention and feed-forward."""
+
+
+@dataclass(frozen=True)
 class Shape:
     """What of a model decides its memory and its arithmetic."""
 
@@ -80,13 +90,10 @@ class Shape:
     layers: int
     attention: Attention
     feed_forward: FeedForward
-    norms: int
-    """Of a layer, as wide as it is; those of queries and keys are the attention's."""
+    norms: Norms
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
-    norm: int
-    """Parameters of one norm of the hidden width: the weight, and the bias of a LayerNorm."""
 
     def feed_forward_of(self, layer: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
@@ -120,7 +127,7 @@ class Shape:
             latent=self.attention.key_value_heads is None,
             compressed_queries="linear_q_up_proj" in self.attention.linears,
             experts=self.feed_forward.experts,
-            post_norms=self.norms > 2,
+            post_norms=self.norms.in_layer > 2,
         )
 
     @property
@@ -137,7 +144,7 @@ class Shape:
     def replicated_vectors(self, layer: int) -> int:
         """Parameters of a layer that every tensor-parallel rank holds, and that are no matrix."""
         router = self.feed_forward.router_biases if layer >= self.feed_forward.dense_layers else 0
-        return self.attention.replicated_vectors + router + self.norms * self.norm
+        return self.attention.replicated_vectors + router + self.norms.in_layer * self.norms.each
 
     @property
     def embedding(self) -> int:
@@ -148,20 +155,20 @@ class Shape:
         split, replicated, routed = self.feed_forward_of(number)
         return (
             split + self.attention.split,
-            replicated + self.attention.replicated + self.norms * self.norm,
+            replicated + self.attention.replicated + self.norms.in_layer * self.norms.each,
             routed,
         )
 
     @property
     def total(self) -> int:
         """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norm
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norms.each
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
 
     @property
     def outside_matrices(self) -> int:
         """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norm
+        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norms.each
         sparse = self.layers - self.feed_forward.dense_layers
         vectors = sum(self.replicated_vectors(layer) for layer in range(self.layers))
         return ends + vectors + self.layers * self.attention.split_vectors + sparse * self.routed_vectors
@@ -225,11 +232,13 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             expert_biases=2 * width + hidden if biased else 0,
             router_biases=experts if biased else 0,
         ),
-        norms=4 if family in ("gemma2", "gemma3_text") else 2,
+        norms=Norms(
+            each=2 * hidden if family == "nemotron" else hidden,
+            in_layer=4 if family in ("gemma2", "gemma3_text") else 2,
+        ),
         # published files of Gemma leave it out
         tied_embeddings=config.get("tie_word_embeddings", family.startswith("gemma")),
         context_limit=config.get("max_position_embeddings", 0),
-        norm=2 * hidden if family == "nemotron" else hidden,
     )
 
 

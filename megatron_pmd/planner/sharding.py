@@ -162,7 +162,7 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         first, last = number == 0, number == layout.pipeline - 1
         # tied embeddings: the last stage keeps a copy of its own
         matrices = int(first) + int(last and not (shape.tied_embeddings and first))
-        split, replicated, routed = matrices * shape.embedding, int(last) * shape.norm, 0
+        split, replicated, routed = matrices * shape.embedding, int(last) * shape.norms.each, 0
         adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
             adams += attention.split_vectors // layout.tensor + shape.replicated_vectors(layer)
