@@ -157,9 +157,9 @@ def _check_graphs(chosen: dict[str, Any]) -> None:
     for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
         if chosen.get(name, "none") not in ("none", False):
             raise ConfigError(
-                f"actor.megatron.{name}={chosen[name]}: a CUDA graph reads weights where they were when it was "
-                "recorded, and these leave the device and come back to another place; packed rows also differ "
-                "in length. Leave it out"
+                f"actor.megatron.{name}={chosen[name]}: a CUDA graph reads weights where they were when it "
+                "was recorded, and these leave the device and come back to another place; packed rows also "
+                "differ in length. Leave it out"
             )
 
 

@@ -158,6 +158,12 @@ def test_a_save_adds_the_planned_gathered_states(outcomes, case, plan):
     )
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("gathered")])
+def test_a_save_of_parameters_in_fp8_adds_less_than_planned(outcomes, case, plan):
+    """They have a buffer of their own, and the others one: the plan counts one for all."""
+    assert outcomes[case]["phases"]["save"]["added"] <= plan.phases["save"]["gathered states"]
+
+
 @pytest.mark.long
 def test_a_save_gathers_dense_parameters_and_then_experts(models, tmp_path):
     """Each rank has half of the experts, whole: 4.7 MB, and half of the dense parameters' states: 2.3 MB.
