@@ -137,6 +137,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")
     _check_router_losses(config.actor.megatron)
+    _check_graphs(config.actor.megatron)
     return fields | config.actor.megatron
 
 
@@ -146,6 +147,17 @@ def _has_fused_accumulation() -> bool:
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available
+
+
+def _check_graphs(chosen: dict[str, Any]) -> None:
+    """Raise ConfigError for CUDA graphs of the actor: they would go on with addresses and shapes they saw."""
+    for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
+        if chosen.get(name, "none") not in ("none", False):
+            raise ConfigError(
+                f"actor.megatron.{name}={chosen[name]}: a CUDA graph reads weights where they were when it "
+                "was recorded, and these leave the device and come back to another place; packed rows also "
+                "differ in length. Leave it out"
+            )
 
 
 def _check_router_losses(chosen: dict[str, Any]) -> None:

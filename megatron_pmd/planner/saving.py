@@ -23,7 +23,8 @@ class Save:
     """The fullest rank, and the fullest node of such ranks; bytes."""
 
     device_bytes: float
-    """For what is gathered at one time: a bucket twice, and the rank's share of one."""
+    """For what is gathered at one time: a bucket twice, and the rank's share of one; and moments in fp32 that
+    are bf16 in memory."""
     gathered_bytes: float
     """On the node's ranks: the states of all parameters of each, in fp32."""
     copies_bytes: float
@@ -51,29 +52,39 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     whole = by_hosts or machines.shares_host_memory
     ranks = machines.ranks_per_node(config)
     per_stage = min(ranks, layout.ranks_per_stage)
-    holders = {
-        "dense": min(per_stage, layout.tensor) if by_hosts else ranks,
-        "experts": min(per_stage, layout.expert * layout.experts_tensor) if by_hosts else ranks,
-    }
+    dense, experts = stage.trained_dense - stage.muon_dense, stage.trained_experts - stage.muon_experts
+    if layout.expert == 1:  # megatron-core then has experts in the dense parameters' buffer
+        dense, experts = dense + experts, 0
     weights_and_muons = stage.share * BYTES[config.model.precision] + stage.muon_share * stage.muon_bytes_each
     device = gathered = copies = 0.0
     written, copied = ranks * weights_and_muons, weights_and_muons
-    for kind, parameters, shards in (
-        ("dense", stage.trained_dense - stage.muon_dense, stage.dense_shards),
-        ("experts", stage.trained_experts - stage.muon_experts, stage.expert_shards),
+    for parameters, shards, first_replicas in (
+        (dense, stage.dense_shards, layout.tensor),
+        (experts, stage.expert_shards, layout.expert * layout.experts_tensor),
     ):
+        holders = min(per_stage, first_replicas) if by_hosts else ranks
         bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
-        # NCCL gathers a bucket in one piece, which torch copies into the ranks' pieces of another
-        device = max(device, 4 * (2 * bucket + share))
-        gathered += holders[kind] * states
-        copies = max(copies, holders[kind] * 8 * bucket + ranks * STATE_BYTES * share)
-        written += (holders[kind] if by_hosts else ranks / shards) * states
+        # NCCL gathers a bucket in one piece, which torch copies into the ranks' pieces of another; one
+        # optimizer's are gone before the other's come
+        on_device = 0.0 if by_hosts else 4 * (2 * bucket + share)
+        device = max(device, on_device + _moments_in_fp32(shape, config, share))
+        gathered += holders * states
+        copies = max(copies, holders * 8 * bucket + ranks * STATE_BYTES * share)
+        written += (holders if by_hosts else ranks / shards) * states
         # zeroed, received, put in one piece, put in place; the share zeroed, filled, and copied to be written
         copied += 4 * states + (3 * states / shards)
-    at_a_device = 0.0 if by_hosts or machines.shares_host_memory else device
+    at_a_device = 0.0 if machines.shares_host_memory else device
     cores = 1 if machines.shares_host_memory else assume.cores_per_rank
     return Save(at_a_device, gathered, max(copies, written), written, copied, cores)
+
+
+def _moments_in_fp32(shape: Shape, config: RunConfig, share: float) -> float:
+    """Bytes, beside a bucket that is gathered, of what bf16 moments become before: both moments of the
+    parameter that was copied last, of which a rank has a share. It is taken for the largest."""
+    if config.optimizer.moments == "fp32":
+        return 0.0
+    return 2 * BYTES["fp32"] * min(share, shape.embedding / config.layout.tensor)
 
 
 def _bucket(shape: Shape, config: RunConfig, shards: int) -> float:

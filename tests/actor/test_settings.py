@@ -76,6 +76,16 @@ def test_a_router_that_cannot_be_told_what_to_choose_is_refused_where_routing_is
         )
 
 
+@pytest.mark.parametrize(
+    "graphs",
+    ['{"cuda_graph_impl": "local"}', '{"enable_cuda_graph": true}', '{"external_cuda_graph": true}'],
+)
+def test_cuda_graphs_of_weights_that_leave_the_device_are_refused(graphs: str) -> None:
+    settings.transformer_fields(configured('actor.megatron={"cuda_graph_impl": "none"}'))
+    with pytest.raises(ConfigError, match="come back to another place"):
+        settings.transformer_fields(configured(f"actor.megatron={graphs}"))
+
+
 @pytest.mark.parametrize("apex", [True, False])
 def test_gradients_accumulate_in_a_fused_kernel_where_the_output_layer_has_one_alone(monkeypatch, apex):
     """megatron-core's ColumnParallelLinear raises RuntimeError where it is asked for and does not import."""

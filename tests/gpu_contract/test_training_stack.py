@@ -107,6 +107,8 @@ def test_a_recipe_becomes_layers_of_transformer_engine_under_every_fp8_setting(n
         settings.check_device(config)
         with as_rank(0, config.layout):
             bridge, provider, stage = stage_of(config)
+            # engines alone have graph pools: no account of the actor's memory has any
+            assert provider.cuda_graph_impl == "none"
             check_layers(stage, config)
             assert None not in bridge.get_conversion_tasks([stage]), "the bridge does not know a weight"
             if config.actor.fp8 is None:
@@ -141,7 +143,7 @@ def test_every_optimizer_and_data_parallel_setting_is_one_of_megatron_core(name,
             config = configured(name, models, *fp8, *optimizer)
             made = OptimizerConfig(**settings.optimizer_fields(config))
             ddp = DistributedDataParallelConfig(**settings.data_parallel_fields(config))
-            assert made.bf16 and ddp.overlap_grad_reduce
+            assert made.bf16 and ddp.overlap_grad_reduce and not made.optimizer_cuda_graph
             assert made.optimizer_cpu_offload == bool(config.optimizer.offload)
             assert (made.exp_avg_dtype is torch.bfloat16) == (config.optimizer.moments == "bf16")
 

@@ -194,6 +194,14 @@ def round_trip(config: RunConfig, folder: Path) -> dict[str, Any]:
     return result | {"phases": phases}
 
 
+def save_peak(config: RunConfig, folder: Path) -> tuple[int, int]:
+    """What a save adds on this rank, at most, after a step; and how many tensors the model has."""
+    trial = Trial(config)
+    trial.step(STEPS[0])
+    added = peaks(lambda: trial.save(folder))["added"]
+    return added, sum(1 for chunk in trial.actor.chunks for _ in chunk.parameters())
+
+
 def sync_peaks(trial: Trial) -> dict[str, int]:
     """Of an update to an engine that takes nothing."""
     actor = trial.actor

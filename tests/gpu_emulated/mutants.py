@@ -19,8 +19,8 @@ from tests.emulated_cuda.run import libraries
 
 PROJECT = Path(__file__).parents[2]
 HERE = "tests/gpu_emulated"
-PASSED, FAILED = 0, 1
-"""pytest's exit codes; others mean that it did not come to the test."""
+PASSED, FAILED, LATE = 0, 1, -1
+"""pytest's exit codes, others mean that it did not come to the test; and of a launch that took too long."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def copied(folder: Path) -> None:
 
 
 def exit_code(folder: Path, models: Path, *tests: str) -> int:
-    """pytest's, of these tests in that tree."""
+    """pytest's, of these tests in that tree; LATE, which says nothing of them, of a machine too slow."""
     variables = {"EMULATED_CUDA_BUILD": str(libraries()), "GPU_EMULATED_MODELS": str(models)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.emulated_cuda.run", "-m", "pytest", "-q"]
     done = subprocess.run(
@@ -157,7 +157,7 @@ def exit_code(folder: Path, models: Path, *tests: str) -> int:
     )  # fmt: skip
     if done.returncode not in (PASSED, FAILED) or (len(tests) > 1 and done.returncode):
         print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
-    return done.returncode
+    return LATE if done.returncode == FAILED and "TimeoutExpired" in done.stdout else done.returncode
 
 
 def outcome(mutant: Mutant, folder: Path, models: Path) -> str:
@@ -171,7 +171,8 @@ def outcome(mutant: Mutant, folder: Path, models: Path) -> str:
         code = exit_code(folder, models, mutant.test)
     finally:
         file.write_text(text)
-    return {PASSED: "MISSED", FAILED: "caught"}.get(code, f"NOT RUN: pytest ended with {code}")
+    words = {PASSED: "MISSED", FAILED: "caught", LATE: "NOT RUN: a launch took too long"}
+    return words.get(code, f"NOT RUN: pytest ended with {code}")
 
 
 def main(names: list[str]) -> int:
@@ -180,7 +181,8 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder, models = Path(temporary) / "tree", Path(os.environ.get("GPU_EMULATED_MODELS", temporary))
         copied(folder)
-        if exit_code(folder, models, *dict.fromkeys(mutant.test for mutant in chosen.values())):
+        # by file: of a module's tests among others' its ranks would be launched again
+        if exit_code(folder, models, *sorted({mutant.test for mutant in chosen.values()})):
             print("the tests fail without a change")
             return 1
         outcomes = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from megatron_pmd.config import Layout
 from tests.actor.conftest import LAYOUTS as OF_THE_ACTOR
+from tests.actor.conftest import ranks_of
 from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit, relative_errors
 from tests.gpu_emulated.conftest import asked_for
@@ -17,24 +19,35 @@ LAYOUTS = {
         "dense, tensor=2", "dense, pipeline=2", "dense, pipeline=2, virtual_pipeline=2", "dense, data=2",
         "moe, tensor=2, expert=2", "moe, expert=2, data=2",
         "latent, tensor=2, expert=2", "latent, pipeline=2",
+        "dense, tensor=2, pipeline=2", "moe, tensor=2, expert=2, data=2", "moe, pipeline=2, expert=2, data=2",
     )
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def two_ranks(request, models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
-    cases = {
-        name: (config_for(models / family, layout), folder / str(i))
-        for i, (name, (family, layout)) in enumerate(asked_for(request, "case", LAYOUTS).items())
-    }
-    assert all(Layout(**layout).ranks == 2 for _, layout in LAYOUTS.values())
-    return launch("train", ranks=2, cases=cases)
+def trained(request, models, tmp_path_factory):
+    """Every rank's results, by number of ranks: one launch for all layouts of as many."""
+    asked = asked_for(request, "case", LAYOUTS)
+
+    @functools.cache
+    def on(ranks):
+        folder = tmp_path_factory.mktemp(f"layouts-of-{ranks}")
+        cases = {
+            name: (config_for(models / family, layout), folder / str(i))
+            for i, (name, (family, layout)) in enumerate(asked.items())
+            if ranks_of(name) == ranks
+        }
+        return launch("train", ranks=ranks, cases=cases)
+
+    return on
 
 
-@pytest.fixture(params=LAYOUTS)
-def case(request, two_ranks, reference):
-    return [rank[request.param] for rank in two_ranks], reference(LAYOUTS[request.param][0])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.long] * (ranks_of(name) > 2)) for name in LAYOUTS]
+)
+def case(request, trained, reference):
+    ranks = trained(ranks_of(request.param))
+    return [rank[request.param] for rank in ranks], reference(LAYOUTS[request.param][0])
 
 
 def test_losses_and_whole_gradients_equal_the_reference(case):
@@ -42,7 +55,8 @@ def test_losses_and_whole_gradients_equal_the_reference(case):
     for k, step in enumerate(expected.steps[:2]):
         loss, count = (sum(rank["steps"][k][i] for rank in ranks) for i in (0, 1))
         assert loss / count == pytest.approx(step.loss, rel=1e-5)
-        assert [rank["steps"][k][2] for rank in ranks] == pytest.approx([step.gradient_norm] * 2, rel=1e-5)
+        norms = [rank["steps"][k][2] for rank in ranks]
+        assert norms == pytest.approx([step.gradient_norm] * len(ranks), rel=1e-5)
     errors = relative_errors(ranks[0]["gradient"], expected.steps[0].gradient)
     assert max(errors.values()) < 1e-5, errors
 
