@@ -28,29 +28,41 @@ def lora_trial(path: Path, layout: dict[str, int] | None = None, **lora: Any) ->
 
 
 def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process: adapters with a random B, as a checkpoint and as peft's folder; then
-    measure(), and a step before and after a checkpoint was loaded."""
+    """As adapted(); beside it a checkpoint, and a step before and after it was loaded."""
     results = {}
     for path in paths:
         trial, own = lora_trial(path), folder / path.name
         fresh = trial.actor.log_probs(trial.batch, [list(range(16))]).log_probs
-        torch.manual_seed(1)
-        for name, parameter in trial.actor.chunks[0].named_parameters():
-            if name.endswith("adapter.linear_out.weight"):
-                parameter.data.normal_(std=0.1)
-        trial.actor.optimizer.reload_model_params()
-        saved = trial.save(own, 1)
-        write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, own / "adapters", trial.control)
-        merged = trial.weights()
-        result = measure(trial)
-        result |= {"fresh": fresh, "saved": saved, "adapters": own / "adapters", "merged": merged}
-        result["keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(saved)))
+        result: dict[str, Any] = {"fresh": fresh, **random_adapters(trial, path, own)}
+        result["saved"] = trial.save(own, 1)
+        result |= measure(trial)
+        result["keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(result["saved"])))
         later = trial.save(own, 2)
         result["third"] = [trial.step(STEPS[2]), adapters_of(trial)]
         trial.actor.load(later)
         result["third_resumed"] = [trial.step(STEPS[2]), adapters_of(trial)]
         results[path.name] = result
     return results
+
+
+def adapted(paths: list[Path], folder: Path) -> dict[str, Any]:
+    """Of each model, in one process: random_adapters(), then measure()."""
+    results = {}
+    for path in paths:
+        trial = lora_trial(path)
+        results[path.name] = random_adapters(trial, path, folder / path.name) | measure(trial)
+    return results
+
+
+def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
+    """Give B random values; the adapters as peft's folder, and the merged weights."""
+    torch.manual_seed(1)
+    for name, parameter in trial.actor.chunks[0].named_parameters():
+        if name.endswith("adapter.linear_out.weight"):
+            parameter.data.normal_(std=0.1)
+    trial.actor.optimizer.reload_model_params()
+    write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, folder / "adapters", trial.control)
+    return {"adapters": folder / "adapters", "merged": trial.weights()}
 
 
 def layouts(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
