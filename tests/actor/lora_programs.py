@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,12 +67,14 @@ def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
 
 
 def layouts(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
-    """measure() of each model under a layout, with the adapters of one process's checkpoint."""
+    """measure() of each model under a layout, with the adapters of one process's checkpoint; and what loading
+    that says beside another base."""
     results = {}
     for name, (path, layout, saved) in cases.items():
         trial = lora_trial(path, layout)
         trial.actor.load(saved)
         results[name] = measure(trial)
+        results[name]["another base"] = message_of(partial(_on_another_base, trial, saved))
     return results
 
 
@@ -167,7 +170,7 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         "another alpha": message_of(lambda: lora_trial(dense, alpha=7).actor.load(saved)),
         "no adapters": message_of(lambda: full.actor.load(saved)),
         "adapters, of a model": message_of(lambda: alone.actor.load(full.save(folder))),
-        "another base": message_of(lambda: _on_another_base(dense, saved)),
+        "another base": message_of(lambda: _on_another_base(lora_trial(dense), saved)),
     }
     with (
         mock.patch.object(bridge_import, "classes_with_adapters"),
@@ -177,9 +180,10 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
     return result
 
 
-def _on_another_base(path: Path, saved: Path) -> None:
-    trial = lora_trial(path)
-    next(p for p in trial.actor.chunks[0].parameters() if not p.requires_grad).data[0] += 1
+def _on_another_base(trial: Trial, saved: Path) -> None:
+    """Load the checkpoint where rank 0 alone holds a frozen weight that is not the saved run's."""
+    if trial.control.is_driver:
+        next(p for p in trial.actor.chunks[0].parameters() if not p.requires_grad).data[0] += 1
     trial.actor.load(saved)
 
 

@@ -26,7 +26,8 @@ LORA = dict(rank=4, alpha=6)
 LATENT = ("moonlight", "deepseek")
 # of family_models.MODELS; transformers, of which peft wraps a model, does not know kimi_k2
 OTHERS = (
-    "mistral", "gemma", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "olmoe", "minimax_m2", "exaone_moe", "hy_v3",
+    "mistral", "gemma", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "olmoe", "minimax_m2", "exaone_moe",
+    "hy_v3",
 )  # fmt: skip
 LAYOUTS = {
     name: ALL_LAYOUTS[name]
@@ -255,6 +256,13 @@ def test_a_base_that_left_the_device_between_steps_comes_back_the_same(variants,
 def test_a_checkpoint_whose_adapters_are_not_this_runs_is_refused_by_name(which, words, variants):
     kind, message = variants["errors"][which]
     assert kind == "CheckpointError" and words in message, message
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_under_another_layout_every_rank_refuses_adapters_of_another_base(name, ranks):
+    for rank in ranks(name):
+        kind, message = rank["another base"]
+        assert kind == "CheckpointError" and "its adapters belong to another base" in message, message
 
 
 def test_megatron_bridge_still_does_not_know_the_linears_that_stand_in_for_transformer_engines(variants):
