@@ -80,7 +80,7 @@ def adapters_of(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.
         if module.rpartition(".")[2] in TARGETS:
             rows, columns = weight.shape
             for letter, size in {"A": (rank, columns), "B": (rows, rank)}.items():
-                found[f"base_model.model.{module}.lora_{letter}.weight"] = 0.01 * torch.randn(size).bfloat16()
+                found[f"base_model.model.{module}.lora_{letter}.weight"] = 0.03 * torch.randn(size).bfloat16()
     return found
 
 
