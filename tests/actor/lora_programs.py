@@ -29,7 +29,8 @@ def lora_trial(path: Path, layout: dict[str, int] | None = None, **lora: Any) ->
 
 
 def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
-    """As adapted(); beside it a checkpoint, and a step before and after it was loaded."""
+    """Of each model, in one process: random_adapters(), a checkpoint, measure(), and a step before and after
+    another checkpoint was loaded."""
     results = {}
     for path in paths:
         trial, own = lora_trial(path), folder / path.name
@@ -43,15 +44,6 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
         trial.actor.load(later)
         result["third_resumed"] = [trial.step(STEPS[2]), adapters_of(trial)]
         results[path.name] = result
-    return results
-
-
-def adapted(paths: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process: random_adapters(), then measure()."""
-    results = {}
-    for path in paths:
-        trial = lora_trial(path)
-        results[path.name] = random_adapters(trial, path, folder / path.name) | measure(trial)
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +14,13 @@ from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
 from tests.actor.conftest import LAYOUTS as ALL_LAYOUTS
 from tests.actor.conftest import ranks_of
-from tests.actor.family_models import MODELS
 from tests.actor.launch import launch
-from tests.actor.reference import compute as compute_reference
-from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for, write
+from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for
 
 pytestmark = pytest.mark.slow
 
 LORA = dict(rank=4, alpha=6)
 LATENT = ("moonlight", "deepseek")
-# of family_models.MODELS; transformers, of which peft wraps a model, does not know kimi_k2
-OTHERS = (
-    "mistral", "gemma", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "olmoe", "minimax_m2", "exaone_moe",
-    "hy_v3",
-)  # fmt: skip
 LAYOUTS = {
     name: ALL_LAYOUTS[name]
     for name in (
@@ -43,7 +35,7 @@ LAYOUTS = {
         "moe, pipeline=2, expert=2, data=2",
     )
 }
-CASES = (*FAMILIES, *OTHERS, *LAYOUTS)
+CASES = (*FAMILIES, *LAYOUTS)
 """Models in one process, then layouts."""
 
 
@@ -55,18 +47,6 @@ def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
 def one_process(models, tmp_path_factory) -> dict[str, Any]:
     paths = [models / family for family in FAMILIES]
     return program("begin", paths=paths, folder=tmp_path_factory.mktemp("adapters"))[0]
-
-
-@pytest.fixture(scope="module")
-def others(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the models of OTHERS, and what one process computes with them."""
-    root = tmp_path_factory.mktemp("others")
-    for kind in OTHERS:
-        name, settings, _ = MODELS[kind]
-        write(root / kind, name, {**settings, "num_hidden_layers": 2})
-        torch.save(compute_reference(root / kind, []), root / kind / "reference.pt")
-    paths, folder = [root / kind for kind in OTHERS], tmp_path_factory.mktemp("adapters-of-others")
-    return root, program("adapted", paths=paths, folder=folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +83,10 @@ def expected(models, reference, one_process):
     )
 
 
-@pytest.fixture(scope="module")
-def expected_of_others(others):
-    root, found = others
-
-    @functools.cache
-    def of(kind: str) -> Adapted:
-        reference = torch.load(root / kind / "reference.pt", weights_only=False)
-        return compute(root / kind, found[kind]["adapters"], reference, LORA)
-
-    return of
-
-
 @pytest.fixture(params=CASES)
 def case(request) -> tuple[list[dict[str, Any]], Adapted]:
     """Every rank's results, and peft's."""
     name, of = request.param, request.getfixturevalue
-    if name in OTHERS:
-        return [of("others")[1][name]], of("expected_of_others")(name)
     if name in FAMILIES:
         return [of("one_process")[name]], of("expected")(name)
     return of("ranks")(name), of("expected")(LAYOUTS[name][0])
