@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_pmd.actor import lora
 from megatron_pmd.actor.checkpoint_folders import FILES, STATE_FILE, complete, latest, sizes
 from megatron_pmd.actor.checkpoint_writer import HelperEnded, Writer, serve_results
-from megatron_pmd.actor.model import expert_biases
+from megatron_pmd.actor.digests import digest, digest_of_base
 from megatron_pmd.actor.optimizer_state import (
     OPTIMIZER_FORMAT,
     groups_of,
@@ -45,7 +45,6 @@ from megatron_pmd.actor.optimizer_state import (
     quantize_anew,
     regrouped,
 )
-from megatron_pmd.device import current_device
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, DamagedCheckpoint
 from megatron_pmd.files import write_whole
@@ -210,7 +209,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     state = _sharded_state(chunks, optimizer, is_loading=True)
     with _reading(checkpoint):
         common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    _check_adapters(checkpoint, common.get("adapters"), state["adapters"])
+    _check_adapters(checkpoint, common, state)
     _check_optimizer(checkpoint, common.get("optimizer_name", "adam"), state["optimizer_name"])
     same_layout = common["layout"] == state["layout"]
     if not same_layout:  # a rank's own state has no meaning where another rank holds its part
@@ -232,12 +231,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
         quantize_anew(chunks, optimizer)
     if same_layout:
         _restore_random_state(loaded["rank"]["random"])
-        if state["adapters"] and _digest(chunks, held=False) != loaded["rank"]["base"]:
-            raise CheckpointError(
-                f"{checkpoint}: its adapters belong to another base: rank {dist.get_rank()} holds other "
-                "weights beside them; model.path must name the model that the run began with"
-            )
-        if _digest(chunks) != loaded["rank"]["digest"]:
+        if digest(chunks) != loaded["rank"]["digest"]:
             raise DamagedCheckpoint(
                 f"{checkpoint}: rank {dist.get_rank()} does not hold the weights it saved: a file has "
                 "changed, or this layout of this model cannot be resumed "
@@ -254,9 +248,15 @@ def _reading(checkpoint: Path) -> Iterator[None]:
         raise kind(f"{checkpoint}: cannot be read: {_reason(error)}") from error
 
 
-def _check_adapters(checkpoint: Path, saved: dict[str, int] | None, own: dict[str, int] | None) -> None:
+def _check_adapters(checkpoint: Path, common: dict[str, Any], state: dict[str, Any]) -> None:
     """Raise CheckpointError where this run's adapters would not do what the saved ones did."""
+    saved, own = common.get("adapters"), state["adapters"]
     if saved == own:
+        if common.get("base") != state["base"]:
+            raise CheckpointError(
+                f"{checkpoint}: its adapters belong to another base: this run holds other weights beside "
+                "them; model.path must name the model that the run began with"
+            )
         return
     words = [
         f"adapters of rank {a['rank']} and alpha {a['alpha']}" if a else "no adapters" for a in (saved, own)
@@ -315,13 +315,13 @@ def _sharded_state(
             "rank",
             {
                 "random": _random_state(),
-                "digest": _digest(chunks),
-                "base": _digest(chunks, held=False),
+                "digest": digest(chunks),
             },
             (world,),
             (rank,),
         ),
         "adapters": lora.description(chunks),
+        "base": digest_of_base(chunks),
         "layout": {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "context": parallel_state.get_context_parallel_world_size(),
@@ -337,25 +337,6 @@ def _sharded_state(
 def _named(chunks: list[Any]) -> dict[str, Any]:
     """The bare modules; the names stay inside this rank, tensors are filed under their place in the model."""
     return {str(i): unwrap_model(chunk) for i, chunk in enumerate(chunks)}
-
-
-def _digest(chunks: list[Any], *, held: bool = True) -> int:
-    """Sum of all bits of what a checkpoint holds, or of the rest: a wrong byte anywhere changes it.
-
-    It holds parameters and expert biases, or adapters alone.
-    Of an FP8 parameter those of the numbers it stands for: its bytes cannot be viewed, and the copy by column
-    is there or not.
-    """
-    integers = {4: torch.int32, 2: torch.int16}
-    total = torch.zeros((), dtype=torch.int64, device=current_device())
-    whole = lora.description(chunks) is None
-    for chunk in chunks:
-        for name, p in (*chunk.named_parameters(), *expert_biases(chunk).items()):
-            if held != (whole or lora.ADAPTER in name):
-                continue
-            plain = p.detach().dequantize() if is_float8tensor(p) else p.detach()
-            total += plain.view(integers[plain.element_size()]).sum(dtype=torch.int64)
-    return int(total)
 
 
 def _random_state() -> dict[str, Any]:

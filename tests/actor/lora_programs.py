@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,23 +29,16 @@ def lora_trial(path: Path, layout: dict[str, int] | None = None, **lora: Any) ->
 
 
 def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process: adapters with a random B, as a checkpoint and as peft's folder; then
-    measure(), and a step before and after a checkpoint was loaded."""
+    """Of each model, in one process: random_adapters(), a checkpoint, measure(), and a step before and after
+    another checkpoint was loaded."""
     results = {}
     for path in paths:
         trial, own = lora_trial(path), folder / path.name
         fresh = trial.actor.log_probs(trial.batch, [list(range(16))]).log_probs
-        torch.manual_seed(1)
-        for name, parameter in trial.actor.chunks[0].named_parameters():
-            if name.endswith("adapter.linear_out.weight"):
-                parameter.data.normal_(std=0.1)
-        trial.actor.optimizer.reload_model_params()
-        saved = trial.save(own, 1)
-        write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, own / "adapters", trial.control)
-        merged = trial.weights()
-        result = measure(trial)
-        result |= {"fresh": fresh, "saved": saved, "adapters": own / "adapters", "merged": merged}
-        result["keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(saved)))
+        result: dict[str, Any] = {"fresh": fresh, **random_adapters(trial, path, own)}
+        result["saved"] = trial.save(own, 1)
+        result |= measure(trial)
+        result["keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(result["saved"])))
         later = trial.save(own, 2)
         result["third"] = [trial.step(STEPS[2]), adapters_of(trial)]
         trial.actor.load(later)
@@ -53,13 +47,26 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
     return results
 
 
+def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
+    """Give B random values; the adapters as peft's folder, and the merged weights."""
+    torch.manual_seed(1)
+    for name, parameter in trial.actor.chunks[0].named_parameters():
+        if name.endswith("adapter.linear_out.weight"):
+            parameter.data.normal_(std=0.1)
+    trial.actor.optimizer.reload_model_params()
+    write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, folder / "adapters", trial.control)
+    return {"adapters": folder / "adapters", "merged": trial.weights()}
+
+
 def layouts(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
-    """measure() of each model under a layout, with the adapters of one process's checkpoint."""
+    """measure() of each model under a layout, with the adapters of one process's checkpoint; and what loading
+    that says beside another base."""
     results = {}
     for name, (path, layout, saved) in cases.items():
         trial = lora_trial(path, layout)
         trial.actor.load(saved)
         results[name] = measure(trial)
+        results[name]["another base"] = message_of(partial(_on_another_base, trial, saved))
     return results
 
 
@@ -155,7 +162,7 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         "another alpha": message_of(lambda: lora_trial(dense, alpha=7).actor.load(saved)),
         "no adapters": message_of(lambda: full.actor.load(saved)),
         "adapters, of a model": message_of(lambda: alone.actor.load(full.save(folder))),
-        "another base": message_of(lambda: _on_another_base(dense, saved)),
+        "another base": message_of(lambda: _on_another_base(lora_trial(dense), saved)),
     }
     with (
         mock.patch.object(bridge_import, "classes_with_adapters"),
@@ -165,9 +172,10 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
     return result
 
 
-def _on_another_base(path: Path, saved: Path) -> None:
-    trial = lora_trial(path)
-    next(p for p in trial.actor.chunks[0].parameters() if not p.requires_grad).data[0] += 1
+def _on_another_base(trial: Trial, saved: Path) -> None:
+    """Load the checkpoint where rank 0 alone holds a frozen weight that is not the saved run's."""
+    if trial.control.is_driver:
+        next(p for p in trial.actor.chunks[0].parameters() if not p.requires_grad).data[0] += 1
     trial.actor.load(saved)
 
 

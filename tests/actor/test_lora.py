@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,22 +12,31 @@ from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
+from tests.actor.conftest import LAYOUTS as ALL_LAYOUTS
+from tests.actor.conftest import ranks_of
 from tests.actor.launch import launch
-from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
+from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for
 
 pytestmark = pytest.mark.slow
 
 LORA = dict(rank=4, alpha=6)
-FAMILIES = ("qwen2", "qwen3moe", "deepseek")
-LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
-    "dense, tensor=2": ("qwen2", dict(tensor=2)),
-    "dense, pipeline=2": ("qwen2", dict(pipeline=2)),
-    "moe, expert=2, data=2": ("qwen3moe", dict(expert=2, data=2)),
-    "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
-    "latent, tensor=2, expert=2": ("deepseek", dict(tensor=2, expert=2)),
+LATENT = ("moonlight", "deepseek")
+LAYOUTS = {
+    name: ALL_LAYOUTS[name]
+    for name in (
+        "dense, tensor=2",
+        "dense, pipeline=2",
+        "dense, pipeline=2, virtual_pipeline=2",
+        "moe, expert=2, data=2",
+        "moe, context=2, expert=2",
+        "latent, tensor=2, expert=2",
+        "dense, tensor=2, pipeline=2",
+        "moe, tensor=2, expert=2, data=2",
+        "moe, pipeline=2, expert=2, data=2",
+    )
 }
 CASES = (*FAMILIES, *LAYOUTS)
-"""The families in one process, then the layouts."""
+"""Models in one process, then layouts."""
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -41,10 +51,21 @@ def one_process(models, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(models, one_process):
-    """Every rank's results of one of CASES."""
-    cases = {name: (models / f, layout, one_process[f]["saved"]) for name, (f, layout) in LAYOUTS.items()}
-    two = program("layouts", ranks=2, cases=cases)
-    return lambda name: [one_process[name]] if name in FAMILIES else [rank[name] for rank in two]
+    """Every rank's results under one of LAYOUTS; one launch for all of as many ranks."""
+    done: dict[int, list[dict[str, Any]]] = {}
+
+    def of(name: str) -> list[dict[str, Any]]:
+        count = ranks_of(name)
+        if count not in done:
+            cases = {
+                other: (models / family, layout, one_process[family]["saved"])
+                for other, (family, layout) in LAYOUTS.items()
+                if ranks_of(other) == count
+            }
+            done[count] = program("layouts", ranks=count, cases=cases)
+        return [rank[name] for rank in done[count]]
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +78,18 @@ def variants(models, one_process, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(models, reference, one_process):
-    done: dict[str, Adapted] = {}
-
-    def of(family: str) -> Adapted:
-        if family not in done:
-            folder = one_process[family]["adapters"]
-            done[family] = compute(models / family, folder, reference(family), LORA)
-        return done[family]
-
-    return of
+    return functools.cache(
+        lambda family: compute(models / family, one_process[family]["adapters"], reference(family), LORA)
+    )
 
 
 @pytest.fixture(params=CASES)
-def case(request, ranks, expected) -> tuple[list[dict[str, Any]], Adapted]:
-    family = LAYOUTS[request.param][0] if request.param in LAYOUTS else request.param
-    return ranks(request.param), expected(family)
+def case(request) -> tuple[list[dict[str, Any]], Adapted]:
+    """Every rank's results, and peft's."""
+    name, of = request.param, request.getfixturevalue
+    if name in FAMILIES:
+        return [of("one_process")[name]], of("expected")(name)
+    return of("ranks")(name), of("expected")(LAYOUTS[name][0])
 
 
 def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -144,7 +162,7 @@ def test_peft_reads_the_adapters_folder_but_not_all_of_the_deepseek_familys(
     """Once peft reads the latter, docs/lora.md has a sentence too much."""
     read = folder_log_probs(models / family, one_process[family]["adapters"], reference(family).samples)
     difference = float((read - expected(family).log_probs).nan_to_num().abs().max())
-    assert difference < 1e-6 if family != "deepseek" else difference > 1e-3
+    assert difference < 1e-6 if family not in LATENT else difference > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,12 +173,12 @@ def test_a_checkpoint_holds_adapters_alone_and_the_step_after_loading_it_is_bit_
     assert step == step_resumed and largest(weights, weights_resumed) == 0
 
 
-def test_a_plan_counts_what_the_ranks_hold(models, ranks):
-    for name in CASES:
+def test_a_plan_counts_what_the_ranks_hold(models, one_process, ranks):
+    for name in (*FAMILIES, *LAYOUTS):
         family, layout = LAYOUTS.get(name, (name, {}))
         config = config_for(models / family, layout, actor={"lora": LORA})
         planned = stages(shape_of(config.model.path), config)
-        found = ranks(name)
+        found = [one_process[name]] if name in FAMILIES else ranks(name)
         each = len(found) // len(planned)
         for stage in planned:
             own = found[stage.number * each :][:each]
@@ -169,7 +187,7 @@ def test_a_plan_counts_what_the_ranks_hold(models, ranks):
                 assert 4 * rank["gradients"] == stage.gradient_bytes
             assert 8 * sum(rank["states"] for rank in own) == len(own) * stage.optimizer_bytes
         # fp32 weights and 12 bytes of states
-        assert checkpoint_bytes(shape_of(config.model.path), config) == 16 * ranks(family)[0]["trained"]
+        assert checkpoint_bytes(shape_of(config.model.path), config) == 16 * one_process[family]["trained"]
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
@@ -204,6 +222,13 @@ def test_a_base_that_left_the_device_between_steps_comes_back_the_same(variants,
 def test_a_checkpoint_whose_adapters_are_not_this_runs_is_refused_by_name(which, words, variants):
     kind, message = variants["errors"][which]
     assert kind == "CheckpointError" and words in message, message
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_under_another_layout_every_rank_refuses_adapters_of_another_base(name, ranks):
+    for rank in ranks(name):
+        kind, message = rank["another base"]
+        assert kind == "CheckpointError" and "its adapters belong to another base" in message, message
 
 
 def test_megatron_bridge_still_does_not_know_the_linears_that_stand_in_for_transformer_engines(variants):
