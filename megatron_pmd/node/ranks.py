@@ -59,8 +59,9 @@ def run_here(
     A checkpoint that proves damaged while it is loaded is set aside, and the ranks start again from the one
     before. On Slurm the job does.
     """
-    servers = [urlsplit(server).hostname or "" for server in config.rollout.servers]
-    interface = network.choose_interface((), servers[0]) if servers else network.loopback()
+    interface = network.loopback()
+    if config.sync.transport == "broadcast":
+        interface = network.choose_interface((), urlsplit(config.rollout.servers[0]).hostname or "")
     os.environ.update(network.variables(interface))
     nodes = Nodes(1, 0, config.layout.ranks, f"{interface.address}:0")
     while True:
