@@ -23,7 +23,6 @@ from megatron_pmd.engine.server import CONNECT_SECONDS, tail
 from megatron_pmd.engine.sglang_server import LOADER, NO_WEIGHTS, EngineSpec
 from megatron_pmd.errors import EngineError, StaleWeights
 from megatron_pmd.waiting import waiting_for
-from megatron_pmd.weight_sync.bucket_layout import Entry
 
 Tag = Literal["weights", "kv_cache"]
 READING = ("/model_info", "/server_info", "/health", "/health_generate")
@@ -151,20 +150,17 @@ class EngineControl:
         """Forget a group; one that the engine does not know of is none to leave."""
         self._call("POST", "/destroy_weights_update_group", {"group_name": name}, accept=(200, 400))
 
-    def load_broadcast(self, entries: Sequence[Entry], group: str) -> None:
-        """Have every rank of the engine take one message with these tensors from the group's rank 0.
+    def load_broadcast(self, tensors: Sequence[tuple[str, str, Sequence[int]]], group: str) -> None:
+        """Have every rank of the engine take one message from the group's rank 0.
 
-        They lie in it one behind the other, without gaps.
+        tensors: name, dtype and shape of each; they lie in the message one behind the other, without gaps.
         """
-        request = {
-            "names": [entry.name for entry in entries],
-            "dtypes": [entry.dtype for entry in entries],
-            "shapes": [entry.shape for entry in entries],
-            "group_name": group,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        self._confirmed("/update_weights_from_distributed", request)
+        names, dtypes, shapes = zip(*tensors, strict=True)
+        request = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        self._confirmed(
+            "/update_weights_from_distributed",
+            request | {"load_format": "flattened_bucket", "flush_cache": False},
+        )
 
     def tensor_parallel(self) -> int:
         """How many ranks the engine has, as itself says."""

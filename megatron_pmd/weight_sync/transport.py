@@ -180,7 +180,8 @@ class Broadcast(Colocated):
                     f"{message.nbytes:,} bytes within {seconds:g} s: {error}"
                 ) from None
 
-        self._side_by_side(send, lambda: calls.load_broadcast(entries, self._name))
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+        self._side_by_side(send, lambda: calls.load_broadcast(tensors, self._name))
 
     def end(self, version: int) -> None:
         super().end(version)

@@ -27,7 +27,6 @@ from megatron_pmd.engine.sglang_server import LOADER, EngineSpec
 from megatron_pmd.errors import EngineError
 from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient
 from megatron_pmd.weight_sync.bucket import SharedBucket
-from megatron_pmd.weight_sync.bucket_layout import Entry
 from tests.gpu_contract.engine_arguments import arguments_of, spec_of
 from tests.gpu_contract.model_folders import configured
 
@@ -174,7 +173,7 @@ def test_every_call_to_an_engine_is_taken_with_its_keys(served, tmp_path):
         control.join_group("127.0.0.1", 1, "g", rank_offset=1, world=3)
         group = received["init_weights_update_group"]
         assert (group.rank_offset, group.world_size, group.backend) == (1, 3, "nccl")
-        control.load_broadcast([Entry("w", "bfloat16", (2, 3), 0)], "g")
+        control.load_broadcast([("w", "bfloat16", (2, 3))], "g")
         broadcast = received["update_weights_from_distributed"]
         assert (broadcast.names, broadcast.shapes, broadcast.group_name) == (["w"], [[2, 3]], "g")
         assert broadcast.load_format == "flattened_bucket"
