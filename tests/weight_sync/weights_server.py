@@ -89,17 +89,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        self._answer(
-            {
-                "/model_info": {"weight_version": self.server.version},
-                "/server_info": {"tp_size": 1},
-                "/state": {
-                    "paused": self.server.paused,
-                    "buckets": self.server.buckets,
-                    "sums": {n: tensor.double().sum().item() for n, tensor in self.server.weights.items()},
-                },
-            }.get(self.path, {})
-        )  # fmt: skip
+        sums = {name: tensor.double().sum().item() for name, tensor in self.server.weights.items()}
+        answers: dict[str, dict[str, Any]] = {
+            "/model_info": {"weight_version": self.server.version},
+            "/server_info": {"tp_size": 1},
+            "/state": {"paused": self.server.paused, "buckets": self.server.buckets, "sums": sums},
+        }
+        self._answer(answers.get(self.path, {}))
 
     def do_POST(self) -> None:
         order = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
