@@ -114,6 +114,7 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
             ['rollout.servers=["http://a:1"]', "rollout.ranks_per_engine=null"],
             "sync.transport=ipc is for engines beside the actors",
         ),
+        (["sync.transport=broadcast"], "sync.transport=broadcast is for rollout.servers"),
         (
             ['rollout.servers=["http://a:1", "http://a:1"]', "rollout.ranks_per_engine=null"],
             "names a server twice",

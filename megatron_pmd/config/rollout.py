@@ -110,7 +110,8 @@ class Rollout(Frozen):
     For placement=separate."""
     servers: tuple[str, ...] = ()
     """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
-    Their options are those they were started with; they take weights by `disk` (docs/rollout.md)."""
+    Their options are those they were started with; they take weights by `broadcast` or `disk`. One that is
+    lost is left out until it answers again (docs/rollout.md)."""
     temperature: PositiveFloat = 1.0
     """Also divides the actor's logits: π is the policy at this temperature."""
     temperature_schedule: Schedule | None = None
@@ -225,9 +226,9 @@ class Rollout(Frozen):
 class Sync(Frozen):
     transport: str = "ipc"
     """`ipc`: engines open buckets in their node's shared memory, or with CUDA on the device that they share
-    with an actor rank. `broadcast`: the driver sends them over a process group. `disk`: engines read
-    safetensors in the run folder (docs/weight_sync.md). Or your own, as `module:Class` or
-    `path/to/file.py:Class`."""
+    with an actor rank. For rollout.servers: `broadcast`, over the network, from as many ranks as there are
+    servers; or `disk`: they read safetensors in the run folder (docs/weight_sync.md). Or your own, as
+    `module:Class` or `path/to/file.py:Class`."""
     bucket_megabytes: PositiveInt = 512
     """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;
     two exist at a time."""

@@ -222,10 +222,15 @@ class RunConfig(Frozen):
                 f"{servers} rollout.servers cannot be shared out evenly to {ranks} actor ranks, "
                 "at most one to each"
             )
-        if servers and self.sync.transport in ("ipc", "broadcast"):
+        if servers and self.sync.transport == "ipc":
             raise ConfigError(
-                f"sync.transport={self.sync.transport} is for engines beside the actors; rollout.servers "
-                "take weights by disk, from a run folder that they see"
+                "sync.transport=ipc is for engines beside the actors; rollout.servers take weights by "
+                "broadcast, over the network, or by disk, from a run folder that they see"
+            )
+        if not servers and self.sync.transport == "broadcast":
+            raise ConfigError(
+                "sync.transport=broadcast is for rollout.servers; engines beside the actors open buckets "
+                "where they are: use ipc"
             )
 
     def _check_lengths(self) -> None:

@@ -19,13 +19,12 @@ from typing import Any, Literal, Self
 import httpx
 import torch
 
-from megatron_pmd.engine.server import tail
+from megatron_pmd.engine.server import CONNECT_SECONDS, tail
 from megatron_pmd.engine.sglang_server import LOADER, NO_WEIGHTS, EngineSpec
 from megatron_pmd.errors import EngineError, StaleWeights
 from megatron_pmd.waiting import waiting_for
 
 Tag = Literal["weights", "kv_cache"]
-CONNECT_SECONDS = 10.0
 READING = ("/model_info", "/server_info", "/health", "/health_generate")
 """Endpoints that only tell."""
 
@@ -140,7 +139,7 @@ class EngineControl:
                 raise EngineError(f"{self._where()}: rank {rank} refused the weights: {failure}")
 
     def join_group(self, host: str, port: int, name: str, *, rank_offset: int, world: int) -> None:
-        """Join the driver's process group; returns when all its members have."""
+        """Join the leader's process group; returns when all its members have."""
         backend = "gloo" if self.spec.cpu else "nccl"
         group = {"master_address": host, "master_port": port, "group_name": name, "backend": backend}
         self._confirmed(
@@ -151,11 +150,21 @@ class EngineControl:
         """Forget a group; one that the engine does not know of is none to leave."""
         self._call("POST", "/destroy_weights_update_group", {"group_name": name}, accept=(200, 400))
 
-    def load_broadcast(self, description: dict[str, Any], group: str) -> None:
-        """Have every rank of the engine take the bucket's tensors from the group's rank 0, in their order."""
-        names, dtypes, shapes = zip(*(entry[:3] for entry in description["tensors"]), strict=True)
+    def load_broadcast(self, tensors: Sequence[tuple[str, str, Sequence[int]]], group: str) -> None:
+        """Have every rank of the engine take one message from the group's rank 0.
+
+        tensors: name, dtype and shape of each; they lie in the message one behind the other, without gaps.
+        """
+        names, dtypes, shapes = zip(*tensors, strict=True)
         request = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
-        self._confirmed("/update_weights_from_distributed", request | {"flush_cache": False})
+        self._confirmed(
+            "/update_weights_from_distributed",
+            request | {"load_format": "flattened_bucket", "flush_cache": False},
+        )
+
+    def tensor_parallel(self) -> int:
+        """How many ranks the engine has, as itself says."""
+        return int(self._call("GET", "/server_info").json()["tp_size"])
 
     def load_from_disk(self, folder: Path) -> None:
         """Have the engine read a folder of safetensors; no update may be open."""

@@ -43,6 +43,8 @@ class Fleet:
         self.keys: Keys = control.from_driver(keys)
         self.urls: list[str] = []
         """Of every engine, once note_urls() has been called."""
+        self.left_out: frozenset[int] = frozenset()
+        """Servers of others that are lost: nobody calls them until they answer again."""
         nodes = control.all_gather(control.node)
         part = part_of(control.rank, nodes, config.ranks_per_engine, config.devices_per_engine)
         self.own = OwnEngine(part, config, clock) if part else None
@@ -114,13 +116,17 @@ class Fleet:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank is the one that calls an engine."""
-        return self.own is not None and self.own.part.leads
+        """Whether this rank is the one that calls an engine, and the engine is not left out."""
+        own = self.own
+        return own is not None and own.part.leads and own.number not in self.left_out
 
     @property
     def serves(self) -> tuple[int, ...]:
-        """The ranks whose devices the engine that this rank leads computes on; () if it leads none."""
-        return self.own.part.ranks if self.own is not None and self.leads else ()
+        """The ranks whose devices the engine that this rank leads computes on; () if it leads none.
+
+        Also of one that is left out: when it is back, the plan of the weights' ways still holds.
+        """
+        return self.own.part.ranks if self.own is not None and self.own.part.leads else ()
 
     @property
     def calls(self) -> EngineControl:
@@ -130,7 +136,7 @@ class Fleet:
 
     def on_leaders(self, action: Callable[[OwnEngine], T]) -> list[T]:
         """Run the action on every leader; on all ranks, returns their results or raises the first failure."""
-        return self._on(lambda own: own.part.leads, action)
+        return self._on(lambda _: self.leads, action)
 
     def _on(self, chosen: Callable[[OwnEngine], bool], action: Callable[[OwnEngine], T]) -> list[T]:
         """Run the action where the engine is chosen; on all ranks, its results or the first failure."""

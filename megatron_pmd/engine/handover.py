@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.own import OwnEngine
@@ -29,22 +31,26 @@ class Handover:
         self._device.take("weights", "kv_cache")
 
     def release(self) -> None:
-        """Engines give their memory to the actors: the KV cache first, then the weights.
+        """Engines give their memory to the actors: the KV cache first, then the weights."""
+        self._on_living(lambda own: own.release("kv_cache", "weights"))
+        self._device.leave("kv_cache", "weights")
 
-        One that does not, because it is dead or stuck, is killed: that frees its memory too.
+    def _on_living(self, action: Callable[[OwnEngine], None]) -> None:
+        """Run the action on every leader; an engine that fails in it, because it is dead or stuck, is killed.
+
+        That frees its memory too. The next update starts it again.
         """
 
-        def give_up(own: OwnEngine) -> int | None:
+        def act(own: OwnEngine) -> int | None:
             try:
-                own.release("kv_cache", "weights")
+                action(own)
             except EngineError:
                 if own.why_lost(probe=True) is None:
                     raise
                 return own.number
             return None
 
-        self._fleet.kill([number for number in self._fleet.on_leaders(give_up) if number is not None])
-        self._device.leave("kv_cache", "weights")
+        self._fleet.kill([number for number in self._fleet.on_leaders(act) if number is not None])
 
     def resume_weights(self) -> None:
         """Engines take the memory of their weights back; its contents are undefined."""
@@ -60,7 +66,7 @@ class Handover:
                 own.calls.flush_cache()
 
         self._device.take("kv_cache")
-        self._fleet.on_leaders(resume)
+        self._on_living(resume)
 
 
 class Pauses(Handover):
@@ -89,8 +95,8 @@ class Pauses(Handover):
     def resume_cache(self) -> None:
         """Engines forget what earlier weights left in their cache."""
         with self._clock("flush"):
-            self._fleet.on_leaders(lambda own: own.calls.flush_cache(paused=True))
+            self._on_living(lambda own: own.calls.flush_cache(paused=True))
 
     def go_on(self) -> None:
         """Engines generate again."""
-        self._fleet.on_leaders(lambda own: own.calls.go_on())
+        self._on_living(lambda own: own.calls.go_on())

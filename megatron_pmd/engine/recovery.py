@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.own import OwnEngine
-from megatron_pmd.engine.server import port_was_taken
+from megatron_pmd.engine.server import POLL_SECONDS, port_was_taken
 from megatron_pmd.errors import EngineError, EngineRefused
+from megatron_pmd.waiting import waiting_for
 
 REFUSES = re.compile(
     # 137: SGLang's server kills itself when its scheduler raises
@@ -34,12 +36,15 @@ class Recovery:
     def __init__(self, fleet: Fleet, handover: Handover, control: Control, rollout: Rollout) -> None:
         self._fleet, self._handover, self._control, self._rollout = fleet, handover, control, rollout
 
-    def wait_ready(self) -> None:
+    def wait_ready(self) -> str:
         """Block until every engine answers; EngineError with the end of its log if one does not.
 
-        EngineRefused where it is the settings that an engine cannot start with.
+        EngineRefused where it is the settings that an engine cannot start with. Servers of others may be
+        missing, but one; returns in words which, or "".
         """
-        failures = self._failures_at_start(self._fleet.engines)
+        said, failures = "", self._failures_at_start(self._fleet.engines)
+        if self._fleet.external and 0 < len(failures) < len(self._fleet.engines):
+            said, failures = self._follow(failures, set()), {}
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
             if not port_was_taken(failure):
@@ -47,6 +52,7 @@ class Recovery:
         if failures:
             self._replace(failures)
         self._fleet.note_urls()
+        return said
 
     def _failures_at_start(self, engines: Collection[int]) -> dict[int, str]:
         """Wait until these engines answer; by engine, why one does not."""
@@ -67,20 +73,27 @@ class Recovery:
                 failures[number] += f"\n{reason}"
         return failures
 
-    def restart_lost(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> list[str]:
-        """Start every dead or stuck engine again; returns what was wrong with each. They hold no weights yet.
+    def restart_lost(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> str:
+        """Start every dead or stuck engine again; returns in words what was wrong, or "".
 
+        They hold no weights yet. Servers of others come back by themselves: those that are lost are left out
+        while another answers, and those that answer again are taken back.
         probe: ask each whether it responds; without it, a stuck engine shows at its next call's deadline.
         before_start: called on every rank if there is one, so that the actors leave the device to it.
         Raises EngineError for one that does not come up in `rollout.restarts` attempts.
         """
-        reasons = self._lost(probe=probe)
-        if reasons:
-            before_start()
-            self._handover.before_restart()
+        reasons, back = self._lost(probe=probe), self._answering_again()
+        if not (reasons or back):
+            return ""
+        before_start()
+        self._handover.before_restart()
+        if self._fleet.external:
+            said = self._follow(reasons, back)
+        else:
             self._replace(reasons)
-            self._fleet.note_urls()
-        return list(reasons.values())
+            said = f"{len(reasons)} engine(s) died and were started again: {_first_lines(reasons.values())}"
+        self._fleet.note_urls()
+        return said
 
     def any_lost(self) -> bool:
         """Whether an engine is dead or stuck."""
@@ -96,8 +109,48 @@ class Recovery:
     def _own_loss(self, *, probe: bool) -> tuple[int, str] | None:
         """The number of this rank's engine, and what is wrong with it or its part on this node."""
         own = self._fleet.own
-        reason = own.why_lost(probe=probe) if own is not None else None
-        return (own.number, reason) if own is not None and reason else None
+        if own is None or own.number in self._fleet.left_out:
+            return None
+        reason = own.why_lost(probe=probe)
+        return (own.number, reason) if reason else None
+
+    def _answering_again(self) -> set[int]:
+        """Of the servers that are left out, those that answer now."""
+        own, left_out = self._fleet.own, self._fleet.left_out
+        if not left_out:
+            return set()
+        again = own is not None and own.number in left_out and own.why_lost(probe=True) is None
+        found: list[int | None] = self._control.all_gather(own.number if own is not None and again else None)
+        return {number for number in found if number is not None}
+
+    def _follow(self, reasons: dict[int, str], back: set[int]) -> str:
+        """Leave out these servers of others, and take those back; returns the words for it.
+
+        Waits while none is left, as long as an engine of ours may take to start; then EngineError.
+        """
+        fleet, rollout = self._fleet, self._rollout
+        seconds = rollout.start_timeout_seconds * rollout.restarts
+        fleet.kill([*reasons, *back])
+        fleet.start([*reasons, *back])
+        fleet.left_out = fleet.left_out - back | reasons.keys()
+        begun, everybody = time.monotonic(), frozenset(fleet.engines)
+        with (
+            waiting_for("one of rollout.servers to answer", seconds)
+            if self._control.is_driver
+            else nullcontext()
+        ):
+            while fleet.left_out == everybody:
+                if self._control.from_driver(time.monotonic() - begun > seconds):
+                    raise EngineError(f"{next(iter(reasons.values()))}; no server answered for {seconds:g} s")
+                time.sleep(POLL_SECONDS)
+                back |= (found := self._answering_again())
+                fleet.left_out -= found
+        said = [f"{_first_lines(reasons.values())}"] if reasons else []
+        if back:
+            said.append(f"taken back, with the current weights: {_numbers(back)}")
+        if fleet.left_out:
+            said.append(f"left out until they answer: {_numbers(fleet.left_out)}")
+        return "; ".join(said)
 
     def _replace(self, reasons: dict[int, str]) -> None:
         """Kill what is left of these engines and start them again, on other ports.
@@ -119,3 +172,12 @@ class Recovery:
             f"{reasons[number]}\nit was started again {self._rollout.restarts} times, in vain; "
             f"the last time: {failure}"
         )
+
+
+def _first_lines(reasons: Iterable[str]) -> str:
+    return "; ".join(reason.splitlines()[0] for reason in reasons)
+
+
+def _numbers(servers: Collection[int]) -> str:
+    """As the configuration counts them."""
+    return "server " + ", ".join(map(str, sorted(servers))) + " of rollout.servers"

@@ -24,6 +24,7 @@ from megatron_pmd.network import LOOPBACK, address_towards
 from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
+CONNECT_SECONDS = 10.0
 LOG_TAIL_LINES = 15
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 
@@ -89,7 +90,9 @@ def _authorities() -> ssl.SSLContext:
 def answers(url: str, timeout_seconds: float) -> bool:
     """Whether GET gives status 200 within this time."""
     try:
-        reply = httpx.get(url, timeout=timeout_seconds, trust_env=False, verify=_authorities())
+        # a machine that is off says nothing at all
+        patience = httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds))
+        reply = httpx.get(url, timeout=patience, trust_env=False, verify=_authorities())
         return reply.status_code == 200
     except httpx.HTTPError:
         return False

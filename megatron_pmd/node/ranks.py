@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -53,12 +54,14 @@ class Nodes:
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
 ) -> RunOutcome:
-    """Train on this machine alone; see run_ranks.
+    """Train on this machine alone, maybe with servers elsewhere; see run_ranks.
 
     A checkpoint that proves damaged while it is loaded is set aside, and the ranks start again from the one
     before. On Slurm the job does.
     """
     interface = network.loopback()
+    if config.sync.transport == "broadcast":
+        interface = network.choose_interface((), urlsplit(config.rollout.servers[0]).hostname or "")
     os.environ.update(network.variables(interface))
     nodes = Nodes(1, 0, config.layout.ranks, f"{interface.address}:0")
     while True:

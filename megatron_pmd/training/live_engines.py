@@ -192,16 +192,18 @@ class LiveEngines:
 
     def _restart(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> bool:
         """Start lost engines again, and say so; see Recovery.restart_lost."""
-        reasons = self.recovery.restart_lost(probe=probe, before_start=before_start)
-        if reasons:
+        said = self.recovery.restart_lost(probe=probe, before_start=before_start)
+        if said:
             self.router.stop()  # its picture of who is alive is out of date
-        if reasons and self._control.is_driver:
-            first = "; ".join(reason.splitlines()[0] for reason in reasons)
-            self._console.say(f"{len(reasons)} engine(s) died and were started again: {first}")
-        return bool(reasons)
+            self._say(said)
+        return bool(said)
+
+    def _say(self, what: str) -> None:
+        if what and self._control.is_driver:
+            self._console.say(what)
 
     def make_room(self) -> None:
-        self.recovery.wait_ready()
+        self._say(self.recovery.wait_ready())
         self.handover.release()
 
     def release(self) -> None:
@@ -210,7 +212,7 @@ class LiveEngines:
     def load(self, actor: Actor, version: int) -> PushReport:
         """See RolloutSource. Engines lost before or meanwhile are started again, and get everything."""
         if not self.fleet.urls:
-            self.recovery.wait_ready()
+            self._say(self.recovery.wait_ready())
         for attempt in itertools.count():
             # an engine sizes its cache, for good, by the memory that it finds free when it starts
             if self._restart(probe=attempt > 0, before_start=actor.release_parameters):

@@ -82,6 +82,11 @@ class BucketLayout:
         return layout
 
 
+def flattened(layout: BucketLayout) -> list[Entry]:
+    """The order in which a bucket's tensors lie in a message without gaps: each at a multiple of its size."""
+    return sorted(layout.entries.values(), key=lambda entry: -nbytes_of(entry.dtype, ()))
+
+
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 

@@ -109,7 +109,6 @@ class WeightPush:
             before_load()
             with self._clock("begin", memory=False):
                 self._control.on_all(self.transport.begin)
-                self.transport.connect()
 
         self._send(export, plan, {"name": name}, open_update)
         if self._verify:
@@ -140,7 +139,7 @@ class WeightPush:
             self._buckets = _shared_buckets(control, self._keys, plan.capacity, owner=owner == control.rank)
 
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
-        if not self.transport.opens_buckets:
+        if self.transport.read_by == "driver":
             return only_the_driver(nodes, on_device=self._on_device)
         return readers_of(
             nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
@@ -151,7 +150,7 @@ class WeightPush:
         assert self._plan is not None
         buckets = [DeviceBucket(key, self._plan.capacity) for key in self._keys]
         self._buckets = list(buckets)
-        handles = [bucket.handle() for bucket in buckets] if self.transport.opens_buckets else []
+        handles = [bucket.handle() for bucket in buckets] if self.transport.read_by == "engines" else []
         self._handles = self._control.all_gather(handles)
 
     def _bucket_key(self, turn: int, rank: int) -> str:
@@ -163,15 +162,14 @@ class WeightPush:
     ) -> list[dict[str, Any]]:
         """What each rank of the engine that this rank leads is told of its bucket."""
         assert self._plan is not None
-        turn, told = number % 2, []
+        turn, told = number % 2, list[dict[str, Any]]()
+        if self.transport.read_by != "engines":
+            return told
         for rank in self._serves:
-            owner = self._owners[rank] if self.transport.opens_buckets else 0
+            owner = self._owners[rank]
             assert owner is not None
             kind = self._plan.kinds[owner]
             layout = self._plan.buckets[number].layouts[kind]
-            if not self.transport.opens_buckets:
-                told.append({"tensors": layout.as_json()})
-                continue
             place: dict[str, Any] = (
                 {"handle": self._handles[rank][turn]} if self._on_device
                 else {"path": str(path_of(self._bucket_key(turn, rank)))}

@@ -6,14 +6,14 @@ WeightPush brings the ranks' failures together.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,10 @@ import torch.distributed as dist
 from megatron_pmd.config import TRANSPORTS
 from megatron_pmd.device import current_device
 from megatron_pmd.errors import ConfigError, EngineError
-from megatron_pmd.network import LOOPBACK
+from megatron_pmd.network import address_towards
 from megatron_pmd.store import open_store
 from megatron_pmd.waiting import waiting_for
+from megatron_pmd.weight_sync.bucket_layout import flattened
 
 if TYPE_CHECKING:
     from megatron_pmd.config import RunConfig
@@ -33,21 +34,18 @@ if TYPE_CHECKING:
 
 
 class Transport(Protocol):
-    opens_buckets: bool
-    """Whether the engines read the buckets themselves. Else only the driver has buckets, and passes on what
-    is in them."""
+    read_by: Literal["engines", "leaders", "driver"]
+    """Who reads the buckets: the engines open them; or the rank that leads an engine, or the driver for all
+    of them, passes on what is in its own."""
 
     def begin(self) -> None:
-        """The engines hold no version from here on."""
-
-    def connect(self) -> None:
-        """What has to be set up once every engine has begun; raises on all ranks what fails on one."""
+        """The engines hold no version from here on, and can be sent buckets."""
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         """Move the bucket; returns when the engine that this rank leads is done with it. Not collective.
 
         bucket: None on a rank that writes into none. descriptions: see Bucket.describe; one for each of the
-        engine's ranks, or only the tensors where the engines do not open buckets.
+        engine's ranks, where the engines open their buckets.
         """
 
     def end(self, version: int) -> None:
@@ -74,7 +72,7 @@ def transport_of(config: RunConfig, fleet: Fleet, control: Control, folder: Path
             f"sync.transport={name!r} is no class with the methods of {__name__}.NamedTransport"
         )
     transport: NamedTransport = kind.of_run(config, fleet, control, folder)
-    if config.sync.verify == "full" and not transport.opens_buckets:
+    if config.sync.verify == "full" and transport.read_by != "engines":
         raise ConfigError(f"sync.verify=full: engines do not open the buckets of sync.transport={name}")
     return transport
 
@@ -82,7 +80,7 @@ def transport_of(config: RunConfig, fleet: Fleet, control: Control, folder: Path
 class Colocated:
     """Engines open the bucket of their node, or device: one copy, from the bucket into the parameter."""
 
-    opens_buckets = True
+    read_by: Literal["engines", "leaders", "driver"] = "engines"
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -94,8 +92,6 @@ class Colocated:
     def begin(self) -> None:
         if self._fleet.leads:
             self._fleet.calls.begin_update()
-
-    def connect(self) -> None: ...
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if self._fleet.leads:
@@ -109,93 +105,110 @@ class Colocated:
 
 
 class Broadcast(Colocated):
-    """The driver broadcasts every tensor to all ranks of all engines, over gloo, or NCCL where CUDA exists.
+    """Each leader sends what is in its bucket to its engine, over gloo, or NCCL where CUDA exists.
 
-    For engines that do not share a node with actors. What is checked is SGLang's own answer, not the loader's
-    sums.
+    For engines that share no node with actors. The leader and the ranks of its engine are a group of their
+    own: an engine that dies in an update breaks nobody else's. What is checked is SGLang's own answer, not
+    the loader's sums.
     """
 
-    opens_buckets = False
+    read_by = "leaders"
 
-    def __init__(
-        self, fleet: Fleet, control: Control, *, tensor_parallel: int, timeout_seconds: float
-    ) -> None:
+    def __init__(self, fleet: Fleet, *, timeout_seconds: float) -> None:
         super().__init__(fleet)
-        self._control, self._tensor_parallel = control, tensor_parallel
         self._deadline = timedelta(seconds=timeout_seconds)
+        self._device = current_device()  # a thread, which is where buckets are sent from, begins with another
         self._group: Any = None
         self._name = ""
-        self._members: list[str] = []
+        self._version: int | None = None
+        """That the engine has been given through the group; None: not yet, or a bucket failed since."""
 
     @classmethod
     def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
-        return cls(
-            fleet, control, tensor_parallel=config.rollout.tensor_parallel,
-            timeout_seconds=config.sync.timeout_seconds,
-        )  # fmt: skip
+        return cls(fleet, timeout_seconds=config.sync.timeout_seconds)
 
-    def connect(self) -> None:
-        """Make the group, the first time, and again when an engine has been replaced."""
-        if self._members == self._fleet.urls:
-            return
-        old, self._members = self._name, []
-        # engines of other nodes find the driver where the ranks found it
-        host = os.environ.get("MASTER_ADDR", LOOPBACK) if self._control.world > 1 else LOOPBACK
-        store = self._control.on_driver(lambda: _store(host, self._deadline))
-        place = (host, store.port, f"weights-{secrets.token_hex(4)}") if store is not None else None
-        host, port, self._name = self._control.from_driver(place)
-        world = 1 + len(self._fleet.urls) * self._tensor_parallel
+    def begin(self) -> None:
+        if self._fleet.leads:
+            # one that was started again has forgotten the group, and its version
+            joined = self._version is not None and self._fleet.calls.weight_version() == self._version
+            self._version = None
+            super().begin()
+            if not joined:
+                self._join()
+
+    def _join(self) -> None:
+        calls = self._fleet.calls
+        self._leave()
+        calls.leave_group(self._name)
+        self._name = f"weights-{secrets.token_hex(4)}"
+        engine = urlsplit(calls.spec.url).hostname or ""
+        world = 1 + calls.tensor_parallel()
+        try:
+            store = open_store(address_towards(engine), 0, self._deadline)
+        except OSError as error:
+            raise EngineError(
+                f"no store for engine {calls.spec.number} on the way to {engine}: {error}"
+            ) from None
 
         def join() -> None:
-            calls = self._fleet.calls
-            if old:
-                calls.leave_group(old)
-            offset = 1 + self._fleet.urls.index(calls.spec.url) * self._tensor_parallel
-            calls.join_group(host, port, self._name, rank_offset=offset, world=world)
+            calls.join_group(store.host, store.port, self._name, rank_offset=1, world=world)
 
         def found() -> None:
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
-            assert store is not None, "the driver has opened it"
             self._group = _group(store, self._name, world, self._deadline)
 
-        self._control.on_all(lambda: self._side_by_side(found, join))
-        self._members = list(self._fleet.urls)
+        self._side_by_side(found, join)
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
+        if not self._fleet.leads:
+            return
+        assert bucket is not None, "a leader has a bucket"
+        calls, seconds = self._fleet.calls, self._deadline.total_seconds()
+        entries = flattened(bucket.layout)
+        parts = [bucket.tensor(entry).reshape(-1).view(torch.uint8) for entry in entries]
+        message = torch.cat(parts).to(self._device)
+
         def send() -> None:
-            assert bucket is not None, "the driver's node has a bucket"
-            for entry in bucket.layout.entries.values():
-                tensor = bucket.tensor(entry).to(current_device())
-                try:
-                    # An engine that refused the request never joins in: without a deadline, this would hang.
-                    work = dist.broadcast(tensor, 0, group=self._group, async_op=True)
-                    assert work is not None, "this rank is in the group"
-                    with waiting_for("engines to take a broadcast tensor", self._deadline.total_seconds()):
-                        work.wait(self._deadline)
-                except RuntimeError as error:
-                    self._members = []  # the group is of no use any more
-                    raise EngineError(
-                        f"broadcast of tensor {entry.name} to {len(self._fleet.urls)} engines was not taken "
-                        f"within {self._deadline.total_seconds():g} s: {error}"
-                    ) from None
+            # An engine that refused the request never joins in: without a deadline, this would hang.
+            work = dist.broadcast(message, 0, group=self._group, async_op=True)
+            assert work is not None, "this rank is in the group"
+            try:
+                with waiting_for(f"engine {calls.spec.number} to take a weight bucket", seconds):
+                    work.wait(self._deadline)
+            except RuntimeError as error:
+                raise EngineError(
+                    f"engine {calls.spec.number} ({calls.spec.url}) did not take a weight bucket of "
+                    f"{message.nbytes:,} bytes within {seconds:g} s: {error}"
+                ) from None
 
-        self._side_by_side(send, lambda: self._fleet.calls.load_broadcast(descriptions[0], self._name))
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+        self._side_by_side(send, lambda: calls.load_broadcast(tensors, self._name))
 
-    def _side_by_side(self, driver: Callable[[], None], leader: Callable[[], None]) -> None:
-        """Both parts on a rank that is both, at the same time: each waits for the other."""
+    def end(self, version: int) -> None:
+        super().end(version)
+        self._version = version
+
+    def close(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _side_by_side(self, ours: Callable[[], None], ask: Callable[[], None]) -> None:
+        """This rank's part and the request to the engine, at the same time: each waits for the other."""
         with ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(leader)] if self._fleet.leads else []
-            running += [pool.submit(driver)] if self._control.is_driver else []
-            for future in running:  # the leader's failure first: it is the reason of the driver's
+            for future in [
+                pool.submit(ask),
+                pool.submit(ours),
+            ]:  # the engine's failure first: it is the reason
                 future.result()
 
 
 class Disk(Colocated):
     """The driver writes safetensors into a folder that every engine reads, on a file system all share."""
 
-    opens_buckets = False
+    read_by = "driver"
 
     def __init__(self, fleet: Fleet, control: Control, folder: Path) -> None:
         super().__init__(fleet)
@@ -236,14 +249,6 @@ class Disk(Colocated):
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _store(host: str, deadline: timedelta) -> dist.TCPStore:
-    """Where the engines find the driver, on this address of it alone."""
-    try:
-        return open_store(host, 0, deadline)
-    except OSError as error:
-        raise EngineError(f"the engines' store cannot listen on {host}: {error}") from None
-
-
 def _group(store: dist.TCPStore, name: str, world: int, deadline: timedelta) -> Any:
     """A process group beside the default one, with this process as rank 0.
 
@@ -265,7 +270,7 @@ def _group(store: dist.TCPStore, name: str, world: int, deadline: timedelta) -> 
         )
     except RuntimeError as error:
         raise EngineError(
-            f"the engines did not join the driver at {store.host}:{store.port}: {error}"
+            f"the engine did not join its leader at {store.host}:{store.port}: {error}"
         ) from None
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group

@@ -88,6 +88,17 @@ def test_a_lost_engine_that_does_not_release_its_memory_is_killed_and_that_frees
     assert fleet.killed == [3] and device.held == set()
 
 
+@pytest.mark.parametrize("step", ["resume_cache", "go_on"])
+def test_an_engine_that_dies_after_its_update_is_killed_and_the_others_go_on(step):
+    fleet: Any = Fleet(lost="it died")
+    fleet.own.calls = SimpleNamespace(flush_cache=lambda paused: failing(), go_on=failing)
+    getattr(Pauses(fleet, SubphaseClock()), step)()
+    assert fleet.killed == [3]
+    fleet.own.why_lost = lambda probe: None
+    with pytest.raises(EngineError, match="no answer"):
+        getattr(Pauses(fleet, SubphaseClock()), step)()
+
+
 def test_a_living_engine_that_does_not_release_its_memory_is_an_error():
     fleet, device = Fleet(lost=None), SharedDevice()
     with pytest.raises(EngineError, match="no answer"):
@@ -112,7 +123,9 @@ def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep
         go_on=lambda: asked.append("go on"),
     )
     own = SimpleNamespace(calls=calls, unwatch=lambda: asked.append("unwatch"))
-    fleet: Any = SimpleNamespace(external=False, on_leaders=lambda action: [action(own)])
+    fleet: Any = SimpleNamespace(
+        external=False, on_leaders=lambda action: [action(own)], kill=lambda engines: None
+    )
     pauses = Pauses(fleet, SubphaseClock())
     pauses.release()
     pauses.before_restart()

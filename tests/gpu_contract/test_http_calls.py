@@ -173,9 +173,11 @@ def test_every_call_to_an_engine_is_taken_with_its_keys(served, tmp_path):
         control.join_group("127.0.0.1", 1, "g", rank_offset=1, world=3)
         group = received["init_weights_update_group"]
         assert (group.rank_offset, group.world_size, group.backend) == (1, 3, "nccl")
-        control.load_broadcast({"tensors": [["w", "bfloat16", [2, 3], 0]]}, "g")
+        control.load_broadcast([("w", "bfloat16", (2, 3))], "g")
         broadcast = received["update_weights_from_distributed"]
         assert (broadcast.names, broadcast.shapes, broadcast.group_name) == (["w"], [[2, 3]], "g")
+        assert broadcast.load_format == "flattened_bucket"
+        assert control.tensor_parallel() == spec.rollout.tensor_parallel
         control.leave_group("g")
         control.load_from_disk(tmp_path)
         assert received["update_weights_from_disk"].model_path == str(tmp_path)

@@ -52,7 +52,7 @@ def main(device: int) -> None:
 class EngineProcesses:
     """A transport into such processes, one for each rank of the engine that this rank leads."""
 
-    opens_buckets = True
+    read_by = "engines"
 
     def __init__(self, devices: Sequence[int]) -> None:
         self._devices = devices
@@ -74,8 +74,6 @@ class EngineProcesses:
                 )
                 for device in self._devices
             ]  # fmt: skip
-
-    def connect(self) -> None: ...
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         number = len(self.descriptions)

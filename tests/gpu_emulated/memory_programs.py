@@ -33,7 +33,7 @@ UNKNOWN = "nobody"
 class TakesNothing(EngineProcesses):
     """An engine without memory, and without handles: torch keeps what is sent until they are closed."""
 
-    opens_buckets = False
+    read_by = "driver"
 
     def load(self, bucket: Any, descriptions: Any) -> None: ...
 

@@ -23,6 +23,7 @@ class Engine:
     """The fleet of one engine, and that engine."""
 
     external, leads, number, urls, serves = False, True, 0, ("http://engine",), (0,)
+    left_out: frozenset[int] = frozenset()
     calls = SimpleNamespace(flush_cache=lambda: None)
 
     def __init__(self, device: SharedDevice) -> None:

@@ -17,8 +17,8 @@ class FaultyTransport:
     def __init__(self, transport: Transport, fault: Fault, *, at_bucket: int) -> None:
         self._transport, self._fault, self._at_bucket = transport, fault, at_bucket
         self._buckets = 0
-        self.opens_buckets = transport.opens_buckets
-        self.connect, self.begin = transport.connect, transport.begin
+        self.read_by = transport.read_by
+        self.begin = transport.begin
         self.end, self.close = transport.end, transport.close
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from tests.actor.tiny_models import config_for
 class Recorder:
     """A transport to nowhere: keeps a copy of what an engine on this node would be given."""
 
-    opens_buckets = True
+    read_by = "engines"
 
     def __init__(self, records: bool) -> None:
         self.records, self.calls = records, list[Any]()
@@ -38,8 +38,6 @@ class Recorder:
     def begin(self) -> None:
         self.calls.append("begin")
         self.tensors, self.descriptions = {}, []
-
-    def connect(self) -> None: ...
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self.records:

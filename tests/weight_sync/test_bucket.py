@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_pmd.errors import ModelError
 from megatron_pmd.weight_sync import loader
 from megatron_pmd.weight_sync.bucket import SharedBucket, sweep
-from megatron_pmd.weight_sync.bucket_layout import ALIGNMENT, BucketLayout, word_sum
+from megatron_pmd.weight_sync.bucket_layout import ALIGNMENT, BucketLayout, flattened, word_sum
 from megatron_pmd.weight_sync.loader import BucketError, load_bucket, read_bucket
 from tests.weight_sync.filling import fill
 
@@ -118,6 +118,22 @@ def test_every_dtype_and_layout_of_memory_arrives_bit_for_bit(bucket, tmp_path):
     assert list(model.loaded) == list(tensors)
     for name, tensor in tensors.items():
         assert model.loaded[name].dtype == tensor.dtype and torch.equal(model.loaded[name], tensor), name
+
+
+def test_a_message_without_gaps_is_cut_up_by_sglang_into_the_same_tensors(bucket):
+    """SGLang refuses a tensor that does not start at a multiple of its element's size."""
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    tensors = {f"w{i}": torch.randn(3, 2 * i + 1).to(dtype) for i, dtype in enumerate(DTYPES)}
+    fill(bucket, tensors)
+    entries = flattened(bucket.layout)
+    message = torch.cat([bucket.tensor(entry).reshape(-1).view(torch.uint8) for entry in entries])
+    names, dtypes, shapes = zip(*((e.name, e.dtype, e.shape) for e in entries), strict=True)
+    received = FlattenedTensorBucket.empty(names, dtypes, shapes, "cpu")
+    received.get_flattened_tensor().copy_(message)
+    came = dict(received.reconstruct_tensors())
+    assert came.keys() == tensors.keys()
+    assert all(torch.equal(came[n].view(torch.uint8), tensors[n].view(torch.uint8)) for n in tensors)
 
 
 def test_a_bucket_is_used_again_without_traces_of_its_last_filling(bucket):

@@ -131,7 +131,6 @@ def through(transport, bucket: SharedBucket, model, version: int) -> None:
     """A whole update in two buckets."""
     tensors = list(model.state_dict().items())
     transport.begin()
-    transport.connect()
     for part in (tensors[:9], tensors[9:]):
         transport.load(bucket, [fill(bucket, dict(part))])
     transport.end(version)
@@ -213,15 +212,16 @@ def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_respons
 def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines, engine):
     engines.recovery.wait_ready()
     engines.fleet.own.process.url = "http://127.0.0.1:9"
-    [reason] = engines.recovery.restart_lost(probe=False)
-    assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in reason
+    said = engines.recovery.restart_lost(probe=False)
+    assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in said
+    assert said.endswith("taken back, with the current weights: server 0 of rollout.servers")
     assert engines.fleet.urls == [engine.url]
 
 
 def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(
     control, engine, bucket, models, fleet
 ):
-    transport = Broadcast(fleet, ALONE, tensor_parallel=1, timeout_seconds=30)
+    transport = Broadcast(fleet, timeout_seconds=30)
     for version, model in ((20, models[0]), (21, models[1])):
         through(transport, bucket, model, version)
         control.flush_cache()
@@ -233,9 +233,8 @@ def test_a_broadcast_that_the_engine_refuses_ends_within_its_deadline_and_the_ne
     control, engine, bucket, models, fleet
 ):
     """Outside of an update SGLang refuses the request without joining in the broadcast."""
-    transport = Broadcast(fleet, ALONE, tensor_parallel=1, timeout_seconds=3)
+    transport = Broadcast(fleet, timeout_seconds=3)
     transport.begin()
-    transport.connect()
     control.end_update(30)
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"engine 3 .*must run between begin_weight_update"):

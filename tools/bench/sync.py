@@ -97,11 +97,9 @@ def bench_export(model: Path, repetitions: int, folder: Path) -> list[Row]:
 class _Nowhere:
     """A transport without engines."""
 
-    opens_buckets = True
+    read_by = "engines"
 
     def begin(self) -> None: ...
-
-    def connect(self) -> None: ...
 
     def load(self, bucket: Any, descriptions: Any) -> None: ...
 

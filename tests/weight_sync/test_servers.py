@@ -1,0 +1,70 @@
+"""Updates over the network from two nodes to two servers of others, which die and come back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_pmd.engine.server import free_port
+from tests.actor.launch import launch
+from tests.actor.tiny_models import write_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ports() -> list[int]:
+    return [free_port(), free_port()]
+
+
+@pytest.fixture(scope="module")
+def updates(ports, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """As the driver saw them."""
+    folder = tmp_path_factory.mktemp("servers")
+    write_model(folder / "model", "qwen3moe")
+    return launch(
+        "servers_that_die", ranks=2, module="tests.weight_sync.server_programs", path=folder / "model",
+        folder=folder / "run", ports=ports,
+    )[0]  # fmt: skip
+
+
+SERVED = {
+    "both live": [0, 1],
+    "nothing happened": [0, 1],
+    "one was killed": [0],
+    "it is back": [0, 1],
+    "it dies in the update": [0],
+    "all were dead for 2 s": [1],
+}
+"""By what happened, which servers have the new weights; in the order of the updates."""
+
+
+@pytest.mark.parametrize("happened", SERVED)
+def test_every_living_server_has_all_of_the_new_weights_and_goes_on(updates, ports, happened):
+    """By name and sum of every tensor, against Megatron-Bridge's own export."""
+    update, version = updates[happened], str(1 + list(SERVED).index(happened))
+    assert update["urls"] == [f"http://127.0.0.1:{ports[number]}" for number in SERVED[happened]]
+    for server in update["servers"]:
+        assert server["sums"] == pytest.approx(update["exported"], rel=1e-6, abs=1e-9)
+        assert server["version"] == version and not server["paused"]
+
+
+def test_a_server_is_sent_each_bucket_once(updates):
+    first, second = updates["both live"], updates["nothing happened"]
+    assert first["buckets"] > 2
+    assert [server["buckets"] for server in first["servers"]] == [first["buckets"]] * 2
+    assert [server["buckets"] for server in second["servers"]] == [2 * first["buckets"]] * 2
+
+
+def test_it_is_said_who_is_left_out_and_who_is_taken_back(updates, ports):
+    lost = f"server 1 of rollout.servers (http://127.0.0.1:{ports[1]}) does not answer; "
+    back = "taken back, with the current weights: server 1 of rollout.servers"
+    left_out = "left out until they answer: server {} of rollout.servers"
+    assert updates["nothing happened"]["said"] == []
+    assert updates["one was killed"]["said"] == [lost + left_out.format("1")]
+    assert updates["it is back"]["said"] == [back]
+    assert updates["it dies in the update"]["said"] == [lost + left_out.format("1")]
+    [said] = updates["all were dead for 2 s"]["said"]
+    assert f"(http://127.0.0.1:{ports[0]}) does not answer; " + back in said
+    assert said.endswith(left_out.format("0"))
