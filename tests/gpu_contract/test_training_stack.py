@@ -19,7 +19,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 from recipes import recipe
 from tests.gpu_contract.meta_stage import as_rank, is_of_transformer_engine, parameters_of_stage, stage_of
-from tests.gpu_contract.model_folders import ON_GPUS, configured, published
+from tests.gpu_contract.model_folders import ON_GPUS, configured, published, trained_alike
 from tests.gpu_contract.pretended_device import compute_capability
 
 FP8 = {
@@ -61,16 +61,6 @@ def refused_words(name: str, words: list[str]) -> str | None:
     if "optimizer.offload=1" in words and gathered:
         return "actor.fp8.parameter_gather with optimizer.offload"
     return None
-
-
-def trained_alike() -> dict[str, list[str]]:
-    """Recipes, and those that train the same model in the same way: they differ in their algorithm alone."""
-    alike: dict[str, list[str]] = {}
-    for name in ON_GPUS:
-        one = recipe(name)
-        key = str((one.model, one.layout, one.actor.megatron, one.actor.experts, one.actor.recompute))
-        alike.setdefault(key, []).append(name)
-    return {names[0]: names for names in alike.values()}
 
 
 CASES = [(name, setting) for name in trained_alike() for setting in ["as written", *FP8]]

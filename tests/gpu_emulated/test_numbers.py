@@ -19,7 +19,7 @@ from tests.gpu_emulated import recipe_models
 from tests.gpu_emulated.conftest import FP8_FAMILIES, FP8_WIDTHS
 from tests.gpu_emulated.launch import launch
 from tests.gpu_emulated.recipe_models import E4M3, E5M2, Blockwise, Delayed, Recipe, Rows, Tensorwise
-from tests.gpu_emulated.test_settings import config
+from tests.gpu_emulated.settings import config
 
 ALL_ROWS = [list(range(8)), list(range(8, 16))]
 # Few tokens: fp32's rounding turns one FP8 code in a million into its neighbour, and then a token's numbers.
