@@ -68,8 +68,8 @@ def _configurations(value: Any) -> Iterator[RunConfig]:
 
 
 if __name__ == "__main__":
-    from megatron_pmd.actor.environment import set_environment
+    from megatron_pmd.actor.environment import prepare_imports
 
     for configuration in pickle.loads(Path(sys.argv[3]).read_bytes()):
-        set_environment(configuration)
+        prepare_imports(configuration)
     run_order(*sys.argv[1:3])
