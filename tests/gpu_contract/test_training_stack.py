@@ -13,8 +13,9 @@ import transformer_engine.pytorch as te
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from megatron_pmd.actor import settings
+from megatron_pmd.actor import latent_attention, settings
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 from recipes import recipe
@@ -107,6 +108,20 @@ def test_a_recipe_becomes_layers_of_transformer_engine_under_every_fp8_setting(n
             assert bool(provider.fp8_param) == config.actor.fp8.parameter_gather
             if not mxfp8:  # what a device can is asked once for a process
                 assert te.quantization.check_recipe_support(chosen) is None
+
+
+def test_megatron_core_still_gives_queries_that_are_not_compressed_a_norm(models, monkeypatch):
+    """Where it does not, LatentAttention (megatron_pmd/actor/latent_attention.py) is needed no more."""
+    config = configured("moonlight_16b_a3b_16xh100", models)
+
+    def norms() -> list[str]:
+        with as_rank(0, config.layout):
+            _, _, stage = stage_of(config)
+        return [name for name, _ in stage.named_parameters() if "linear_q_proj.layer_norm" in name]
+
+    assert norms() == []
+    monkeypatch.setattr(latent_attention, "LatentAttention", MLASelfAttention)
+    assert norms() != []
 
 
 @pytest.mark.parametrize("name", trained_alike())
