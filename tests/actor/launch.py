@@ -36,6 +36,7 @@ def launch_from(
     arguments: dict[str, Any],
     ranks: int,
     environment: dict[str, str] | None = None,
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> list[Any]:
     """launch from another warm process, on each of whose ranks `function` does what run_order does here."""
     __tracebackhide__ = True
@@ -44,7 +45,7 @@ def launch_from(
         order.write_bytes(pickle.dumps((program, arguments)))
         job = Job(
             function, (module, str(order)), str(REPOSITORY), str(log), str(log), ranks, environment or {},
-            DEADLINE_SECONDS,
+            deadline_seconds,
         )  # fmt: skip
         code = warm.run(job)
         if code != 0:

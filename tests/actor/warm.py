@@ -2,8 +2,8 @@
 
 A fresh interpreter spends 7 s of a core on importing torch, megatron-core, Megatron-Bridge and transformers,
 each rank anew, and torchrun 2 s. A rank forked from here is such an interpreter just after its imports: this
-process starts no thread, joins no group, touches no GPU and draws no random number, which it checks before
-every fork. A rank calls a function and ends as any interpreter does.
+process starts no thread, joins no group, touches no GPU but an emulated one and draws no random number, which
+it checks before every fork. A rank calls a function and ends as any interpreter does.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from tests.actor import launch as of_the_actor
 from tests.actor.warm import WarmProcess
 
 WARM = WarmProcess("tests.gpu_emulated.warm")
+DEADLINE_SECONDS = 900.0
 
 
 def launch(
@@ -27,7 +28,7 @@ def launch(
     module, _, function = program.rpartition(".")
     return of_the_actor.launch_from(
         WARM, "tests.gpu_emulated.launch:run_order", f"tests.gpu_emulated.{module or 'programs'}", function,
-        arguments, ranks, environment,
+        arguments, ranks, environment, DEADLINE_SECONDS,
     )  # fmt: skip
 
 
