@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_engine.pytorch  # noqa: F401  (it loads the next)
 import transformer_engine_torch as tex
 from transformer_engine.pytorch.optimizers import FusedAdam
 
