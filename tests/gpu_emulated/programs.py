@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def left_of_losses(config: RunConfig) -> list[tuple[int, ...]]:
         return terms
 
     microbatches = trial.actor.microbatches(trial.batch, np.array(STEPS[0]))
-    trial.actor.update(trial.batch, microbatches, trial.anchor, noting, 0.0)
+    trial.actor.update(trial.batch, microbatches, trial.anchor, replace(OBJECTIVE, terms=noting), 0.0)
     return [tuple(loss.shape) for loss in losses]
 
 
