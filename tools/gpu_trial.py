@@ -155,10 +155,10 @@ class Trial:
             from megatron_pmd.actor.cpu import standins
 
             standins.install()
-        from megatron_pmd.actor.environment import set_environment
+        from megatron_pmd.actor.environment import prepare_imports
 
         if cuda:
-            set_environment(config)  # before megatron-core imports Transformer Engine, as in the worker
+            prepare_imports(config)  # before megatron-core imports Transformer Engine, as in the worker
         from megatron_pmd.actor.actor import Actor
         from megatron_pmd.actor.parallel import initialize
         from megatron_pmd.batch import RolloutBatch

@@ -13,7 +13,18 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError, MissingPackage
 
 
-def set_environment(config: RunConfig) -> None:
+def prepare_imports(config: RunConfig) -> None:
+    """To be called before megatron-core or Transformer Engine is imported.
+
+    ConfigError where the environment says otherwise than the configuration needs; MissingPackage where
+    actor.experts.dispatcher=deepep and DeepEP is not installed.
+    """
+    set_variables(config)
+    if config.actor.experts.dispatcher == "deepep":
+        complete_deepep()
+
+
+def set_variables(config: RunConfig) -> None:
     """Set what Transformer Engine and NCCL read from the environment; ConfigError where it says otherwise.
 
     CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of communication and compute on devices before Blackwell, on
@@ -21,7 +32,6 @@ def set_environment(config: RunConfig) -> None:
     scales that SGLang's blockwise kernels use; without it Transformer Engine rounds them to powers of two.
     NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 lets a run with delayed scaling be resumed: the history of its
     scales is a pickle in the run's own checkpoint, which Transformer Engine otherwise refuses to load.
-    MissingPackage where actor.experts.dispatcher=deepep and DeepEP is not installed.
     """
     wanted = {}
     if torch.cuda.get_device_capability()[0] < 10 and config.layout.tensor * config.layout.context > 1:
@@ -35,8 +45,6 @@ def set_environment(config: RunConfig) -> None:
             raise ConfigError(
                 f"{name}={os.environ[name]} in the environment; this configuration needs {value}"
             )
-    if config.actor.experts.dispatcher == "deepep":
-        complete_deepep()
 
 
 def complete_deepep() -> None:

@@ -87,12 +87,12 @@ def main(spec: JobSpec) -> None:
 
         standins.install()
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from megatron_pmd.actor.environment import set_environment
+    from megatron_pmd.actor.environment import prepare_imports
 
     config = build(spec.config)
     if not cpu:
         # before megatron-core, which imports Transformer Engine, which reads it while it is imported
-        set_environment(config)
+        prepare_imports(config)
     from megatron_pmd.actor import parallel
     from megatron_pmd.distributed import Control
     from megatron_pmd.node.bandwidth import check_bandwidth

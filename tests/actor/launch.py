@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.actor.warm import REPOSITORY, WARM, Job
+from tests.actor.warm import REPOSITORY, WARM, Job, WarmProcess
 
 DEADLINE_SECONDS = 600
 
@@ -25,14 +25,29 @@ def launch(
     Fails with the end of their output when one of them fails.
     """
     __tracebackhide__ = True
+    return launch_from(WARM, "tests.actor.launch:run_order", module, program, arguments, ranks)
+
+
+def launch_from(
+    warm: WarmProcess,
+    function: str,
+    module: str,
+    program: str,
+    arguments: dict[str, Any],
+    ranks: int,
+    environment: dict[str, str] | None = None,
+    deadline_seconds: float = DEADLINE_SECONDS,
+) -> list[Any]:
+    """launch from another warm process, on each of whose ranks `function` does what run_order does here."""
+    __tracebackhide__ = True
     with tempfile.TemporaryDirectory() as folder:
         order, log = Path(folder) / "order", Path(folder) / "log"
         order.write_bytes(pickle.dumps((program, arguments)))
         job = Job(
-            "tests.actor.launch:run_order", (module, str(order)), str(REPOSITORY), str(log), str(log), ranks,
-            deadline_seconds=DEADLINE_SECONDS,
+            function, (module, str(order)), str(REPOSITORY), str(log), str(log), ranks, environment or {},
+            deadline_seconds,
         )  # fmt: skip
-        code = WARM.run(job)
+        code = warm.run(job)
         if code != 0:
             said = log.read_text()[-6000:]
             raise AssertionError(f"{program} on {ranks} ranks ended with {code}:\n{said}")

@@ -8,7 +8,7 @@ initialises rotary buffers wrongly.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,20 @@ def loss_of(
         tau = samples[i].tau
         losses.append(tau / 2 * (s - samples[i].advantage / tau) ** 2 / counted.sum())
     return torch.stack(losses).mean(), float(torch.cat(entropies).mean())
+
+
+def force(mlp: Any, chosen: Callable[[], torch.Tensor]) -> None:
+    """Have a layer's router take these experts, [tokens, top-k], with weights of its own."""
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, mlp.gate.hidden_dim), mlp.gate.weight)
+        scores = logits.sigmoid() if deepseek else logits.softmax(-1)
+        weights = scores.gather(1, chosen())
+        scale = mlp.gate.routed_scaling_factor if deepseek else 1.0
+        return logits, weights / weights.sum(-1, keepdim=True) * scale, chosen()
+
+    deepseek = hasattr(mlp.gate, "e_score_correction_bias")
+    mlp.gate.forward = forward
 
 
 class AdamW:

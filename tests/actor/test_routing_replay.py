@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout_file import read_rollout, write_rollout
 from tests.actor.launch import launch
+from tests.actor.reference import force
 from tests.actor.tiny_models import STEPS, TEMPERATURE, rollout, with_routing
 
 Case = tuple[str, dict[str, int], dict[str, Any]]
@@ -47,20 +47,6 @@ def forced(models, reference) -> dict[str, Forced]:
         family: transformers_with_forced_routers(models / family, reference(family))
         for family in ("qwen3moe", "deepseek")
     }
-
-
-def force(mlp: Any, chosen: Callable[[], torch.Tensor]) -> None:
-    """Have a layer's router take these experts, [tokens, top-k], with weights of its own."""
-
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = torch.nn.functional.linear(hidden.reshape(-1, mlp.gate.hidden_dim), mlp.gate.weight)
-        scores = logits.sigmoid() if deepseek else logits.softmax(-1)
-        weights = scores.gather(1, chosen())
-        scale = mlp.gate.routed_scaling_factor if deepseek else 1.0
-        return logits, weights / weights.sum(-1, keepdim=True) * scale, chosen()
-
-    deepseek = hasattr(mlp.gate, "e_score_correction_bias")
-    mlp.gate.forward = forward
 
 
 def transformers_with_forced_routers(folder: Path, expected: Any) -> Forced:

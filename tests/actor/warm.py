@@ -2,8 +2,8 @@
 
 A fresh interpreter spends 7 s of a core on importing torch, megatron-core, Megatron-Bridge and transformers,
 each rank anew, and torchrun 2 s. A rank forked from here is such an interpreter just after its imports: this
-process starts no thread, joins no group, touches no GPU and draws no random number, which it checks before
-every fork. A rank calls a function and ends as any interpreter does.
+process starts no thread, joins no group, touches no GPU but an emulated one and draws no random number, which
+it checks before every fork. A rank calls a function and ends as any interpreter does.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Job:
 class WarmProcess:
     """Started by the first job; dies with this process, and every rank with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str) -> None:
+        """module: a program that imports what ranks need and then serves: it is given serve's descriptor."""
+        self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._jobs: connection.Connection | None = None
 
@@ -99,7 +101,7 @@ class WarmProcess:
     def _start(self) -> None:
         ours, theirs = connection.Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.actor.warm", str(theirs.fileno())],
+            [sys.executable, "-W", "ignore", "-m", self._module, str(theirs.fileno())],
             cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()], preexec_fn=partial(die_with_parent, parent=os.getpid()),
         )  # fmt: skip
@@ -113,7 +115,7 @@ class WarmProcess:
         process.wait(GRACE_SECONDS)
 
 
-WARM = WarmProcess()
+WARM = WarmProcess("tests.actor.warm")
 
 
 def _import_all() -> None:
@@ -125,12 +127,12 @@ def _import_all() -> None:
     bridge_import.import_bridge()
 
 
-def _check_untouched(numbers: tuple[object, ...]) -> None:
+def _check_untouched(numbers: tuple[object, ...], *, emulated: bool) -> None:
     import torch
 
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"imports have started {len(threads) - 1} threads: a fork would lose them"
-    assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+    assert not torch.distributed.is_initialized() and (emulated or not torch.cuda.is_initialized())
     assert _random_states() == numbers, "random numbers were drawn: every rank would go on from them"
 
 
@@ -142,9 +144,12 @@ def _random_states() -> tuple[object, ...]:
     return random.getstate(), drawn["key"].tobytes(), drawn["pos"], torch.get_rng_state().numpy().tobytes()
 
 
-def _serve(jobs: connection.Connection) -> None:
-    """Fork ranks for one job after the other, until the other end is closed."""
-    _import_all()
+def serve(descriptor: int, *, emulated: bool = False) -> None:
+    """Fork ranks for one job after the other, until the other end of the pipe is closed.
+
+    emulated: the device is tests/emulated_cuda's, which a forked process has its own part of.
+    """
+    jobs = connection.Connection(descriptor)
     gc.freeze()  # a collection in a rank would otherwise copy every page it looks at
     numbers = _random_states()
     while True:
@@ -152,7 +157,7 @@ def _serve(jobs: connection.Connection) -> None:
             job = jobs.recv()
         except EOFError:
             os._exit(0)
-        _check_untouched(numbers)
+        _check_untouched(numbers, emulated=emulated)
         jobs.send(_run(job, jobs))
 
 
@@ -227,4 +232,5 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    _serve(connection.Connection(int(sys.argv[1])))
+    _import_all()
+    serve(int(sys.argv[1]))

@@ -61,3 +61,13 @@ def configured(name: str, parent: Path, *settings: str) -> RunConfig:
     config = recipe(name)
     folder = folder_of(Path(config.model.path).name, parent)
     return override(config, [f"model.path={folder}", *settings])
+
+
+def trained_alike() -> dict[str, list[str]]:
+    """Recipes, and those that train the same model in the same way: they differ in their algorithm alone."""
+    alike: dict[str, list[str]] = {}
+    for name in ON_GPUS:
+        one = recipe(name)
+        key = str((one.model, one.layout, one.actor.megatron, one.actor.experts, one.actor.recompute))
+        alike.setdefault(key, []).append(name)
+    return {names[0]: names for names in alike.values()}

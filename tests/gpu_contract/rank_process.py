@@ -41,14 +41,14 @@ def main(settings: list[str]) -> dict[str, Any]:
     quiet()
     import torch  # noqa: F401
 
-    from megatron_pmd.actor.environment import set_environment
+    from megatron_pmd.actor.environment import prepare_imports
     from megatron_pmd.config import override
     from recipes import recipe
 
     published = hasattr(importlib.import_module("deep_ep.utils"), "EventOverlap")
     early = [name for name in sys.modules if name.partition(".")[0] in ("transformer_engine", "megatron")]
     config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings)
-    set_environment(config)
+    prepare_imports(config)
     for name in (
         "actor.parallel", "distributed", "node.bandwidth", "actor.actor", "actor.checkpoint",
         "actor.optimizer", "training.live_engines", "training.trainer", "weight_sync.push",

@@ -17,8 +17,7 @@ from transformer_engine.pytorch.attention.dot_product_attention import utils
 from megatron_pmd.actor.packing import PackedMicrobatch
 from megatron_pmd.config import RunConfig
 from tests.gpu_contract.meta_stage import as_rank, stage_of
-from tests.gpu_contract.model_folders import configured
-from tests.gpu_contract.test_training_stack import trained_alike
+from tests.gpu_contract.model_folders import configured, trained_alike
 
 SEQUENCES = (5120, 2048, 1024)
 """Tokens of each sequence of a row, the last one padding."""

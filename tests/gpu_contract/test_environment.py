@@ -19,7 +19,7 @@ from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan, engine_envir
 from megatron_pmd.node.caches import FOLDERS, keep_compiled_kernels
 from tests.gpu_contract.engine_arguments import spec_of
 from tests.gpu_contract.model_folders import configured
-from tests.gpu_contract.test_imports import run
+from tests.gpu_contract.programs import run
 
 READ_IN_COMPILING = {"CUDA_CACHE_PATH", "TVM_FFI_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "EP_JIT_CACHE_DIR"}
 """By the driver, or inside the call that compiles: no value is there before (tests/node/test_caches.py)."""

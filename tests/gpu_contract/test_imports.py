@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import re
-import subprocess
-import sys
 import sysconfig
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -21,25 +16,9 @@ from megatron_pmd.doctor import normalised, pins, same_version
 from recipes import recipe
 from tests.gpu_contract.conftest import LEFT_OUT
 from tests.gpu_contract.model_folders import ARCHITECTURES, ON_GPUS
+from tests.gpu_contract.programs import run
 
-PROJECT = Path(__file__).parents[2]
-DEADLINE_SECONDS = 300
 NOT_OF_THE_STACK = {"megatron-pmd", "pip"}
-
-
-def run(module: str, result: Path, *words: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """What a program of this folder leaves in `result`; fails with its last words."""
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.gpu_contract.{module}", str(result), *words]
-    started = {**(environment or os.environ), "PYTHONPATH": _path(environment)}
-    done = subprocess.run(
-        command, cwd=PROJECT, env=started, capture_output=True, text=True, timeout=DEADLINE_SECONDS
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(result.read_text())
-
-
-def _path(environment: dict[str, str] | None) -> str:
-    return os.pathsep.join([str(PROJECT), *filter(None, [(environment or os.environ).get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="module")

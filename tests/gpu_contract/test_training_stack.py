@@ -13,13 +13,14 @@ import transformer_engine.pytorch as te
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from megatron_pmd.actor import settings
+from megatron_pmd.actor import latent_attention, settings
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
 from recipes import recipe
 from tests.gpu_contract.meta_stage import as_rank, is_of_transformer_engine, parameters_of_stage, stage_of
-from tests.gpu_contract.model_folders import ON_GPUS, configured, published
+from tests.gpu_contract.model_folders import ON_GPUS, configured, published, trained_alike
 from tests.gpu_contract.pretended_device import compute_capability
 
 FP8 = {
@@ -61,16 +62,6 @@ def refused_words(name: str, words: list[str]) -> str | None:
     if "optimizer.offload=1" in words and gathered:
         return "actor.fp8.parameter_gather with optimizer.offload"
     return None
-
-
-def trained_alike() -> dict[str, list[str]]:
-    """Recipes, and those that train the same model in the same way: they differ in their algorithm alone."""
-    alike: dict[str, list[str]] = {}
-    for name in ON_GPUS:
-        one = recipe(name)
-        key = str((one.model, one.layout, one.actor.megatron, one.actor.experts, one.actor.recompute))
-        alike.setdefault(key, []).append(name)
-    return {names[0]: names for names in alike.values()}
 
 
 CASES = [(name, setting) for name in trained_alike() for setting in ["as written", *FP8]]
@@ -119,6 +110,20 @@ def test_a_recipe_becomes_layers_of_transformer_engine_under_every_fp8_setting(n
             assert bool(provider.fp8_param) == config.actor.fp8.parameter_gather
             if not mxfp8:  # what a device can is asked once for a process
                 assert te.quantization.check_recipe_support(chosen) is None
+
+
+def test_megatron_core_still_gives_queries_that_are_not_compressed_a_norm(models, monkeypatch):
+    """Where it does not, LatentAttention (megatron_pmd/actor/latent_attention.py) is needed no more."""
+    config = configured("moonlight_16b_a3b_16xh100", models)
+
+    def norms() -> list[str]:
+        with as_rank(0, config.layout):
+            _, _, stage = stage_of(config)
+        return [name for name, _ in stage.named_parameters() if "linear_q_proj.layer_norm" in name]
+
+    assert norms() == []
+    monkeypatch.setattr(latent_attention, "LatentAttention", MLASelfAttention)
+    assert norms() != []
 
 
 @pytest.mark.parametrize("name", trained_alike())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
+from megatron_pmd.actor import model
 from megatron_pmd.actor.packing import pack_microbatch
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial
@@ -15,13 +16,19 @@ from tests.gpu_emulated.programs import routed, to_host
 
 
 def numbers(
-    still: dict[str, tuple[RunConfig, list[list[int]], int]], moving: dict[str, RunConfig]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What one_place and two_steps return, by case."""
-    return (
-        {name: to_host(one_place(*case)) for name, case in still.items()},
-        {name: to_host(two_steps(config)) for name, config in moving.items()},
-    )
+    still: dict[str, tuple[RunConfig, list[list[int]], int]],
+    moving: dict[str, RunConfig],
+    not_kept: dict[str, RunConfig],
+) -> tuple[dict[str, Any], ...]:
+    """What one_place and two_steps return, by case; the last ones without model._keep_unrounded."""
+    moved = {name: to_host(two_steps(config)) for name, config in moving.items()}
+    keep = model._keep_unrounded
+    model._keep_unrounded = lambda bridge, chunks: None
+    try:
+        begun_elsewhere = {name: to_host(two_steps(config)) for name, config in not_kept.items()}
+    finally:
+        model._keep_unrounded = keep
+    return {name: to_host(one_place(*case)) for name, case in still.items()}, moved, begun_elsewhere
 
 
 def one_place(config: RunConfig, microbatches: list[list[int]], steps: int) -> dict[str, Any]:

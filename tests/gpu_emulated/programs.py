@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
-from tests.actor.actor_programs import Trial, train_one
+from tests.actor.actor_programs import OBJECTIVE, Trial, train_one
 from tests.actor.tiny_models import STEPS, TEMPERATURE, with_routing
 
 
@@ -28,8 +29,27 @@ def to_host(value: Any) -> Any:
 
 
 def train(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
-    """actor_programs.train_one's results, by case."""
-    return {name: to_host(train_one(config, folder)) for name, (config, folder) in cases.items()}
+    """actor_programs.train_one's results, by case; of a pipeline also what is left of losses."""
+    results = {}
+    for name, (config, folder) in cases.items():
+        results[name] = to_host(train_one(config, folder))
+        if config.layout.pipeline > 1:
+            results[name]["left of losses"] = left_of_losses(config)
+    return results
+
+
+def left_of_losses(config: RunConfig) -> list[tuple[int, ...]]:
+    """The shape that each loss of a step has after it, on the stage that computes them; () is its own."""
+    trial, losses = Trial(config), list[torch.Tensor]()
+
+    def noting(x: Any) -> Any:
+        terms = OBJECTIVE(x)
+        losses.append(terms.sum)
+        return terms
+
+    microbatches = trial.actor.microbatches(trial.batch, np.array(STEPS[0]))
+    trial.actor.update(trial.batch, microbatches, trial.anchor, replace(OBJECTIVE, terms=noting), 0.0)
+    return [tuple(loss.shape) for loss in losses]
 
 
 def routed(config: RunConfig) -> Trial:

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from megatron_pmd.batch import RolloutBatch
-from tests.actor.reference import Reference, as_in_files
-from tests.actor.test_routing_replay import force
+from tests.actor.reference import Reference, as_in_files, force
 from tests.actor.tiny_models import TEMPERATURE
 
 BLOCK = 128

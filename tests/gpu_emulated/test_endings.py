@@ -21,12 +21,14 @@ def ended(runs, name, *words, **variables):
     return done, json.loads(summary.read_text()) if summary.exists() else {}
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_ends_the_run_as_such(runs):
     done, summary = ended(runs, "nan", "optimizer.learning_rate=1e30", "optimizer.gradient_clip=1e30")
     assert done.returncode == 1
     assert "NonFiniteLoss" in done.stdout + done.stderr and "gradient norm" in summary["reason"]
 
 
+@pytest.mark.long  # the core has it by phase: test_memory.py
 def test_a_device_that_is_too_small_is_named(runs):
     done, summary = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
     assert done.returncode == 1

@@ -67,6 +67,14 @@ def test_weights_after_two_steps_equal_the_reference(case):
     assert max(float((w.double() - after[name]).abs().max()) for name, w in weights.items()) < 1e-6
 
 
+@pytest.mark.parametrize("case", ["dense, pipeline=2"], indirect=True)
+def test_the_schedule_of_a_pipeline_still_empties_the_losses_that_it_was_given(case):
+    """Where it does not, the losses that actor.py reports need not be detached from them."""
+    first, last = (rank["left of losses"] for rank in case[0])
+    assert first == [] and len(last) == len(case[0][1]["microbatches"])
+    assert set(last) == {(1,)}
+
+
 def test_the_step_after_loading_a_checkpoint_is_bit_equal(case):
     for rank in case[0]:
         assert_resumes_bit_for_bit(rank)

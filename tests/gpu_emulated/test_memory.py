@@ -69,10 +69,9 @@ def config_of(models, case):
 def outcomes(request, models, tmp_path_factory):
     cases = {name: config_of(models, name) for name in asked_for(request, "case", CASES) or ["bf16"]}
     folder = tmp_path_factory.mktemp("checkpoints")
-    with pytest.MonkeyPatch.context() as patch:
-        # what a test can fill: an allocation is an address range of the process
-        patch.setenv("EMULATED_CUDA_BYTES", str(DEVICE_BYTES))
-        return launch("memory_programs.round_trips", cases=cases, folder=folder)[0]
+    # what a test can fill: an allocation is an address range of the process
+    environment = {"EMULATED_CUDA_BYTES": str(DEVICE_BYTES)}
+    return launch("memory_programs.round_trips", environment=environment, cases=cases, folder=folder)[0]
 
 
 @pytest.fixture(params=CASES)

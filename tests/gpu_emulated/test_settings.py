@@ -10,33 +10,14 @@ from math import isfinite
 import pytest
 import torch
 
-from megatron_pmd.config import override
-from tests.actor.tiny_models import OPTIMIZER, config_for
+from tests.actor.tiny_models import OPTIMIZER
 from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit
 from tests.gpu_emulated.launch import launch
+from tests.gpu_emulated.settings import SETTINGS, config
 
 MODELS = ("dense for fp8", "experts for fp8", "latent for fp8")
-SETTINGS: dict[str, list[str]] = {
-    "bf16": [],
-    "bf16 moments": ["optimizer.moments=bf16"],
-    "the optimizer on the host": ["optimizer.offload=1"],
-    "half of the optimizer on the host": ["optimizer.offload=0.5"],
-    "tensorwise": ["actor.fp8.recipe=tensorwise"],
-    "tensorwise, gathered": ["actor.fp8.recipe=tensorwise", "actor.fp8.parameter_gather=true"],
-    "tensorwise but for the ends": [
-        "actor.fp8.recipe=tensorwise", "actor.fp8.first_layers_bf16=1", "actor.fp8.last_layers_bf16=1",
-    ],
-    "delayed": ["actor.fp8.recipe=delayed"],
-    "blockwise": ["actor.fp8.recipe=blockwise"],
-    "blockwise, gathered": ["actor.fp8.recipe=blockwise", "actor.fp8.parameter_gather=true"],
-}  # fmt: skip
 E4M3_STEP, BF16_STEP = 2.0**-3, 2.0**-7
 """Distance of neighbouring numbers relative to the smaller one: 3 and 7 bits of mantissa."""
-
-
-def config(models, model, setting, layout=None):
-    words = SETTINGS[setting] + ([] if "dense" in model else ["actor.experts.replay_routing=true"])
-    return override(config_for(models / model, layout, precision="bf16"), words)
 
 
 @pytest.fixture(scope="module")

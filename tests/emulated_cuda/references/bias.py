@@ -1,6 +1,6 @@
 """The gradient of a bias beside the quantised gradient.
 
-Answers csrc/extensions/bias.cpp; its dbias_d* are in activations.py.
+Answers csrc/extensions/bias.cpp (without dbias_d*).
 """
 
 from __future__ import annotations

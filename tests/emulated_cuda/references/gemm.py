@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import GELU
 from .allocate import rows_and_columns, shape_of
 from .bias import sum_of_rows
 from .float8 import torch_type
-from .host import fp32, host, on_device
+from .host import fp32, host
 from .quantise import finish, values_of
 from .registry import NoReferenceError, kept, reference
 
@@ -124,9 +123,11 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> list[Any]:
-    """[D, gradient of the bias, input of the GELU, None]; with grad, B is the gradient of an output."""
+    """[D, gradient of the bias, None, extra_output]; with grad, B is the gradient of an output."""
     if comm_overlap is not None:
         raise NoReferenceError("The emulated device has no reference for a GEMM that overlaps communication")
+    if gelu:
+        raise NoReferenceError("The emulated device has no reference for a GEMM with a GELU behind it")
     if not accumulate and beta:
         raise RuntimeError("Trying to use non-zero beta while not accumulating into D tensor.")
     shape = _output_shape(A, transA, B, transB)
@@ -136,22 +137,17 @@ def generic_gemm(
         values = torch.zeros(rows_and_columns(shape))
     else:
         values = alpha * _product(A, transA, B, transB)
-    of_bias, pre_gelu = None, None
+    of_bias = None
     if bias is not None and grad:
         of_bias = _gradient_of_bias(B, transB, dtype, workspace.device, is_empty)
     elif bias is not None:
         values = values + fp32(bias)
-    if gelu:
-        auxiliary = _auxiliary_type(A, B, bias_type, dtype)
-        values, pre_gelu, of_bias = _gelu(
-            values.reshape(shape), gelu_in, grad, of_bias, auxiliary, workspace.device
-        )
     if accumulate:
         D = _accumulated(D, values.reshape(shape), 1.0 if beta is None else beta, quantizer)
     else:
         fused = _is_fused(A, B, quantizer)
         D = finish(values.reshape(shape), dtype, quantizer, workspace.device, D, fused=fused)
-    return [D, of_bias, pre_gelu, extra_output]
+    return [D, of_bias, None, extra_output]
 
 
 def _result_type(a: Any, out: Any, output_dtype: Any) -> torch.dtype:
@@ -160,10 +156,6 @@ def _result_type(a: Any, out: Any, output_dtype: Any) -> torch.dtype:
     if out is not None and not _is_quantised(out):
         return out.dtype
     return torch_type(a._fp8_dtype) if _is_quantised(a) else a.dtype
-
-
-def _auxiliary_type(a: Any, b: Any, bias_type: Any, dtype: torch.dtype) -> torch.dtype:
-    return torch_type(bias_type) if _is_quantised(a) or _is_quantised(b) else dtype
 
 
 def _gradient_of_bias(
@@ -178,25 +170,6 @@ def _gradient_of_bias(
             "scaled GEMM"
         )
     return sum_of_rows(_matrix(b, by_columns=transb), dtype, device)
-
-
-def _gelu(
-    values: Tensor,
-    gelu_in: Tensor | None,
-    grad: bool,
-    of_bias: Tensor | None,
-    auxiliary: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The epilogues GELU_AUX(_BIAS) and DGELU(_BGRAD): the latter's bias is that before the GELU."""
-    if not grad:
-        return GELU.value(values), on_device(values, auxiliary, device), of_bias
-    if gelu_in is None:
-        raise RuntimeError("A GEMM with the gradient of a GELU needs gelu_in")
-    values = values * GELU.slope(fp32(gelu_in).reshape(values.shape))
-    if of_bias is not None:
-        of_bias = sum_of_rows(values, of_bias.dtype, device)
-    return values, None, of_bias
 
 
 def _accumulated(out: Any, values: Tensor, beta: float, quantizer: Any) -> Any:
@@ -235,11 +208,12 @@ def te_general_grouped_gemm(
     """A GEMM per pair of A and B, into its own D, or one below the other in a single D; the biases."""
     if D is None:
         raise NoReferenceError("The emulated device has no reference for te_general_grouped_gemm without D")
+    if any(each.numel() for each in pre_gelu_out):
+        raise NoReferenceError("The emulated device has no reference for grouped GEMMs with a GELU each")
     outputs = _rows_of(D[0], A, transa, B, transb) if single_output else D
-    for a, b, out, bias_of, pre_gelu in zip(A, B, outputs, bias, pre_gelu_out, strict=True):
+    for a, b, out, bias_of in zip(A, B, outputs, bias, strict=True):
         if 0 in (*_shape(a), *_shape(b)):
-            written = [*([] if accumulate else [out]), *([bias_of] if grad else []), pre_gelu]
-            for tensor in written:
+            for tensor in [*([] if accumulate else [out]), *([bias_of] if grad else [])]:
                 host(tensor).zero_()
             continue
         values = _product(a, transa, b, transb)
@@ -247,11 +221,6 @@ def te_general_grouped_gemm(
             host(bias_of).copy_(_matrix(b, by_columns=transb).sum(0))
         elif bias_of.numel():
             values = values + fp32(bias_of)
-        if pre_gelu.numel() and grad:
-            values = values * GELU.slope(fp32(pre_gelu).reshape(values.shape))
-        elif pre_gelu.numel():
-            host(pre_gelu).copy_(values.reshape(pre_gelu.shape))
-            values = GELU.value(values)
         values = values.reshape(out.shape)
         host(out).copy_(values + fp32(out) if accumulate else values)
     return list(bias)

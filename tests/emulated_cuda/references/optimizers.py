@@ -1,4 +1,4 @@
-"""Kernels over lists of tensors: Adam and its variants, SGD, scaling, norms.
+"""Kernels over lists of tensors: Adam, scaling, norms.
 
 Answers csrc/extensions/multi_tensor/*.cpp and transformer_engine/common/multi_tensor. Everything is computed
 in fp32 and rounded to the type of each tensor where it is stored.
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .float8 import encode, magnitude
 from .host import fp32, host, on_device
 from .registry import reference
 
@@ -113,88 +112,6 @@ def multi_tensor_adam_param_remainder(
         remainder.copy_(lower)
 
 
-@reference("multi_tensor_adam_fp8")
-def multi_tensor_adam_fp8(
-    chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, *numbers_and_type: Any
-) -> None:
-    """Lists of gradient, FP8 bytes, moments, fp32 parameter, and the bytes' scale, amax and inverse scale."""
-    *numbers, fp8_dtype = numbers_and_type
-    settings = _settings(*numbers)
-    for gradient, codes, first, second, master, scale, amax, scale_inv in zip(*tensor_lists, strict=True):
-        new = _adam((gradient, master, first, second), **settings)
-        host(master).copy_(new)
-        host(codes).view(torch.uint8).copy_(encode(new * host(scale), fp8_dtype).reshape(codes.shape))
-        host(amax).copy_(torch.maximum(host(amax), magnitude(new)))
-        host(scale_inv).copy_(host(scale).reciprocal())
-
-
-def _capturable(tensor_lists: Lists, noop_flag: Tensor, inv_scale: Tensor, settings: dict[str, Any]) -> None:
-    if host(noop_flag).item() == 1:
-        return
-    for gradient, parameter, first, second, *master in zip(*tensor_lists, strict=True):
-        unscaled = fp32(gradient) * fp32(inv_scale)
-        host(gradient).copy_(unscaled)
-        source = master[0] if master else parameter
-        new = _adam((unscaled, source, first, second), **settings)
-        for target in (parameter, *master):
-            host(target).copy_(new)
-
-
-@reference("multi_tensor_adam_capturable")
-def multi_tensor_adam_capturable(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    step: Tensor,
-    mode: int,
-    bias_correction: int,
-    weight_decay: float,
-    inv_scale: Tensor,
-) -> None:
-    """multi_tensor_adam with tensors for what changes, which unscales the gradients and heeds the flag."""
-    rate, count = fp32(lr), int(host(step))
-    settings = _settings(rate, beta1, beta2, epsilon, count, mode, bias_correction, weight_decay)
-    _capturable(tensor_lists, noop_flag, inv_scale, settings)
-
-
-reference("multi_tensor_adam_capturable_master")(multi_tensor_adam_capturable)
-
-
-@reference("multi_tensor_sgd")
-def multi_tensor_sgd(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    wd: float,
-    momentum: float,
-    dampening: float,
-    lr: float,
-    nesterov: bool,
-    first_run: bool,
-    wd_after_momentum: bool,
-    scale: float,
-) -> None:
-    """Lists of gradient, parameter, momentum and maybe a copy of the parameter in another type."""
-    if host(noop_flag).item():
-        return
-    for gradient, parameter, moving, *model in zip(*tensor_lists, strict=True):
-        g, p = fp32(gradient) * scale, fp32(parameter)
-        if not wd_after_momentum:
-            g = g + wd * p
-        if momentum:
-            moved = g if first_run else fp32(moving) * momentum + (1 - dampening) * g
-            host(moving).copy_(moved)
-            g = g + momentum * moved if nesterov else moved
-        if wd_after_momentum:
-            g = g + wd * p
-        for target in (parameter, *model):
-            host(target).copy_(p - lr * g)
-
-
 def _scale(is_infinite: Tensor, tensor_lists: Lists, scale: float | Tensor) -> None:
     for source, target in zip(*tensor_lists, strict=True):
         values = fp32(source)
@@ -217,32 +134,14 @@ def multi_tensor_scale_tensor(
     _scale(is_infinite, tensor_lists, fp32(scale))
 
 
-def _norms(
-    noop_flag: Tensor, tensor_lists: Lists, factor: Tensor | float, per_tensor: bool | None
-) -> tuple[Tensor, Tensor]:
-    squares = torch.stack([(fp32(tensor) * factor).square().sum() for tensor in tensor_lists[0]])
-    if not squares.isfinite().all():
-        host(noop_flag).fill_(1)
-    whole, each = squares.sum().sqrt().reshape(1), squares.sqrt() if per_tensor else squares[:0]
-    device = tensor_lists[0][0].device
-    return on_device(whole, torch.float32, device), on_device(each, torch.float32, device)
-
-
 @reference("multi_tensor_l2norm")
 def multi_tensor_l2norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, per_tensor_python: bool | None = None
 ) -> tuple[Tensor, Tensor]:
     """(norm of all [1], norm of each [tensors] if asked for, else [0])."""
-    return _norms(noop_flag, tensor_lists, 1.0, per_tensor_python)
-
-
-@reference("multi_tensor_unscale_l2norm")
-def multi_tensor_unscale_l2norm(
-    chunk_size: int,
-    noop_flag: Tensor,
-    tensor_lists: Lists,
-    inv_scale: Tensor,
-    per_tensor_python: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """multi_tensor_l2norm of the tensors x inv_scale, which stay as they are."""
-    return _norms(noop_flag, tensor_lists, fp32(inv_scale), per_tensor_python)
+    squares = torch.stack([fp32(tensor).square().sum() for tensor in tensor_lists[0]])
+    if not squares.isfinite().all():
+        host(noop_flag).fill_(1)
+    whole, each = squares.sum().sqrt().reshape(1), squares.sqrt() if per_tensor_python else squares[:0]
+    device = tensor_lists[0][0].device
+    return on_device(whole, torch.float32, device), on_device(each, torch.float32, device)

@@ -107,41 +107,6 @@ def fused_rope_backward(
     return rotated(output_grads, freqs, place, interleaved, backward=True)
 
 
-@reference("fused_qkv_rope_forward")
-@on_the_host
-def fused_qkv_rope_forward(
-    qkv_input: Tensor, q_freqs: Tensor, k_freqs: Tensor, start_positions: Tensor | None,
-    qkv_split_arg_list: list[int], qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(queries, keys, values) of [s, b, groups, heads of a group, one key and one value]: each [..., d]."""
-    width = qkv_split_arg_list[1]
-    query, key, value = qkv_input.split(qkv_split_arg_list, -1)
-    query = query.unflatten(-1, (-1, width)).flatten(2, 3)
-    place = positions(
-        qkv_input.shape, short_name(qkv_format), start_positions, None, cp_size, cp_rank, qkv_input.device
-    )
-    return (
-        rotated(query, q_freqs, place, interleaved, backward=False),
-        rotated(key, k_freqs, place, interleaved, backward=False),
-        value.contiguous(),
-    )
-
-
-@reference("fused_qkv_rope_backward")
-@on_the_host
-def fused_qkv_rope_backward(
-    q_grad_out: Tensor, k_grad_out: Tensor, v_grad_out: Tensor, q_freqs: Tensor, k_freqs: Tensor,
-    qkv_split_arg_list: list[int], qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
-) -> Tensor:  # fmt: skip
-    """The gradient of fused_qkv_rope_forward's operand."""
-    place = positions(
-        q_grad_out.shape, short_name(qkv_format), None, None, cp_size, cp_rank, q_grad_out.device
-    )
-    query = rotated(q_grad_out, q_freqs, place, interleaved, backward=True)
-    query = query.unflatten(2, (k_grad_out.shape[2], -1)).flatten(-2)
-    return torch.cat((query, rotated(k_grad_out, k_freqs, place, interleaved, backward=True), v_grad_out), -1)
-
-
 # megatron-core's kernels for latent attention; operands are [rows, heads, width]
 def angles_of_rows(
     table: Tensor, rows: int, batch_size: int | None, cu_seqlens: Tensor | None, ranks: int, rank: int

@@ -7,8 +7,8 @@ import torch
 
 from tests.emulated_cuda.references import context_parallel as cp
 from tests.emulated_cuda.references.registry import NoReferenceError
+from tests.emulated_cuda.tests.attention_calls import backward, bounds, forward, operands
 from tests.emulated_cuda.tests.launched import launch
-from tests.emulated_cuda.tests.test_attention import backward, bounds, forward, operands
 
 LENGTHS = (8, 4, 12)
 """Tokens of whole sequences; two ranks hold four chunks of each."""

@@ -14,6 +14,7 @@ from transformer_engine.pytorch import (
 )
 from transformer_engine.pytorch.cpp_extensions import general_gemm, general_grouped_gemm
 
+from tests.emulated_cuda.references.registry import NoReferenceError
 from tests.emulated_cuda.tests.formats import relative
 
 LAYOUTS = {"TN": "forward", "NN": "gradient of the input", "NT": "gradient of the weight"}
@@ -71,20 +72,9 @@ def test_the_bias_is_added_before_rounding_and_its_gradient_is_the_sum_of_the_ro
     assert relative(of_bias, b.cpu().double().sum(0)) < ROUNDING[torch.bfloat16]
 
 
-def test_a_gelu_behind_a_product_keeps_its_input_and_its_gradient_is_autograds() -> None:
-    a, b = operands("TN", torch.float32)
-    found, _, before, _ = general_gemm(a, b, torch.float32, layout="TN", gelu=True)
-    inner = product(a, b, "TN").requires_grad_()
-    expected = torch.nn.functional.gelu(inner, approximate="tanh")
-    assert relative(before, inner) < 1e-6
-    assert relative(found, expected) < 1e-6
-    upstream, weight = random(ROWS, 32, dtype=torch.float32), random(32, COLUMNS, dtype=torch.float32)
-    gradient, *_ = general_gemm(
-        weight, upstream, torch.float32, layout="NN", gelu=True, gelu_in=before, grad=True
-    )
-    expected.backward(upstream.cpu().double() @ weight.cpu().double())
-    assert inner.grad is not None
-    assert relative(gradient, inner.grad) < 1e-5
+def test_a_gelu_behind_a_product_has_no_reference_and_is_an_error_by_name() -> None:
+    with pytest.raises(NoReferenceError, match="a GEMM with a GELU behind it"):
+        general_gemm(random(16, 32), random(8, 32), torch.bfloat16, gelu=True)
 
 
 def test_the_dimensions_of_b_before_its_last_are_those_of_the_result_and_a_mismatch_is_named() -> None:

@@ -42,26 +42,6 @@ def test_the_fused_embedding_is_the_unfused_one_and_has_its_gradient(form, rank,
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-6, atol=2**-5)
 
 
-def test_the_fused_embedding_of_joined_projections_is_that_of_each():
-    """Three heads of two queries, a key and a value."""
-    given, q_angles, k_angles = (
-        values(4, 2, 3, 4 * WIDTH),
-        angles(4, WIDTH),
-        angles(4, WIDTH).flip(0).contiguous(),
-    )
-    gradients = values(4, 2, 6, WIDTH, seed=1), values(4, 2, 3, WIDTH, seed=2), values(4, 2, 3, WIDTH, seed=3)
-    leaf = given.clone().requires_grad_()
-    found = rope.apply_fused_qkv_rotary_pos_emb(leaf, q_angles, k_angles, [2 * WIDTH, WIDTH, WIDTH])
-    torch.autograd.backward(found, gradients)
-    other = given.clone().requires_grad_()
-    query, key, value = other.split([2 * WIDTH, WIDTH, WIDTH], -1)
-    parts = (query.unflatten(-1, (2, WIDTH)).flatten(2, 3), q_angles), (key, k_angles)
-    apart = [rope.apply_rotary_pos_emb(part, turn, "sbhd", fused=True) for part, turn in parts]
-    torch.autograd.backward([*apart, value], gradients)
-    for ours, theirs in zip([*found, leaf.grad], [*apart, value, other.grad], strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def latent_calls(bounds: torch.Tensor | None, batch: int | None, rank: int, ranks: int) -> list[Call]:
     """As megatron-core's ApplyMLARotaryEmbQ and ApplyMLARotaryEmbKV launch their four kernels."""
     generator = torch.Generator().manual_seed(0)
