@@ -73,16 +73,21 @@ def diagnostics(
     of_responses = a[first], r[first], labels[first]
     taus = np.broadcast_to(tau, labels.shape)[first]
     target, chi2_weights = targets(*of_responses, baseline=baseline, tau=taus)
-    s, tokens = values["log_ratio"], values["length"].sum()
-    quantiles = np.quantile(s, [0.05, 0.5, 0.95])
-    result = {
+    s = values["log_ratio"]
+    return {
         **_fit(s, target[of_response], a / tau, values["length"] > 0),
         "pmd/chi2_weight": float(chi2_weights.mean()),
         **_groups(*of_responses, taus),
-        **{f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)},
-        "pmd/drift": float(np.abs(s).mean()),
+        **_movement(values),
         **_mismatch(values),
     }
+
+
+def _movement(values: Mapping[str, Floats]) -> dict[str, float]:
+    s, tokens = values["log_ratio"], values["length"].sum()
+    quantiles = np.quantile(s, [0.05, 0.5, 0.95])
+    result = {f"pmd/log_ratio_p{p}": float(q) for p, q in zip(("05", "50", "95"), quantiles, strict=True)}
+    result["pmd/drift"] = float(np.abs(s).mean())
     for name, estimate in (("k1", -s), ("k2", values["kl_k2"]), ("k3", values["kl_k3"])):
         result[f"pmd/kl_anchor_{name}"] = float(estimate.mean())
         result[f"pmd/kl_anchor_{name}/per_token"] = _ratio(estimate.sum(), tokens)

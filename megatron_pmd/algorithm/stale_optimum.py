@@ -7,6 +7,8 @@ Source: docs/algorithm.md, "Samples of an older policy".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import lambertw, wrightomega
@@ -15,6 +17,10 @@ from megatron_pmd.algorithm.closed_form import Floats, checked
 
 END_OF_BRANCH = float(np.nextafter(-np.exp(-1.0), 0.0))
 """The least argument for which W is real, where both of its branches end; scipy's is NaN one digit below."""
+
+
+GRID = np.geomspace(1.0, 1e-14, 200)[:, None]
+"""Where sign changes are looked for between the most negative ν and 0, in parts of it."""
 
 
 def optimum_of_stale_samples(
@@ -31,46 +37,67 @@ def optimum_of_stale_samples(
     `optimum_mean`, and ν its λ. Raises ValueError for values outside these ranges.
 
     Stationarity, with w = a/b: log ρ + ν w ρ = A/τ, so ρ = W(ν w e^{A/τ}) / (ν w), and ν solves E_a[ρ] = 1.
+    A minimum has at most one outcome on W's other branch. There may be several stationary points: of all,
+    the one with the smallest loss is taken.
     """
-    from scipy.optimize import brentq  # half a second of imports that only the driver needs
-
     r, b = checked(rewards, sampled, tau)
     _, a = checked(rewards, anchor, tau)
     if b.min() <= 0 or a.min() <= 0:
         raise ValueError("an outcome of probability 0 has no ratio of the anchor to the policy that sampled")
     target = (r - b @ r) / tau
     scale = np.log(a) - np.log(b) + target  # log(w e^{A/τ})
-    last = int(np.argmax(scale))
-    # The principal branch ends for this outcome first. Beyond, it alone is on the other branch, where its ρ
-    # grows without bound as ν comes back to 0.
-    lowest = END_OF_BRANCH * float(np.exp(-scale[last]))
+    found = list(_stationary(target, scale, a))
+    return min(found, key=lambda point: float(b @ (point[0] - target) ** 2))
 
-    def log_rho(nu: float, *, other_branch: bool) -> Floats:
-        found = _log_rho(target, scale, nu)
-        if other_branch:
-            found[last] = target[last] - lambertw(max(nu * np.exp(scale[last]), END_OF_BRANCH), -1).real
+
+def _stationary(target: Floats, scale: Floats, a: Floats) -> Iterator[tuple[Floats, float]]:
+    """(log ρ, ν) where all outcomes are on W's principal branch, and where one is on the other.
+
+    target: A/τ, scale: log(w e^{A/τ}).
+    """
+    from scipy.optimize import brentq  # half a second of imports that only the driver needs
+
+    def log_rho(nu: float, other: int | None) -> Floats:
+        found = _principal(target, scale, np.asarray(nu))
+        if other is not None:
+            found[other] = _other(target, scale, np.asarray(nu))[other]
         return found
 
-    def excess(nu: float, *, other_branch: bool = False) -> float:
+    def excess(nu: float, other: int | None = None) -> float:
         with np.errstate(over="ignore"):
-            return float(np.log(a @ np.exp(log_rho(nu, other_branch=other_branch))))
+            return float(np.log(a @ np.exp(log_rho(nu, other))))
 
-    other_branch = excess(lowest) < 0
-    if other_branch:
-        low, high = lowest, lowest / 2
-        while excess(high, other_branch=True) < 0:
-            high /= 2
-    else:
-        low, high = lowest, 1.0
+    def root(low: float, high: float, other: int | None = None) -> tuple[Floats, float]:
+        nu = float(brentq(lambda x: excess(x, other), low, high, xtol=1e-300, rtol=1e-14))
+        return log_rho(nu, other), nu
+
+    # The principal branch ends here for the outcome with the largest scale. Up to there excess falls with ν.
+    lowest = END_OF_BRANCH * float(np.exp(-scale.max()))
+    if excess(lowest) >= 0:
+        high = 1.0
         while excess(high) > 0:
             high *= 4
-    nu = float(brentq(lambda x: excess(x, other_branch=other_branch), low, high, xtol=1e-300, rtol=1e-14))
-    return log_rho(nu, other_branch=other_branch), nu
+        yield root(lowest, high)
+    grid = lowest * GRID
+    with np.errstate(over="ignore"):
+        principal = a * np.exp(_principal(target, scale, grid))
+        whole = principal.sum(axis=1, keepdims=True) - principal + a * np.exp(_other(target, scale, grid))
+    below = whole < 1
+    for cell, other in zip(*np.nonzero(below[1:] != below[:-1]), strict=True):
+        yield root(float(grid[cell, 0]), float(grid[cell + 1, 0]), int(other))
 
 
-def _log_rho(target: Floats, scale: Floats, nu: float) -> Floats:
-    """The root x of x + ν w eˣ = A/τ on W's principal branch; target: A/τ, scale: log(w e^{A/τ})."""
-    if nu > 0:
+def _principal(target: Floats, scale: Floats, nu: Floats) -> Floats:
+    """The root x of x + ν w eˣ = A/τ on W's principal branch; nu: one for all, or [values, 1]."""
+    if nu.ndim == 0 and nu > 0:
         return target - wrightomega(scale + np.log(nu))
-    argument = -np.exp(scale + np.log(-nu)) if nu else np.zeros_like(scale)
-    return target - lambertw(np.maximum(argument, END_OF_BRANCH)).real
+    return target - lambertw(_argument(scale, nu)).real
+
+
+def _other(target: Floats, scale: Floats, nu: Floats) -> Floats:
+    """The same on the branch where ρ grows without bound as ν comes to 0; ν < 0."""
+    return target - lambertw(_argument(scale, nu), -1).real
+
+
+def _argument(scale: Floats, nu: Floats) -> Floats:
+    return np.maximum(nu * np.exp(scale), END_OF_BRANCH)

@@ -86,7 +86,7 @@ def _layer_bytes(shape: Shape, config: RunConfig, layer: int, assume: Assumption
         config.layout.tensor,
     )
     attention = shape.attention
-    residual = 2 * shape.norms * shape.hidden / tensor  # the norms' inputs and outputs
+    residual = 2 * shape.norms.in_layer * shape.hidden / tensor  # the norms' inputs and outputs
     heads = (attention.score_width + attention.query_values + 2 * attention.cached_values) / tensor
     again, has_experts = config.actor.recompute_modules, layer >= shape.feed_forward.dense_layers
     dense = 3 * (

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from megatron_pmd.engine.fleet import Fleet
     from megatron_pmd.weight_sync.bucket import Bucket
 
+ReadBy = Literal["engines", "leaders", "driver"]
+
 
 class Transport(Protocol):
-    read_by: Literal["engines", "leaders", "driver"]
+    read_by: ReadBy
     """Who reads the buckets: the engines open them; or the rank that leads an engine, or the driver for all
     of them, passes on what is in its own."""
 
@@ -80,7 +82,7 @@ def transport_of(config: RunConfig, fleet: Fleet, control: Control, folder: Path
 class Colocated:
     """Engines open the bucket of their node, or device: one copy, from the bucket into the parameter."""
 
-    read_by: Literal["engines", "leaders", "driver"] = "engines"
+    read_by: ReadBy = "engines"
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -112,7 +114,7 @@ class Broadcast(Colocated):
     the loader's sums.
     """
 
-    read_by = "leaders"
+    read_by: ReadBy = "leaders"
 
     def __init__(self, fleet: Fleet, *, timeout_seconds: float) -> None:
         super().__init__(fleet)
@@ -208,7 +210,7 @@ class Broadcast(Colocated):
 class Disk(Colocated):
     """The driver writes safetensors into a folder that every engine reads, on a file system all share."""
 
-    read_by = "driver"
+    read_by: ReadBy = "driver"
 
     def __init__(self, fleet: Fleet, control: Control, folder: Path) -> None:
         super().__init__(fleet)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_pmd.actor import checkpoint
+from megatron_pmd.actor import digests
 from tests.actor.conftest import LAYOUTS
 from tests.actor.launch import launch
 from tests.actor.reference import compute
@@ -52,15 +52,15 @@ def test_the_digest_of_a_quantised_parameter_is_of_the_numbers_that_it_stands_fo
         def dequantize(self, *_: Any, **__: Any) -> Any:
             return self.numbers
 
-    monkeypatch.setattr(checkpoint, "is_float8tensor", lambda tensor: hasattr(tensor, "numbers"))
+    monkeypatch.setattr(digests, "is_float8tensor", lambda tensor: hasattr(tensor, "numbers"))
     monkeypatch.setattr(Blockwise, "detach", lambda self: self)
     plain, quantized = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16), torch.nn.Module()
     quantized.weight = weight = Blockwise(torch.zeros(16, dtype=torch.uint8), requires_grad=False)
     weight.numbers = plain.weight.detach().clone()
-    before = checkpoint._digest([quantized])
-    assert before == checkpoint._digest([plain])
+    before = digests.digest([quantized])
+    assert before == digests.digest([plain])
     weight.numbers[0, 0] += 1
-    assert checkpoint._digest([quantized]) != before
+    assert digests.digest([quantized]) != before
 
 
 @pytest.fixture(scope="module")

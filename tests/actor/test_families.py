@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folders: Path) -> dict[str, list[dict[str, Any]]]:
     """By case, every rank's results."""
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for ranks in (1, 2):
         own = {name: case for name, case in CASES.items() if Layout(**case[1]).ranks == ranks}
         of_ranks = program("families", ranks, cases={n: (folders / k, v) for n, (k, v) in own.items()})

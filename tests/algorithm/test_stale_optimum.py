@@ -61,6 +61,15 @@ def test_with_fresh_samples_it_is_the_fresh_optimum_and_nu_its_lambda(case, tau)
     assert log_rho == pytest.approx(fresh, abs=1e-6) and nu == pytest.approx(weight, abs=1e-6)
 
 
+def test_of_two_minima_the_deeper_one_is_found():
+    """The outcome that was hardly sampled costs little, so it takes the probability that the others leave."""
+    rewards, b, a = np.array([-1.0, 1.0, 0.0]), np.array([0.016, 0.867, 0.117]), np.full(3, 1 / 3)
+    log_rho, nu = optimum_of_stale_samples(rewards, b, a, 10**-0.375)
+    target = (rewards - b @ rewards) / 10**-0.375
+    assert 0.5 * b @ (log_rho - target) ** 2 < 0.18  # 0.205 where every outcome is on W's principal branch
+    assert log_rho[0] > 0 > nu
+
+
 @settings(max_examples=20)
 @given(policies(), st.floats(-0.5, 1).map(lambda exponent: 10.0**exponent))
 def test_no_minimiser_finds_a_smaller_loss(case, tau):

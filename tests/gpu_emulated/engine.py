@@ -15,6 +15,7 @@ import torch
 
 from megatron_pmd.errors import EngineError
 from megatron_pmd.weight_sync.bucket import Bucket
+from megatron_pmd.weight_sync.transport import ReadBy
 
 
 class Keeps(torch.nn.Module):
@@ -52,7 +53,7 @@ def main(device: int) -> None:
 class EngineProcesses:
     """A transport into such processes, one for each rank of the engine that this rank leads."""
 
-    read_by = "engines"
+    read_by: ReadBy = "engines"
 
     def __init__(self, devices: Sequence[int]) -> None:
         self._devices = devices

@@ -20,6 +20,7 @@ from megatron_pmd.outcome import RunOutcome
 from megatron_pmd.training.trainer import Trainer
 from megatron_pmd.weight_sync.push import WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
+from megatron_pmd.weight_sync.transport import ReadBy
 from tests.actor.actor_programs import Trial
 from tests.actor.tiny_models import STEPS
 from tests.emulated_cuda.account import peak_bytes, reset_peak
@@ -33,7 +34,7 @@ UNKNOWN = "nobody"
 class TakesNothing(EngineProcesses):
     """An engine without memory, and without handles: torch keeps what is sent until they are closed."""
 
-    read_by = "driver"
+    read_by: ReadBy = "driver"
 
     def load(self, bucket: Any, descriptions: Any) -> None: ...
 

@@ -25,7 +25,7 @@ DENSE = [case for case in CASES if case not in ROUTED]
 def trained(request, models, tmp_path_factory):
     """Every rank's result of a case: one launch for all cases of as many ranks."""
     asked, folder = asked_for(request, "case", CASES), tmp_path_factory.mktemp("context")
-    results = {}
+    results: dict[str, object] = {}
     for ranks, layout in ((2, TWO), (4, FOUR)):
         cases = {
             case: (config_for(models / family, layout, precision="bf16"), folder / case)

@@ -21,13 +21,14 @@ from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.loader import read_bucket
 from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from megatron_pmd.weight_sync.shards import ShardExport
+from megatron_pmd.weight_sync.transport import ReadBy
 from tests.actor.tiny_models import config_for
 
 
 class Recorder:
     """A transport to nowhere: keeps a copy of what an engine on this node would be given."""
 
-    read_by = "engines"
+    read_by: ReadBy = "engines"
 
     def __init__(self, records: bool) -> None:
         self.records, self.calls = records, list[Any]()

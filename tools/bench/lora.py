@@ -172,7 +172,7 @@ def bench(model: Path, rank: int, requests: int, tokens: int, turns: int, folder
         "lora_backend": "torch_native", "max_loras_per_batch": 2,
     }  # fmt: skip
     with contextlib.ExitStack() as cleanup:
-        sides = []
+        sides: list[Side] = []
         for kind, name, own in ((Side, "merged", {}), (Served, "served adapters", options)):
             sides.append(kind(name, len(sides), model, folder, own))
             cleanup.callback(sides[-1].close)

@@ -28,6 +28,7 @@ import typer
 
 from megatron_pmd import config as c
 from megatron_pmd.errors import PmdError
+from megatron_pmd.weight_sync.transport import ReadBy
 from tools.bench.loop import Row, compared, machine, markdown, row
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def bench_export(model: Path, repetitions: int, folder: Path) -> list[Row]:
 class _Nowhere:
     """A transport without engines."""
 
-    read_by = "engines"
+    read_by: ReadBy = "engines"
 
     def begin(self) -> None: ...
 

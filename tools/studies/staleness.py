@@ -117,7 +117,7 @@ def draw(found: Results, path: Path) -> None:
     """Above: what each way reaches, against the lag, and the exact ends. Below: the curves of each lag."""
     measured = sorted({lag for _, lag in found})
     figure = plt.figure(figsize=(15, 7.5), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     ends, exact = above.subplots(1, 2)
     curves = below.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for colour, way in zip(plt.get_cmap("tab10").colors, WAYS, strict=False):  # type: ignore[attr-defined]
