@@ -24,7 +24,7 @@ from megatron_pmd.actor import families, latent_attention, lora, muon, settings
 from megatron_pmd.actor.cpu import bridge_import
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
-from megatron_pmd.errors import ConfigError, ModelError
+from megatron_pmd.errors import ConfigError, LayoutError, ModelError
 from megatron_pmd.fp8 import BLOCK, SCALE_SUFFIX, is_scale
 from megatron_pmd.hugging_face import StoredTensor, TensorFiles
 
@@ -147,6 +147,15 @@ def provider_of_family(bridge: Any) -> Any:
     return provider
 
 
+def _check_context(path: Path, provider: Any) -> None:
+    """LayoutError where Transformer Engine (context_parallel.py) does not send keys from rank to rank."""
+    if provider.window_size is not None or provider.softmax_type != "vanilla":
+        raise LayoutError(
+            f"layout.context > 1: {path} has layers whose attention sees a window or has sinks, which "
+            "Transformer Engine does not compute over several ranks; use context=1"
+        )
+
+
 def provider_for(bridge: Any, config: RunConfig) -> Any:
     """provider_of_family, with our layout, precision and the recipe's settings."""
     provider, model = provider_of_family(bridge), bridge.hf_pretrained.config
@@ -158,6 +167,8 @@ def provider_for(bridge: Any, config: RunConfig) -> Any:
         setattr(provider, name, value)
     settings.check_model(provider, config)
     families.check_layout(Path(config.model.path), model, config.layout)
+    if torch.cuda.is_available() and config.layout.context > 1:
+        _check_context(Path(config.model.path), provider)
     # Without the fused kernel the host waits in every layer for the lengths of a packed row. For latent
     # attention there is one for yarn alone (TransformerConfig refuses it otherwise).
     if "apply_rope_fusion" not in fields:

@@ -20,7 +20,7 @@ END_OF_BRANCH = float(np.nextafter(-np.exp(-1.0), 0.0))
 
 
 GRID = np.geomspace(1.0, 1e-14, 200)[:, None]
-"""Where sign changes are looked for between the most negative ν and 0, in parts of it."""
+"""Where stationary points with one outcome on W's other branch are looked for, in parts of the lowest ν."""
 
 
 def optimum_of_stale_samples(
@@ -78,6 +78,11 @@ def _stationary(target: Floats, scale: Floats, a: Floats) -> Iterator[tuple[Floa
         while excess(high) > 0:
             high *= 4
         yield root(lowest, high)
+    else:
+        last, high = int(np.argmax(scale)), lowest / 2
+        while excess(high, last) < 0:
+            high /= 2
+        yield root(lowest, high, last)
     grid = lowest * GRID
     with np.errstate(over="ignore"):
         principal = a * np.exp(_principal(target, scale, grid))
@@ -100,4 +105,5 @@ def _other(target: Floats, scale: Floats, nu: Floats) -> Floats:
 
 
 def _argument(scale: Floats, nu: Floats) -> Floats:
-    return np.maximum(nu * np.exp(scale), END_OF_BRANCH)
+    with np.errstate(divide="ignore"):  # ν = 0
+        return np.maximum(-np.exp(scale + np.log(-nu)), END_OF_BRANCH)

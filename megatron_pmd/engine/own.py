@@ -49,14 +49,14 @@ class OwnEngine:
         self.process = ExternalEngine(spec) if self.external else EngineProcess(spec)
         self._memory.begin()
         if self.part.leads:
+            if self._calls is not None:
+                self._calls.close()
             self._calls = EngineControl(spec, self._timeout_seconds)
 
     def kill(self) -> None:
-        """End the server, and what is kept of it here. An engine of others is only left alone."""
+        """End the server; one of others is only left alone. Calls of it fail until it is started again."""
         self.unwatch()
         self.process.stop()
-        if self._calls is not None:
-            self._calls.close()
 
     def watch(self) -> None:
         """Watch the engine from now on; only while all its memory is resident."""

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 from concurrent.futures import Future
@@ -66,6 +67,7 @@ class EnvironmentProcess:
 
     def end(self, number: int) -> None:
         """End an episode that nobody waits for any more; what it has opened is closed."""
+        self._waiting.pop(number, None)
         self._send({"end": number})
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class EnvironmentProcess:
         try:
             self._process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # with the programs of its episodes
             self._process.wait()
 
     def _awaited(self, answer: Future[Any], failure: str) -> Any:
@@ -120,6 +122,8 @@ class EnvironmentProcess:
             else:
                 waiting.set_result(answer["value"])
         code = self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # the programs of its episodes, if it was killed
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._ended = f"the process that plays the environment {self._name} ended, with exit code {code}"
         self._fail(RolloutError(self._ended))
 
