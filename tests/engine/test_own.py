@@ -29,7 +29,7 @@ def test_a_call_of_a_killed_engine_fails_as_that_of_a_dead_one_and_ends_no_rank(
     own.start(spec_for(tmp_path, tmp_path))
     own.kill()
     for call in (own.calls.go_on, own.calls.flush_cache, own.calls.weight_version):
-        with pytest.raises(EngineError, match="engine 3 .*Connection refused"):
+        with pytest.raises(EngineError, match=r"engine 3 .*Connection refused"):
             call()
     assert own.why_lost(probe=True) is not None
     before = own.calls
