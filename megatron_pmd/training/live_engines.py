@@ -221,9 +221,8 @@ class LiveEngines:
             try:
                 return self._send(actor, version)
             except EngineError:
-                # what a living engine refuses, it would refuse again; a server of others may be a new one
-                may_help = self.fleet.external or self.recovery.any_lost()
-                if attempt == self._config.rollout.restarts or not may_help:
+                # what a living engine refuses, it would refuse again
+                if attempt == self._config.rollout.restarts or not self.recovery.any_lost():
                     raise
         raise AssertionError("unreachable")
 

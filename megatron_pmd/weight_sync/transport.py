@@ -6,6 +6,7 @@ WeightPush brings the ranks' failures together.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,21 +130,19 @@ class Broadcast(Colocated):
         return cls(fleet, timeout_seconds=config.sync.timeout_seconds)
 
     def begin(self) -> None:
-        if not self._fleet.leads:
-            self._version = None  # of a server that is left out: what connects to it may be gone
-            return
-        # one that was started again has forgotten the group, and its version
-        joined = self._version is not None and self._fleet.calls.weight_version() == self._version
-        self._version = None
-        super().begin()
-        if not joined:
-            self._join()
+        if self._fleet.leads:
+            # one that was started again has forgotten the group, and its version
+            joined = self._version is not None and self._fleet.calls.weight_version() == self._version
+            self._version = None
+            super().begin()
+            if not joined:
+                self._join()
 
     def _join(self) -> None:
         calls = self._fleet.calls
         self._leave()
-        self._name = f"megatron-pmd-{calls.spec.number}"  # so that the next run finds what a killed one left
         calls.leave_group(self._name)
+        self._name = f"weights-{secrets.token_hex(4)}"
         engine = urlsplit(calls.spec.url).hostname or ""
         world = 1 + calls.tensor_parallel()
         try:
