@@ -17,8 +17,6 @@ from megatron_pmd.algorithm.closed_form import Floats, checked
 
 END_OF_BRANCH = float(np.nextafter(-np.exp(-1.0), 0.0))
 """The least argument for which W is real, where both of its branches end; scipy's is NaN one digit below."""
-
-
 GRID = np.geomspace(1.0, 1e-14, 200)[:, None]
 """Where stationary points with one outcome on W's other branch are looked for, in parts of the lowest ν."""
 
@@ -46,8 +44,7 @@ def optimum_of_stale_samples(
         raise ValueError("an outcome of probability 0 has no ratio of the anchor to the policy that sampled")
     target = (r - b @ r) / tau
     scale = np.log(a) - np.log(b) + target  # log(w e^{A/τ})
-    found = list(_stationary(target, scale, a))
-    return min(found, key=lambda point: float(b @ (point[0] - target) ** 2))
+    return min(_stationary(target, scale, a), key=lambda point: float(b @ (point[0] - target) ** 2))
 
 
 def _stationary(target: Floats, scale: Floats, a: Floats) -> Iterator[tuple[Floats, float]]:

@@ -200,11 +200,9 @@ class Broadcast(Colocated):
     def _side_by_side(self, ours: Callable[[], None], ask: Callable[[], None]) -> None:
         """This rank's part and the request to the engine, at the same time: each waits for the other."""
         with ThreadPoolExecutor(2) as pool:
-            for future in [
-                pool.submit(ask),
-                pool.submit(ours),
-            ]:  # the engine's failure first: it is the reason
-                future.result()
+            asked, done = pool.submit(ask), pool.submit(ours)
+            asked.result()  # the engine's failure first: it is the reason
+            done.result()
 
 
 class Disk(Colocated):

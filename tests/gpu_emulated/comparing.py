@@ -1,11 +1,14 @@
-"""How far an actor's tensors are from a reference's, and whether it goes on from a checkpoint as without."""
+"""How far an actor's step is from a reference's, and whether it goes on from a checkpoint as without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
+
+from tests.actor.reference import Step
 
 
 def relative_errors(
@@ -16,6 +19,15 @@ def relative_errors(
         name: float((found[name].double() - tensor).norm() / tensor.norm())
         for name, tensor in expected.items()
     }
+
+
+def assert_step_is_the_references(result: Mapping[str, Any], expected: Step) -> None:
+    """result: has the first step's loss, count and gradient norm, and its whole gradient. fp32."""
+    loss, count, norm = result["steps"][0]
+    assert loss / count == pytest.approx(expected.loss, rel=1e-5)
+    assert norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+    errors = relative_errors(result["gradient"], expected.gradient)
+    assert max(errors.values()) < 1e-5, errors
 
 
 def assert_resumes_bit_for_bit(result: Mapping[str, Any]) -> None:

@@ -12,17 +12,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
 
+from megatron_pmd.actor.cpu.attention import batched, places
+
 
 def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x with vectors of length 1 in its last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
-
-def _places(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every token of a row: the number of its sequence, and its place in it."""
-    bounds = bounds.long()
-    sequence = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
-    return sequence, torch.arange(len(sequence)) - bounds[sequence]
 
 
 def causal_conv1d(
@@ -39,7 +34,7 @@ def causal_conv1d(
     x [1, tokens, channels]; weight [channels, width], the last for the token itself.
     """
     assert activation in ("silu", "swish") and bias is None
-    place, width = _places(cu_seqlens)[1], weight.size(1)
+    place, width = places(cu_seqlens.long())[1], weight.size(1)
     total = torch.zeros_like(x)
     for before in range(width):
         shifted = F.pad(x, (0, 0, before, 0))[:, : x.size(1)]
@@ -58,13 +53,9 @@ def chunk_gated_delta_rule(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query, key, value [1, tokens, heads, dim], g and beta [1, tokens, heads]; the result is as value."""
-    sequence, place = _places(cu_seqlens)
+    sequence, place = places(cu_seqlens.long())
     shape = (len(cu_seqlens) - 1, int(cu_seqlens.diff().max()))
-
-    def batched(x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros((*shape, *x.shape[2:])).index_put((sequence, place), x[0])
-
     output, _ = torch_chunk_gated_delta_rule(
-        batched(query), batched(key), batched(value), batched(g), batched(beta)
+        *(batched(x[0], sequence, place, shape) for x in (query, key, value, g, beta))
     )
     return output[sequence, place][None], None
