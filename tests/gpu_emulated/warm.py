@@ -12,7 +12,7 @@ from tests.actor import warm
 from tests.gpu_emulated.settings import config
 
 MODULES = ("programs", "number_programs", "memory_programs", "sync_programs")
-RANKS = 2
+RANKS = 4
 """At most: torch counts the devices once."""
 
 
