@@ -64,7 +64,8 @@ ENDS_WITH = {
     "weight_sync/bucket.py: fcntl.flock(descriptor, fcntl.LOCK_EX)": "nothing: the file is new",
     "weight_sync/exchange.py: work.wait()": GROUP,
     "weight_sync/push.py: loading.result()": A_CALL,
-    "weight_sync/transport.py: future.result()": A_CALL,
+    "weight_sync/transport.py: asked.result()": A_CALL,
+    "weight_sync/transport.py: done.result()": GROUP,
 }
 """By file and call, what a wait without a deadline of its own ends with."""
 
