@@ -7,16 +7,18 @@ from recipes.qwen3_30b_a3b_dapo_32xh100 import qwen3_30b_a3b_dapo_32xh100
 
 
 def qwen3_30b_a3b_overlap_48xh100() -> RunConfig:
-    """Qwen3-30B-A3B-Base on DAPO-Math-17k: 6 nodes, each with 4 actor ranks and an engine on its other GPUs.
+    """Qwen3-30B-A3B-Base on DAPO-Math-17k: 2 nodes of 8 actor ranks, and 4 nodes with 2 engines each.
 
     Batch, objective and τ are the paper's. Engines have their GPUs alone, so their cache may be larger.
     """
     settings = [
         "name=qwen3_30b_a3b_overlap_48xh100",
-        "layout.data=6",
+        "layout.data=4",
+        "layout.engine_nodes=4",
         "rollout.placement=separate",
         "rollout.staleness=1",
-        "rollout.ranks_per_engine=4",
+        "rollout.ranks_per_engine=2",
+        "sync.transport=broadcast",
         "rollout.sglang.mem_fraction_static=0.76",
     ]
     return override(qwen3_30b_a3b_dapo_32xh100(), settings)

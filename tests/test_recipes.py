@@ -75,10 +75,11 @@ def test_the_overlapped_run_of_the_paper_differs_from_it_in_where_and_when_it_sa
     overlapped, paper = (
         recipe(f"qwen3_30b_a3b_{kind}xh100").model_dump() for kind in ("overlap_48", "dapo_32")
     )
-    assert {key for key in paper if overlapped[key] != paper[key]} == {"name", "layout", "rollout"}
+    assert {key for key in paper if overlapped[key] != paper[key]} == {"name", "layout", "rollout", "sync"}
     own = {key for key, value in paper["rollout"].items() if overlapped["rollout"][key] != value}
     assert own == {"placement", "staleness", "ranks_per_engine", "sglang"}
-    assert overlapped["layout"] | {"data": 8} == paper["layout"]
+    assert overlapped["layout"] | {"data": 8, "engine_nodes": 0} == paper["layout"]
+    assert overlapped["sync"] | {"transport": "ipc"} == paper["sync"]
 
 
 def test_the_long_context_recipe_holds_a_sample_of_128k_tokens_in_one_pass_of_eight_ranks() -> None:

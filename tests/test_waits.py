@@ -27,6 +27,7 @@ ENDS_WITH = {
     "engine/health.py: self.join()": TOLD,
     "engine/server.py: self._process.wait()": KILLED,
     "environments/process.py: self._process.wait()": "the process, which is killed or has closed its output",
+    "node/engine_node.py: child.wait()": KILLED,
     "processes.py: thread.join()": TOLD,
     "rewards/code.py: self._threads.submit(self._sandbox).result()": "the start of a sandbox, which has one",
     "rewards/grading.py: future.result()": "a grading, which has a deadline",

@@ -20,6 +20,7 @@ from megatron_pmd.cli.simulate import simulate
 from megatron_pmd.cli.train import train
 from megatron_pmd.errors import PmdError
 from megatron_pmd.outcome import RunOutcome, Status
+from megatron_pmd.processes import SAVE, hold_back
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -91,6 +92,19 @@ def doctor() -> None:
     from megatron_pmd import doctor as checks
 
     raise typer.Exit(checks.main())
+
+
+@app.command()
+def engines(
+    run: Annotated[Path, typer.Argument(help="a run's folder, which this machine sees")],
+    node: Annotated[int, typer.Option(min=0, help="which of its layout.engine_nodes this is, from 0")],
+) -> None:
+    """Be an engine node of a run: serve it until it ends. Training and Slurm start these by themselves."""
+    hold_back(SAVE)
+    with needs("cpu"):
+        from megatron_pmd.node.engine_node import serve
+
+    serve(run, node)
 
 
 app.command("data")(show_data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from megatron_pmd.config.frozen import Frozen
 from megatron_pmd.errors import LayoutError
@@ -23,6 +23,9 @@ class Layout(Frozen):
     """Tensor-parallel size inside an expert; None: 1 with expert parallelism, else `tensor`."""
     data: PositiveInt = 1
     """Data-parallel replicas of the dense layers; the experts' replicas follow from it."""
+    engine_nodes: NonNegativeInt = 0
+    """Nodes of the job beside those of the ranks, with engines alone: equal shares of them all. 0: engines
+    are on the nodes of their ranks. For rollout.placement=separate (docs/overlap.md)."""
 
     @property
     def ranks_per_stage(self) -> int:

@@ -101,10 +101,12 @@ class Rollout(Frozen):
     """Engines get and compute with blockwise (128x128) FP8 weights; not on a CPU. Which layers:
     docs/weight_sync.md."""
     ranks_per_engine: PositiveInt | None = None
-    """Consecutive actor ranks that share one engine; None: tensor_parallel."""
+    """Consecutive actor ranks that share one engine; None: tensor_parallel. With layout.engine_nodes: of
+    which one leads an engine there."""
     placement: Literal["colocated", "separate"] = "colocated"
     """`colocated`: engines and actor ranks take turns on the same devices. `separate`: engines have devices
-    of their own, with CUDA the node's behind those of its ranks, and keep their weights (docs/overlap.md)."""
+    of their own, with CUDA the node's behind those of its ranks, or of layout.engine_nodes, and keep their
+    weights (docs/overlap.md)."""
     staleness: NonNegativeInt = 0
     """Iterations by which rollouts are sampled ahead of training; 0: each by the weights that train on it.
     For placement=separate."""
@@ -226,9 +228,9 @@ class Rollout(Frozen):
 class Sync(Frozen):
     transport: str = "ipc"
     """`ipc`: engines open buckets in their node's shared memory, or with CUDA on the device that they share
-    with an actor rank. For rollout.servers: `broadcast`, over the network, from as many ranks as there are
-    servers; or `disk`: they read safetensors in the run folder (docs/weight_sync.md). Or your own, as
-    `module:Class` or `path/to/file.py:Class`."""
+    with an actor rank. For layout.engine_nodes and rollout.servers: `broadcast`, over the network, from as
+    many ranks as there are engines; or `disk`: they read safetensors in the run folder (docs/weight_sync.md).
+    Or your own, as `module:Class` or `path/to/file.py:Class`."""
     bucket_megabytes: PositiveInt = 512
     """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;
     two exist at a time."""

@@ -54,20 +54,32 @@ class RunConfig(Frozen):
         return self.rollout.ranks_per_engine or self.rollout.tensor_parallel
 
     @property
+    def engines_elsewhere(self) -> bool:
+        """Whether engines share no node with ranks: on nodes of their own, or servers of others."""
+        return bool(self.rollout.servers or self.layout.engine_nodes)
+
+    @property
     def devices_per_engine(self) -> int:
-        """Ranks on whose devices an engine computes; for a server of others, the one that calls it."""
-        return 1 if self.rollout.servers else self.rollout.tensor_parallel
+        """Ranks on whose devices an engine computes; for one elsewhere, the one that calls it."""
+        return 1 if self.engines_elsewhere else self.rollout.tensor_parallel
 
     @property
     def devices_beside_ranks(self) -> int:
         """Devices that an engine takes of its node beside those of its ranks."""
-        separate = self.rollout.placement == "separate" and not self.rollout.servers
+        separate = self.rollout.placement == "separate" and not self.engines_elsewhere
         return self.rollout.tensor_parallel if separate else 0
+
+    @property
+    def engines_per_node(self) -> int:
+        """On each of layout.engine_nodes; 0 without those."""
+        nodes = self.layout.engine_nodes
+        return self.engines // nodes if nodes else 0
 
     @property
     def devices(self) -> int:
         """Of the actor and of the run's own engines, together."""
-        return self.layout.ranks + self.engines * self.devices_beside_ranks
+        beside = self.rollout.tensor_parallel if self.layout.engine_nodes else self.devices_beside_ranks
+        return self.layout.ranks + self.engines * beside
 
     @property
     def longest_rollout_seconds(self) -> float:
@@ -199,6 +211,7 @@ class RunConfig(Frozen):
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
                 f"ranks_per_engine={self.ranks_per_engine} (tensor_parallel={self.rollout.tensor_parallel})"
             )
+        self._check_engine_nodes()
         self._check_lengths()
         self._check_precision()
         objective = self.algorithm.objective
@@ -227,10 +240,32 @@ class RunConfig(Frozen):
                 "sync.transport=ipc is for engines beside the actors; rollout.servers take weights by "
                 "broadcast, over the network, or by disk, from a run folder that they see"
             )
-        if not servers and self.sync.transport == "broadcast":
+        if not self.engines_elsewhere and self.sync.transport == "broadcast":
             raise ConfigError(
-                "sync.transport=broadcast is for rollout.servers; engines beside the actors open buckets "
-                "where they are: use ipc"
+                "sync.transport=broadcast is for rollout.servers and layout.engine_nodes; engines beside the "
+                "actors open buckets where they are: use ipc"
+            )
+
+    def _check_engine_nodes(self) -> None:
+        nodes = self.layout.engine_nodes
+        if not nodes:
+            return
+        if self.rollout.placement != "separate" or self.rollout.servers:
+            given = "rollout.servers" if self.rollout.servers else "rollout.placement=colocated"
+            raise ConfigError(
+                f"layout.engine_nodes={nodes} with {given}: nodes with engines alone are for engines of this "
+                "run that have devices of their own; set rollout.placement=separate, or engine_nodes=0"
+            )
+        if self.sync.transport == "ipc":
+            raise ConfigError(
+                "sync.transport=ipc is for engines beside the actors; engines on layout.engine_nodes take "
+                "weights by broadcast, over the network, or by disk, from the run folder"
+            )
+        if self.engines % nodes:
+            raise LayoutError(
+                f"layout.engine_nodes={nodes} cannot have equal shares of {self.engines} engines "
+                f"({self.layout.ranks} actor ranks, each {self.ranks_per_engine} lead one); change "
+                "rollout.ranks_per_engine"
             )
 
     def _check_lengths(self) -> None:

@@ -13,11 +13,12 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine import external
 from megatron_pmd.engine.control import EngineControl
+from megatron_pmd.engine.engine_nodes import Meeting, Opening
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.own import OwnEngine
 from megatron_pmd.engine.placement import part_of
 from megatron_pmd.engine.server import free_port, meeting_address, node_address
-from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan
+from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan, log_of
 from megatron_pmd.observe.subphases import SubphaseClock
 
 T = TypeVar("T")
@@ -39,17 +40,25 @@ class Fleet:
         to the nodes, EngineError without a route between them.
         """
         self._config, self._control, self._folder, self._cpu = config, control, folder, cpu
-        keys = external.keys() if self.external else Keys.random()
+        keys = external.keys() if config.rollout.servers else Keys.random()
         self.keys: Keys = control.from_driver(keys)
         self.urls: list[str] = []
         """Of every engine, once note_urls() has been called."""
         self.left_out: frozenset[int] = frozenset()
-        """Servers of others that are lost: nobody calls them until they answer again."""
+        """Engines elsewhere that are lost: nobody calls them until they answer again."""
         nodes = control.all_gather(control.node)
         part = part_of(control.rank, nodes, config.ranks_per_engine, config.devices_per_engine)
-        self.own = OwnEngine(part, config, clock) if part else None
+        self._meeting = Meeting(folder)
+        if config.layout.engine_nodes:
+            control.on_driver(self._open)
+        self.own = OwnEngine(part, config, clock, self._meeting) if part else None
         """What this rank runs."""
         self.start(self.engines)
+
+    def _open(self) -> None:
+        """Have the engine nodes start their engines."""
+        config = self._config.model_dump(mode="json")
+        self._meeting.open(Opening(config, self.keys, meeting_address()))
 
     def start(self, engines: Collection[int]) -> None:
         """Start these engines, on every node they reach; they answer later."""
@@ -72,29 +81,20 @@ class Fleet:
 
     def _spec(self, own: OwnEngine, rendezvous: str | None) -> EngineSpec:
         config, part = self._config, own.part
-        log: Path | None = None
-        if self.external:
+        log: Path | None = log_of(self._folder, own.number, part.node)
+        if config.rollout.servers:
             server = urlsplit(config.rollout.servers[own.number])
-            host, port = server.hostname or "", server.port or 0
+            host, port, log = server.hostname or "", server.port or 0, None
+        elif config.layout.engine_nodes:
+            host, port = "", 0  # its node tells them
         else:
             host = node_address()
             port = free_port(host)
-            suffix = "" if part.leads else f"-node-{part.node}"
-            log = self._folder / "logs" / f"engine-{own.number}{suffix}.log"
-        return EngineSpec(
-            number=own.number,
-            model=config.model,
-            rollout=config.rollout,
-            host=host,
-            port=port,
-            log=log,
-            seed=config.seed + own.number,
-            cpu=self._cpu,
-            keys=self.keys,
-            first_gpu=self._first_gpu(),
-            span=NodeSpan(len(part.nodes), part.node, rendezvous),
-            record_routing=config.actor.experts.replay_routing,
-        )
+        span = NodeSpan(len(part.nodes), part.node, rendezvous)
+        return EngineSpec.of_run(
+            config, own.number, host=host, port=port, log=log, cpu=self._cpu, keys=self.keys,
+            first_gpu=self._first_gpu(), span=span,
+        )  # fmt: skip
 
     def _first_gpu(self) -> int:
         """Of this rank's engine: the rank's own, or the node's behind those of its ranks."""
@@ -110,9 +110,9 @@ class Fleet:
         return range(self._config.engines)
 
     @property
-    def external(self) -> bool:
-        """Whether others have started them (rollout.servers): then they keep their memory."""
-        return bool(self._config.rollout.servers)
+    def elsewhere(self) -> bool:
+        """Whether no rank starts them: they keep their memory, and come back by themselves."""
+        return self._config.engines_elsewhere
 
     @property
     def leads(self) -> bool:
@@ -166,6 +166,9 @@ class Fleet:
 
     def stop(self) -> None:
         """End this rank's engine; not collective, never fails."""
+        if self._control.is_driver:
+            self._meeting.close()
         if self.own is not None:
             self.own.unwatch()
-            self.own.process.stop()
+            if not self.elsewhere:
+                self.own.process.stop()

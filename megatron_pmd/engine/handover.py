@@ -15,11 +15,11 @@ class Handover:
     """The engines' memory. Collective: every actor rank calls every method, in the same order."""
 
     def __init__(self, fleet: Fleet, clock: SubphaseClock, device: SharedDevice | None = None) -> None:
-        """clock: measures the flush. device: the account that the actor keeps, too; servers that others
-        started have a device of their own.
+        """clock: measures the flush. device: the account that the actor keeps, too; engines elsewhere have
+        devices of their own.
         """
         self._fleet, self._clock = fleet, clock
-        self._device = SharedDevice() if fleet.external or device is None else device
+        self._device = SharedDevice() if fleet.elsewhere or device is None else device
         self.note_start()
 
     def note_start(self) -> None:

@@ -6,10 +6,11 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.device import device_memory
 from megatron_pmd.engine.control import EngineControl, Tag
 from megatron_pmd.engine.device_memory import EngineMemory
+from megatron_pmd.engine.engine_nodes import AnnouncedEngine, Meeting
 from megatron_pmd.engine.external import Engine, ExternalEngine
 from megatron_pmd.engine.health import Watch
 from megatron_pmd.engine.placement import EnginePart
-from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, engine_options
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.processes import tree_bytes
@@ -20,9 +21,12 @@ class OwnEngine:
 
     process: Engine
 
-    def __init__(self, part: EnginePart, config: RunConfig, clock: SubphaseClock) -> None:
-        """Starts nothing yet. clock: measures what is handed over."""
-        self.part, self._rollout = part, config.rollout
+    def __init__(self, part: EnginePart, config: RunConfig, clock: SubphaseClock, meeting: Meeting) -> None:
+        """Starts nothing yet. clock: measures what is handed over. meeting: with the run's engine nodes."""
+        self.part, self._rollout, self._meeting = part, config.rollout, meeting
+        self._per_node = config.engines_per_node
+        self.elsewhere = config.engines_elsewhere
+        """Whether this process has not started it: then it keeps its memory."""
         self._timeout_seconds = config.sync.timeout_seconds
         self._memory = EngineMemory(clock, config.sync.timeout_seconds)
         self._calls: EngineControl | None = None
@@ -34,27 +38,34 @@ class OwnEngine:
         return self.part.engine
 
     @property
-    def external(self) -> bool:
-        """Whether others have started it; then it keeps its memory."""
-        return bool(self._rollout.servers)
-
-    @property
     def calls(self) -> EngineControl:
-        """Its control endpoints, on its leader."""
-        assert self._calls is not None, "only a leader calls an engine"
+        """Its control endpoints, on its leader, where it now is."""
+        assert self.part.leads, "only a leader calls an engine"
+        if self._calls is None or self._calls.spec != self.process.spec:
+            self._hang_up()
+            self._calls = EngineControl(self.process.spec, self._timeout_seconds)
         return self._calls
 
+    def _hang_up(self) -> None:
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+
     def start(self, spec: EngineSpec) -> None:
-        """Start the server; it answers later. ConfigError for a wrong option of SGLang."""
-        self.process = ExternalEngine(spec) if self.external else EngineProcess(spec)
+        """Start the server, or find the one elsewhere; it answers later. ConfigError for a wrong option."""
+        if self._per_node:
+            engine_options(spec)  # here, where all ranks get to know what is wrong with them
+            self.process = AnnouncedEngine(spec, self.number // self._per_node, self._meeting)
+        else:
+            self.process = ExternalEngine(spec) if self.elsewhere else EngineProcess(spec)
         self._memory.begin()
-        if self.part.leads:
-            if self._calls is not None:
-                self._calls.close()
-            self._calls = EngineControl(spec, self._timeout_seconds)
+        self._hang_up()
 
     def kill(self) -> None:
-        """End the server; one of others is only left alone. Calls of it fail until it is started again."""
+        """End the server; one of others is only left alone, and one on an engine node is started again there.
+
+        Calls of it fail until start() has found it again.
+        """
         self.unwatch()
         self.process.stop()
 
@@ -75,12 +86,12 @@ class OwnEngine:
     def release(self, *kinds: Tag) -> None:
         """Give these kinds of memory up, in this order; what it does not hold stays as it is."""
         self.unwatch()
-        if not self.external:
+        if not self.elsewhere:
             self._memory.release(self.calls, kinds)
 
     def resume(self, *kinds: Tag) -> None:
         """Take these kinds of memory back, in this order; what it holds already stays as it is."""
-        if not self.external:
+        if not self.elsewhere:
             self._memory.resume(self.calls, kinds)
 
     def why_lost(self, *, probe: bool) -> str | None:
@@ -98,6 +109,12 @@ class OwnEngine:
         if not probe or not self.part.leads or self.calls.responds(seconds):
             return None
         return f"engine {self.number} ({self.process.url}) did not answer within {seconds:g} s"
+
+    def answers_again(self) -> bool:
+        """Whether an engine elsewhere that was left out responds, maybe at another address than before."""
+        if isinstance(self.process, ExternalEngine):
+            self.process.find()
+        return self.why_lost(probe=True) is None
 
     def engine_bytes(self) -> int:
         """Memory of the server; with CUDA what others than this rank hold of its device."""

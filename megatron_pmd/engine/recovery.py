@@ -39,11 +39,11 @@ class Recovery:
     def wait_ready(self) -> str:
         """Block until every engine answers; EngineError with the end of its log if one does not.
 
-        EngineRefused where it is the settings that an engine cannot start with. Servers of others may be
+        EngineRefused where it is the settings that an engine cannot start with. Engines elsewhere may be
         missing, but one; returns in words which, or "".
         """
         said, failures = "", self._failures_at_start(self._fleet.engines)
-        if self._fleet.external and 0 < len(failures) < len(self._fleet.engines):
+        if self._fleet.elsewhere and 0 < len(failures) < len(self._fleet.engines):
             said, failures = self._follow(failures, set()), {}
         for failure in failures.values():
             # SGLang looks for free ports and opens them much later: two starts at once may find the same
@@ -76,7 +76,7 @@ class Recovery:
     def restart_lost(self, *, probe: bool, before_start: Callable[[], None] = lambda: None) -> str:
         """Start every dead or stuck engine again; returns in words what was wrong, or "".
 
-        They hold no weights yet. Servers of others come back by themselves: those that are lost are left out
+        They hold no weights yet. Engines elsewhere come back by themselves: those that are lost are left out
         while another answers, and those that answer again are taken back.
         probe: ask each whether it responds; without it, a stuck engine shows at its next call's deadline.
         before_start: called on every rank if there is one, so that the actors leave the device to it.
@@ -87,7 +87,7 @@ class Recovery:
             return ""
         before_start()
         self._handover.before_restart()
-        if self._fleet.external:
+        if self._fleet.elsewhere:
             said = self._follow(reasons, back)
         else:
             self._replace(reasons)
@@ -115,33 +115,33 @@ class Recovery:
         return (own.number, reason) if reason else None
 
     def _answering_again(self) -> set[int]:
-        """Of the servers that are left out, those that answer now."""
+        """Of the engines that are left out, those that answer now."""
         own, left_out = self._fleet.own, self._fleet.left_out
         if not left_out:
             return set()
-        again = own is not None and own.number in left_out and own.why_lost(probe=True) is None
+        again = own is not None and own.number in left_out and own.answers_again()
         found: list[int | None] = self._control.all_gather(own.number if own is not None and again else None)
         return {number for number in found if number is not None}
 
     def _follow(self, reasons: dict[int, str], back: set[int]) -> str:
-        """Leave out these servers of others, and take those back; returns the words for it.
+        """Leave out these engines elsewhere, and take those back; returns the words for it.
 
         Waits while none is left, as long as an engine of ours may take to start; then EngineError.
         """
         fleet, rollout = self._fleet, self._rollout
         seconds = rollout.start_timeout_seconds * rollout.restarts
-        fleet.kill([*reasons, *back])
+        fleet.kill(reasons)
         fleet.start([*reasons, *back])
         fleet.left_out = fleet.left_out - back | reasons.keys()
         begun, everybody = time.monotonic(), frozenset(fleet.engines)
         with (
-            waiting_for("one of rollout.servers to answer", seconds)
+            waiting_for("one of the engines elsewhere to answer", seconds)
             if self._control.is_driver
             else nullcontext()
         ):
             while fleet.left_out == everybody:
                 if self._control.from_driver(time.monotonic() - begun > seconds):
-                    raise EngineError(f"{next(iter(reasons.values()))}; no server answered for {seconds:g} s")
+                    raise EngineError(f"{next(iter(reasons.values()))}; no engine answered for {seconds:g} s")
                 time.sleep(POLL_SECONDS)
                 back |= (found := self._answering_again())
                 fleet.left_out -= found
@@ -178,6 +178,6 @@ def _first_lines(reasons: Iterable[str]) -> str:
     return "; ".join(reason.splitlines()[0] for reason in reasons)
 
 
-def _numbers(servers: Collection[int]) -> str:
-    """As the configuration counts them."""
-    return "server " + ", ".join(map(str, sorted(servers))) + " of rollout.servers"
+def _numbers(engines: Collection[int]) -> str:
+    """As a run counts them, which is also the order of rollout.servers."""
+    return "engine " + ", ".join(map(str, sorted(engines)))

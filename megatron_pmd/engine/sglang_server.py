@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd import network
-from megatron_pmd.config import Model, Rollout
+from megatron_pmd.config import Model, Rollout, RunConfig
 from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, check_parsers, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
@@ -103,9 +103,24 @@ class EngineSpec:
     load_model_weights: bool = False
     """Read the weights in model.path; False: the actor sends them before the first use."""
 
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, number: int, *, log: Path | None, cpu: bool, **place: Any
+    ) -> EngineSpec:
+        """An engine of a run. place: host, port, keys, first_gpu and span."""
+        return cls(
+            number=number, model=config.model, rollout=config.rollout, log=log, seed=config.seed + number,
+            cpu=cpu, record_routing=config.actor.experts.replay_routing, **place,
+        )  # fmt: skip
+
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+
+def log_of(run: Path, number: int, node: int = 0) -> Path:
+    """Of an engine, or its part on a further one of its nodes."""
+    return run / "logs" / f"engine-{number}{f'-node-{node}' if node else ''}.log"
 
 
 def engine_options(spec: EngineSpec) -> dict[str, Any]:

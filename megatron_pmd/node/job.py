@@ -49,6 +49,8 @@ class Job:
     """runs/NAME"""
     restart_count: int
     chain_link: bool
+    nodes: int
+    """That it was submitted for, where it may lose some and go on; else 0."""
     limits: Limits
 
     @classmethod
@@ -61,6 +63,7 @@ class Job:
                 run=Path(environment["PMD_RUNS"]) / environment["PMD_NAME"],
                 restart_count=_number(environment, "SLURM_RESTART_COUNT", 0),
                 chain_link=bool(environment.get("PMD_CHAIN_LINK")),
+                nodes=_number(environment, "PMD_JOB_NODES", 0),
                 limits=Limits(
                     _number(environment, "PMD_MAX_ATTEMPTS", Limits.attempts),
                     _number(environment, "PMD_MAX_CRASHES", Limits.crashes),
@@ -140,7 +143,7 @@ def begin(job: Job) -> str:
         append(job.history, "submitted", job=job.number)
     number = 1 + max((attempt.number for attempt in history.attempts), default=0)
     # what an earlier attempt left would be taken for this one's
-    for name in ("outcome.json", "bad_nodes"):
+    for name in ("outcome.json", "bad_nodes", "../engines/run.json"):  # the last: engine/engine_nodes.py
         (job.state / name).unlink(missing_ok=True)
     shutil.rmtree(job.state / "preflight" / str(number), ignore_errors=True)
     append(
@@ -230,6 +233,11 @@ def requeue(job: Job) -> bool:
         job.stop(f"could not be requeued, submit it again to go on: {error}")
         return False
     excluded = _lines(job.state / "excluded_nodes")
+    try:
+        if job.nodes:  # one that has lost an engine node would come back without it
+            slurm("scontrol", "update", f"JobId={job.number}", f"NumNodes={job.nodes}")
+    except LaunchError as error:
+        say(f"the job has fewer nodes from now on: {error}")
     try:
         if excluded:
             slurm("scontrol", "update", f"JobId={job.number}", f"ExcNodeList={','.join(excluded)}")

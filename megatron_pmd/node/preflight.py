@@ -61,11 +61,11 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
     limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
     report = Report(allocation.host)
     try:
-        interface = _interface(allocation)
+        interface = _interface(config, allocation)
         report.interface, report.address = interface
         variables = network.variables(interface)
         # a profile's own are for jobs of several nodes: one node listens where nothing else reaches it
-        os.environ.update(variables if allocation.nodes == 1 else variables | os.environ)
+        os.environ.update(variables if _alone(config, allocation) else variables | os.environ)
     except LaunchError as error:
         report.problems.append(str(error))
     found = versions()
@@ -73,23 +73,49 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
     report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
     report.problems += plan_problems(config, allocation, folder)
     report.problems += core_problems()
-    if os.environ.get("PMD_GPU", "cpu") != "cpu":
-        devices = devices_of_node(config, allocation.ranks_per_node)
-        report.problems += gpu_problems(_nvidia_smi(), devices, limits.driver)
-        report.problems += cuda_problems(devices, limits.deadline_seconds)
-        try:
-            keep_compiled_kernels(allocation.host, found["packages"])
-        except LaunchError as error:
-            report.problems.append(str(error))
+    devices = devices_of_node(config, allocation.ranks_per_node)
+    report.problems += device_problems(devices, limits, allocation.host, found["packages"])
     meeting = allocation.state / "preflight" / str(allocation.attempt)
     reports = exchange(report, meeting, allocation, limits.deadline_seconds)
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
     return reports
 
 
-def _interface(allocation: Allocation) -> Interface:
+def check_engine_node(config: RunConfig, run: Path) -> None:
+    """Examine a node of layout.engine_nodes before its engines start. Raises LaunchError naming it.
+
+    The others do not wait for it: the run goes on without.
+    """
+    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+    devices = config.engines_per_node * config.rollout.tensor_parallel
+    problems = disk_problems(limits, [run]) + core_problems()
+    problems += device_problems(devices, limits, host, versions()["packages"])
+    if problems:
+        raise LaunchError(f"engine node {host} cannot take part: {'; '.join(problems)}")
+
+
+def device_problems(devices: int, limits: Preflight, host: str, packages: dict[str, Any]) -> list[str]:
+    """Of this node's GPUs, so many of which are wanted; none where PMD_GPU says that it has none."""
+    if os.environ.get("PMD_GPU", "cpu") == "cpu":
+        return []
+    found = gpu_problems(_nvidia_smi(), devices, limits.driver)
+    found += cuda_problems(devices, limits.deadline_seconds)
+    try:
+        keep_compiled_kernels(host, packages)
+    except LaunchError as error:
+        found.append(str(error))
+    return found
+
+
+def _alone(config: RunConfig, allocation: Allocation) -> bool:
+    """Whether nothing of the run is on another node."""
+    return allocation.nodes == 1 and not config.layout.engine_nodes
+
+
+def _interface(config: RunConfig, allocation: Allocation) -> Interface:
     """That of the route to another node; the first node's name may stand for an address of loopback there."""
-    if allocation.nodes == 1:
+    if _alone(config, allocation):
         return network.loopback()
     names = os.environ.get("PMD_NODES", "").split()
     peer = names[1] if allocation.rank == 0 and len(names) > 1 else allocation.master

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_pmd.errors import DamagedCheckpoint, DataError, Interrupted
 from megatron_pmd.files import full_disk
 from megatron_pmd.lock import locked
 from megatron_pmd.node import worker
+from megatron_pmd.node.engine_node import engine_nodes_here
 from megatron_pmd.node.inputs import check_inputs
 from megatron_pmd.node.watch import ending_ranks_that_stand_still
 from megatron_pmd.node.worker import JobSpec
@@ -54,18 +55,19 @@ class Nodes:
 def run_here(
     config: RunConfig, folder: Path, *, replay: Path | None = None, stop_after: StopAfter | None = None
 ) -> RunOutcome:
-    """Train on this machine alone, maybe with servers elsewhere; see run_ranks.
+    """Train on this machine alone, maybe with servers elsewhere, and with its engine nodes; see run_ranks.
 
     A checkpoint that proves damaged while it is loaded is set aside, and the ranks start again from the one
     before. On Slurm the job does.
     """
     interface = network.loopback()
-    if config.sync.transport == "broadcast":
+    if config.rollout.servers and config.sync.transport == "broadcast":
         interface = network.choose_interface((), urlsplit(config.rollout.servers[0]).hostname or "")
     os.environ.update(network.variables(interface))
     nodes = Nodes(1, 0, config.layout.ranks, f"{interface.address}:0")
     while True:
-        outcome = run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
+        with engine_nodes_here(config, folder) if replay is None else nullcontext():
+            outcome = run_ranks(config, folder, nodes, replay=replay, stop_after=stop_after)
         if outcome.error != DamagedCheckpoint.__name__:
             return outcome
         print(outcome.reason, file=sys.stderr, flush=True)

@@ -79,7 +79,9 @@ def cost(
         "save": max(
             save_of(shape, config, stage, machines, assume).stall_seconds(assume) for stage in all_stages
         ),
-        "write": checkpoint_bytes(shape, config) / machines.nodes(config) / machines.storage_bytes_per_second,
+        "write": checkpoint_bytes(shape, config)
+        / machines.rank_nodes(config)
+        / machines.storage_bytes_per_second,
     }
     return Cost(tokens, batch.samples_per_rollout * response, forward, update, seconds)
 

@@ -53,9 +53,13 @@ class Machines:
             return min(self.devices_per_node, config.layout.ranks)
         return ranks_of_node(config, self.devices_per_node)
 
+    def rank_nodes(self, config: RunConfig) -> int:
+        """That hold a run's ranks."""
+        return -(-config.layout.ranks // self.ranks_per_node(config))
+
     def nodes(self, config: RunConfig) -> int:
         """That hold a run."""
-        return -(-config.layout.ranks // self.ranks_per_node(config))
+        return self.rank_nodes(config) + config.layout.engine_nodes
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,13 @@ class Plan:
         if ranks % per_node:
             beside = f", {per_node} ranks with their engines each" if config.devices_beside_ranks else ""
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices{beside}")
+        engines = config.engines_per_node * config.rollout.tensor_parallel
+        if engines > machines.devices_per_node and not machines.shares_host_memory:
+            found.append(
+                f"layout.engine_nodes={config.layout.engine_nodes}: {config.engines_per_node} engines of "
+                f"rollout.tensor_parallel={config.rollout.tensor_parallel} need {engines} devices of a node, "
+                f"and it has {machines.devices_per_node}"
+            )
         try:
             check_parts(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
         except LayoutError as error:

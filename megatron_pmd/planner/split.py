@@ -30,7 +30,7 @@ class Split:
 
     @property
     def engine_devices(self) -> int:
-        return self.engines * self.trainer.config.devices_per_engine
+        return self.engines * self.trainer.config.rollout.tensor_parallel
 
     @property
     def iteration_seconds(self) -> float:
@@ -41,10 +41,12 @@ class Split:
     def settings(self) -> list[str]:
         """That make the recipe so, as one would type them."""
         config = self.trainer.config
+        nodes = config.layout.engine_nodes
         return [
             "rollout.placement=separate",
             f"rollout.ranks_per_engine={config.ranks_per_engine}",
             f"layout.data={config.layout.data}",
+            *([f"layout.engine_nodes={nodes}", "sync.transport=broadcast"] if nodes else []),
         ]
 
 
@@ -62,24 +64,22 @@ def iteration_seconds(plan: Plan) -> float:
 def balanced_split(plan: Plan) -> Split | None:
     """The split of a plan's devices whose slower side takes least time; None if they cannot be split.
 
-    Every node has both: so many ranks and the engine that belongs to them, once or several times
-    (launch/script.py). The trainer keeps its tensor, pipeline and context sizes, and what it holds in an
-    update and in a save fits its devices.
+    Every node has both, so many ranks and the engine that belongs to them, once or several times
+    (launch/script.py); or whole nodes are the engines' (layout.engine_nodes). The trainer keeps its tensor,
+    pipeline and context sizes, and what it holds in an update and in a save fits its devices.
     """
     return min(_splits(plan), key=lambda split: split.iteration_seconds, default=None)
 
 
 def _splits(plan: Plan) -> Iterator[Split]:
-    layout, per_engine = plan.config.layout, plan.config.devices_per_engine
-    together = min(plan.machines.devices_per_node, layout.ranks)
-    replica = layout.ranks // layout.data
-    for ranks_each in range(1, together - per_engine + 1):
-        ranks, rest = divmod(layout.ranks * ranks_each, ranks_each + per_engine)
-        if rest or together % (ranks_each + per_engine) or ranks % replica:
+    replica = plan.config.layout.ranks // plan.config.layout.data
+    for ranks, ranks_each, nodes in (*_on_shared_nodes(plan), *_on_nodes_of_their_own(plan)):
+        if ranks % replica:
             continue
         settings = [
             "rollout.placement=separate", "rollout.partial=null", f"rollout.ranks_per_engine={ranks_each}",
-            f"layout.data={ranks // replica}",
+            f"layout.data={ranks // replica}", f"layout.engine_nodes={nodes}",
+            f"sync.transport={'broadcast' if nodes else 'ipc'}",
         ]  # fmt: skip
         try:
             trainer = make_plan(override(plan.config, settings), plan.machines, plan.assumptions)
@@ -87,6 +87,28 @@ def _splits(plan: Plan) -> Iterator[Split]:
             continue
         if not trainer.trainer_problems:
             yield _split(plan, trainer)
+
+
+def _on_shared_nodes(plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """Ranks, those of an engine, and 0 nodes with engines alone."""
+    devices, per_engine = plan.config.layout.ranks, plan.config.devices_per_engine
+    together = min(plan.machines.devices_per_node, devices)
+    for ranks_each in range(1, together - per_engine + 1):
+        ranks, rest = divmod(devices * ranks_each, ranks_each + per_engine)
+        if not rest and together % (ranks_each + per_engine) == 0:
+            yield ranks, ranks_each, 0
+
+
+def _on_nodes_of_their_own(plan: Plan) -> Iterator[tuple[int, int, int]]:
+    """Ranks, those of which one leads an engine, and how many nodes the engines have."""
+    per_node, size = plan.machines.devices_per_node, plan.config.rollout.tensor_parallel
+    all_nodes, rest = divmod(plan.config.layout.ranks, per_node)
+    if rest or per_node % size:
+        return
+    for nodes in range(1, all_nodes):
+        ranks, engines = (all_nodes - nodes) * per_node, nodes * per_node // size
+        if ranks % engines == 0:
+            yield ranks, ranks // engines, nodes
 
 
 def _split(plan: Plan, trainer: Plan) -> Split:

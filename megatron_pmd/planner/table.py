@@ -38,16 +38,23 @@ def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
         ("optimizer steps per rollout", f"{batch.steps_per_rollout} of {batch.samples_per_step:,} samples"),
         ("micro-batches per step", f"about {microbatches_per_step(config)} on each rank"),
         ("actor ranks", f"{config.layout.ranks}, {layout_words(config)}"),
-        ("engines", f"{config.engines} of {config.ranks_per_engine} ranks"),
+        ("engines", _engine_words(config)),
     ]
 
 
+def _engine_words(config: RunConfig) -> str:
+    nodes = config.layout.engine_nodes
+    if not nodes:
+        return f"{config.engines} of {config.ranks_per_engine} ranks"
+    return f"{config.engines}, {config.engines_per_node} on each of {nodes} nodes of their own"
+
+
 def layout_words(config: RunConfig) -> str:
-    """The sizes of the layout that are not 1."""
+    """The sizes of the ranks' layout that are not 1."""
     sizes = [
         (key, value)
         for key, value in config.layout.model_dump().items()
-        if isinstance(value, int) and value > 1
+        if isinstance(value, int) and value > 1 and key != "engine_nodes"
     ]
     return " x ".join(f"{key} {value}" for key, value in sizes) or "one of everything"
 
@@ -137,7 +144,7 @@ def _apart(plan: Plan) -> Table:
         table.add_row("no part of these devices", "holds the trainer alone")
         return table
     device = plan.machines.device.name
-    engines = f"{split.engines} of {plan.config.devices_per_engine} {device}"
+    engines = f"{split.engines} of {plan.config.rollout.tensor_parallel} {device}"
     table.add_row(f"engines: {engines}, which sample a rollout in", f"{split.sampling_seconds:,.1f} s")
     layout = split.trainer.config.layout
     trainer = f"{layout.ranks} {device}"

@@ -107,7 +107,7 @@ def _fleet(plan: Plan, engines: int) -> EngineFleet:
         )
 
     steps = tuple(step(running) for running in range(1, plan.cache.slots + 1))
-    return EngineFleet(engines, plan.config.devices_per_engine, steps)
+    return EngineFleet(engines, plan.config.rollout.tensor_parallel, steps)
 
 
 def _trainer(plan: Plan) -> TrainerTimes:

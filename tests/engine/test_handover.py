@@ -69,7 +69,7 @@ def failing(*_):
 class Fleet:
     """One engine, which this rank leads; it gives no memory, and is lost or not."""
 
-    external = False
+    elsewhere = False
 
     def __init__(self, lost: str | None):
         self.killed: list[int] = []
@@ -124,7 +124,7 @@ def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep
     )
     own = SimpleNamespace(calls=calls, unwatch=lambda: asked.append("unwatch"))
     fleet: Any = SimpleNamespace(
-        external=False, on_leaders=lambda action: [action(own)], kill=lambda engines: None
+        elsewhere=False, on_leaders=lambda action: [action(own)], kill=lambda engines: None
     )
     pauses = Pauses(fleet, SubphaseClock())
     pauses.release()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.config import override
+from megatron_pmd.engine.engine_nodes import Meeting
 from megatron_pmd.engine.own import OwnEngine
 from megatron_pmd.engine.placement import EnginePart
 from megatron_pmd.errors import EngineError
@@ -25,7 +26,9 @@ def test_a_call_of_a_killed_engine_fails_as_that_of_a_dead_one_and_ends_no_rank(
             "sync.transport=broadcast",
         ],
     )
-    own = OwnEngine(EnginePart(engine=0, nodes=(0,), ranks=(0, 1), node=0), config, SubphaseClock())
+    own = OwnEngine(
+        EnginePart(engine=0, nodes=(0,), ranks=(0, 1), node=0), config, SubphaseClock(), Meeting(tmp_path)
+    )
     own.start(spec_for(tmp_path, tmp_path))
     own.kill()
     for call in (own.calls.go_on, own.calls.flush_cache, own.calls.weight_version):

@@ -105,10 +105,35 @@ def test_the_body_runs_an_attempt_on_all_nodes_and_ends_as_its_outcome_says(tmp_
     assert "attempt 1, job 5, nodes n1 n2, rendezvous n1:20005" in done.stderr
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 5"
     words = (tmp_path / "calls.srun").read_text().splitlines()
-    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none"]
-    assert words[4] == "--kill-on-bad-exit=1"
+    assert words[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2"]
+    assert words[4:6] == ["--cpu-bind=none", "--kill-on-bad-exit=1"]
     variables = (tmp_path / "calls.env").read_text().splitlines()
     assert {"PMD_NODES=n1 n2", "MASTER_ADDR=n1", "PMD_ATTEMPT=1", "PYTHONUNBUFFERED=1"} <= set(variables)
+
+
+def test_engine_nodes_have_steps_of_their_own_that_end_with_the_ranks_and_a_requeue_asks_for_all_nodes(
+    tmp_path: Path,
+) -> None:
+    """n2 is one; the step on it that looks after the job, too, is there for the loss of n1."""
+    played = """echo "$*" >"$CALLS.srun.$BASHPID"
+        case "$*" in *megatron_pmd.node.main*) sleep 1; exit 3 ;; *) exec sleep 50 ;; esac"""
+    programs = {"scontrol": HOSTNAMES, "squeue": "echo n1,n2", "srun": played}
+    variables = {"PMD_RANK_NODES": "1", "PMD_ENGINE_NODES": "1", "PMD_JOB_NODES": "2"}
+    done = run_body(tmp_path, programs, **variables)
+    assert done.returncode == 75, done.stderr
+    steps = {path.read_text() for path in tmp_path.glob("calls.srun.*")}
+    [ranks] = [step for step in steps if "megatron_pmd.node.main" in step]
+    [engines] = [step for step in steps if "megatron_pmd.cli.main engines" in step]
+    [keeper] = steps - {ranks, engines}
+    assert ranks.startswith("--nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist=n1 ")
+    assert engines.startswith("--nodes=1 --ntasks=1 --nodelist=n2 ") and engines.endswith(" _ 0\n")
+    assert "--nodelist=n2" in keeper and "scontrol requeue" in keeper and keeper.endswith(" _ n1 2\n")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-2:] == ["requeue 5", "update JobId=5 NumNodes=2"]
+    left = [
+        pid for path in tmp_path.glob("calls.srun.*") if Path(f"/proc/{(pid := path.suffix[1:])}").exists()
+    ]
+    assert left == []
 
 
 def test_a_body_that_has_nothing_to_do_starts_no_step(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_pmd.config import override
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.node import preflight
@@ -142,7 +143,14 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
         (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
     assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"
     beside_engines = dataclasses.replace(of_eight, ranks_per_node=4)
-    memory, *_ = plan_problems(recipe("qwen3_30b_a3b_overlap_48xh100"), beside_engines, tmp_path)
+    shared = [
+        "layout.engine_nodes=0",
+        "sync.transport=ipc",
+        "layout.data=6",
+        "rollout.ranks_per_engine=4",
+    ]
+    overlapped = override(recipe("qwen3_30b_a3b_overlap_48xh100"), shared)
+    memory, *_ = plan_problems(overlapped, beside_engines, tmp_path)
     assert "the plan needs 301.1 GB" in memory, "of 4 ranks; the node's other GPUs are the engines'"
 
 

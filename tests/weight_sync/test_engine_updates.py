@@ -214,7 +214,7 @@ def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines
     engines.fleet.own.process.url = "http://127.0.0.1:9"
     said = engines.recovery.restart_lost(probe=False)
     assert "server 0 of rollout.servers (http://127.0.0.1:9) does not answer" in said
-    assert said.endswith("taken back, with the current weights: server 0 of rollout.servers")
+    assert said.endswith("taken back, with the current weights: engine 0")
     assert engines.fleet.urls == [engine.url]
 
 

@@ -59,8 +59,8 @@ def test_a_server_is_sent_each_bucket_once(updates):
 
 def test_it_is_said_who_is_left_out_and_who_is_taken_back(updates, ports):
     lost = f"server 1 of rollout.servers (http://127.0.0.1:{ports[1]}) does not answer; "
-    back = "taken back, with the current weights: server 1 of rollout.servers"
-    left_out = "left out until they answer: server {} of rollout.servers"
+    back = "taken back, with the current weights: engine 1"
+    left_out = "left out until they answer: engine {}"
     assert updates["nothing happened"]["said"] == []
     assert updates["one was killed"]["said"] == [lost + left_out.format("1")]
     assert updates["it is back"]["said"] == [back]

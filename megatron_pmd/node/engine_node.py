@@ -1,0 +1,201 @@
+"""One of layout.engine_nodes: `megatron-pmd engines runs/NAME --node N` starts its engines, and keeps them.
+
+On Slurm slurm/train.sbatch runs this on each such node, beside the ranks' nodes; on one machine node/ranks.py
+does. Anyone may: a node that is lost is replaced by the same command on another machine that sees the run's
+folder and has its software. How the actors find the engines: engine/engine_nodes.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from megatron_pmd import network
+from megatron_pmd.config import RunConfig, build
+from megatron_pmd.engine.engine_nodes import Meeting, Opening
+from megatron_pmd.engine.server import free_port
+from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, log_of
+from megatron_pmd.errors import EngineError, Interrupted, LayoutError
+from megatron_pmd.node.preflight import check_engine_node
+from megatron_pmd.processes import die_with_parent
+from megatron_pmd.waiting import waiting_for
+
+LOOK_SECONDS = 0.5
+OPENING_SECONDS = 3600.0
+"""For a run to want engines: that of a Slurm job may have its pre-flight and its inputs to read first."""
+
+
+def serve(run: Path, node: int) -> None:
+    """Serve a run until it ends: engines of this start of it, and then of the next.
+
+    Raises EngineError for engines that do not come up in `rollout.restarts` attempts, LayoutError for a node
+    that the run's layout does not have, Interrupted when told to end.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    meeting = Meeting(run)
+    with waiting_for(f"{run} to want engines", OPENING_SECONDS):
+        limit = time.monotonic() + OPENING_SECONDS
+        while (opening := meeting.opening()) is None:
+            if time.monotonic() > limit:
+                raise EngineError(f"{run} did not want engines within {OPENING_SECONDS:g} s; was it started?")
+            time.sleep(LOOK_SECONDS)
+    while opening is not None:
+        with ExitStack() as cleanup:
+            serving = EngineNode(run, node, opening)
+            cleanup.callback(serving.close)
+            serving.keep()
+        opening = meeting.opening()
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted("received SIGTERM")
+
+
+class EngineNode:
+    """The engines of one node, for one start of the run."""
+
+    def __init__(self, run: Path, node: int, opening: Opening) -> None:
+        """Starts nothing yet. Raises LayoutError for a node that the run's layout does not have, LaunchError
+        for one that cannot take part.
+        """
+        config = build(opening.config)
+        if not 0 <= node < config.layout.engine_nodes:
+            raise LayoutError(
+                f"--node {node}: {run} has layout.engine_nodes={config.layout.engine_nodes}, counted from 0"
+            )
+        self._run, self._node, self._opening, self._config = run, node, opening, config
+        self._meeting = Meeting(run)
+        self._interface = network.choose_interface(
+            os.environ.get("PMD_INTERFACES", "").split() if opening.driver != network.LOOPBACK else (),
+            opening.driver,
+        )
+        os.environ.update(network.variables(self._interface))
+        if "PMD_GPU" in os.environ:  # on Slurm, which has the limits
+            check_engine_node(config, run)
+        self._cpu = not _has_cuda()
+        first = node * config.engines_per_node
+        self._engines: dict[int, _Kept] = {
+            number: _Kept(config.rollout.restarts) for number in range(first, first + config.engines_per_node)
+        }
+
+    def keep(self) -> None:
+        """Start the engines and keep them, until the run wants none or others."""
+        for number in self._engines:
+            self._start(number)
+        self._announce()
+        while self._meeting.opening() == self._opening:
+            again = [number for number in self._engines if self._is_lost(number)]
+            for number in again:
+                self._start(number)
+            if again:
+                self._announce()
+            time.sleep(LOOK_SECONDS)
+
+    def close(self) -> None:
+        """End the engines."""
+        for kept in self._engines.values():
+            kept.stop()
+
+    def _is_lost(self, number: int) -> bool:
+        kept = self._engines[number]
+        return not kept.alive() or self._meeting.lost(number) == kept.url
+
+    def _start(self, number: int) -> None:
+        kept, address = self._engines[number], self._interface.address
+        kept.stop()
+        port = free_port(address)
+        while self._meeting.lost(number) == f"http://{address}:{port}":  # another engine was there
+            port = free_port(address)
+        config, log = self._config, log_of(self._run, number)
+        gpu = (number % config.engines_per_node) * config.rollout.tensor_parallel
+        kept.start(
+            EngineSpec.of_run(
+                config, number, host=address, port=port, log=log, cpu=self._cpu, keys=self._opening.keys,
+                first_gpu=gpu,
+            )
+        )  # fmt: skip
+        print(f"engine {number} is started at {kept.url}; log: {log}", flush=True)
+
+    def _announce(self) -> None:
+        urls = {number: kept.url for number, kept in self._engines.items()}
+        self._meeting.announce(self._node, self._opening.keys, urls)
+
+
+class _Kept:
+    """An engine of this node, started as often as it is lost; a thread waits until it is ready."""
+
+    def __init__(self, restarts: int) -> None:
+        self._restarts, self._starts, self._failure = restarts, 0, ""
+        self._process: EngineProcess | None = None
+
+    @property
+    def url(self) -> str:
+        return self._process.url if self._process else ""
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.alive()
+
+    def start(self, spec: EngineSpec) -> None:
+        """Raises EngineError once it has failed to come up too often in a row."""
+        if self._starts > self._restarts:
+            raise EngineError(f"{self._failure}\nit was started {self._starts} times, in vain")
+        self._starts += 1
+        self._process = EngineProcess(spec)
+        threading.Thread(target=self._wait, args=(self._process,), daemon=True).start()
+
+    def _wait(self, process: EngineProcess) -> None:
+        try:
+            process.wait_ready(process.spec.rollout.start_timeout_seconds)
+            self._starts = 0
+        except EngineError as error:
+            self._failure = str(error)
+            process.stop()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@contextmanager
+def engine_nodes_here(config: RunConfig, run: Path) -> Iterator[None]:
+    """The run's engine nodes as processes of this machine, beside the block. Raises LayoutError with CUDA."""
+    nodes = config.layout.engine_nodes
+    if nodes and _has_cuda():
+        raise LayoutError(
+            f"layout.engine_nodes={nodes} on one machine with GPUs: engines of a node of their own take its "
+            "first ones, which are the ranks'. Set engine_nodes=0 and sync.transport=ipc: engines then take "
+            "the GPUs behind the ranks'; or launch the run on several nodes"
+        )
+    children = []
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        for node in range(nodes):
+            with (run / "logs" / f"engine-node-{node}.log").open("ab") as log:
+                command = [sys.executable, "-m", "megatron_pmd.cli.main", "engines", str(run)]
+                child = subprocess.Popen(
+                    [*command, "--node", str(node)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    preexec_fn=functools.partial(die_with_parent, parent=os.getpid()),
+                )  # fmt: skip
+                children.append(child)
+        yield
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                child.kill()  # its engines end with it (engine/supervisor.py)
+        for child in children:
+            child.wait()

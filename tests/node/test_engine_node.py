@@ -1,0 +1,150 @@
+"""An engine node: it starts what the run wants, again what is lost, and ends with the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_pmd.config import override
+from megatron_pmd.engine.engine_nodes import Meeting, Opening
+from megatron_pmd.engine.keys import Keys
+from megatron_pmd.engine.sglang_server import EngineSpec
+from megatron_pmd.errors import EngineError, LayoutError, PmdError
+from megatron_pmd.node import engine_node
+from recipes import recipe
+
+CONFIG = override(
+    recipe("tiny_moe_overlap_cpu"),
+    ["layout.data=4", "layout.engine_nodes=2", "sync.transport=broadcast", "rollout.restarts=2"],
+)
+"""Four engines, two on each node."""
+
+
+class Played:
+    """In the place of EngineProcess; SGLang's own start is in tests/end_to_end and tests/slurm."""
+
+    everyone: list[Played] = []
+    comes_up = True
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec, self.url, self._alive = spec, spec.url, True
+        Played.everyone.append(self)
+
+    def alive(self) -> bool:
+        return self._alive
+
+    def wait_ready(self, deadline_seconds: float) -> None:
+        if not Played.comes_up:
+            raise EngineError("exited with status 1 at start")
+
+    def stop(self) -> None:
+        self._alive = False
+
+
+class Served(threading.Thread):
+    """serve() in a thread."""
+
+    def __init__(self, run: Path, node: int) -> None:
+        super().__init__(daemon=True)
+        self._place, self.error = (run, node), None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            engine_node.serve(*self._place)
+        except PmdError as error:
+            self.error: PmdError | None = error
+
+
+@pytest.fixture
+def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    monkeypatch.setattr(engine_node, "EngineProcess", Played)
+    monkeypatch.setattr(engine_node, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(engine_node.signal, "signal", lambda *_: None)  # threads may not
+    monkeypatch.setattr(Played, "everyone", [])
+    found = Meeting(tmp_path)
+    yield found
+    found.close()
+
+
+def opened(meeting: Meeting, keys: str, *settings: str) -> Keys:
+    given = Keys(keys, keys)
+    meeting.open(Opening(override(CONFIG, settings).model_dump(mode="json"), given, "127.0.0.1"))
+    return given
+
+
+def until(condition: Callable[[], Any]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_a_node_starts_its_share_of_the_engines_and_ends_them_with_the_run(meeting, tmp_path) -> None:
+    keys = opened(meeting, "key")
+    node = Served(tmp_path, 1)
+    until(lambda: meeting.announced(1, 3, keys))
+    engines = Played.everyone
+    assert [engine.spec.number for engine in engines] == [2, 3]
+    assert [engine.spec.seed for engine in engines] == [CONFIG.seed + 2, CONFIG.seed + 3]
+    assert [engine.spec.first_gpu for engine in engines] == [0, CONFIG.rollout.tensor_parallel]
+    assert {engine.spec.host for engine in engines} == {"127.0.0.1"} and engines[0].spec.keys == keys
+    assert [meeting.announced(1, number, keys) for number in (2, 3)] == [engine.url for engine in engines]
+    meeting.close()
+    node.join(30)
+    assert node.error is None and not any(engine.alive() for engine in engines)
+
+
+def test_an_engine_that_dies_or_does_not_answer_is_started_again_elsewhere(meeting, tmp_path) -> None:
+    keys = opened(meeting, "key")
+    Served(tmp_path, 0)
+    until(lambda: meeting.announced(0, 1, keys))
+    dies, stuck = Played.everyone[:2]
+    dies.stop()
+    until(lambda: len(Played.everyone) == 3)
+    meeting.tell_lost(1, stuck.url)
+    until(lambda: len(Played.everyone) == 4)
+    again = Played.everyone[2:]
+    until(lambda: meeting.announced(0, 1, keys) == again[1].url)
+    assert [engine.spec.number for engine in again] == [0, 1] and not stuck.alive()
+    assert meeting.announced(0, 0, keys) == again[0].url
+
+
+def test_a_new_start_of_the_run_gets_new_engines(meeting, tmp_path) -> None:
+    """They have other keys, and may have other options."""
+    opened(meeting, "first")
+    Served(tmp_path, 0)
+    until(lambda: len(Played.everyone) == 2)
+    keys = opened(meeting, "second", "rollout.max_running_requests=7")
+    until(lambda: meeting.announced(0, 1, keys))
+    before, after = Played.everyone[:2], Played.everyone[2:]
+    assert not any(engine.alive() for engine in before)
+    assert [engine.spec.keys for engine in after] == [keys, keys]
+    assert {engine.spec.rollout.max_running_requests for engine in after} == {7}
+
+
+def test_engines_that_do_not_come_up_end_their_node_with_their_words(meeting, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Played, "comes_up", False)
+    opened(meeting, "key")
+    node = Served(tmp_path, 0)
+    node.join(30)
+    assert isinstance(node.error, EngineError)
+    assert str(node.error) == "exited with status 1 at start\nit was started 3 times, in vain"
+    assert not any(engine.alive() for engine in Played.everyone)
+
+
+def test_a_node_that_the_layout_does_not_have_and_a_run_that_wants_none_are_named(
+    meeting, tmp_path, monkeypatch
+) -> None:
+    opened(meeting, "key")
+    with pytest.raises(LayoutError, match="--node 2: .* has layout.engine_nodes=2, counted from 0"):
+        engine_node.serve(tmp_path, 2)
+    meeting.close()
+    monkeypatch.setattr(engine_node, "OPENING_SECONDS", 0.05)
+    with pytest.raises(EngineError, match="did not want engines within 0.05 s; was it started"):
+        engine_node.serve(tmp_path, 0)
