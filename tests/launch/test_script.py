@@ -116,7 +116,8 @@ def test_engine_nodes_have_steps_of_their_own_that_end_with_the_ranks_and_a_requ
 ) -> None:
     """n2 is one; the step on it that looks after the job, too, is there for the loss of n1."""
     played = """echo "$*" >"$CALLS.srun.$BASHPID"
-        case "$*" in *megatron_pmd.node.main*) sleep 1; exit 3 ;; *) exec sleep 50 ;; esac"""
+        case "$*" in *megatron_pmd.node.main*) sleep 1 ;; *) exec sleep 50 ;; esac
+        echo '{"status": "saved", "reason": "", "error": null}' >"$PMD_STATE/outcome.json" """
     programs = {"scontrol": HOSTNAMES, "squeue": "echo n1,n2", "srun": played}
     variables = {"PMD_RANK_NODES": "1", "PMD_ENGINE_NODES": "1", "PMD_JOB_NODES": "2"}
     done = run_body(tmp_path, programs, **variables)
@@ -130,10 +131,8 @@ def test_engine_nodes_have_steps_of_their_own_that_end_with_the_ranks_and_a_requ
     assert "--nodelist=n2" in keeper and "scontrol requeue" in keeper and keeper.endswith(" _ n1 2\n")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[-2:] == ["requeue 5", "update JobId=5 NumNodes=2"]
-    left = [
-        pid for path in tmp_path.glob("calls.srun.*") if Path(f"/proc/{(pid := path.suffix[1:])}").exists()
-    ]
-    assert left == []
+    numbers = [path.suffix.removeprefix(".") for path in tmp_path.glob("calls.srun.*")]
+    assert [number for number in numbers if Path(f"/proc/{number}").exists()] == []
 
 
 def test_a_body_that_has_nothing_to_do_starts_no_step(tmp_path: Path) -> None:

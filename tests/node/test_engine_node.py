@@ -142,9 +142,9 @@ def test_a_node_that_the_layout_does_not_have_and_a_run_that_wants_none_are_name
     meeting, tmp_path, monkeypatch
 ) -> None:
     opened(meeting, "key")
-    with pytest.raises(LayoutError, match="--node 2: .* has layout.engine_nodes=2, counted from 0"):
+    with pytest.raises(LayoutError, match=r"--node 2: .* has layout.engine_nodes=2, counted from 0"):
         engine_node.serve(tmp_path, 2)
     meeting.close()
     monkeypatch.setattr(engine_node, "OPENING_SECONDS", 0.05)
-    with pytest.raises(EngineError, match="did not want engines within 0.05 s; was it started"):
+    with pytest.raises(EngineError, match=r"did not want engines within 0.05 s; was it started"):
         engine_node.serve(tmp_path, 0)
