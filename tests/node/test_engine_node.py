@@ -51,14 +51,15 @@ class Served(threading.Thread):
 
     def __init__(self, run: Path, node: int) -> None:
         super().__init__(daemon=True)
-        self._place, self.error = (run, node), None
+        self._place = run, node
+        self.error: PmdError | None = None
         self.start()
 
     def run(self) -> None:
         try:
             engine_node.serve(*self._place)
         except PmdError as error:
-            self.error: PmdError | None = error
+            self.error = error
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting
 
 def opened(meeting: Meeting, keys: str, *settings: str) -> Keys:
     given = Keys(keys, keys)
-    meeting.open(Opening(override(CONFIG, settings).model_dump(mode="json"), given, "127.0.0.1"))
+    meeting.open(Opening(override(CONFIG, list(settings)).model_dump(mode="json"), given, "127.0.0.1"))
     return given
 
 
