@@ -168,6 +168,44 @@ def nodes_of(cluster: Cluster, number: str) -> list[str]:
     return slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
 
 
+def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_when_its_first_node_is_lost(
+    cluster: Cluster,
+) -> None:
+    """Ranks on n1; an engine on each of n2 and n3, which take weights over the nodes' network."""
+    words = (
+        "layout.data=2", "layout.expert=1", "rollout.ranks_per_engine=1", "layout.engine_nodes=2",
+        "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "iterations=8",
+        "checkpoint.every=1", "rollout.start_timeout_seconds=120",
+    )  # fmt: skip
+    two_ranks = "gpus_per_node = 2"
+    profile = Path(cluster.profile("engines"))
+    profile.write_text(profile.read_text().replace("gpus_per_node = 1", two_ranks))
+    number = cluster.launch("engines", str(profile), *words)
+
+    def trained(iteration: int) -> bool:
+        return (iteration, "update") in cluster.phases("engines")
+
+    cluster.wait(lambda: trained(1), "two iterations", "engines")
+    cluster.lab("crash", "n3")
+    try:
+        cluster.wait(
+            lambda: "left out until they answer: engine 1" in cluster.log("engines"), "n3's loss", "engines"
+        )
+        last = cluster.phases("engines")[-1][0]
+        cluster.wait(lambda: trained(last + 1), "an iteration without n3", "engines")
+        assert nodes_of(cluster, number) == ["n1", "n2"] and len(cluster.begun("engines")) == 1
+    finally:
+        cluster.lab("start", "n3")
+    cluster.lab("crash", "n1")
+    try:
+        cluster.wait(lambda: cluster.job(number)["JobState"] == "PENDING", "the job's requeue", "engines")
+    finally:
+        cluster.lab("start", "n1")
+    assert cluster.wait_for_end(number, "engines") == "COMPLETED", cluster.log("engines")
+    assert [event["nodes"] for event in cluster.begun("engines")] == ["n[1-3]", "n[1-3]"]
+    assert cluster.outcome("engines") == RunOutcome(Status.COMPLETE)
+
+
 def test_a_node_that_fails_the_preflight_is_named_and_left_out(cluster: Cluster, live: str) -> None:
     setup = '{ [ "$SLURMD_NODENAME" != n2 ] || export PMD_INTERFACES=ib7; }'
     number = cluster.launch("unfit", cluster.profile("unfit", setup), "--replay", str(cluster.run("live")))
