@@ -116,7 +116,7 @@ def test_engine_nodes_have_steps_of_their_own_that_end_with_the_ranks_and_a_requ
 ) -> None:
     """n2 is one; the step on it that looks after the job, too, is there for the loss of n1."""
     played = """echo "$*" >"$CALLS.srun.$BASHPID"
-        case "$*" in *megatron_pmd.node.main*) sleep 1 ;; *) exec sleep 50 ;; esac
+        case "$*" in *node.main*) sleep 1 ;; *engines*) exec sleep 3 ;; *) exec sleep 50 ;; esac
         echo '{"status": "saved", "reason": "", "error": null}' >"$PMD_STATE/outcome.json" """
     programs = {"scontrol": HOSTNAMES, "squeue": "echo n1,n2", "srun": played}
     variables = {"PMD_RANK_NODES": "1", "PMD_ENGINE_NODES": "1", "PMD_JOB_NODES": "2"}

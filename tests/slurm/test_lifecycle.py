@@ -174,7 +174,7 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
     """Ranks on n1; an engine on each of n2 and n3, which take weights over the nodes' network."""
     words = (
         "layout.data=2", "layout.expert=1", "rollout.ranks_per_engine=1", "layout.engine_nodes=2",
-        "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "iterations=8",
+        "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "iterations=24",
         "checkpoint.every=1", "rollout.start_timeout_seconds=120",
     )  # fmt: skip
     two_ranks = "gpus_per_node = 2"
