@@ -1,4 +1,8 @@
-"""Families with layers of their own on Transformer Engine's layers, one device, fp32, against transformers in float64."""
+"""Families that compute what no other does, on one device in fp32, against transformers in float64.
+
+Gemma: norms around its layers, soft caps. Nemotron: LayerNorm and squared ReLU. gpt-oss: sinks, biases of
+experts and a clamped SwiGLU.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ IN_BF16 = {f"{name}, weights in bf16": of_family for name, of_family in FP8_FAMI
 DEEP, ROUTED, COMPRESSED = IN_BF16
 SHALLOW = "two dense layers, weights in bf16"
 IN_BF16[SHALLOW] = (FP8_FAMILIES[DENSE][0], dict(num_hidden_layers=2))
-"""As models are published. FP8 takes others: many of these lie between two codes, and fp32 rounds either way."""
+"""As models are published. The FP8 tests keep weights in fp32, with which no code is turned that matters."""
 EXACT = {
     (DENSE, "tensorwise"): TWO_ROWS,
     (DENSE, "tensorwise but for the ends"): TWO_ROWS,
