@@ -53,17 +53,19 @@ def save_of(shape: Shape, config: RunConfig, stage: Stage, machines: Machines, a
     ranks = machines.ranks_per_node(config)
     per_stage = min(ranks, layout.ranks_per_stage)
     dense, experts = stage.trained_dense - stage.muon_dense, stage.trained_experts - stage.muon_experts
-    if layout.expert == 1:  # megatron-core then has experts in the dense parameters' buffer
-        dense, experts = dense + experts, 0
+    fp8_dense, fp8_experts = (stage.fp8_dense, stage.fp8_experts) if stage.holds_fp8 else (0, 0)
+    if layout.expert == 1:  # megatron-core then has experts in the dense parameters' buffers
+        dense, experts, fp8_dense, fp8_experts = dense + experts, 0, fp8_dense + fp8_experts, 0
     weights_and_muons = stage.share * BYTES[config.model.precision] + stage.muon_share * stage.muon_bytes_each
     device = gathered = copies = 0.0
     written, copied = ranks * weights_and_muons, weights_and_muons
-    for parameters, shards, first_replicas in (
-        (dense, stage.dense_shards, layout.tensor),
-        (experts, stage.expert_shards, layout.expert * layout.experts_tensor),
+    for parameters, in_fp8, shards, first_replicas in (
+        (dense, fp8_dense, stage.dense_shards, layout.tensor),
+        (experts, fp8_experts, stage.expert_shards, layout.expert * layout.experts_tensor),
     ):
         holders = min(per_stage, first_replicas) if by_hosts else ranks
-        bucket = parameters if whole else min(parameters, _bucket(shape, config, shards))
+        buffer = max(in_fp8, parameters - in_fp8)  # those that are held in FP8 have one of their own
+        bucket = buffer if whole else min(buffer, _bucket(shape, config, shards))
         share, states = bucket / shards, STATE_BYTES * parameters
         # NCCL gathers a bucket in one piece, which torch copies into the ranks' pieces of another; one
         # optimizer's are gone before the other's come

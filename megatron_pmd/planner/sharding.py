@@ -26,16 +26,17 @@ def muon_bytes_each(config: RunConfig) -> int:
     return 4 + (4 if config.model.precision == "bf16" else 0)
 
 
-def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> int:
-    """Parameters of a layer on one rank that an FP8 recipe multiplies with: all matrices but the router's."""
+def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> tuple[int, int]:
+    """(dense, routed experts') parameters of a layer on one rank that an FP8 recipe multiplies with: all
+    matrices but the router's."""
     layout, fp8, attention = config.layout, config.actor.fp8, shape.attention
     if fp8 is None or not fp8.first_layers_bf16 <= layer < shape.layers - fp8.last_layers_bf16:
-        return 0
+        return 0, 0
     split, _, routed = shape.feed_forward_of(layer)
     divided = split + attention.split - attention.split_vectors
     whole = attention.replicated - attention.replicated_vectors
     routed -= shape.routed_vectors if routed else 0
-    return divided // layout.tensor + whole + routed // (layout.expert * layout.experts_tensor)
+    return divided // layout.tensor + whole, routed // (layout.expert * layout.experts_tensor)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Stage:
     holds_logits: bool
     bytes_each: int
     """Of a weight that is not held in FP8."""
-    in_fp8: int
-    """Parameters of matrices that are multiplied in FP8; 0 without a recipe."""
+    fp8_dense: int
+    """Of `dense`, parameters of matrices that are multiplied in FP8; 0 without a recipe."""
+    fp8_experts: int
+    """The same of `experts`."""
     holds_fp8: bool
     """Whether those are held in FP8 alone (actor.fp8.parameter_gather)."""
     optimizer_bytes_each: int
@@ -71,6 +74,10 @@ class Stage:
     @property
     def parameters(self) -> int:
         return self.dense + self.experts
+
+    @property
+    def in_fp8(self) -> int:
+        return self.fp8_dense + self.fp8_experts
 
     @property
     def share(self) -> float:
@@ -177,6 +184,7 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
             trained_dense = counts[0] // layout.tensor
             trained_experts = counts[1] // (layout.expert * layout.experts_tensor)
             dense, experts = dense + trained_dense, experts + trained_experts
+        in_fp8 = [computed_in_fp8(shape, config, layer) for layer in layers]
         result.append(
             Stage(
                 number=number,
@@ -191,7 +199,8 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
                 muon_experts=experts - experts_adams // layout.expert if muon else 0,
                 holds_logits=last,
                 bytes_each=BYTES[config.model.precision],
-                in_fp8=sum(computed_in_fp8(shape, config, layer) for layer in layers),
+                fp8_dense=sum(dense for dense, _ in in_fp8),
+                fp8_experts=sum(routed for _, routed in in_fp8),
                 holds_fp8=bool(config.actor.fp8 and config.actor.fp8.parameter_gather),
                 optimizer_bytes_each=optimizer_bytes_each(config),
                 muon_bytes_each=muon_bytes_each(config),

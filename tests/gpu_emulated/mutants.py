@@ -136,13 +136,13 @@ MUTANTS = {
 
 
 def copied(folder: Path) -> None:
-    """The files that git has or would take."""
+    """The files that git has or would take; a link to a folder is one."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=PROJECT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for name in filter(None, listed.stdout.split("\0")):
-        if (PROJECT / name).is_file():
+        if (PROJECT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, folder / name, follow_symlinks=False)
 

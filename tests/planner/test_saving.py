@@ -47,6 +47,20 @@ def test_a_bucket_at_a_time_comes_to_the_device_twice_without_a_pipeline() -> No
     assert plan.phases["save"]["gathered states"] == pytest.approx(4 * bucket * 2.25)
 
 
+def test_parameters_held_in_fp8_and_the_others_are_gathered_one_after_the_other() -> None:
+    """Of four layers: 8 experts of 3 x 128 x 256, and q, k, v and o of 128 x (4 + 2 + 2 + 4) heads of 32.
+
+    Beside them embeddings, norms and routers, which are fewer. 4 bytes, twice and the only rank's share.
+    """
+    words = ["layout.data=1", "layout.expert=1", "rollout.ranks_per_engine=1", "model.precision=bf16"]
+    fp8 = [*words, "actor.fp8.recipe=tensorwise"]
+    (stage,) = plan_of("tiny_moe_cpu", *fp8).stages
+    in_fp8 = 4 * (8 * 3 * 128 * 256 + 128 * 12 * 32)
+    gathered = plan_of("tiny_moe_cpu", *fp8, "actor.fp8.parameter_gather=true")
+    assert gathered.phases["save"]["gathered states"] == 12 * in_fp8
+    assert plan_of("tiny_moe_cpu", *fp8).phases["save"]["gathered states"] == 12 * stage.parameters
+
+
 def test_behind_a_pipelines_first_stage_the_hosts_gather_what_would_overflow_the_device() -> None:
     """The fullest stage of DeepSeek-V3 has its experts' states on one rank each: gathering them on the device
     would take the whole twice, and the rank's share, which is the whole, 4 bytes a parameter each."""

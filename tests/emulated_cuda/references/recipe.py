@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .allocate import BLOCK, MX_BLOCK
-from .float8 import LARGEST_FP32, e8m0, e8m0_reciprocal, encode, largest, magnitude, scale_from_amax
+from .allocate import BLOCK
+from .float8 import LARGEST_FP32, encode, largest, magnitude, scale_from_amax
 from .host import fp32, host
 from .quantise import tiles
 from .registry import reference
@@ -77,24 +77,11 @@ def multi_tensor_compute_scale_and_scale_inv(
         host(scale_inv).copy_(new.reciprocal())
 
 
-@reference("multi_tensor_compute_scale_inv_e8m0")
-def multi_tensor_compute_scale_inv_e8m0(
-    chunk_size: int, dummy: None, tensor_lists: Sequence[Sequence[Tensor]]
-) -> None:
-    """Lists of amax in bf16, and E8M0 bytes for E4M3."""
-    for amax, scale_inv in zip(*tensor_lists, strict=True):
-        host(scale_inv).copy_(e8m0(fp32(amax) * (1 / largest(7))))
-
-
 def _whole(part: Tensor, rows: int, columns: int, start: int) -> Tensor:
     """fp32 [rows, columns] with the part at its place in the flattened matrix, and else 0."""
     matrix = torch.zeros(rows * columns)
     matrix[start : start + part.numel()] = fp32(part).reshape(-1)
     return matrix.reshape(rows, columns)
-
-
-def _spread(scales: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
-    return scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
 @reference("fp8_block_scaling_compute_partial_amax")
@@ -114,38 +101,6 @@ def fp8_block_scaling_partial_cast(
 
     The kernel also writes beside the part, in its rows of the block: what the gather after it overwrites.
     """
-    factor = _spread(host(scale), h, w, BLOCK, BLOCK).reshape(-1)[start_offset : start_offset + inp.numel()]
+    each = host(scale).repeat_interleave(BLOCK, 0)[:h].repeat_interleave(BLOCK, 1)[:, :w]
+    factor = each.reshape(-1)[start_offset : start_offset + inp.numel()]
     host(out).copy_(encode(fp32(inp).reshape(-1) * factor, out_dtype).reshape(out.shape))
-
-
-@reference("mxfp8_scaling_compute_partial_amax")
-def mxfp8_scaling_compute_partial_amax(
-    input: Tensor, amax_rowwise: Tensor, amax_colwise: Tensor, rows: int, cols: int, start_offset: int
-) -> None:
-    """Largest magnitude of each 1 x 32 and each 32 x 1 block, in the type of the input."""
-    matrix = _whole(input, rows, cols, start_offset)
-    for amax, block in ((amax_rowwise, (1, MX_BLOCK)), (amax_colwise, (MX_BLOCK, 1))):
-        found = magnitude(tiles(matrix, *block), (1, 3))
-        host(amax)[: found.shape[0], : found.shape[1]] = found.to(amax.dtype)
-
-
-@reference("mxfp8_scaling_partial_cast")
-def mxfp8_scaling_partial_cast(
-    input: Tensor,
-    output_rowwise: Tensor,
-    output_colwise: Tensor,
-    scale_inv_rowwise: Tensor,
-    scale_inv_colwise: Tensor,
-    rows: int,
-    cols: int,
-    start_offset: int,
-) -> None:
-    """The owned part's E4M3 bytes, by rows and by columns."""
-    owned = slice(start_offset, start_offset + input.numel())
-    ways = (
-        (output_rowwise, scale_inv_rowwise, (1, MX_BLOCK)),
-        (output_colwise, scale_inv_colwise, (MX_BLOCK, 1)),
-    )
-    for output, scale_inv, block in ways:
-        factor = _spread(e8m0_reciprocal(host(scale_inv)), rows, cols, *block).reshape(-1)[owned]
-        host(output).copy_(encode(fp32(input).reshape(-1) * factor, 7).reshape(output.shape))

@@ -1,4 +1,4 @@
-"""RMSNorm against PyTorch's in float64, and autograd."""
+"""RMSNorm and LayerNorm against PyTorch's in float64, and autograd."""
 
 from __future__ import annotations
 
@@ -19,21 +19,30 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("zero_centred", [False, True])
-def test_a_norm_and_its_gradients_are_those_of_float64(zero_centred: bool) -> None:
-    module = te.RMSNorm(SHAPE[-1], eps=1e-5, zero_centered_gamma=zero_centred, device="cuda")
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_a_norm_and_its_gradients_are_those_of_float64(name: str, zero_centred: bool) -> None:
+    module = getattr(te, name)(SHAPE[-1], eps=1e-5, zero_centered_gamma=zero_centred, device="cuda")
     with torch.no_grad():
-        module.weight.copy_(random(SHAPE[-1]))
+        for parameter in module.parameters():
+            parameter.copy_(random(SHAPE[-1]))
     x, upstream = random(*SHAPE).requires_grad_(), random(*SHAPE) * 2
     module(x).backward(upstream)
     plain = x.detach().cpu().double().requires_grad_()
     weight = module.weight.detach().cpu().double().requires_grad_()
     scaled = weight + 1 if zero_centred else weight
-    expected = torch.nn.functional.rms_norm(plain, SHAPE[-1:], scaled, 1e-5)
+    if name == "RMSNorm":
+        expected = torch.nn.functional.rms_norm(plain, SHAPE[-1:], scaled, 1e-5)
+    else:
+        bias = module.bias.detach().cpu().double().requires_grad_()
+        expected = torch.nn.functional.layer_norm(plain, SHAPE[-1:], scaled, bias, 1e-5)
     expected.backward(upstream.cpu().double())
     assert relative(module(x), expected) < 1e-6
     assert x.grad is not None and plain.grad is not None and weight.grad is not None
     assert relative(x.grad, plain.grad) < 1e-6
     assert relative(module.weight.grad, weight.grad) < 1e-6
+    if name == "LayerNorm":
+        assert bias.grad is not None
+        assert relative(module.bias.grad, bias.grad) < 1e-6
 
 
 def test_delayed_scaling_quantises_the_unrounded_norm_and_tensorwise_the_rounded_one() -> None:

@@ -14,6 +14,7 @@ from transformer_engine.pytorch import (
     Float8Quantizer,
     MXFP8Quantizer,
 )
+from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
 
 from tests.emulated_cuda.references.float8 import e8m0, e8m0_reciprocal, e8m0_value, encode
 from tests.emulated_cuda.references.swizzle import swizzled, unswizzled
@@ -77,6 +78,21 @@ def test_tensorwise_scaling_maps_the_largest_magnitude_onto_the_largest_code(
     assert formats.relative(found.dequantize().reshape(plain.shape), plain) < 2.0 ** (
         -4 if form == "E4M3" else -3
     )
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_tensorwise_scaling_is_the_reference_that_transformer_engine_ships(
+    form: str, power_of_two: bool
+) -> None:
+    """It has references of this recipe and of NVFP4, on the host."""
+    x = values()
+    kind = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2}[form]
+    theirs = CurrentScalingQuantizerRef(kind, pow_2_scales=power_of_two).quantize(x.cpu().flatten(0, 1))
+    found = Float8CurrentScalingQuantizer(FORMS[form], device="cuda", force_pow_2_scales=power_of_two)(x)
+    assert same(found._data, theirs.data.view(torch.uint8).numpy())
+    assert same(found._transpose, theirs.data_t.view(torch.uint8).numpy())
+    assert found._scale_inv.item() == theirs.scale.item()
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

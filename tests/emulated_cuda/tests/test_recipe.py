@@ -12,7 +12,6 @@ from transformer_engine.pytorch import (
     DType,
     Float8BlockQuantizer,
     Float8CurrentScalingQuantizer,
-    MXFP8Quantizer,
 )
 
 from tests.emulated_cuda.tests import formats
@@ -101,29 +100,6 @@ def test_ranks_quantise_their_parts_by_blocks_to_what_one_would() -> None:
             flat[start:end], found[start:end], scale, 160, 288, start, 128, DType.kFloat8E4M3
         )
     assert torch.equal(found.reshape(160, 288), expected._rowwise_data)
-
-
-def test_ranks_quantise_their_parts_to_mxfp8_to_what_one_would() -> None:
-    weight = random(160, 288).bfloat16()
-    expected = MXFP8Quantizer(DType.kFloat8E4M3)(weight)
-    flat = weight.reshape(-1)
-    shapes = [expected._rowwise_scale_inv.shape, expected._columnwise_scale_inv.shape]
-    amaxes = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-    for start, end in itertools.pairwise(PARTS):
-        parts = [torch.zeros_like(amax) for amax in amaxes]
-        tex.mxfp8_scaling_compute_partial_amax(flat[start:end], *parts, 160, 288, start)
-        amaxes = [torch.maximum(amax, part) for amax, part in zip(amaxes, parts, strict=True)]
-    scales = [torch.zeros(shape, dtype=torch.uint8, device="cuda") for shape in shapes]
-    tex.multi_tensor_compute_scale_inv_e8m0(2048, None, [amaxes, scales])
-    assert torch.equal(scales[0][:160, :9], expected._rowwise_scale_inv[:160, :9])
-    assert torch.equal(scales[1][:5, :288], expected._columnwise_scale_inv[:5, :288])
-    found = [torch.zeros(160 * 288, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    for start, end in itertools.pairwise(PARTS):
-        tex.mxfp8_scaling_partial_cast(
-            flat[start:end], found[0][start:end], found[1][start:end], *scales, 160, 288, start
-        )
-    assert torch.equal(found[0].reshape(160, 288), expected._rowwise_data)
-    assert torch.equal(found[1].reshape(160, 288), expected._columnwise_data)
 
 
 def test_the_gradient_of_a_bias_is_the_sum_of_the_rows_beside_the_quantised_gradient() -> None:

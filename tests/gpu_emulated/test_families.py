@@ -1,4 +1,8 @@
-"""The Gemma families on Transformer Engine's layers, one device, fp32, against transformers in float64."""
+"""Families that compute what no other does, on one device in fp32, against transformers in float64.
+
+Gemma: norms around its layers, soft caps. Nemotron: LayerNorm and squared ReLU. gpt-oss: sinks, biases of
+experts and a clamped SwiGLU.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,24 @@ from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit, assert_step_is_the_references
 from tests.gpu_emulated.launch import launch
 
-GEMMA = ("gemma", "gemma2", "gemma3_text")
+KINDS = ("gemma", "gemma2", "gemma3_text", "nemotron", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gemma")
-    for kind in GEMMA:
+    folder = tmp_path_factory.mktemp("families")
+    for kind in KINDS:
         write_family(folder / kind, kind)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(root):
-    cases = {kind: (config_for(root / kind), root / "checkpoints" / kind) for kind in GEMMA}
+    cases = {kind: (config_for(root / kind), root / "checkpoints" / kind) for kind in KINDS}
     return launch("train", cases=cases)[0]
 
 
-@pytest.fixture(params=GEMMA)
+@pytest.fixture(params=KINDS)
 def case(request, root, trained):
     return trained[request.param], torch.load(root / request.param / "reference.pt", weights_only=False)
 
