@@ -28,7 +28,7 @@ def muon_bytes_each(config: RunConfig) -> int:
 
 def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> int:
     """Parameters of a layer on one rank that an FP8 recipe multiplies with: all matrices but the router's."""
-    layout, fp8, attention = config.layout, config.actor.fp8, shape.attention
+    layout, fp8, attention = config.layout, config.actor.fp8, shape.attention_of(layer)
     if fp8 is None or not fp8.first_layers_bf16 <= layer < shape.layers - fp8.last_layers_bf16:
         return 0
     split, _, routed = shape.feed_forward_of(layer)
@@ -138,6 +138,7 @@ def check_divides(shape: Shape, config: RunConfig) -> None:
         vocabulary=shape.vocabulary,
         key_value_heads=shape.attention.key_value_heads,
         experts=shape.feed_forward.experts,
+        linear_key_heads=shape.linear_attention and shape.linear_attention.key_value_heads,
     )
     if config.actor.lora:
         shape.targets(config)
@@ -155,7 +156,7 @@ def adapters_of_layers(shape: Shape, config: RunConfig, layers: range) -> tuple[
 def stages(shape: Shape, config: RunConfig) -> list[Stage]:
     """Every pipeline stage. Raises LayoutError for a layout that the model cannot have."""
     check_divides(shape, config)
-    layout, muon, attention = config.layout, config.optimizer.name == "muon", shape.attention
+    layout, muon = config.layout, config.optimizer.name == "muon"
     pieces = layers_of_stages(shape.layers, config)
     result = []
     for number, layers in enumerate(pieces):
@@ -165,7 +166,7 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         split, replicated, routed = matrices * shape.embedding, int(last) * shape.norms.each, 0
         adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
-            adams += attention.split_vectors // layout.tensor + shape.replicated_vectors(layer)
+            adams += shape.attention_of(layer).split_vectors // layout.tensor + shape.replicated_vectors(layer)
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
             experts_adams += shape.routed_vectors if parts[2] else 0
