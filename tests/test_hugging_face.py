@@ -22,7 +22,9 @@ from megatron_pmd.hugging_face import INDEX, TensorFiles
         ),
     ],
 )
-def test_an_index_that_is_none_or_names_files_that_are_not_there_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_index_that_is_none_or_names_files_that_are_not_there_is_named(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / INDEX).write_bytes(content)
     with pytest.raises(PmdError, match=message) as refused:
         TensorFiles(tmp_path)

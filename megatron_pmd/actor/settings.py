@@ -319,6 +319,7 @@ def lora_targets(provider: Any, config: RunConfig) -> list[str]:
         compressed_queries=bool(latent and provider.q_lora_rank),
         experts=provider.num_moe_experts,
         post_norms=getattr(provider, "post_norms", False),
+        biased_experts=bool(provider.num_moe_experts and provider.add_bias_linear),
     )
 
 

@@ -159,8 +159,8 @@ class Rollout(Frozen):
 
     @property
     def expert_groups(self) -> int:
-        """Into how many groups an engine's ranks share out the experts: ep_size, but every rank is one under an
-        all-to-all backend (SGLang 0.5.23, arg_groups/overrides.py: _a2a_ep_size)."""
+        """Into how many groups an engine's ranks share out the experts: ep_size, but every rank is one under
+        an all-to-all backend (SGLang 0.5.23, arg_groups/overrides.py: _a2a_ep_size)."""
         if self.sglang.get("moe_a2a_backend", "none") not in ("none", None):
             return self.tensor_parallel
         return self.sglang.get("ep_size", 1)
@@ -175,7 +175,7 @@ class Rollout(Frozen):
             if not isinstance(count, int) or count < 1 or self.tensor_parallel % count:
                 raise ConfigError(
                     f"rollout.sglang.{name}={count} does not divide rollout.tensor_parallel="
-                    f"{self.tensor_parallel}: SGLang makes groups of equally many ranks; change one of the two"
+                    f"{self.tensor_parallel}: SGLang makes groups of equally many ranks; change either"
                 )
         return self
 

@@ -173,7 +173,9 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
     groups = rollout.tensor_parallel // ways
     value = 1 if str(rollout.sglang.get("kv_cache_dtype", "")).startswith("fp8") else None
     width = value or BYTES[config.model.precision]
-    token = shape.caching_layers * shape.attention.cached_values / min(ways, shape.attention.cache_heads) * width
+    token = (
+        shape.caching_layers * shape.attention.cached_values / min(ways, shape.attention.cache_heads) * width
+    )
     states = 0.0
     if machines.shares_host_memory:
         tokens = rollout.max_total_tokens or 0

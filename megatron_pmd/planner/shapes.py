@@ -99,7 +99,7 @@ class Shape:
     context_limit: int
     """Positions the model was made for."""
     linear_attention: Attention | None = None
-    """Of `linear_layers`, whose attention has a state in the place of a cache; `attention` is of the others."""
+    """Of `linear_layers`, whose attention has a state in place of a cache; `attention` is of the others."""
     linear_layers: frozenset[int] = frozenset()
 
     def attention_of(self, layer: int) -> Attention:
@@ -148,6 +148,7 @@ class Shape:
             compressed_queries="linear_q_up_proj" in self.attention.linears,
             experts=self.feed_forward.experts,
             post_norms=self.norms.in_layer > 2,
+            biased_experts=self.feed_forward.expert_biases > 0,
         )
 
     @property
@@ -309,12 +310,14 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
 
 
 def _linear_attention(config: dict[str, Any]) -> Attention:
-    """A gated delta net: megatron-core's in_proj makes queries, keys, values, their gate and two numbers a head."""
+    """A gated delta net: megatron-core's in_proj makes queries, keys, values, gate and two numbers a head."""
     hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = heads * config["linear_value_head_dim"]
     mixed = 2 * keys + values
-    vectors = 2 * heads + mixed * config["linear_conv_kernel_dim"]  # A_log, dt_bias; a filter for each channel
+    vectors = (
+        2 * heads + mixed * config["linear_conv_kernel_dim"]
+    )  # A_log, dt_bias; a filter for each channel
     return Attention(
         split=hidden * (mixed + values + 2 * heads) + values * hidden + vectors,
         replicated=config["linear_value_head_dim"],

@@ -166,7 +166,9 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         split, replicated, routed = matrices * shape.embedding, int(last) * shape.norms.each, 0
         adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
-            adams += shape.attention_of(layer).split_vectors // layout.tensor + shape.replicated_vectors(layer)
+            adams += shape.attention_of(layer).split_vectors // layout.tensor + shape.replicated_vectors(
+                layer
+            )
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
             experts_adams += shape.routed_vectors if parts[2] else 0
