@@ -132,13 +132,14 @@ def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
 
 def check_divides(shape: Shape, config: RunConfig) -> None:
     """Raise LayoutError naming the first thing that the layout does not divide."""
+    linear = shape.linear_attention
     config.layout.check_model(
         shape.name,
         heads=shape.attention.heads,
         vocabulary=shape.vocabulary,
         key_value_heads=shape.attention.key_value_heads,
         experts=shape.feed_forward.experts,
-        linear_key_heads=shape.linear_attention and shape.linear_attention.key_value_heads,
+        linear_key_heads=linear.key_value_heads if linear else None,
     )
     if config.actor.lora:
         shape.targets(config)
