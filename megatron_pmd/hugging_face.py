@@ -47,6 +47,27 @@ class StoredTensor:
     """Where its data is in the file."""
 
 
+def shards_of(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files that hold a model folder's tensors, and the tensors that its index names, if it has one.
+
+    Raises ModelError for an index without its table, or one that names files which are not there.
+    """
+    index = read_object(folder / INDEX)
+    if index is None:
+        return sorted(folder.glob("*.safetensors")), set()
+    indexed = index.get("weight_map")
+    if not isinstance(indexed, dict):
+        raise ModelError(f"{folder / INDEX}: no weight_map in it; copy the file from the model's source")
+    names = sorted(set(indexed.values()))
+    if absent := [name for name in names if not (folder / name).exists()]:
+        others = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ModelError(
+            f"{folder}: {absent[0]} is not there{others}, of the {len(names)} files that {INDEX} names; "
+            "copy what is missing from the model's source"
+        )
+    return [folder / name for name in names], set(indexed)
+
+
 class TensorFiles:
     """The tensors of a model folder by name, each read when it is asked for.
 
@@ -61,17 +82,10 @@ class TensorFiles:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
-        files, indexed = sorted(folder.glob("*.safetensors")), None
-        if (index := read_object(folder / INDEX)) is not None:
-            indexed = index.get("weight_map")
-            if not isinstance(indexed, dict):
-                raise ModelError(
-                    f"{folder / INDEX}: no weight_map in it; copy the file from the model's source"
-                )
-            files = [folder / name for name in sorted(set(indexed.values()))]
+        files, indexed = shards_of(folder)
         for file in files:
             self._read_header(file)
-        missing = sorted(set(indexed or ()) - self.tensors.keys())
+        missing = sorted(indexed - self.tensors.keys())
         if missing:
             raise ModelError(
                 f"{folder}: tensor {missing[0]} is in the index but not in its file ({len(missing)} in all)"

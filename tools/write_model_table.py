@@ -54,7 +54,8 @@ has a class for the model, and no test has started it. **Nothing of this was run
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,
 3e-4 with one of 50; `gemma` 4e-4. An engine with Gemma 2 needs `hidden_act` in config.json, which
-transformers 5 does not write.
+transformers 5 does not write. So it is with `route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2
+and `full_attention_interval` of Qwen3-Next, which the test adds.
 
 Transformer Engine has a cap in flash-attn 2 alone, which `constraints/stack.txt` does not bring. Without it,
 Gemma 2 gets an attention that holds the scores of whole sequences in memory.
@@ -74,10 +75,13 @@ These settings are refused, although the family works:
   matrices.
 - Gemma 2 and 3 with `layout.context` above 1: Transformer Engine computes no windows over several ranks. With
   `actor.lora`, name `linear_qkv`, `linear_fc1` or both: norms stand behind the other linear layers.
+- gpt-oss with `actor.lora` beside its experts: Megatron-Bridge cannot merge them. Name `linear_qkv`,
+  `linear_proj` or both.
 - `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
   DeepSeek and Kimi, gpt-oss's own, and `linear` of Gemma 3 on the layers that see all tokens.
 
-`plan` counts {counted} alone.
+`plan` counts {counted} alone. Of linear attention it takes SGLang's share of memory for
+the states (`mamba_full_memory_ratio`), and not the number of requests that these states allow.
 
 Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
 trained. Conversions and exports carry them

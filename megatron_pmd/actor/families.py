@@ -133,12 +133,7 @@ def check_layout(path: Path, config: Any, layout: Layout) -> None:
 
     config: transformers' of the model.
     """
-    model_type, ranks = config.model_type, layout.tensor * layout.context
-    if model_type in LINEAR_ATTENTION and config.linear_num_key_heads % ranks:
-        raise LayoutError(
-            f"layout.tensor={layout.tensor} x context={layout.context} does not divide the "
-            f"{config.linear_num_key_heads} key heads of {path}'s linear attention"
-        )
+    model_type = config.model_type
     if model_type in BIASED_EXPERTS and layout.experts_tensor > 1:
         raise LayoutError(
             f"layout: {layout.experts_tensor} tensor-parallel ranks inside an expert: those of {path} have "

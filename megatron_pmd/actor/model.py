@@ -26,7 +26,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.data.tokenizer import check_model_folder
 from megatron_pmd.errors import ConfigError, LayoutError, ModelError
 from megatron_pmd.fp8 import BLOCK, SCALE_SUFFIX, is_scale
-from megatron_pmd.hugging_face import StoredTensor, TensorFiles
+from megatron_pmd.hugging_face import StoredTensor, TensorFiles, shards_of
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -118,9 +118,9 @@ def check_rope(path: Path, config: Any) -> None:
 
 
 def check_files(path: Path) -> None:
-    """Raises ModelError for a folder without configuration or weights."""
+    """Raises ModelError for a folder without configuration or weights, or without a file of its index."""
     check_model_folder(path)
-    if not list(path.glob("*.safetensors")):
+    if not shards_of(path)[0]:
         raise ModelError(f"{path}: no *.safetensors; the folder has a configuration but no weights")
 
 

@@ -319,6 +319,7 @@ def lora_targets(provider: Any, config: RunConfig) -> list[str]:
         compressed_queries=bool(latent and provider.q_lora_rank),
         experts=provider.num_moe_experts,
         post_norms=getattr(provider, "post_norms", False),
+        biased_experts=bool(provider.num_moe_experts and provider.add_bias_linear),
     )
 
 
@@ -335,12 +336,14 @@ def check_model(provider: Any, config: RunConfig) -> None:
         key = "pipeline x virtual_pipeline" if stages > layout.pipeline else "pipeline"
         layers = (provider.num_layers, key, stages)
     latent = getattr(provider, "multi_latent_attention", False)
+    linear = provider.experimental_attention_variant == "gated_delta_net"
     layout.check_model(
         path,
         heads=provider.num_attention_heads,
         vocabulary=provider.vocab_size,
         key_value_heads=None if latent else provider.num_query_groups,
         experts=provider.num_moe_experts,
+        linear_key_heads=provider.linear_num_key_heads if linear else None,
         layers=layers,
     )
     if not provider.num_moe_experts and actor.experts != Experts():

@@ -143,11 +143,12 @@ class Lora(Frozen):
         compressed_queries: bool,
         experts: int | None,
         post_norms: bool,
+        biased_experts: bool,
     ) -> list[str]:
         """The linear layers of a model that get an adapter.
 
         latent: it has latent attention; compressed_queries: also of queries. experts: None or 0 for none.
-        post_norms: norms stand behind its attention and feed-forward.
+        post_norms: norms stand behind its attention and feed-forward. biased_experts: experts with biases.
 
         Raises ConfigError for a target that the model lacks or whose adapter would stand in the wrong place,
         LayoutError for a layout under which adapters would be trained wrongly.
@@ -165,6 +166,14 @@ class Lora(Frozen):
             raise ConfigError(
                 f"actor.lora.targets: {model} has a norm behind {' and '.join(sorted(before))}, "
                 "and an adapter would be added behind the norm; name linear_qkv, linear_fc1 or both"
+            )
+        # of those, gpt-oss's, a layer's lie in one transposed tensor, to which Megatron-Bridge 0.6.2
+        # (peft_bridge.py, _merge_grouped_export_adapter_weights) adds what is not transposed
+        if biased_experts and (inside := {"linear_fc1", "linear_fc2"} & {*chosen}):
+            raise ConfigError(
+                "actor.lora.targets: Megatron-Bridge cannot merge adapters of "
+                f"{' and '.join(sorted(inside))} into the experts of {model}; name linear_qkv, linear_proj "
+                "or both"
             )
         # Megatron-Bridge 0.6.2, peft/utils.py, GroupedExpertLinearAdapter: it gathers by torch's all_gather,
         # which no gradient passes, and does not sum the parts of A x that row-parallel ranks compute

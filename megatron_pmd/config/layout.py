@@ -52,12 +52,14 @@ class Layout(Frozen):
         vocabulary: int,
         key_value_heads: int | None,
         experts: int | None,
+        linear_key_heads: int | None = None,
         layers: tuple[int, str, int] | None = None,
     ) -> None:
         """Raise LayoutError naming the first thing of the model that the layout does not divide.
 
         key_value_heads  None with latent attention, which has none
         experts          None or 0 for a dense model
+        linear_key_heads of linear attention, which context-parallel ranks share out too
         layers           (how many, setting that divides them, its value), where they are dealt out evenly
         """
         # the vocabulary is not padded: a row more would be a token that no tokenizer has
@@ -69,6 +71,9 @@ class Layout(Frozen):
             rules.append(("layers", *layers))
         if key_value_heads is not None:
             rules.append(("key-value heads", key_value_heads, "tensor", self.tensor))
+        if linear_key_heads is not None:
+            ranks = self.tensor * self.context
+            rules.append(("key heads of linear attention", linear_key_heads, "tensor x context", ranks))
         if experts:
             rules.append(("experts", experts, "expert", self.expert))
         elif self.expert > 1:

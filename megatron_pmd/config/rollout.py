@@ -157,6 +157,28 @@ class Rollout(Frozen):
     sglang: dict[str, Any] = {}
     """Further fields of SGLang's ServerArgs, by their own names."""
 
+    @property
+    def expert_groups(self) -> int:
+        """Into how many groups an engine's ranks share out the experts: ep_size, but every rank is one under
+        an all-to-all backend (SGLang 0.5.23, arg_groups/overrides.py: _a2a_ep_size)."""
+        if self.sglang.get("moe_a2a_backend", "none") not in ("none", None):
+            return self.tensor_parallel
+        return self.sglang.get("ep_size", 1)
+
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> Self:
+        groups = {
+            "ep_size": self.expert_groups,
+            "attn_dp_size": self.sglang.get("attn_dp_size", 1),
+        }
+        for name, count in groups.items():
+            if not isinstance(count, int) or count < 1 or self.tensor_parallel % count:
+                raise ConfigError(
+                    f"rollout.sglang.{name}={count} does not divide rollout.tensor_parallel="
+                    f"{self.tensor_parallel}: SGLang makes groups of equally many ranks; change either"
+                )
+        return self
+
     @model_validator(mode="after")
     def _router_has_the_policy(self) -> Self:
         policy = self.router_policy

@@ -173,11 +173,7 @@ def expert_parallel(rollout: Rollout) -> int:
     options = rollout.sglang
     if any(options.get(name, value) != value for name, value in MOVES_EXPERTS.items()):
         return 1
-    # SGLang then sets ep_size itself (arg_groups/overrides.py, _a2a_ep_size)
-    if options.get("moe_a2a_backend", "none") not in ("none", None):
-        return rollout.tensor_parallel
-    size = options.get("ep_size", 1)
-    return size if rollout.tensor_parallel % size == 0 else 1
+    return rollout.expert_groups
 
 
 def _fp8_config(spec: EngineSpec) -> dict[str, Any]:

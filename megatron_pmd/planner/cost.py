@@ -45,10 +45,11 @@ class Cost:
 def forward_flops_per_token(shape: Shape, context: float) -> float:
     """Multiplications and additions of one token: 2 an active weight, and its scores with `context` others.
 
-    The embedding is a look-up; the output matrix counts.
+    The embedding is a look-up; the output matrix counts. The state of linear attention is as wide whatever
+    the context; the few operations on it are left out.
     """
     weights = shape.active - (0 if shape.tied_embeddings else shape.embedding)
-    return 2 * weights + 2 * shape.layers * shape.attention.score_width * context
+    return 2 * weights + 2 * shape.caching_layers * shape.attention.score_width * context
 
 
 def cost(

@@ -85,7 +85,7 @@ def _layer_bytes(shape: Shape, config: RunConfig, layer: int, assume: Assumption
         BYTES[config.model.precision],
         config.layout.tensor,
     )
-    attention = shape.attention
+    attention = shape.attention_of(layer)
     residual = 2 * shape.norms.in_layer * shape.hidden / tensor  # the norms' inputs and outputs
     heads = (attention.score_width + attention.query_values + 2 * attention.cached_values) / tensor
     again, has_experts = config.actor.recompute_modules, layer >= shape.feed_forward.dense_layers
@@ -123,7 +123,8 @@ def microbatches_per_step(config: RunConfig) -> int:
 def engine_weight_bytes(shape: Shape, config: RunConfig) -> float:
     """On one device of an engine, with the parts that SGLang's options hold more than once."""
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
-    attention = shape.layers * (shape.attention.split + shape.attention.replicated)
+    parts = [shape.attention_of(layer) for layer in range(shape.layers)]
+    attention = sum(part.split + part.replicated for part in parts)
     sparse = shape.layers - shape.feed_forward.dense_layers if shape.feed_forward.experts else 0
     dense = (
         shape.feed_forward.dense_layers * shape.feed_forward_of(0)[0]
@@ -147,9 +148,9 @@ def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
     if not engine_is_fp8(config):
         return []
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
-    slices = size // options.get("ep_size", 1)
     widths = []
     if shape.feed_forward.experts:
+        slices = size // config.rollout.expert_groups
         widths.append(("an expert", shape.feed_forward.expert_intermediate, slices))
     if shape.feed_forward.dense_layers:
         widths.append(
@@ -172,7 +173,10 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
     groups = rollout.tensor_parallel // ways
     value = 1 if str(rollout.sglang.get("kv_cache_dtype", "")).startswith("fp8") else None
     width = value or BYTES[config.model.precision]
-    token = shape.layers * shape.attention.cached_values / min(ways, shape.attention.cache_heads) * width
+    token = (
+        shape.caching_layers * shape.attention.cached_values / min(ways, shape.attention.cache_heads) * width
+    )
+    states = 0.0
     if machines.shares_host_memory:
         tokens = rollout.max_total_tokens or 0
     else:
@@ -181,14 +185,16 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
         room = device - assume.cuda_context_bytes - _engine_processes_bytes(config, assume)
         share = mem_fraction_static(shape, config, device)
         free = max(0.0, share * room - engine_weight_bytes(shape, config))
-        tokens = int(free / token) * groups
+        # of free memory, beside a cache's part of 1, this part is for the states of linear attention
+        states = rollout.sglang.get("mamba_full_memory_ratio", 0.9) if shape.linear_layers else 0.0
+        tokens = int(free / (1 + states) / token) * groups
         if rollout.max_total_tokens is not None:
             tokens = min(tokens, rollout.max_total_tokens)
     longest = batch.max_prompt_tokens + batch.max_response_tokens
     asked = -(-batch.samples_per_rollout // config.engines)
     slots = min(rollout.max_running_requests, int(tokens / mean_length(config, assume)))
     return Cache(
-        bytes_per_device=tokens / groups * token,
+        bytes_per_device=tokens / groups * token * (1 + states),
         tokens=tokens,
         longest_samples=tokens // longest,
         slots=slots,

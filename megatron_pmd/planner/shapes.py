@@ -18,8 +18,10 @@ MODELS = Path(__file__).with_name("models.json")
 
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2",
-    "nemotron", "gpt_oss",
+    "nemotron", "gpt_oss", "qwen3_next", "qwen3_5_text",
 )  # fmt: skip
+WITH_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text")
+"""Those of some layers whose attention is linear, and of the others gated."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Attention:
     replicated: int
     """Parameters that every tensor-parallel rank holds: norms, down-projections of latent attention."""
     cached_values: int
-    """Numbers the KV cache keeps for one token in this layer, over all heads."""
+    """Numbers the KV cache keeps for one token in this layer, over all heads; 0 for linear attention."""
     cache_heads: int
     """Into how many parts those can be divided among ranks: key-value heads; 1 for latent attention."""
     query_values: int
@@ -67,6 +69,8 @@ class FeedForward:
     expert_biases: int = 0
     """Parameters of one expert's biases."""
     router_biases: int = 0
+    gated_shared: bool = False
+    """The shared experts' output has a gate, a row of the hidden width."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,20 @@ class Shape:
     tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
+    linear_attention: Attention | None = None
+    """Of `linear_layers`, whose attention has a state in place of a cache; `attention` is of the others."""
+    linear_layers: frozenset[int] = frozenset()
+
+    def attention_of(self, layer: int) -> Attention:
+        if layer in self.linear_layers:
+            assert self.linear_attention is not None
+            return self.linear_attention
+        return self.attention
+
+    @property
+    def caching_layers(self) -> int:
+        """Layers with a KV cache."""
+        return self.layers - len(self.linear_layers)
 
     def feed_forward_of(self, layer: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
@@ -102,12 +120,14 @@ class Shape:
         if layer < part.dense_layers:
             return each * part.dense_intermediate, 0, 0
         router = self.hidden * part.experts + part.router_biases
+        router += self.hidden if part.gated_shared else 0
         return each * part.shared_intermediate, router, self.routed
 
     def adapters(self, layer: int, rank: int, targets: list[str]) -> tuple[int, int]:
         """(dense, routed experts') parameters of a layer's adapters; tensor parallelism divides them all."""
         part = self.feed_forward
-        dense = sum(sum(widths) for name, widths in self.attention.linears.items() if name in targets)
+        linears = self.attention_of(layer).linears
+        dense = sum(sum(widths) for name, widths in linears.items() if name in targets)
         width = part.dense_intermediate if layer < part.dense_layers else part.shared_intermediate
 
         def both(width: int) -> int:
@@ -128,6 +148,7 @@ class Shape:
             compressed_queries="linear_q_up_proj" in self.attention.linears,
             experts=self.feed_forward.experts,
             post_norms=self.norms.in_layer > 2,
+            biased_experts=self.feed_forward.expert_biases > 0,
         )
 
     @property
@@ -144,7 +165,7 @@ class Shape:
     def replicated_vectors(self, layer: int) -> int:
         """Parameters of a layer that every tensor-parallel rank holds, and that are no matrix."""
         router = self.feed_forward.router_biases if layer >= self.feed_forward.dense_layers else 0
-        return self.attention.replicated_vectors + router + self.norms.in_layer * self.norms.each
+        return self.attention_of(layer).replicated_vectors + router + self.norms.in_layer * self.norms.each
 
     @property
     def embedding(self) -> int:
@@ -153,9 +174,10 @@ class Shape:
     def layer(self, number: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of a whole layer, its norms included."""
         split, replicated, routed = self.feed_forward_of(number)
+        attention = self.attention_of(number)
         return (
-            split + self.attention.split,
-            replicated + self.attention.replicated + self.norms.in_layer * self.norms.each,
+            split + attention.split,
+            replicated + attention.replicated + self.norms.in_layer * self.norms.each,
             routed,
         )
 
@@ -171,7 +193,8 @@ class Shape:
         ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norms.each
         sparse = self.layers - self.feed_forward.dense_layers
         vectors = sum(self.replicated_vectors(layer) for layer in range(self.layers))
-        return ends + vectors + self.layers * self.attention.split_vectors + sparse * self.routed_vectors
+        vectors += sum(self.attention_of(layer).split_vectors for layer in range(self.layers))
+        return ends + vectors + sparse * self.routed_vectors
 
     @property
     def active(self) -> int:
@@ -213,7 +236,9 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
     if not latent and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ModelError(f"{source}: layers without experts between layers with experts cannot be counted")
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shared = config.get("shared_expert_intermediate_size") if family == "qwen3_next" else None
     biased, hidden, layers = family == "gpt_oss", config["hidden_size"], config["num_hidden_layers"]
+    linear = _linear_layers(config) if family in WITH_LINEAR_ATTENTION else frozenset()
     return Shape(
         name=name,
         source=source,
@@ -227,10 +252,11 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             experts=experts,
             experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
             expert_intermediate=width if experts else 0,
-            shared_intermediate=(config.get("n_shared_experts") or 0) * width,
+            shared_intermediate=shared or (config.get("n_shared_experts") or 0) * width,
             matrices=2 if family == "nemotron" else 3,
             expert_biases=2 * width + hidden if biased else 0,
             router_biases=experts if biased else 0,
+            gated_shared=bool(shared),
         ),
         norms=Norms(
             each=2 * hidden if family == "nemotron" else hidden,
@@ -239,14 +265,27 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
         # published files of Gemma leave it out
         tied_embeddings=config.get("tie_word_embeddings", family.startswith("gemma")),
         context_limit=config.get("max_position_embeddings", 0),
+        linear_attention=_linear_attention(config) if linear else None,
+        linear_layers=linear,
     )
+
+
+def _linear_layers(config: dict[str, Any]) -> frozenset[int]:
+    """By layer_types, which transformers writes, or by what the published files have in their place."""
+    every, layers = config.get("full_attention_interval", 4), range(config["num_hidden_layers"])
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (layer + 1) % every else "full_attention" for layer in layers
+    ]
+    return frozenset(layer for layer in layers if kinds[layer] == "linear_attention")
 
 
 def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     width = config.get("head_dim") or hidden // heads
-    projections = hidden * width * (heads + 2 * groups) + heads * width * hidden
+    # of a gated output the gate comes out of the same matrix as the queries
+    queries = heads * (2 if family in WITH_LINEAR_ATTENTION else 1)
+    projections = hidden * width * (queries + 2 * groups) + heads * width * hidden
     biases = width * (heads + 2 * groups) if family == "qwen2" or config.get("attention_bias") else 0
     if config.get("attention_bias") and family != "qwen2":
         biases += hidden  # the output projection has one too
@@ -262,11 +301,35 @@ def _grouped_attention(family: str, config: dict[str, Any]) -> Attention:
         heads=heads,
         key_value_heads=groups,
         linears={
-            "linear_qkv": (hidden, width * (heads + 2 * groups)),
+            "linear_qkv": (hidden, width * (queries + 2 * groups)),
             "linear_proj": (heads * width, hidden),
         },
         split_vectors=biases,
         replicated_vectors=norms,
+    )
+
+
+def _linear_attention(config: dict[str, Any]) -> Attention:
+    """A gated delta net: megatron-core's in_proj makes queries, keys, values, gate and two numbers a head."""
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    mixed = 2 * keys + values
+    vectors = (
+        2 * heads + mixed * config["linear_conv_kernel_dim"]
+    )  # A_log, dt_bias; a filter for each channel
+    return Attention(
+        split=hidden * (mixed + values + 2 * heads) + values * hidden + vectors,
+        replicated=config["linear_value_head_dim"],
+        cached_values=0,
+        cache_heads=1,
+        query_values=values,
+        score_width=mixed + values,
+        heads=heads,
+        key_value_heads=config["linear_num_key_heads"],
+        linears={},
+        split_vectors=vectors,
+        replicated_vectors=config["linear_value_head_dim"],
     )
 
 

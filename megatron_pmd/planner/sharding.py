@@ -29,7 +29,7 @@ def muon_bytes_each(config: RunConfig) -> int:
 def computed_in_fp8(shape: Shape, config: RunConfig, layer: int) -> tuple[int, int]:
     """(dense, routed experts') parameters of a layer on one rank that an FP8 recipe multiplies with: all
     matrices but the router's."""
-    layout, fp8, attention = config.layout, config.actor.fp8, shape.attention
+    layout, fp8, attention = config.layout, config.actor.fp8, shape.attention_of(layer)
     if fp8 is None or not fp8.first_layers_bf16 <= layer < shape.layers - fp8.last_layers_bf16:
         return 0, 0
     split, _, routed = shape.feed_forward_of(layer)
@@ -139,12 +139,14 @@ def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
 
 def check_divides(shape: Shape, config: RunConfig) -> None:
     """Raise LayoutError naming the first thing that the layout does not divide."""
+    linear = shape.linear_attention
     config.layout.check_model(
         shape.name,
         heads=shape.attention.heads,
         vocabulary=shape.vocabulary,
         key_value_heads=shape.attention.key_value_heads,
         experts=shape.feed_forward.experts,
+        linear_key_heads=linear.key_value_heads if linear else None,
     )
     if config.actor.lora:
         shape.targets(config)
@@ -162,7 +164,7 @@ def adapters_of_layers(shape: Shape, config: RunConfig, layers: range) -> tuple[
 def stages(shape: Shape, config: RunConfig) -> list[Stage]:
     """Every pipeline stage. Raises LayoutError for a layout that the model cannot have."""
     check_divides(shape, config)
-    layout, muon, attention = config.layout, config.optimizer.name == "muon", shape.attention
+    layout, muon = config.layout, config.optimizer.name == "muon"
     pieces = layers_of_stages(shape.layers, config)
     result = []
     for number, layers in enumerate(pieces):
@@ -172,7 +174,9 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
         split, replicated, routed = matrices * shape.embedding, int(last) * shape.norms.each, 0
         adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
-            adams += attention.split_vectors // layout.tensor + shape.replicated_vectors(layer)
+            adams += shape.attention_of(layer).split_vectors // layout.tensor + shape.replicated_vectors(
+                layer
+            )
             parts = shape.layer(layer)
             split, replicated, routed = split + parts[0], replicated + parts[1], routed + parts[2]
             experts_adams += shape.routed_vectors if parts[2] else 0

@@ -24,6 +24,14 @@ from tests.actor.tiny_models import STEPS
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PREFIX = "base_model.model."
+FILE_NAMES = {
+    "hy_v3": [(".mlp.shared_experts.", ".mlp.shared_mlp.")],
+    "minimax_m2": [
+        (".mlp.experts.", ".block_sparse_moe.experts."), ("gate_proj.", "w1."), ("up_proj.", "w3."),
+        ("down_proj.", "w2."),
+    ],
+}  # fmt: skip
+"""By model_type, parts of names in transformers 5 and in published files, which adapters are named after."""
 
 
 @dataclass
@@ -44,12 +52,15 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
     torch.set_num_threads(1)
     from peft import LoraConfig, get_peft_model
     from peft.utils import transformers_weight_conversion
+    from transformers import AutoConfig
 
     tensors = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in load_file(adapters / "adapter_model.safetensors").items()
     }
-    modules = sorted({name.split(".lora_")[0] for name in tensors if ".experts." not in name})
+    read = AutoConfig.from_pretrained(model_folder)
+    names = {name: _renamed(name, read.model_type, inverse=True) for name in tensors}
+    modules = sorted({name.split(".lora_")[0] for name in names.values() if ".experts." not in name})
     experts = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
     config = LoraConfig(
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
@@ -59,12 +70,13 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
     with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         model = get_peft_model(_base(model_folder), config).double()
     _tie(model)
-    places = dict(_places(model))
+    places = {_renamed(name, read.model_type): place for name, place in _places(model)}
     assert places.keys() == tensors.keys()
     with torch.no_grad():
         for name, (parameter, view) in places.items():
             view(parameter).copy_(tensors[name])
-    merged = as_in_files(copy.deepcopy(model).merge_and_unload().state_dict())
+    state = as_in_files(copy.deepcopy(model).merge_and_unload().state_dict())
+    merged = {_renamed(name, read.model_type): tensor for name, tensor in state.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
     anchors = list(reference.anchor.split([len(s.tokens) for s in reference.samples]))
@@ -109,6 +121,12 @@ def _log_probs(model: Any, samples: list[Sample]) -> torch.Tensor:
         nothing = torch.full((len(sample.prompt_tokens),), torch.nan, dtype=torch.float64)
         parts += [nothing, given(log_softmax(model, sample), sample)]
     return torch.cat(parts)
+
+
+def _renamed(name: str, kind: str, *, inverse: bool = False) -> str:
+    for here, there in FILE_NAMES.get(kind, []):
+        name = name.replace(there, here) if inverse else name.replace(here, there)
+    return name
 
 
 def _tie(model: Any) -> None:

@@ -47,6 +47,19 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
     return results
 
 
+def families(paths: dict[Path, list[str]], refused: list[Path], folder: Path) -> dict[str, Any]:
+    """Of each model, in one process, with its targets: random_adapters() and measure(); and what is said of
+    adapters beside every linear layer of those in `refused`."""
+    results: dict[str, Any] = {
+        path.name: message_of(partial(lora_trial, path, targets=[])) for path in refused
+    }
+    found = {}
+    for path, targets in paths.items():
+        trial = lora_trial(path, targets=targets)
+        found[path.name] = random_adapters(trial, path, folder / path.name) | measure(trial)
+    return {"refused": results, "measured": found}
+
+
 def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
     """Give B random values; the adapters as peft's folder, and the merged weights."""
     torch.manual_seed(1)
@@ -82,8 +95,8 @@ def measure(trial: Trial) -> dict[str, Any]:
         "gradients": sum(p.main_grad.numel() for p in parameters if hasattr(p, "main_grad")),
         "held": sum(p.numel() for p in parameters),
         "states": sum(p.numel() for group in actor.optimizer.param_groups for p in group["params"]),
-        "shards": shard_errors(trial),
     }
+    result["shards"], result["irregular"] = shard_errors(trial)
     step = actor.optimizer.step
 
     def noted() -> Any:
@@ -107,13 +120,12 @@ def adapters_of(trial: Trial) -> dict[str, torch.Tensor]:
     return tensors if trial.control.is_driver else {}
 
 
-def shard_errors(trial: Trial) -> float:
+def shard_errors(trial: Trial) -> tuple[float, list[str]]:
     """The largest difference between what the engines would get of this rank and the bridge's own merged
-    export."""
+    export; and the tensors that they get from that export."""
     actor = trial.actor
     export = ShardExport(actor.bridge, actor.chunks, trial.control, actor.shapes)
     export.begin()
-    assert not export.irregular
     merged = dict(actor.export())
     errors = [0.0]
     for region, shard in export.shards.items():
@@ -121,7 +133,7 @@ def shard_errors(trial: Trial) -> float:
         if region.shape:
             held = held.narrow(region.dim, region.start, region.length)
         errors.append(float((shard.tensor().reshape(held.shape) - held).abs().max()))
-    return max(errors)
+    return max(errors), [region.name for region in export.irregular]
 
 
 def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any]:

@@ -5,8 +5,10 @@ Run by name alone: `pytest tests/engine/test_every_family.py`. docs/models.md is
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from tests.weight_sync.filling import fill
 
 pytestmark = pytest.mark.slow
 
-SERVED = frozenset({"gemma3_text", "qwen2"})
+SERVED = frozenset({"gemma3_text", "glm4_moe", "hy_v3", "qwen2"})
 """model_type of families whose engine, given the actor's tensors, computes what transformers does."""
 OTHERWISE = {
     "gemma": "SGLang computes the exact GELU, transformers its approximation",
@@ -34,13 +36,32 @@ OTHERWISE = {
 }
 """Families of which an engine computes something else, and why."""
 DIES = {
+    "exaone_moe": (
+        "is required for ExaoneMoeForCausalLM",
+        "SGLang takes none of its attentions for CPUs for it",
+    ),
     "gpt_oss": ("GptOssForCausalLM requires one of", "SGLang's attention for CPUs has no sinks"),
+    "minimax_m2": ("assert x1.is_cuda", "SGLang's norm of all its heads needs CUDA"),
     "nemotron": (
         "'NoneType' object is not subscriptable",
         "SGLang has no class for it, and cannot run transformers'",
     ),
+    "qwen3_5_text": (
+        "Qwen3_5ForCausalLM has no SGlang implementation",
+        "SGLang's class for it needs sgl-kernel's build for CPUs",
+    ),
+    "qwen3_next": (
+        "No module named 'sgl_kernel.mamba'",
+        "SGLang's linear attention needs sgl-kernel's build for CPUs",
+    ),
 }
 """Families of which no engine starts: what its log ends with, and why."""
+READ_BY_SGLANG: dict[str, dict[str, Any]] = {
+    "hy_v3": {"route_norm": True, "qk_norm": True},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True},
+    "qwen3_next": {"full_attention_interval": 2},
+}
+"""What SGLang reads in config.json of a family, and transformers 5 does not write."""
 START_SECONDS = 600.0
 
 
@@ -59,6 +80,8 @@ def written(kind: str, folder: Path) -> Path:
         write_model(folder, kind, num_hidden_layers=2)
     else:
         write_model_of(folder, kind)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | READ_BY_SGLANG.get(kind, {})))
     return folder
 
 

@@ -11,9 +11,11 @@ import pytest
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.errors import LayoutError
 from megatron_pmd.launch.cluster import load_cluster
+from megatron_pmd.planner import memory
 from megatron_pmd.planner.hardware import H100, Machines
 from megatron_pmd.planner.memory import microbatches_per_step
 from megatron_pmd.planner.planning import check, make_plan, nearest
+from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import layers_of_stages, stages
 from recipes import RECIPES, recipe
 
@@ -140,6 +142,15 @@ def test_an_fp8_engine_whose_blocks_do_not_divide_is_refused(h100: Machines) -> 
     assert any("an expert's 768 / 4" in problem for problem in plan.problems)
     whole = override(plan.config, ['rollout.sglang={"ep_size": 4, "mem_fraction_static": 0.7}'])
     assert make_plan(whole, h100).problems == []
+
+
+def test_of_an_engine_with_deepep_every_rank_has_whole_experts_whatever_ep_size_says(h100: Machines) -> None:
+    """SGLang sets ep_size to tp_size then; 2048 / 32 would not be made of whole blocks."""
+    config = override(recipe("kimi_k2_lora_64xh100"), ["rollout.tensor_parallel=32"])
+    assert config.rollout.sglang["ep_size"] == 64
+    assert memory.unaligned_widths(shape_of(config.model.path), config) == []
+    with pytest.raises(LayoutError, match=r"sync needs .* \(engine weights 37"):
+        check(make_plan(config, h100))
 
 
 def test_too_little_host_memory_is_refused_before_the_job_queues() -> None:

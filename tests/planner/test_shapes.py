@@ -49,6 +49,8 @@ def test_the_count_is_that_of_transformers_modules(name: str) -> None:
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32),
     "Nemotron": dict(model_type="nemotron", num_hidden_layers=3, num_key_value_heads=8),
+    "Qwen3-Next-80B-A3B": dict(model_type="qwen3_next"),
+    "Qwen3.5": dict(model_type="qwen3_5_text", num_hidden_layers=8),
 }
 """Of families that no recipe has: what differs from transformers' configuration."""
 
@@ -64,9 +66,25 @@ def test_biases_of_norms_and_experts_sinks_and_parts_without_a_gate_are_counted(
     shape = from_config(name, "config.json", config.to_dict())
     assert shape.total == sum(p.numel() for p in parameters.values())
     stacked = {key: p for key, p in parameters.items() if ".experts." in key}  # one more dimension each
-    vectors = sum(p.numel() for key, p in parameters.items() if p.ndim == 1 + (key in stacked))
+    filters = ".conv1d."
+    vectors = sum(
+        p.numel() for key, p in parameters.items() if p.ndim == 1 + (key in stacked) or filters in key
+    )
     ends = sum(p.numel() for key, p in parameters.items() if key.startswith(("model.embed", "lm_head")))
     assert shape.outside_matrices == vectors + ends
+
+
+def test_without_layer_types_the_published_interval_says_which_layers_have_linear_attention() -> None:
+    """Qwen3-Next-80B-A3B's config.json has it in the place of layer_types; its card: 80B, 3B activated, 48
+    layers, of which every fourth has attention with a cache."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("qwen3_next").to_dict()
+    del config["layer_types"]
+    shape = from_config("Qwen3-Next-80B-A3B", "", config | {"full_attention_interval": 4})
+    assert shape.caching_layers == 12 and shape.layers - 1 not in shape.linear_layers
+    assert as_published(shape.total, 80e9)
+    assert shape.total == from_config("", "", AutoConfig.for_model("qwen3_next").to_dict()).total
 
 
 def test_gpt_oss_has_the_published_number_of_parameters() -> None:

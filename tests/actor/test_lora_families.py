@@ -1,0 +1,121 @@
+"""Adapters beside the weights of each family: what the library peft computes with the same ones."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pmd.actor.families import POST_NORMS
+from megatron_pmd.planner.shapes import FAMILIES as COUNTED
+from megatron_pmd.planner.shapes import shape_of
+from megatron_pmd.planner.sharding import stages
+from tests.actor import reference
+from tests.actor.adapted_reference import Adapted, compute
+from tests.actor.family_models import MODELS, write_model_of
+from tests.actor.launch import launch
+from tests.actor.lora_programs import LORA
+from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
+
+pytestmark = pytest.mark.slow
+
+# kimi_k2 is the deepseek_v3 of tests/actor/test_lora.py under another name
+KINDS = sorted(MODELS.keys() - {"kimi_k2"})
+REFUSED = {
+    **{
+        kind: ("a norm behind linear_fc2 and linear_proj", ["linear_qkv", "linear_fc1"])
+        for kind in POST_NORMS
+    },
+    "gpt_oss": ("cannot merge adapters of linear_fc1 and linear_fc2", ["linear_qkv", "linear_proj"]),
+}
+"""Families of which some layers can have no adapter: what the error says, and those that can."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("families")
+    for kind in KINDS:
+        write_model_of(root / kind, kind)
+        torch.save(reference.compute(root / kind, []), root / kind / "reference.pt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    targets = {folders / kind: REFUSED[kind][1] if kind in REFUSED else [] for kind in KINDS}
+    arguments = dict(refused=[folders / kind for kind in REFUSED], folder=tmp_path_factory.mktemp("adapters"))
+    return launch("families", ranks=1, module="tests.actor.lora_programs", paths=targets, **arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def of_peft(folders: Path, results: dict[str, Any]) -> Any:
+    def of(kind: str) -> Adapted:
+        base = torch.load(folders / kind / "reference.pt", weights_only=False)
+        return compute(folders / kind, results["measured"][kind]["adapters"], base, LORA)
+
+    return functools.cache(of)
+
+
+@pytest.fixture(params=KINDS)
+def case(request: pytest.FixtureRequest, results: dict[str, Any], of_peft: Any) -> tuple[Any, Adapted]:
+    return results["measured"][request.param], of_peft(request.param)
+
+
+def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return max(float((ours[name].double() - tensor).abs().max()) for name, tensor in theirs.items())
+
+
+def test_log_probs_equal_pefts_on_the_same_adapters(case):
+    found, peft = case
+    torch.testing.assert_close(found["log_probs"].double(), peft.log_probs, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_whole_gradients_of_adapters_equal_pefts(case):
+    found, peft = case
+    assert found["gradient"].keys() == peft.gradient.keys()
+    errors = {
+        name: float((found["gradient"][name].double() - own).norm() / own.norm())
+        for name, own in peft.gradient.items()
+    }
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_losses_and_adapters_after_two_steps_equal_pefts_and_the_base_stays(case):
+    found, peft = case
+    for k, samples in enumerate(STEPS[:2]):
+        loss, count, norm = found["steps"][k][:3]
+        assert count == len(samples) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
+        assert norm == pytest.approx(peft.gradient_norms[k], rel=1e-5)
+    assert found["weights"].keys() == peft.weights.keys()
+    assert largest(found["weights"], peft.weights) < WEIGHT_TOLERANCE
+    assert found["base is as loaded"]
+
+
+def test_merged_weights_are_those_that_peft_merges_and_the_engines_get_them(case):
+    found, peft = case
+    adapted = {name.split(".lora_")[0] + ".weight" for name in peft.weights}
+    merged = {name: tensor for name, tensor in peft.merged.items() if name in found["merged"]}
+    assert adapted <= merged.keys()
+    assert largest(found["merged"], merged) < 1e-6
+    assert found["shards"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in COUNTED])
+def test_a_plan_counts_the_weights_and_adapters_that_the_actor_holds(kind, folders, results):
+    targets = REFUSED[kind][1] if kind in REFUSED else []
+    config = config_for(folders / kind, actor={"lora": LORA | {"targets": targets}})
+    (stage,) = stages(shape_of(config.model.path), config)
+    found = results["measured"][kind]
+    assert 4 * found["held"] == stage.weight_bytes
+    assert 4 * found["gradients"] == stage.gradient_bytes
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_adapter_that_would_stand_wrongly_is_refused_with_the_layers_that_can_have_one(kind, results):
+    error, message = results["refused"][kind]
+    words, targets = REFUSED[kind]
+    assert error == "ConfigError" and words in message
+    assert all(target in message.partition("; name ")[2] for target in targets), message
