@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 # one layer a program, so that a failed build goes on from the last that worked
 # hadolint global ignore=DL3059
-# One image for actors and engines on Hopper GPUs. NOT BUILT where this was written: no GPU, no registry of images. Its Python
-# pins were resolved (docs/slurm.md, "The image", says which part). Build from the repository's root:
+# One image for actors and engines on Hopper GPUs. NOT BUILT where this was written: no GPU, no registry of images. Its RUN
+# lines were run in a plain Ubuntu 24.04 (docs/slurm.md, "The image"). Build from the repository's root:
 #   docker build --tag megatron-pmd .
 #   enroot import --output megatron-pmd.sqsh dockerd://megatron-pmd
 # The base brings CUDA 13.0, nvcc and cuDNN; Ubuntu 24.04 brings Python 3.12, and torch its NCCL.
@@ -23,8 +23,8 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
 
 # without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run; bubblewrap is for reward.name=code
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends git python3 python3-dev python3-venv ninja-build numactl \
-        ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates git python3 python3-dev python3-venv ninja-build \
+        numactl ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
     && rm -rf /var/lib/apt/lists/*
 
 # an environment, because pip cannot replace a package that Ubuntu installed

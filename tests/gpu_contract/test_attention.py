@@ -79,7 +79,15 @@ def chosen_by(config: RunConfig, *, training: bool) -> tuple[Any, Any]:
 def test_packed_rows_get_the_fused_attention_of_cudnn_in_both_directions(name, context, models, answered):
     config = configured(name, models)
     data = max(1, config.layout.data // context)
-    config = configured(name, models, f"layout.context={context}", f"layout.data={data}")
+    batch = config.batch
+    longest = batch.max_prompt_tokens + batch.max_response_tokens
+    row = max(
+        batch.max_tokens_per_microbatch, -(-longest // context)
+    )  # the recipe may share it among more ranks
+    config = configured(
+        name, models, f"layout.context={context}", f"layout.data={data}",
+        f"batch.max_tokens_per_microbatch={row}",
+    )  # fmt: skip
     for training in (True, False):
         asked, (flash, _, fused, kernel, _, _) = chosen_by(config, training=training)
         assert asked.qkv_layout == "thd_thd_thd" and asked.attn_mask_type == "padding_causal"
