@@ -33,7 +33,7 @@ class GroupJournal:
 
         problem: the training problem of a key. CheckpointError for a file that cannot be read.
         """
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         found: dict[str, Group] = {}
         for path in self._folder.iterdir():
             (group,) = read_groups(path, problem) if path.suffix == ".parquet" else (None,)

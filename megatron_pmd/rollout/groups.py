@@ -75,7 +75,7 @@ class Accounts:
     sampled_tokens: int = 0
     """As the engines' answers came in."""
     inserted_tokens: int = 0
-    restored_tokens: int = 0
+    restored_tokens: int = field(default=0, init=False)
     """Of groups that a process before this one has completed (GroupJournal)."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""

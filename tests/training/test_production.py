@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,9 @@ def endpoint(url: str) -> Endpoint:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Of the run."""
-    return tmp_path
+def production(tmp_path: Path) -> Begin:
+    numbers = itertools.count()
 
-
-@pytest.fixture
-def production(folder: Path) -> Callable[..., Production]:
     def begun(
         config: RunConfig,
         order: PromptSource,
@@ -76,7 +73,13 @@ def production(folder: Path) -> Callable[..., Production]:
     ) -> Production:
         ahead = ahead or Ahead(0, order.state(), [])
         return Production(
-            config, order, ahead, Numbers(), Grading(score), GroupJournal(folder), newest_version
+            config,
+            order,
+            ahead,
+            Numbers(),
+            Grading(score),
+            GroupJournal(tmp_path / f"{next(numbers)}"),
+            newest_version,
         )
 
     return begun
@@ -86,11 +89,14 @@ def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
-async def update(engine: StubEngine, url: str, version: int) -> None:
-    """As the driver has it done: pause, weights and their version, and on."""
+async def update(
+    engine: StubEngine, url: str, version: int, publish: Callable[[], None] = lambda: None
+) -> None:
+    """As the driver has it done: pause, weights and their version, the sampler is told, and on."""
     async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
         await client.post("/pause_generation", json={"mode": "retract"})
         await client.post("/update_weight_version", json={"new_version": str(version)})
+        publish()
         await client.post("/continue_generation", json={})
 
 
