@@ -281,12 +281,16 @@ def _rollouts(
     cleanup: ExitStack,
 ) -> RolloutSource:
     """Where this run's rollouts come from."""
+    from megatron_pmd.rollout.group_journal import GroupJournal
     from megatron_pmd.training.live_engines import LiveEngines
     from megatron_pmd.training.production import Ahead
     from megatron_pmd.training.rollouts import Demonstrations, ReplayedRollouts
     from megatron_pmd.training.separate_engines import SeparateEngines
 
     config, control, problems = start.config, start.control, inputs.problems
+    ahead_goes_on = start.samples and not start.spec.replay and config.rollout.placement == "separate"
+    if control.is_driver and not (ahead_goes_on and state.resumed):
+        GroupJournal.discard(start.folder)  # of weights that this start does not have
     if start.spec.replay:
         return ReplayedRollouts(Path(start.spec.replay), config, problems, control)
     if not start.samples:

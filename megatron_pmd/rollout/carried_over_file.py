@@ -1,4 +1,4 @@
-"""The file of what a rollout leaves over for the next one: part of every checkpoint."""
+"""Files of groups: one is part of every checkpoint, of what a rollout leaves over for the next."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import CheckpointError
+from megatron_pmd.files import whole_file
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
 
@@ -57,24 +58,33 @@ SCHEMA = pa.schema(
 
 
 def write_carried_over(folder: Path, groups: Sequence[Group]) -> None:
-    """Write FILE into a checkpoint's folder, one row a response, or a trajectory of one."""
+    """Write FILE into a checkpoint's folder."""
+    write_groups(folder / FILE, groups)
+
+
+def read_carried_over(folder: Path, problem: Callable[[Key], Problem]) -> list[Group]:
+    """The groups written into a checkpoint's folder; none if it has no such file. The rest as read_groups."""
+    path = folder / FILE
+    return read_groups(path, problem) if path.exists() else []
+
+
+def write_groups(path: Path, groups: Sequence[Group]) -> None:
+    """One row a response, or a trajectory of one; under its own name only when it is whole."""
     rows = [
         _row(group, part, branch)
         for group in groups
         for member in group.members
         for branch, part in enumerate(member.parts)
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / FILE)
+    with whole_file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
 
 
-def read_carried_over(folder: Path, problem: Callable[[Key], Problem]) -> list[Group]:
-    """The groups written into a checkpoint's folder; none if it has no such file.
+def read_groups(path: Path, problem: Callable[[Key], Problem]) -> list[Group]:
+    """The groups of a file that write_groups wrote.
 
     problem: the training problem of a key. CheckpointError if the file cannot be read.
     """
-    path = folder / FILE
-    if not path.exists():
-        return []
     try:
         rows = pq.read_table(path, schema=SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:

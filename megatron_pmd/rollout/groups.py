@@ -75,6 +75,8 @@ class Accounts:
     sampled_tokens: int = 0
     """As the engines' answers came in."""
     inserted_tokens: int = 0
+    restored_tokens: int = field(default=0, init=False)
+    """Of groups that a process before this one has completed (GroupJournal)."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
@@ -101,14 +103,14 @@ class Accounts:
         """RolloutError unless carried + started = finished + left over + dropped: responses and tokens."""
         came = self.carried + self.started
         went = len(finished) + len(left_over) + self.dropped.total()
-        came_tokens = self.carried_tokens + self.sampled_tokens + self.inserted_tokens
+        came_tokens = self.carried_tokens + self.sampled_tokens + self.inserted_tokens + self.restored_tokens
         went_tokens = sum(t.episode_length for t in (*finished, *left_over)) + self.dropped_tokens.total()
         if came != went or came_tokens != went_tokens:
             raise RolloutError(
                 f"responses were lost or counted twice: {self.carried} carried + {self.started} started, "
                 f"but {len(finished)} finished + {len(left_over)} left over + {dict(self.dropped)} dropped; "
                 f"in tokens {self.carried_tokens} + {self.sampled_tokens} sampled + {self.inserted_tokens} "
-                f"inserted, but {went_tokens} in all"
+                f"inserted + {self.restored_tokens} restored, but {went_tokens} in all"
             )
 
 
@@ -254,6 +256,13 @@ class RolloutGroups:
         self.accounts.drop(group.members, "group_filter")
         self._dropped.append(group)
         return self._replace(group)
+
+    def restore(self, group: Group, members: list[Trajectory]) -> Group | None:
+        """Give an open group its responses, which are complete; returns as settled()."""
+        before = sum(member.episode_length for member in group.members)
+        self.accounts.restored_tokens += sum(member.episode_length for member in members) - before
+        group.members = members
+        return self.settled(group)
 
     def _replace(self, group: Group) -> Group:
         assert self._next_problem is not None, "a rollout that drops groups knows where further problems are"

@@ -31,6 +31,10 @@ DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted
 INTERRUPTION_POLL_SECONDS = 0.5
 
 
+OnSample = Callable[[Group], None]
+"""Is told whose response is finished."""
+
+
 class Grader(Protocol):
     def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]: ...
 
@@ -87,7 +91,7 @@ class Sampler:
             interrupted=interrupted,
         )
 
-    def run(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
+    def run(self, rollout: RolloutGroups, on_sample: OnSample = lambda _: None) -> None:
         """Draw and grade what the rollout still lacks; on_sample is called for each finished response.
 
         Raises EnginesLost when no engine is left (what is done is kept), EngineError when a request fails
@@ -101,7 +105,7 @@ class Sampler:
     async def draw(
         self,
         rollout: RolloutGroups,
-        on_sample: Callable[[], None] = lambda: None,
+        on_sample: OnSample = lambda _: None,
         newest_version: Callable[[], int] | None = None,
     ) -> None:
         """As run(), in a loop that may draw others beside it; an interruption then has to be that of all.
@@ -134,7 +138,7 @@ class _Draw:
         self,
         sampler: Sampler,
         rollout: RolloutGroups,
-        on_sample: Callable[[], None],
+        on_sample: OnSample,
         newest_version: Callable[[], int],
         max_new_tokens: int | None,
     ) -> None:
@@ -198,7 +202,7 @@ class _Draw:
         except RequestRefused as refusal:
             self._rollout.refuse(member, str(refusal))
         if member.finished:
-            self._on_sample()
+            self._on_sample(group)
         if group.settled and (replacement := self._rollout.settled(group)):
             self._open(replacement)
         self._working -= 1

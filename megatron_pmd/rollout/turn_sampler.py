@@ -122,9 +122,11 @@ class TurnSampler:
         """Add an engine's tokens to the turn; returns its finish reason."""
         sampling = self._sampling
         start, last = 0, len(answer.spans) - 1
-        for number, (tokens, version) in enumerate(answer.spans):
+        # all of them before any token is taken: one that is refused is in no account
+        versions = [self._checked(version) for _, version in answer.spans]
+        for number, (tokens, _) in enumerate(answer.spans):
             end = None if number == last else start + tokens
-            turn.extend(answer.tokens[start:end], answer.log_probs[start:end], self._checked(version))
+            turn.extend(answer.tokens[start:end], answer.log_probs[start:end], versions[number])
             start += tokens
         finish = str(answer.finish_reason["type"])
         # of all tokens so far, under these weights; after an abort the next answer has them again

@@ -135,7 +135,7 @@ class LiveEngines:
             interrupted=self._asked_meanwhile,
         )
         with self._console.progress(title, rollout.total - rollout.finished) as advance:
-            sampler.run(rollout, advance)
+            sampler.run(rollout, lambda _: advance())
         self._tell_of_refusals(rollout)
 
     def _endpoint(self) -> Endpoint:

@@ -61,7 +61,7 @@ def collect(run: Trainer, iteration: Iteration) -> RolloutBatch:
         iteration.left_over = rollout.left_over
         if run.config.rollout.placement == "colocated":  # else they were sampled in other phases, too
             iteration.sampled_tokens = rollout.accounts.sampled_tokens
-        iteration.values |= account_values(rollout)
+        iteration.values |= account_values(rollout) | (drawn.values if drawn else {})
     _end_if_cut(run, rollout, "rollout")
     described = None
     if rollout is not None:

@@ -9,18 +9,20 @@ Short responses do not come before long ones: a rollout is taken when all its gr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_pmd.batch import NOT_SAMPLED
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptOrder
 from megatron_pmd.errors import StaleWeights
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.group_journal import GroupJournal
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import success_rates
-from megatron_pmd.rollout.sampler import Grader, Sampler
+from megatron_pmd.rollout.sampler import Grader, OnSample, Sampler
 from megatron_pmd.rollout.trajectory import Trajectory
+from megatron_pmd.training.flow import Flow
 from megatron_pmd.training.rollouts import train_rollout
 from megatron_pmd.training.subproblem import Subproblem
 
@@ -34,6 +36,8 @@ class Ahead:
     prompts: dict[str, Any]
     """PromptOrder.state() behind these groups."""
     groups: list[Group]
+    flow: Flow = field(default_factory=Flow)
+    """Of all else since the run was started: what is trained on or dropped."""
 
 
 MENDED = EnginesLost, StaleWeights
@@ -50,11 +54,28 @@ class Production:
         ahead: Ahead,
         tokenizer: Any,
         grader: Grader,
+        journal: GroupJournal,
+        newest_version: int,
     ) -> None:
-        """Begins nothing before the first publish(). prompts: goes on behind what is ahead."""
+        """Begins nothing before the first publish(). prompts: goes on behind what is ahead.
+
+        newest_version: of the weights that this run has had. What the journal has of later ones is not used:
+        a run that went on from a checkpoint comes to other weights of the same number.
+        """
         prompts.load_state(ahead.prompts)
         self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
         self._grader, self._carried_over = grader, list(ahead.groups)
+        self._flow = ahead.flow
+        self._journal = journal
+        staleness = config.rollout.staleness
+        self._complete = journal.read(
+            prompts.problem,
+            lambda group: group.begun >= ahead.first and _within(group, staleness, newest_version),
+        )
+        """By Group.key: of a process before this one, to be found again."""
+        for group in ahead.groups:
+            if group.complete and group.key not in self._complete:
+                journal.add(group)  # the driver keeps no responses
         self._version = -1
         self._sampler: Sampler | None = None
         self._begun: dict[int, tuple[RolloutGroups, asyncio.Task[None]]] = {}
@@ -74,6 +95,7 @@ class Production:
         """
         config = self._config
         self._version = version
+        self._journal.forget_before(version)
         self._sampler = Sampler.of(
             config, endpoint, self._tokenizer, self._grader, routing_width,
             interrupted=lambda: self._interrupted,
@@ -89,6 +111,7 @@ class Production:
             self._next += 1
 
     def _draw(self, iteration: int, rollout: RolloutGroups) -> None:
+        self._restore(rollout)
         before, self._answered = self._answered, asyncio.Event()
         drawing = self._drawn_behind(before, rollout, self._answered)
         self._begun[iteration] = rollout, asyncio.create_task(drawing)
@@ -99,12 +122,27 @@ class Production:
         """Engines take requests as they come, and the router may let some overtake others that are sent in
         the same moment: those of a rollout wait until an older one's have arrived."""
         await before.wait()
+
+        def note(group: Group) -> None:
+            answered.set()
+            if group.complete:
+                self._journal.add(group)
+
         try:
-            await self._drawn(rollout, answered.set)
+            await self._drawn(rollout, note)
         finally:
             answered.set()
 
-    async def _drawn(self, rollout: RolloutGroups, on_sample: Callable[[], None] = lambda: None) -> None:
+    def _restore(self, rollout: RolloutGroups) -> None:
+        """Give a rollout the groups that are complete already; one that is dropped has its place taken."""
+        open_groups = [group for group in rollout.groups if not group.complete]
+        for group in open_groups:  # grows
+            known = self._complete.pop(group.key, None)
+            if known is not None and _same(known, group):
+                replacement = rollout.restore(group, known.members)
+                open_groups += [replacement] if replacement else []
+
+    async def _drawn(self, rollout: RolloutGroups, on_sample: OnSample = lambda _: None) -> None:
         assert self._sampler is not None, "weights are published"
         await self._sampler.draw(rollout, on_sample, lambda: self._version)
 
@@ -116,6 +154,7 @@ class Production:
         rollout, drawing = self._begun[iteration]
         await asyncio.shield(drawing)
         del self._begun[iteration]
+        self._flow += Flow.of(rollout, taken=True)
         self._taken_next = iteration + 1
         samples = [*rollout.samples(self._tokenizer), *rollout.dropped_samples(self._tokenizer)]
         self._prompts.record(success_rates(samples, Subproblem(self._config, iteration).is_correct))
@@ -130,13 +169,43 @@ class Production:
         """End all drawing as it is."""
         self._interrupted = True
 
+    def flow(self) -> Flow:
+        """All responses and tokens since the run was started. RolloutError where some are lost."""
+        flow = self._flow + Flow.carried(self._carried_over)
+        for rollout, _ in self._begun.values():
+            flow += Flow.of(rollout, taken=False)
+        flow.check(answers_under_way=self._config.rollout.agent is not None)
+        return flow
+
     def ahead(self, *, responses: bool) -> Ahead:
         """What is begun and not taken. responses: with what is sampled of it; else to be sampled again."""
+        left = self._flow
+        for rollout, _ in self._begun.values():
+            left += Flow.dropped(rollout)
         groups = [group for rollout, _ in self._begun.values() for group in rollout.groups]
         groups += self._carried_over
         if not responses:
             groups = [_unsampled(group) for group in groups]
-        return Ahead(self._taken_next, self._prompts.state(), groups)
+        return Ahead(self._taken_next, self._prompts.state(), groups, left)
+
+
+def _within(group: Group, staleness: int, newest_version: int) -> bool:
+    """Whether these weights, and none too old for the group's rollout, have sampled it."""
+    versions = [
+        version
+        for member in group.members
+        for part in member.parts
+        for turn in part.turns
+        for _, version in turn.segments
+        if version != NOT_SAMPLED
+    ]
+    return bool(versions) and min(versions) >= group.begun - staleness and max(versions) <= newest_version
+
+
+def _same(one: Group, other: Group) -> bool:
+    """Whether they are responses to one prompt, by the same draws."""
+    seeds = [[member.seed for member in group.members] for group in (one, other)]
+    return one.problem.key == other.problem.key and seeds[0] == seeds[1]
 
 
 def _unsampled(group: Group) -> Group:

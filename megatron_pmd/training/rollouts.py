@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,8 @@ class Drawn:
     groups: RolloutGroups
     samples: list[Sample]
     """Of complete groups, graded."""
+    values: dict[str, float] = field(default_factory=dict)
+    """What its source has to log."""
 
 
 class RolloutSource(Protocol):

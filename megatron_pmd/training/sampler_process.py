@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvloop
@@ -28,6 +29,7 @@ from megatron_pmd.rollout.generate_client import Endpoint
 if TYPE_CHECKING:
     from megatron_pmd.data.prompts import PromptOrder
     from megatron_pmd.rollout.groups import RolloutGroups
+    from megatron_pmd.training.flow import Flow
     from megatron_pmd.training.production import Ahead, Production
 
 TITLE = "megatron-pmd sampler"
@@ -51,6 +53,10 @@ class Setup:
     config: RunConfig
     prompts: PromptOrder
     ahead: Ahead
+    folder: Path
+    """Of the run."""
+    newest_version: int
+    """See Production."""
 
 
 class SamplerProcess:
@@ -79,9 +85,9 @@ class SamplerProcess:
         """See Production.publish."""
         self._call("publish", version, routing_width, endpoint, seconds=START_SECONDS)
 
-    def take(self, iteration: int, seconds: float) -> tuple[RolloutGroups, Ahead]:
-        """See Production.take; with what stands behind it then, without responses."""
-        taken: tuple[RolloutGroups, Ahead] = self._call("take", iteration, seconds=seconds)
+    def take(self, iteration: int, seconds: float) -> tuple[RolloutGroups, Ahead, Flow]:
+        """See Production.take; with what stands behind it then, without responses, and Production.flow."""
+        taken: tuple[RolloutGroups, Ahead, Flow] = self._call("take", iteration, seconds=seconds)
         return taken
 
     def draw(self, rollout: RolloutGroups, seconds: float) -> RolloutGroups:
@@ -138,6 +144,7 @@ def _main(pipe: Connection, parent: int, setup: Setup) -> None:
     allow_many_files()
     from megatron_pmd.data.tokenizer import load_tokenizer
     from megatron_pmd.rewards.grading import grading
+    from megatron_pmd.rollout.group_journal import GroupJournal
     from megatron_pmd.training.production import Production
 
     config = setup.config
@@ -145,10 +152,13 @@ def _main(pipe: Connection, parent: int, setup: Setup) -> None:
         try:
             grader: Any = opened.enter_context(grading(config.reward, config.rewards))
             tokenizer = load_tokenizer(config.model)
+            production = Production(
+                config, setup.prompts, setup.ahead, tokenizer, grader,
+                GroupJournal(setup.folder), setup.newest_version,
+            )  # fmt: skip
         except PmdError as failure:
             pipe.send((None, failure))
             return
-        production = Production(config, setup.prompts, setup.ahead, tokenizer, grader)
         pipe.send((None, None))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Service(pipe, production, config.rollout.staleness).serve())
@@ -204,12 +214,13 @@ class _Service:
         at_once = max(1, connections_possible() // (self._staleness + 2))
         self._production.publish(version, routing_width, replace(endpoint, max_in_flight=at_once))
 
-    async def _take(self, iteration: int) -> tuple[RolloutGroups, Ahead]:
+    async def _take(self, iteration: int) -> tuple[RolloutGroups, Ahead, Flow]:
         rollout = await self._production.take(iteration)
-        return rollout, self._production.ahead(responses=False)
+        return rollout, self._production.ahead(responses=False), self._production.flow()
 
     async def _draw(self, rollout: RolloutGroups) -> RolloutGroups:
         return await self._production.draw(rollout)
 
     async def _ahead(self) -> Ahead:
+        self._production.flow()
         return self._production.ahead(responses=True)

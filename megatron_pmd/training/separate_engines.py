@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_pmd.actor.actor import Actor
@@ -14,6 +15,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.handover import Handover, Pauses
 from megatron_pmd.engine.router import reaches
 from megatron_pmd.rollout.groups import Group, RolloutGroups
+from megatron_pmd.training.flow import Flow
 from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.training.production import Ahead
 from megatron_pmd.training.rollouts import Drawn
@@ -32,37 +34,48 @@ class SeparateEngines(LiveEngines):
     handover: Pauses
 
     def __init__(
-        self, config: RunConfig, control: Control, *parts: Any, ahead: Ahead | None, **options: Any
+        self,
+        config: RunConfig,
+        control: Control,
+        folder: Path,
+        *parts: Any,
+        ahead: Ahead | None,
+        **options: Any,
     ) -> None:
         """Starts the engines and the sampler. Raises ConfigError for a reward that cannot be loaded.
 
         ahead: what a checkpoint has of later iterations; the driver's. The rest as LiveEngines.
         """
-        super().__init__(config, control, *parts, **options)
+        super().__init__(config, control, folder, *parts, **options)
         self._ahead = ahead
         self._sampler: SamplerProcess | None = None
         self._published: tuple[int, int] | None = None
         """Weight version, and experts that a token goes to (Sampler.of)."""
         self._deaths = 0
+        self._folder = folder
+        self._trained = Flow()
+        """What has come from the sampler."""
         control.on_driver(self._started)
 
     def _handover_of(self, device: SharedDevice | None) -> Handover:
         return Pauses(self.fleet, self.clock)
 
     def take(self, iteration: int, carried_over: Sequence[Group], actor: Actor) -> Drawn | None:
-        taken: list[RolloutGroups] = []
+        taken: list[Drawn] = []
         config = self._config
 
         def take() -> None:
             # all that is ahead may be before it in the engines' queues
             seconds = config.longest_rollout_seconds * (config.rollout.staleness + 1)
-            rollout, ahead = self._asked(lambda sampler: sampler.take(iteration, seconds))
+            rollout, ahead, flow = self._asked(lambda sampler: sampler.take(iteration, seconds))
             self._know(ahead)
             self._tell_of_refusals(rollout)
-            taken.append(rollout)
+            self._trained.put("trained", (member for group in rollout.chosen for member in group.members))
+            flow.check_handed_over(self._trained)
+            taken.append(Drawn(rollout, rollout.samples(self._tokenizer), flow.values()))
 
         self._with_engines(take, actor, iteration)
-        return Drawn(taken[0], taken[0].samples(self._tokenizer)) if taken else None
+        return taken[0] if taken else None
 
     def _draw(self, rollout: RolloutGroups, title: str, routing_width: int) -> None:
         seconds = self._config.longest_rollout_seconds
@@ -119,13 +132,17 @@ class SeparateEngines(LiveEngines):
                 self._sampler = None
                 if self._deaths > self._config.rollout.restarts:
                     raise
-                self._console.say(f"{lost} It is started again; what it had sampled ahead is sampled again.")
+                self._console.say(
+                    f"{lost} It is started again, and goes on with the groups that were complete."
+                )
 
     def _started(self) -> SamplerProcess:
         if self._sampler is None:
             assert self._problems is not None, "only the driver has a sampler"
             assert self._ahead is not None, "and knows what is ahead"
-            setup = Setup(self._config, self._problems.train, self._ahead)
+            # before weights are published, a checkpoint's are the newest
+            newest = self._published[0] if self._published else self._ahead.first
+            setup = Setup(self._config, self._problems.train, self._ahead, self._folder, newest)
             self._sampler = SamplerProcess(setup, self._asked_meanwhile)
             self._sampler.wait_ready()
             self._publish(self._sampler)

@@ -84,6 +84,10 @@ def _check_order_versions_and_log_probabilities(command_line: CommandLine) -> No
         assert line["staleness/mixed_responses"] == pytest.approx(
             sum(len(v) > 1 for v in versions) / len(versions)
         )
+        for unit in ("responses", "tokens"):
+            flow = {n: v for n, v in line.items() if n.startswith("ahead/") and n.endswith(unit)}
+            came = sum(flow.get(f"ahead/{name}_{unit}", 0) for name in ("carried", "started"))
+            assert came == sum(flow.values()) - came and flow[f"ahead/trained_{unit}"] > 0
         if line["sync/compared_tokens"]:
             assert line["sync/mean_abs_difference"] <= 1e-5 and line["sync/max_abs_difference"] <= 1e-3
     steps = command_line.steps("overlap")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_pmd.errors import StaleWeights
 from megatron_pmd.rollout import sampler as sampling
 from megatron_pmd.rollout.carried_over_file import read_carried_over, write_carried_over
 from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.group_journal import GroupJournal
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import staleness_values
 from megatron_pmd.training.production import Ahead, Production
@@ -27,6 +29,7 @@ from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving
 
 PROMPTS, SAMPLES = 4, 3
 Score = Callable[[str, Problem], float]
+Begin = Callable[..., Production]
 WIDTH = 0
 """Nothing replays routing here."""
 
@@ -56,19 +59,44 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint(url, [url], {}, 20.0, retries=1, any_engine_alive=lambda: True)
 
 
-def production(config: RunConfig, order: PromptSource, score: Score = lambda *_: 1.0) -> Production:
-    return Production(config, order, Ahead(0, order.state(), []), Numbers(), Grading(score))
+@pytest.fixture
+def production(tmp_path: Path) -> Begin:
+    numbers = itertools.count()
+
+    def begun(
+        config: RunConfig,
+        order: PromptSource,
+        score: Score = lambda *_: 1.0,
+        *,
+        ahead: Ahead | None = None,
+        newest_version: int = 0,
+    ) -> Production:
+        ahead = ahead or Ahead(0, order.state(), [])
+        return Production(
+            config,
+            order,
+            ahead,
+            Numbers(),
+            Grading(score),
+            GroupJournal(tmp_path / f"{next(numbers)}"),
+            newest_version,
+        )
+
+    return begun
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
-async def update(engine: StubEngine, url: str, version: int) -> None:
-    """As the driver has it done: pause, weights and their version, and on."""
+async def update(
+    engine: StubEngine, url: str, version: int, publish: Callable[[], None] = lambda: None
+) -> None:
+    """As the driver has it done: pause, weights and their version, the sampler is told, and on."""
     async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
         await client.post("/pause_generation", json={"mode": "retract"})
         await client.post("/update_weight_version", json={"new_version": str(version)})
+        publish()
         await client.post("/continue_generation", json={})
 
 
@@ -77,7 +105,9 @@ def versions(rollout: RolloutGroups) -> set[int]:
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_no_rollout_is_begun_before_its_weights_allow_it_and_all_are_taken_in_order(staleness: int) -> None:
+def test_no_rollout_is_begun_before_its_weights_allow_it_and_all_are_taken_in_order(
+    staleness: int, production: Begin
+) -> None:
     engine = StubEngine(keep_requests=True)
 
     async def body() -> None:
@@ -99,7 +129,9 @@ def test_no_rollout_is_begun_before_its_weights_allow_it_and_all_are_taken_in_or
         run(body)
 
 
-def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled_what() -> None:
+def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled_what(
+    production: Begin,
+) -> None:
     engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=200)
 
     async def body() -> None:
@@ -125,7 +157,7 @@ def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled
         run(body)
 
 
-def test_weights_that_nobody_has_published_end_the_rollout() -> None:
+def test_weights_that_nobody_has_published_end_the_rollout(production: Begin) -> None:
     async def body() -> None:
         producing = production(configured(1), prompts())
         producing.publish(0, WIDTH, endpoint(url))
@@ -136,7 +168,7 @@ def test_weights_that_nobody_has_published_end_the_rollout() -> None:
         run(body)
 
 
-def test_what_was_lost_with_the_engines_goes_on_when_they_are_back() -> None:
+def test_what_was_lost_with_the_engines_goes_on_when_they_are_back(production: Begin) -> None:
     engine = StubEngine(keep_requests=True)
 
     async def body() -> None:
@@ -155,7 +187,7 @@ def test_what_was_lost_with_the_engines_goes_on_when_they_are_back() -> None:
         run(body)
 
 
-def test_dropped_groups_are_replaced_in_their_own_rollout_and_the_accounts_hold() -> None:
+def test_dropped_groups_are_replaced_in_their_own_rollout_and_the_accounts_hold(production: Begin) -> None:
     config = configured(2, **{"rollout.group_filter.max_dropped": 3})
     assert config.rollout.group_filter == GroupFilter(max_dropped=3)
 
@@ -172,7 +204,9 @@ def test_dropped_groups_are_replaced_in_their_own_rollout_and_the_accounts_hold(
         run(body)
 
 
-def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_once(tmp_path: Path) -> None:
+def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_once(
+    tmp_path: Path, production: Begin
+) -> None:
     engine = StubEngine(median_tokens=60, sigma=0.3, tokens_per_second=300, slots=PROMPTS * SAMPLES)
     seeds: list[int] = []
 
@@ -200,7 +234,7 @@ def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_on
         order = prompts()
         groups = read_carried_over(tmp_path, order.problem)
         ahead = Ahead(1, saved[0], groups)
-        producing = Production(configured(2), order, ahead, Numbers(), Grading(lambda *_: 1.0))
+        producing = production(configured(2), order, ahead=ahead, newest_version=1)
         while engine.running:  # what the other process asked for
             await asyncio.sleep(0.01)
         producing.publish(1, WIDTH, endpoint(url))
@@ -224,7 +258,7 @@ def test_from_a_checkpoint_what_was_ahead_is_continued_and_every_prompt_comes_on
     assert len(set(seeds)) == len(seeds) == 4 * PROMPTS * SAMPLES
 
 
-def test_an_interrupted_rollout_is_handed_over_as_it_is_and_the_rest_is_known() -> None:
+def test_an_interrupted_rollout_is_handed_over_as_it_is_and_the_rest_is_known(production: Begin) -> None:
     engine = StubEngine(median_tokens=2000, sigma=0.0, tokens_per_second=100)
 
     async def body() -> None:
@@ -241,7 +275,7 @@ def test_an_interrupted_rollout_is_handed_over_as_it_is_and_the_rest_is_known() 
         run(body)
 
 
-def test_an_evaluation_is_drawn_beside_what_is_ahead() -> None:
+def test_an_evaluation_is_drawn_beside_what_is_ahead(production: Begin) -> None:
     async def body() -> None:
         config, order = configured(1), prompts()
         producing = production(config, order)
@@ -255,14 +289,14 @@ def test_an_evaluation_is_drawn_beside_what_is_ahead() -> None:
         run(body)
 
 
-def test_one_that_takes_over_within_an_iteration_begins_no_rollout_that_is_taken() -> None:
+def test_one_that_takes_over_within_an_iteration_begins_no_rollout_that_is_taken(production: Begin) -> None:
     async def body() -> None:
         config, order = configured(1), prompts()
         producing = production(config, order)
         producing.publish(0, WIDTH, endpoint(url))
         await producing.take(0)
         known = producing.ahead(responses=False)
-        successor = Production(config, prompts(), known, Numbers(), Grading(lambda *_: 1.0))
+        successor = production(config, prompts(), ahead=known)
         successor.publish(0, WIDTH, endpoint(url))
         for t in (1, 2):
             engine.weight_version = str(t)
@@ -276,7 +310,7 @@ def test_one_that_takes_over_within_an_iteration_begins_no_rollout_that_is_taken
         run(body)
 
 
-def test_requests_of_an_older_rollout_come_before_those_of_a_newer_one() -> None:
+def test_requests_of_an_older_rollout_come_before_those_of_a_newer_one(production: Begin) -> None:
     engine = StubEngine(keep_requests=True)
 
     async def body() -> None:

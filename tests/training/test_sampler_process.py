@@ -34,7 +34,7 @@ def setup(folder: Path, reward: str) -> Setup:
     config: RunConfig = override(recipe("tiny_moe_cpu"), settings)
     problems = [Problem(index=i, messages=(), answer=str(i), tokens=(4, 5)) for i in range(100)]
     order = PromptSource(problems, 0, "in_order")
-    return Setup(config, order, Ahead(0, order.state(), []))
+    return Setup(config, order, Ahead(0, order.state(), []), folder, 0)
 
 
 def test_a_reward_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_rollout_comes_whole_through_the_pipe_and_a_killed_process_is_told_fro
     with serving(WithinVocabulary(median_tokens=6)) as url:
         process.wait_ready()
         process.publish(0, 0, Endpoint(url, [url], {}, 20.0, 1, bool))
-        rollout, ahead = process.take(0, seconds=30)
+        rollout, ahead, _ = process.take(0, seconds=30)
         samples = rollout.samples(make_tokenizer())
         assert len(samples) == given.config.batch.samples_per_rollout
         assert [s.problem for s in samples[::16]] == list(range(8))

@@ -149,7 +149,7 @@ def main(
         drawing = replace(sampler(url, MAX_TOKENS), tokenizer=tokenizer, function=function, limits=limits)
         time_of = runner.get_loop().time
         load, used, begun = os.getloadavg()[0], time.process_time(), time_of()
-        runner.run(drawing.draw(rollout, lambda: finished.append(time_of() - begun)))
+        runner.run(drawing.draw(rollout, lambda _: finished.append(time_of() - begun)))
         seconds, used = time_of() - begun, time.process_time() - used
     sampled = [member for group in rollout.groups for member in group.members]
     assert all(sum(turn.finish == "stop" for turn in member.turns) == TURNS for member in sampled)

@@ -96,7 +96,7 @@ def driver(settings: dict[str, Any]) -> dict[str, float]:
     finished: list[float] = []
     with stub(settings) as url:
         used, begun = time.process_time(), time.monotonic()
-        sampler(url, max(lengths)).run(rollout, lambda: finished.append(time.monotonic() - begun))
+        sampler(url, max(lengths)).run(rollout, lambda _: finished.append(time.monotonic() - begun))
         seconds = time.monotonic() - begun
     assert sum(lengths) == rollout.accounts.sampled_tokens
     return {
