@@ -48,7 +48,7 @@ def forward_flops_per_token(shape: Shape, context: float) -> float:
     The embedding is a look-up; the output matrix counts. The state of linear attention is as wide whatever
     the context; the few operations on it are left out.
     """
-    weights = shape.active - (0 if shape.tied_embeddings else shape.embedding)
+    weights = shape.active - (0 if shape.embeddings.tied else shape.embedding)
     return 2 * weights + 2 * shape.caching_layers * shape.attention.score_width * context
 
 

@@ -186,7 +186,7 @@ def cache(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptio
         share = mem_fraction_static(shape, config, device)
         free = max(0.0, share * room - engine_weight_bytes(shape, config))
         # of free memory, beside a cache's part of 1, this part is for the states of linear attention
-        states = rollout.sglang.get("mamba_full_memory_ratio", 0.9) if shape.linear_layers else 0.0
+        states = rollout.sglang.get("mamba_full_memory_ratio", 0.9) if shape.linear else 0.0
         tokens = int(free / (1 + states) / token) * groups
         if rollout.max_total_tokens is not None:
             tokens = min(tokens, rollout.max_total_tokens)

@@ -84,34 +84,51 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """The model's two ends."""
+
+    vocabulary: int
+    tied: bool
+    """Whether both ends are one matrix."""
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """Layers whose attention has a state in place of a cache."""
+
+    numbers: frozenset[int]
+    attention: Attention
+
+
+@dataclass(frozen=True)
 class Shape:
     """What of a model decides its memory and its arithmetic."""
 
     name: str
     source: str
-    vocabulary: int
+    embeddings: Embeddings
     hidden: int
     layers: int
     attention: Attention
     feed_forward: FeedForward
     norms: Norms
-    tied_embeddings: bool
     context_limit: int
     """Positions the model was made for."""
-    linear_attention: Attention | None = None
-    """Of `linear_layers`, whose attention has a state in place of a cache; `attention` is of the others."""
-    linear_layers: frozenset[int] = frozenset()
+    linear: LinearLayers | None = None
+    """`attention` is that of the others."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.embeddings.vocabulary
 
     def attention_of(self, layer: int) -> Attention:
-        if layer in self.linear_layers:
-            assert self.linear_attention is not None
-            return self.linear_attention
-        return self.attention
+        linear = self.linear
+        return linear.attention if linear is not None and layer in linear.numbers else self.attention
 
     @property
     def caching_layers(self) -> int:
         """Layers with a KV cache."""
-        return self.layers - len(self.linear_layers)
+        return self.layers - (len(self.linear.numbers) if self.linear else 0)
 
     def feed_forward_of(self, layer: int) -> tuple[int, int, int]:
         """(split, replicated, routed experts') parameters of one layer's feed-forward part."""
@@ -184,13 +201,13 @@ class Shape:
     @property
     def total(self) -> int:
         """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norms.each
+        ends = self.embedding * (1 if self.embeddings.tied else 2) + self.norms.each
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
 
     @property
     def outside_matrices(self) -> int:
         """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
-        ends = self.embedding * (1 if self.tied_embeddings else 2) + self.norms.each
+        ends = self.embedding * (1 if self.embeddings.tied else 2) + self.norms.each
         sparse = self.layers - self.feed_forward.dense_layers
         vectors = sum(self.replicated_vectors(layer) for layer in range(self.layers))
         vectors += sum(self.attention_of(layer).split_vectors for layer in range(self.layers))
@@ -242,7 +259,10 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
     return Shape(
         name=name,
         source=source,
-        vocabulary=config["vocab_size"],
+        # published files of Gemma leave tie_word_embeddings out
+        embeddings=Embeddings(
+            config["vocab_size"], config.get("tie_word_embeddings", family.startswith("gemma"))
+        ),
         hidden=hidden,
         layers=layers,
         attention=_latent_attention(config) if latent else _grouped_attention(family, config),
@@ -262,11 +282,8 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
             each=2 * hidden if family == "nemotron" else hidden,
             in_layer=4 if family in ("gemma2", "gemma3_text") else 2,
         ),
-        # published files of Gemma leave it out
-        tied_embeddings=config.get("tie_word_embeddings", family.startswith("gemma")),
         context_limit=config.get("max_position_embeddings", 0),
-        linear_attention=_linear_attention(config) if linear else None,
-        linear_layers=linear,
+        linear=LinearLayers(linear, _linear_attention(config)) if linear else None,
     )
 
 

@@ -139,7 +139,7 @@ def layers_of_stages(layers: int, config: RunConfig) -> list[range]:
 
 def check_divides(shape: Shape, config: RunConfig) -> None:
     """Raise LayoutError naming the first thing that the layout does not divide."""
-    linear = shape.linear_attention
+    linear = shape.linear.attention if shape.linear else None
     config.layout.check_model(
         shape.name,
         heads=shape.attention.heads,
@@ -170,7 +170,7 @@ def stages(shape: Shape, config: RunConfig) -> list[Stage]:
     for number, layers in enumerate(pieces):
         first, last = number == 0, number == layout.pipeline - 1
         # tied embeddings: the last stage keeps a copy of its own
-        matrices = int(first) + int(last and not (shape.tied_embeddings and first))
+        matrices = int(first) + int(last and not (shape.embeddings.tied and first))
         split, replicated, routed = matrices * shape.embedding, int(last) * shape.norms.each, 0
         adams, experts_adams = split // layout.tensor + replicated, 0
         for layer in layers:
