@@ -76,6 +76,11 @@ class RunConfig(Frozen):
         return self.engines // nodes if nodes else 0
 
     @property
+    def devices_per_engine_node(self) -> int:
+        """That the engines of each of layout.engine_nodes take."""
+        return self.engines_per_node * self.rollout.tensor_parallel
+
+    @property
     def devices(self) -> int:
         """Of the actor and of the run's own engines, together."""
         beside = self.rollout.tensor_parallel if self.layout.engine_nodes else self.devices_beside_ranks

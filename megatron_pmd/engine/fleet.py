@@ -20,6 +20,7 @@ from megatron_pmd.engine.placement import part_of
 from megatron_pmd.engine.server import free_port, meeting_address, node_address
 from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan, log_of
 from megatron_pmd.observe.subphases import SubphaseClock
+from megatron_pmd.observe.versions import software
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ class Fleet:
     def _open(self) -> None:
         """Have the engine nodes start their engines."""
         config = self._config.model_dump(mode="json")
-        self._meeting.open(Opening(config, self.keys, meeting_address()))
+        self._meeting.open(Opening(config, self.keys, meeting_address(), software=software()))
 
     def start(self, engines: Collection[int]) -> None:
         """Start these engines, on every node they reach; they answer later."""

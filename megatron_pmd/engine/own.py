@@ -114,7 +114,11 @@ class OwnEngine:
         """Whether an engine elsewhere that was left out responds, maybe at another address than before."""
         if isinstance(self.process, ExternalEngine):
             self.process.find()
-        return self.why_lost(probe=True) is None
+        if self.why_lost(probe=True) is None:
+            return True
+        if isinstance(self.process, AnnouncedEngine) and self.process.alive():
+            self.process.note_silence()
+        return False
 
     def engine_bytes(self) -> int:
         """Memory of the server; with CUDA what others than this rank hold of its device."""

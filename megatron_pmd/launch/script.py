@@ -43,8 +43,7 @@ class Job:
     @property
     def gpus_per_node(self) -> int:
         """Of its ranks, and of separate engines; of an engine node if it has more."""
-        engines = self.config.engines_per_node * self.config.rollout.tensor_parallel
-        return max(devices_of_node(self.config, self.ranks_per_node), engines)
+        return max(devices_of_node(self.config, self.ranks_per_node), self.config.devices_per_engine_node)
 
     @property
     def rank_nodes(self) -> int:
@@ -53,7 +52,12 @@ class Job:
     @property
     def nodes(self) -> int:
         """With those that have engines alone."""
-        return self.rank_nodes + self.config.layout.engine_nodes
+        return self.rank_nodes + self.engine_nodes
+
+    @property
+    def engine_nodes(self) -> int:
+        """None where rollouts are replayed."""
+        return 0 if self.replay else self.config.layout.engine_nodes
 
 
 def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: str | None = None) -> Job:
@@ -65,13 +69,6 @@ def job_for(config: RunConfig, cluster: Cluster, root: PurePosixPath, replay: st
             f"(gpus_per_node of cluster {cluster.name}); change layout.data"
         )
     check_parts(config.layout.ranks, job.ranks_per_node, config.ranks_per_engine, config.devices_per_engine)
-    engines = config.engines_per_node * config.rollout.tensor_parallel
-    if cluster.has_gpus and engines > cluster.gpus_per_node:
-        raise LayoutError(
-            f"layout.engine_nodes={config.layout.engine_nodes}: {config.engines_per_node} engines of "
-            f"rollout.tensor_parallel={config.rollout.tensor_parallel} need {engines} GPUs of a node, and it "
-            f"has {cluster.gpus_per_node}; use more such nodes, or fewer engines (rollout.ranks_per_engine)"
-        )
     mounts = [mount.split(":")[1] for mount in cluster.container.mounts if ":" in mount]
     inside = any(root == PurePosixPath(m) or PurePosixPath(m) in root.parents for m in mounts)
     if cluster.container.runtime != "none" and not inside:
@@ -105,7 +102,7 @@ def options(job: Job) -> dict[str, str | None]:
         "mem": "0",
         "time": cluster.time,
         "requeue": None,
-        **({"no-kill": None} if job.config.layout.engine_nodes else {}),
+        **({"no-kill": None} if job.engine_nodes else {}),
         "open-mode": "append",
         "signal": f"USR1@{cluster.signal_seconds}",
         "output": f"{str(job.run).replace('%', '%%')}/logs/log-slurm-%j.out",
@@ -141,10 +138,10 @@ def variables(job: Job) -> dict[str, str]:
         "PMD_SCRATCH": cluster.scratch or "",
         "PMD_REPLAY": job.replay or "",
     }
-    if job.config.layout.engine_nodes:
+    if job.engine_nodes:
         own |= {
             "PMD_RANK_NODES": str(job.rank_nodes),
-            "PMD_ENGINE_NODES": str(job.config.layout.engine_nodes),
+            "PMD_ENGINE_NODES": str(job.engine_nodes),
             "PMD_JOB_NODES": str(job.nodes),
         }
     return own | cluster.network.environment | cluster.environment

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_pmd import network
 from megatron_pmd.config import RunConfig, build
-from megatron_pmd.engine.engine_nodes import Meeting, Opening
+from megatron_pmd.engine.engine_nodes import START, Meeting, Opening
+from megatron_pmd.engine.recovery import RESTART_PAUSE_SECONDS
 from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, log_of
-from megatron_pmd.errors import EngineError, Interrupted, LayoutError
+from megatron_pmd.errors import EngineError, Interrupted, LaunchError, LayoutError
 from megatron_pmd.node.preflight import check_engine_node
 from megatron_pmd.processes import die_with_parent
 from megatron_pmd.waiting import waiting_for
@@ -34,25 +37,29 @@ OPENING_SECONDS = 3600.0
 
 
 def serve(run: Path, node: int) -> None:
-    """Serve a run until it ends: engines of this start of it, and then of the next.
+    """Serve a run until it ends: this start of it, and the next where nobody says which (START).
 
-    Raises EngineError for engines that do not come up in `rollout.restarts` attempts, LayoutError for a node
-    that the run's layout does not have, Interrupted when told to end.
+    Raises EngineError when no engine comes up in `rollout.restarts` attempts, LayoutError for a node that the
+    run's layout does not have, LaunchError for one that cannot take part, Interrupted when told to end.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    meeting = Meeting(run)
+    meeting, start = Meeting(run), os.environ.get(START)
     with waiting_for(f"{run} to want engines", OPENING_SECONDS):
         limit = time.monotonic() + OPENING_SECONDS
-        while (opening := meeting.opening()) is None:
+        while (opening := meeting.opening(start)) is None:
             if time.monotonic() > limit:
                 raise EngineError(f"{run} did not want engines within {OPENING_SECONDS:g} s; was it started?")
             time.sleep(LOOK_SECONDS)
     while opening is not None:
-        with ExitStack() as cleanup:
-            serving = EngineNode(run, node, opening)
-            cleanup.callback(serving.close)
+        serving = EngineNode(run, node, opening)
+        try:
             serving.keep()
-        opening = meeting.opening()
+        finally:
+            serving.close()
+        if serving.replaced:
+            print(f"another process keeps the engines of node {node} now", flush=True)
+            return
+        opening = meeting.opening(start)
 
 
 def _interrupt(*_: object) -> None:
@@ -71,32 +78,44 @@ class EngineNode:
             raise LayoutError(
                 f"--node {node}: {run} has layout.engine_nodes={config.layout.engine_nodes}, counted from 0"
             )
+        alone = opening.driver == network.LOOPBACK
+        if alone and opening.host != socket.gethostname():
+            raise LaunchError(
+                f"{run} runs on {opening.host} alone, and listens where no other machine reaches it; launch "
+                "it on Slurm to give it further nodes"
+            )
         self._run, self._node, self._opening, self._config = run, node, opening, config
-        self._meeting = Meeting(run)
-        self._interface = network.choose_interface(
-            os.environ.get("PMD_INTERFACES", "").split() if opening.driver != network.LOOPBACK else (),
-            opening.driver,
-        )
-        os.environ.update(network.variables(self._interface))
-        if "PMD_GPU" in os.environ:  # on Slurm, which has the limits
-            check_engine_node(config, run)
-        self._cpu = not _has_cuda()
-        first = node * config.engines_per_node
+        self._meeting, self._name = Meeting(run), secrets.token_hex(4)
+        wanted = () if alone else os.environ.get("PMD_INTERFACES", "").split()
+        self._interface = network.choose_interface(wanted, opening.driver)
+        variables = network.variables(self._interface)
+        # as in the ranks' pre-flight: a profile's own are for runs of several nodes
+        os.environ.update(variables if alone else variables | os.environ)
+        check_engine_node(config, run, opening.software)
+        self._cpu, first = not _has_cuda(), node * config.engines_per_node
         self._engines: dict[int, _Kept] = {
             number: _Kept(config.rollout.restarts) for number in range(first, first + config.engines_per_node)
         }
 
+    @property
+    def replaced(self) -> bool:
+        """Whether another process, which came later, keeps this node's engines."""
+        return self._meeting.keeper(self._node, self._opening.keys) not in (None, self._name)
+
     def keep(self) -> None:
-        """Start the engines and keep them, until the run wants none or others."""
+        """Start the engines and keep them, until the run wants none or others, or another process does."""
         for number in self._engines:
             self._start(number)
         self._announce()
-        while self._meeting.opening() == self._opening:
-            again = [number for number in self._engines if self._is_lost(number)]
-            for number in again:
+        while self._meeting.opening() == self._opening and not self.replaced:
+            lost = [number for number, kept in self._engines.items() if not kept.failure]
+            lost = [number for number in lost if self._is_lost(number)]
+            for number in lost:
                 self._start(number)
-            if again:
+            if lost:
                 self._announce()
+            if all(kept.failure for kept in self._engines.values()):
+                raise EngineError("; ".join(kept.failure for kept in self._engines.values()))
             time.sleep(LOOK_SECONDS)
 
     def close(self) -> None:
@@ -106,7 +125,7 @@ class EngineNode:
 
     def _is_lost(self, number: int) -> bool:
         kept = self._engines[number]
-        return not kept.alive() or self._meeting.lost(number) == kept.url
+        return kept.may_start and (not kept.alive() or self._meeting.lost(number) == kept.url)
 
     def _start(self, number: int) -> None:
         kept, address = self._engines[number], self._interface.address
@@ -122,31 +141,43 @@ class EngineNode:
                 first_gpu=gpu,
             )
         )  # fmt: skip
-        print(f"engine {number} is started at {kept.url}; log: {log}", flush=True)
+        where = f"given up: {kept.failure}" if kept.failure else f"started at {kept.url}"
+        print(f"engine {number} is {where}; log: {log}", flush=True)
 
     def _announce(self) -> None:
-        urls = {number: kept.url for number, kept in self._engines.items()}
-        self._meeting.announce(self._node, self._opening.keys, urls)
+        engines = self._engines.items()
+        urls = {number: kept.url for number, kept in engines if not kept.failure}
+        failures = {number: kept.failure for number, kept in engines if kept.failure}
+        self._meeting.announce(self._node, self._opening.keys, urls, failures, self._name)
 
 
 class _Kept:
     """An engine of this node, started as often as it is lost; a thread waits until it is ready."""
 
     def __init__(self, restarts: int) -> None:
-        self._restarts, self._starts, self._failure = restarts, 0, ""
+        self.failure = ""
+        """Why it does not come up, once that is given up."""
+        self._restarts, self._starts, self._reason, self._not_before = restarts, 0, "", 0.0
         self._process: EngineProcess | None = None
 
     @property
     def url(self) -> str:
         return self._process.url if self._process else ""
 
+    @property
+    def may_start(self) -> bool:
+        """Whether the pause behind the last start that failed is over."""
+        return time.monotonic() >= self._not_before
+
     def alive(self) -> bool:
         return self._process is not None and self._process.alive()
 
     def start(self, spec: EngineSpec) -> None:
-        """Raises EngineError once it has failed to come up too often in a row."""
+        """Start it, or give it up once it has failed to come up too often in a row."""
         if self._starts > self._restarts:
-            raise EngineError(f"{self._failure}\nit was started {self._starts} times, in vain")
+            self.failure = f"{self._reason}\nit was started {self._starts} times, in vain"
+            return
+        self._not_before = time.monotonic() + RESTART_PAUSE_SECONDS * (2**self._starts - 1)
         self._starts += 1
         self._process = EngineProcess(spec)
         threading.Thread(target=self._wait, args=(self._process,), daemon=True).start()
@@ -154,9 +185,9 @@ class _Kept:
     def _wait(self, process: EngineProcess) -> None:
         try:
             process.wait_ready(process.spec.rollout.start_timeout_seconds)
-            self._starts = 0
+            self._starts, self._not_before = 0, 0.0
         except EngineError as error:
-            self._failure = str(error)
+            self._reason = str(error)
             process.stop()
 
     def stop(self) -> None:
@@ -181,6 +212,8 @@ def engine_nodes_here(config: RunConfig, run: Path) -> Iterator[None]:
             "the GPUs behind the ranks'; or launch the run on several nodes"
         )
     children = []
+    # what a start that was killed has left in the folder is not taken for this one's
+    os.environ[START] = secrets.token_hex(4)
     (run / "logs").mkdir(parents=True, exist_ok=True)
     try:
         for node in range(nodes):

@@ -143,7 +143,7 @@ def begin(job: Job) -> str:
         append(job.history, "submitted", job=job.number)
     number = 1 + max((attempt.number for attempt in history.attempts), default=0)
     # what an earlier attempt left would be taken for this one's
-    for name in ("outcome.json", "bad_nodes", "../engines/run.json"):  # the last: engine/engine_nodes.py
+    for name in ("outcome.json", "bad_nodes"):
         (job.state / name).unlink(missing_ok=True)
     shutil.rmtree(job.state / "preflight" / str(number), ignore_errors=True)
     append(

@@ -30,7 +30,7 @@ from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.network import Interface
 from megatron_pmd.node.allocation import Allocation
 from megatron_pmd.node.caches import keep_compiled_kernels
-from megatron_pmd.observe.versions import versions
+from megatron_pmd.observe.versions import software
 from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
@@ -68,30 +68,35 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
         os.environ.update(variables if _alone(config, allocation) else variables | os.environ)
     except LaunchError as error:
         report.problems.append(str(error))
-    found = versions()
-    report.software = {key: found[key] for key in ("python", "packages", "commit")}
+    report.software = software()
     report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
     report.problems += plan_problems(config, allocation, folder)
     report.problems += core_problems()
     devices = devices_of_node(config, allocation.ranks_per_node)
-    report.problems += device_problems(devices, limits, allocation.host, found["packages"])
+    report.problems += device_problems(devices, limits, allocation.host, report.software["packages"])
     meeting = allocation.state / "preflight" / str(allocation.attempt)
     reports = exchange(report, meeting, allocation, limits.deadline_seconds)
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
     return reports
 
 
-def check_engine_node(config: RunConfig, run: Path) -> None:
+def check_engine_node(config: RunConfig, run: Path, driver: dict[str, Any]) -> None:
     """Examine a node of layout.engine_nodes before its engines start. Raises LaunchError naming it.
 
-    The others do not wait for it: the run goes on without.
+    The others do not wait for it: the run goes on without. driver: software() of the driver.
     """
-    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
-    devices = config.engines_per_node * config.rollout.tensor_parallel
-    problems = disk_problems(limits, [run]) + core_problems()
-    problems += device_problems(devices, limits, host, versions()["packages"])
+    host, own = os.environ.get("SLURMD_NODENAME", socket.gethostname()), software()
+    problems = [
+        f"{key} is {value}, on the driver's node {_flat(driver).get(key)}"
+        for key, value in _flat(own).items()
+        if value != _flat(driver).get(key)
+    ]
+    if "PMD_GPU" in os.environ:  # a job of Slurm's, with the limits of its profile
+        limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+        problems += disk_problems(limits, [run]) + core_problems()
+        problems += device_problems(config.devices_per_engine_node, limits, host, own["packages"])
     if problems:
+        _leave_out(host)
         raise LaunchError(f"engine node {host} cannot take part: {'; '.join(problems)}")
 
 
@@ -272,9 +277,7 @@ def refuse_gpu_node() -> None:
     if os.environ.get("PMD_GPU", "cpu") == "cpu":
         return
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    if state := os.environ.get("PMD_STATE"):
-        with (Path(state) / "bad_nodes").open("a") as file:
-            file.write(f"{host}\n")
+    _leave_out(host)
     import torch
 
     why = "torch.cuda.is_available() says no more"
@@ -283,6 +286,13 @@ def refuse_gpu_node() -> None:
     except (RuntimeError, AssertionError) as error:
         why = str(error)
     raise LaunchError(f"node {host}: CUDA does not start, although PMD_GPU={os.environ['PMD_GPU']}: {why}")
+
+
+def _leave_out(host: str) -> None:
+    """Have the job's next attempt run without this node."""
+    if state := os.environ.get("PMD_STATE"):
+        with (Path(state) / "bad_nodes").open("a") as file:
+            file.write(f"{host}\n")
 
 
 def _nvidia_smi() -> str:

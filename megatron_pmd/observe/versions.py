@@ -22,15 +22,20 @@ PACKAGES = (
 def versions() -> dict[str, Any]:
     """Contents of versions.json."""
     return {
-        "python": platform.python_version(),
-        "packages": {name: _package(name) for name in PACKAGES},
-        "commit": _commit(Path(megatron_pmd.__file__)),
+        **software(),
         "hostname": socket.gethostname(),
         "system": platform.platform(),
         "cpu": _cpu(),
         "cpu_cores": os.cpu_count(),
         "gpus": (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),
     }
+
+
+def software() -> dict[str, Any]:
+    """Of these, what is the same on all nodes of a run."""
+    packages = {name: _package(name) for name in PACKAGES}
+    commit = _commit(Path(megatron_pmd.__file__))
+    return {"python": platform.python_version(), "packages": packages, "commit": commit}
 
 
 def _package(name: str) -> str | None:

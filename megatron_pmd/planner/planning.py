@@ -129,7 +129,7 @@ class Plan:
         if ranks % per_node:
             beside = f", {per_node} ranks with their engines each" if config.devices_beside_ranks else ""
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices{beside}")
-        engines = config.engines_per_node * config.rollout.tensor_parallel
+        engines = config.devices_per_engine_node
         if engines > machines.devices_per_node and not machines.shares_host_memory:
             found.append(
                 f"layout.engine_nodes={config.layout.engine_nodes}: {config.engines_per_node} engines of "

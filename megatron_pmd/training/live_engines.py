@@ -117,8 +117,8 @@ class LiveEngines:
             failure = self._control.from_driver(_failure_of(draw) if self._control.is_driver else None)
             if failure is None:
                 return
-            # a server of others that came back by itself has forgotten the weights it was given
-            forgotten = isinstance(failure, StaleWeights) and bool(self._config.rollout.servers)
+            # an engine elsewhere that came back by itself has forgotten the weights it was given
+            forgotten = isinstance(failure, StaleWeights) and self._config.engines_elsewhere
             if not (forgotten or isinstance(failure, EnginesLost)):
                 raise failure
             self.revive(actor, self._control.from_driver(version), forgotten=forgotten)

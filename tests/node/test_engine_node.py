@@ -14,8 +14,9 @@ from megatron_pmd.config import override
 from megatron_pmd.engine.engine_nodes import Meeting, Opening
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.sglang_server import EngineSpec
-from megatron_pmd.errors import EngineError, LayoutError, PmdError
+from megatron_pmd.errors import EngineError, LaunchError, LayoutError, PmdError
 from megatron_pmd.node import engine_node
+from megatron_pmd.observe.versions import software
 from recipes import recipe
 
 CONFIG = override(
@@ -29,7 +30,8 @@ class Played:
     """In the place of EngineProcess; SGLang's own start is in tests/end_to_end and tests/slurm."""
 
     everyone: list[Played] = []
-    comes_up = True
+    fail: frozenset[int] = frozenset()
+    """Engines that do not come up."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec, self.url, self._alive = spec, spec.url, True
@@ -39,7 +41,7 @@ class Played:
         return self._alive
 
     def wait_ready(self, deadline_seconds: float) -> None:
-        if not Played.comes_up:
+        if self.spec.number in Played.fail:
             raise EngineError("exited with status 1 at start")
 
     def stop(self) -> None:
@@ -66,6 +68,7 @@ class Served(threading.Thread):
 def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     monkeypatch.setattr(engine_node, "EngineProcess", Played)
     monkeypatch.setattr(engine_node, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(engine_node, "RESTART_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(engine_node.signal, "signal", lambda *_: None)  # threads may not
     monkeypatch.setattr(Played, "everyone", [])
     found = Meeting(tmp_path)
@@ -75,7 +78,8 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting
 
 def opened(meeting: Meeting, keys: str, *settings: str) -> Keys:
     given = Keys(keys, keys)
-    meeting.open(Opening(override(CONFIG, list(settings)).model_dump(mode="json"), given, "127.0.0.1"))
+    config = override(CONFIG, list(settings)).model_dump(mode="json")
+    meeting.open(Opening(config, given, "127.0.0.1", software=software()))
     return given
 
 
@@ -129,14 +133,53 @@ def test_a_new_start_of_the_run_gets_new_engines(meeting, tmp_path) -> None:
     assert {engine.spec.rollout.max_running_requests for engine in after} == {7}
 
 
-def test_engines_that_do_not_come_up_end_their_node_with_their_words(meeting, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(Played, "comes_up", False)
+def test_an_engine_that_does_not_come_up_is_given_up_alone(meeting, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Played, "fail", {0})
+    keys = opened(meeting, "key")
+    node = Served(tmp_path, 0)
+    until(lambda: meeting.failure(0, 0, keys))
+    assert meeting.failure(0, 0, keys) == "exited with status 1 at start\nit was started 3 times, in vain"
+    assert meeting.announced(0, 0, keys) is None
+    [healthy] = [engine for engine in Played.everyone if engine.spec.number == 1]
+    assert healthy.alive() and meeting.announced(0, 1, keys) == healthy.url and node.error is None
+
+
+def test_a_node_none_of_whose_engines_comes_up_ends_with_their_words(meeting, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Played, "fail", {0, 1})
     opened(meeting, "key")
     node = Served(tmp_path, 0)
     node.join(30)
     assert isinstance(node.error, EngineError)
-    assert str(node.error) == "exited with status 1 at start\nit was started 3 times, in vain"
+    assert str(node.error).count("exited with status 1 at start\nit was started 3 times, in vain") == 2
     assert not any(engine.alive() for engine in Played.everyone)
+
+
+def test_a_node_that_comes_later_takes_the_place_of_one_that_is_there(meeting, tmp_path) -> None:
+    keys = opened(meeting, "key")
+    first = Served(tmp_path, 0)
+    until(lambda: meeting.announced(0, 1, keys))
+    before = list(Played.everyone)
+    Served(tmp_path, 0)
+    first.join(30)
+    assert first.error is None and not any(engine.alive() for engine in before)
+    after = Played.everyone[2:]
+    assert [meeting.announced(0, number, keys) for number in (0, 1)] == [engine.url for engine in after]
+    assert all(engine.alive() for engine in after)
+
+
+def test_a_node_with_other_software_than_the_drivers_is_named(meeting, tmp_path) -> None:
+    config = CONFIG.model_dump(mode="json")
+    other = software() | {"commit": "another"}
+    meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", software=other))
+    with pytest.raises(LaunchError, match=r"commit is .*, on the driver's node another"):
+        engine_node.serve(tmp_path, 0)
+
+
+def test_a_run_of_one_machine_takes_no_node_elsewhere(meeting, tmp_path) -> None:
+    config = CONFIG.model_dump(mode="json")
+    meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", host="elsewhere"))
+    with pytest.raises(LaunchError, match="runs on elsewhere alone"):
+        engine_node.serve(tmp_path, 0)
 
 
 def test_a_node_that_the_layout_does_not_have_and_a_run_that_wants_none_are_named(
