@@ -241,7 +241,7 @@ def test_a_journal_that_cannot_be_written_or_read_is_not_passed_over_in_silence(
         journal.read(prompts().problem, lambda _: True)
 
 
-def test_accounts_that_do_not_hold_end_the_take_and_the_snapshot_and_say_what_is_lost(tmp_path: Path) -> None:
+def test_accounts_that_do_not_hold_are_an_error_that_says_what_is_lost(tmp_path: Path) -> None:
     async def body() -> None:
         order, journal = prompts(), GroupJournal(tmp_path)
         ahead = Ahead(0, order.state(), [])
