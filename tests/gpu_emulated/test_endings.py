@@ -28,6 +28,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_as_such(runs):
     assert "NonFiniteLoss" in done.stdout + done.stderr and "gradient norm" in summary["reason"]
 
 
+@pytest.mark.long
+def test_an_alarm_whose_action_is_to_stop_ends_the_run_as_alarmed(runs):
+    words = ("alarms.entropy_collapse.threshold=2", "alarms.entropy_collapse.action=stop")
+    done, summary = ended(runs, "alarmed", *words)
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert summary["status"] == "alarmed" and "entropy_collapse" in summary["reason"]
+
+
 @pytest.mark.long  # the core has it by phase: test_memory.py
 def test_a_device_that_is_too_small_is_named(runs):
     done, summary = ended(runs, "small", EMULATED_CUDA_BYTES=str(12 * 2**20))
