@@ -205,7 +205,10 @@ def _has_cuda() -> bool:
 def engine_nodes_here(config: RunConfig, run: Path) -> Iterator[None]:
     """The run's engine nodes as processes of this machine, beside the block. Raises LayoutError with CUDA."""
     nodes = config.layout.engine_nodes
-    if nodes and _has_cuda():
+    if not nodes:
+        yield
+        return
+    if _has_cuda():
         raise LayoutError(
             f"layout.engine_nodes={nodes} on one machine with GPUs: engines of a node of their own take its "
             "first ones, which are the ranks'. Set engine_nodes=0 and sync.transport=ipc: engines then take "
