@@ -45,6 +45,7 @@ ENDS_WITH = {
     "rollout/agents/program.py: episode.failed.wait()": "asyncio.wait around it, which has a deadline",
     "rollout/agents/program.py: program.result()": "nothing: it has ended",
     "rollout/generate_client.py: idle.wait()": "the rollout, whose requests have deadlines",
+    "rollout/group_journal.py: each.result()": WORK_OF_ITS_OWN,
     "rollout/sampler.py: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)": "the rollout",
     "rollout/sampler.py: first.pop().result()": "nothing: it has ended",
     "rollout/sampler.py: self._enough.wait()": "asyncio.timeout around it",

@@ -315,7 +315,7 @@ def _sample(task: Task, rollout: RolloutGroups, sampler: Sampler, console: Conso
                 headers=spec.keys.headers,
             )  # fmt: skip
             with console.progress("evaluation", rollout.total - rollout.finished) as advance:
-                replace(sampler, endpoint=endpoint).run(rollout, advance)
+                replace(sampler, endpoint=endpoint).run(rollout, lambda _: advance())
             return rollout.samples(sampler.tokenizer)
         except EnginesLost:
             console.say(

@@ -22,7 +22,7 @@ from tests.rollout.test_sampler import problem, rollout_for
 class Engine:
     """The fleet of one engine, and that engine."""
 
-    external, leads, number, urls, serves = False, True, 0, ("http://engine",), (0,)
+    elsewhere, leads, number, urls, serves = False, True, 0, ("http://engine",), (0,)
     left_out: frozenset[int] = frozenset()
     calls = SimpleNamespace(flush_cache=lambda: None)
 
