@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from megatron_pmd.engine.external import ExternalEngine
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import POLL_SECONDS, answers
-from megatron_pmd.engine.sglang_server import EngineSpec
+from megatron_pmd.engine.sglang_server import READY_PATH, EngineSpec
 from megatron_pmd.errors import EngineError
 from megatron_pmd.files import JsonObject, read_object, write_whole
 from megatron_pmd.waiting import waiting_for
@@ -132,8 +132,6 @@ def _start(keys: Keys) -> str:
 class AnnouncedEngine(ExternalEngine):
     """In the place of an EngineProcess: an engine that its node starts, and starts again elsewhere."""
 
-    ready_path = "/ready"
-
     def __init__(self, spec: EngineSpec, node: int, meeting: Meeting) -> None:
         """spec: host and port are filled in as soon as its node tells them."""
         self._node, self._meeting = node, meeting
@@ -143,6 +141,7 @@ class AnnouncedEngine(ExternalEngine):
         self.find()
 
     def find(self) -> None:
+        """Look where its node has it now; until that tells, it stays where it was."""
         url = self._meeting.announced(self._node, self.spec.number, self.spec.keys)
         if url and url != self.url:
             address = urlsplit(url)
@@ -159,7 +158,7 @@ class AnnouncedEngine(ExternalEngine):
         """See ExternalEngine; with CUDA an engine that has told where it is may compile kernels first."""
         started, cold = time.monotonic(), self.spec.rollout.cold_start_timeout_seconds
         with waiting_for(self._where, max(deadline_seconds, 0.0 if self.spec.cpu else cold)):
-            while not (self.url and answers(self.url + self.ready_path, 5.0)):
+            while not (self.url and answers(self.url + READY_PATH, 5.0)):
                 failure = self._meeting.failure(self._node, self.spec.number, self.spec.keys)
                 if failure is not None:
                     raise EngineError(f"{self._where()} does not come up: {failure}")

@@ -28,9 +28,6 @@ class ExternalEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec, self.url, self.log = spec, spec.url, spec.log
 
-    def find(self) -> None:
-        """Look where it is now; a server of others is where it always was."""
-
     def alive(self) -> bool:
         return answers(self.url + "/health", ANSWER_SECONDS)
 

@@ -112,12 +112,13 @@ class OwnEngine:
 
     def answers_again(self) -> bool:
         """Whether an engine elsewhere that was left out responds, maybe at another address than before."""
-        if isinstance(self.process, ExternalEngine):
-            self.process.find()
+        announced = self.process if isinstance(self.process, AnnouncedEngine) else None
+        if announced:
+            announced.find()
         if self.why_lost(probe=True) is None:
             return True
-        if isinstance(self.process, AnnouncedEngine) and self.process.alive():
-            self.process.note_silence()
+        if announced and announced.alive():
+            announced.note_silence()
         return False
 
     def engine_bytes(self) -> int:

@@ -24,6 +24,8 @@ from megatron_pmd.files import read_object
 from megatron_pmd.fp8 import names_in, quantization_config
 
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
+READY_PATH = "/ready"
+"""Answers as soon as an engine takes requests, whatever weights it has."""
 NO_WEIGHTS = "none"
 """Weight version of an engine that the actor has sent nothing to yet."""
 
@@ -276,7 +278,7 @@ class EngineProcess(ServerProcess):
         name, span = f"engine {spec.number}", spec.span
         if span.nodes > 1:
             name += f", node {span.node} of {span.nodes}"
-        super().__init__(name, command, environment, spec.url, "/ready", spec.log)
+        super().__init__(name, command, environment, spec.url, READY_PATH, spec.log)
 
     def wait_ready(self, deadline_seconds: float, meanwhile: str = "") -> None:
         """See ServerProcess; longer where the engine's kernels are compiled first."""

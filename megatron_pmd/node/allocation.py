@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def host_name() -> str:
+    """Of this node, as Slurm calls it; else its own."""
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Where this node stands in its job, as Slurm and the batch script tell."""
@@ -26,7 +31,7 @@ class Allocation:
     def from_environment(cls) -> Allocation:
         env = os.environ
         return cls(
-            host=env.get("SLURMD_NODENAME", socket.gethostname()),
+            host=host_name(),
             rank=int(env["SLURM_NODEID"]),
             nodes=int(env["SLURM_NNODES"]),
             ranks_per_node=int(env["PMD_RANKS_PER_NODE"]),

@@ -108,8 +108,7 @@ class EngineNode:
             self._start(number)
         self._announce()
         while self._meeting.opening() == self._opening and not self.replaced:
-            lost = [number for number, kept in self._engines.items() if not kept.failure]
-            lost = [number for number in lost if self._is_lost(number)]
+            lost = [number for number in self._engines if self._is_lost(number)]
             for number in lost:
                 self._start(number)
             if lost:
@@ -124,6 +123,7 @@ class EngineNode:
             kept.stop()
 
     def _is_lost(self, number: int) -> bool:
+        """Whether it is to be started again now."""
         kept = self._engines[number]
         return kept.may_start and (not kept.alive() or self._meeting.lost(number) == kept.url)
 
@@ -166,8 +166,8 @@ class _Kept:
 
     @property
     def may_start(self) -> bool:
-        """Whether the pause behind the last start that failed is over."""
-        return time.monotonic() >= self._not_before
+        """Whether it is not given up, and the pause behind the last start that failed is over."""
+        return not self.failure and time.monotonic() >= self._not_before
 
     def alive(self) -> bool:
         return self._process is not None and self._process.alive()

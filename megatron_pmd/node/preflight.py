@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from megatron_pmd.engine.placement import devices_of_node
 from megatron_pmd.errors import LaunchError, ModelError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.network import Interface
-from megatron_pmd.node.allocation import Allocation
+from megatron_pmd.node.allocation import Allocation, host_name
 from megatron_pmd.node.caches import keep_compiled_kernels
 from megatron_pmd.observe.versions import software
 from megatron_pmd.waiting import waiting_for
@@ -85,7 +84,7 @@ def check_engine_node(config: RunConfig, run: Path, driver: dict[str, Any]) -> N
 
     The others do not wait for it: the run goes on without. driver: software() of the driver.
     """
-    host, own = os.environ.get("SLURMD_NODENAME", socket.gethostname()), software()
+    host, own = host_name(), software()
     problems = [
         f"{key} is {value}, on the driver's node {_flat(driver).get(key)}"
         for key, value in _flat(own).items()
@@ -276,7 +275,7 @@ def refuse_gpu_node() -> None:
     """
     if os.environ.get("PMD_GPU", "cpu") == "cpu":
         return
-    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    host = host_name()
     _leave_out(host)
     import torch
 
