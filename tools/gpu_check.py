@@ -230,6 +230,16 @@ def check(name: str, folder: Path) -> dict[str, float]:
     return actions[name](folder)
 
 
+def run_here(name: str, folder: Path) -> dict[str, Any]:
+    """Status and figures of one check, in this process; what it raises when it fails is raised."""
+    from megatron_pmd.errors import ConfigError
+
+    try:
+        return {"status": "ran", "figures": check(name, folder)}
+    except ConfigError as error:
+        return {"status": SKIPPED, "why": str(error)}
+
+
 def run_check(name: str, folder: Path) -> dict[str, Any]:
     """Status and figures of one check, from a process of its own."""
     command = [
@@ -273,15 +283,10 @@ def main(
     folder: Path = Path(),
 ) -> None:
     """Run all checks; --check and --folder are for the processes that this starts."""
-    from megatron_pmd.errors import ConfigError
     from megatron_pmd.observe.versions import versions as environment_versions
 
     if check_name:
-        try:
-            outcome: dict[str, Any] = {"status": "ran", "figures": check(check_name, folder)}
-        except ConfigError as error:
-            outcome = {"status": SKIPPED, "why": str(error)}
-        (folder / "result.json").write_text(json.dumps(outcome))
+        (folder / "result.json").write_text(json.dumps(run_here(check_name, folder)))
         return
     import torch
 

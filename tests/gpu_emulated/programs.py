@@ -13,6 +13,7 @@ from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import OBJECTIVE, Trial, train_one
 from tests.actor.tiny_models import STEPS, TEMPERATURE, with_routing
+from tools.gpu_check import run_here
 
 
 def to_host(value: Any) -> Any:
@@ -94,3 +95,8 @@ def resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
         loaded = trial.weights()
         results[name] = to_host([loaded, trial.step(STEPS[2]), trial.weights()])
     return results
+
+
+def gpu_check(name: str, folder: Path) -> dict[str, Any]:
+    """Status and figures of one of tools.gpu_check's checks."""
+    return run_here(name, folder)
