@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,3 @@ def run_order(module: str, order: str) -> None:
     torch.save(value, Path(order).parent / f"{os.environ['RANK']}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_order(*sys.argv[1:])

@@ -76,9 +76,12 @@ class Job:
 class WarmProcess:
     """Started by the first job; dies with this process, and every rank with it."""
 
-    def __init__(self, module: str) -> None:
-        """module: a program that imports what ranks need and then serves: it is given serve's descriptor."""
-        self._module = module
+    def __init__(self, module: str, within: Sequence[str] = ()) -> None:
+        """module: a program that imports what ranks need and then serves: it is given serve's descriptor.
+
+        within: words of a command that becomes the one behind them, as `env` does.
+        """
+        self._module, self._within = module, within
         self._process: subprocess.Popen[bytes] | None = None
         self._jobs: connection.Connection | None = None
 
@@ -101,18 +104,21 @@ class WarmProcess:
     def _start(self) -> None:
         ours, theirs = connection.Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", self._module, str(theirs.fileno())],
+            [*self._within, sys.executable, "-W", "ignore", "-m", self._module, str(theirs.fileno())],
             cwd=REPOSITORY, env=os.environ | ENVIRONMENT, stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()], preexec_fn=partial(die_with_parent, parent=os.getpid()),
         )  # fmt: skip
         theirs.close()
         self._jobs = ours
-        atexit.register(self._stop, self._process, ours)
+        atexit.register(self.stop)
 
-    @staticmethod
-    def _stop(process: subprocess.Popen[bytes], jobs: connection.Connection) -> None:
-        jobs.close()
-        process.wait(GRACE_SECONDS)
+    def stop(self) -> None:
+        """A later job starts another."""
+        if self._process is None or self._jobs is None:
+            return
+        self._jobs.close()
+        self._process.wait(GRACE_SECONDS)
+        self._process = None
 
 
 WARM = WarmProcess("tests.actor.warm")

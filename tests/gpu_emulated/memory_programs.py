@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -67,11 +68,20 @@ def holders() -> Iterator[tuple[str, Any]]:
     """Objects that keep tensors, by type and attribute; what functools.lru_cache keeps, by its function."""
     for holder in gc.get_objects():
         kind = type(holder)
+        if not _may_hold(kind):
+            continue
         if kind.__name__ == "_lru_cache_wrapper":
             yield holder.__qualname__, _kept_by(holder)
-        elif str(kind.__module__).startswith(OWNERS) and not isinstance(holder, type):
+        else:
             for name, value in list(getattr(holder, "__dict__", {}).items()):
                 yield f"{kind.__name__}.{name.lstrip('_')}", value
+
+
+@functools.cache
+def _may_hold(kind: type) -> bool:
+    """Whether holders() looks at the objects of this type; there are a million objects and few types."""
+    owner = str(kind.__module__).startswith(OWNERS) and not issubclass(kind, type)
+    return owner or kind.__name__ == "_lru_cache_wrapper"
 
 
 def _kept_by(cache: Any) -> list[Any]:
@@ -149,6 +159,7 @@ def peaks(action: Any) -> dict[str, int]:
 
 def round_trips(cases: dict[str, RunConfig], folder: Path) -> dict[str, Any]:
     """By case: see round_trip; after them out_of_memory of the first."""
+    gc.unfreeze()  # holders() looks through all objects, also those of what was imported
     results: dict[str, Any] = {}
     for name, config in cases.items():
         results[name] = round_trip(config, folder / str(len(results)))

@@ -29,13 +29,11 @@ def to_host(value: Any) -> Any:
     return value
 
 
-def train(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
-    """actor_programs.train_one's results, by case; of a pipeline also what is left of losses."""
-    results = {}
-    for name, (config, folder) in cases.items():
-        results[name] = to_host(train_one(config, folder))
-        if config.layout.pipeline > 1:
-            results[name]["left of losses"] = left_of_losses(config)
+def train(cases: dict[str, tuple[RunConfig, Path]], watched: str | None = None) -> dict[str, Any]:
+    """actor_programs.train_one's results, by case; of the watched one also what is left of losses."""
+    results = {name: to_host(train_one(config, folder)) for name, (config, folder) in cases.items()}
+    if watched in cases:
+        results[watched]["left of losses"] = left_of_losses(cases[watched][0])
     return results
 
 

@@ -1,24 +1,26 @@
-"""What an actor really holds: `torchrun -m tests.planner.measured MODEL_FOLDER OUTPUT_FOLDER PRECISION`."""
+"""What an actor really holds: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-from megatron_pmd.actor.cpu import standins
-
-if __name__ == "__main__":
-    standins.install()
 
 import torch
 
 from megatron_pmd.actor.actor import Actor
-from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import override
-from megatron_pmd.distributed import Control
 from recipes import recipe
+from tests.actor.actor_programs import start
+
+
+def held(folder: Path, precisions: list[str]) -> dict[str, dict[str, int]]:
+    """By precision, measure() of an actor of tiny_moe_cpu with the folder's model."""
+    results = {}
+    for precision in precisions:
+        words = [f"model.path={folder}", f"model.precision={precision}"]
+        config = override(recipe("tiny_moe_cpu"), words)
+        results[precision] = measure(Actor(config, start(config.layout)))
+    return results
 
 
 def measure(actor: Actor) -> dict[str, int]:
@@ -40,12 +42,3 @@ def measure(actor: Actor) -> dict[str, int]:
         "gradients": sum(p.main_grad.nbytes for p in parameters),
         "optimizer": sum(state.nbytes for state in states),
     }
-
-
-if __name__ == "__main__":
-    folder, output, precision = sys.argv[1:]
-    config = override(recipe("tiny_moe_cpu"), [f"model.path={folder}", f"model.precision={precision}"])
-    initialize(config.layout, seed=0, timeout_seconds=60)
-    control = Control(60)
-    result = measure(Actor(config, control))
-    (Path(output) / f"{control.rank}.json").write_text(json.dumps(result))

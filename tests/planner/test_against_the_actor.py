@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,30 +11,32 @@ from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.planner.planning import make_plan
 from recipes import recipe
 from recipes.tiny_moe_cpu import make_model
+from tests.actor.launch import launch
 
 pytestmark = pytest.mark.slow
-PROJECT = Path(__file__).parents[2]
+PRECISIONS = ["fp32", "bf16"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_gradients_and_optimizer_are_as_planned(precision: str, tmp_path: Path) -> None:
-    """The two ranks share the dense parameters' optimizer state unevenly, by padding; its sum is exact."""
-    folder = tmp_path / "tiny-moe"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
     make_model(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.planner.measured", str(folder), str(tmp_path), precision],
-        cwd=PROJECT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    config = override(recipe("tiny_moe_cpu"), [f"model.path={folder}", f"model.precision={precision}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(model: Path) -> list[dict[str, dict[str, int]]]:
+    return launch("held", ranks=2, module="tests.planner.measured", folder=model, precisions=PRECISIONS)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_gradients_and_optimizer_are_as_planned(
+    precision: str, model: Path, ranks: list[dict[str, dict[str, int]]]
+) -> None:
+    """The two ranks share the dense parameters' optimizer state unevenly, by padding; its sum is exact."""
+    config = override(recipe("tiny_moe_cpu"), [f"model.path={model}", f"model.precision={precision}"])
     (stage,) = make_plan(config, load_cluster("lab").machines).stages
     for rank in ranks:
-        assert rank["weights"] == stage.weight_bytes
-        assert rank["gradients"] == stage.gradient_bytes
-    assert sum(rank["optimizer"] for rank in ranks) == 2 * stage.optimizer_bytes
+        assert rank[precision]["weights"] == stage.weight_bytes
+        assert rank[precision]["gradients"] == stage.gradient_bytes
+    assert sum(rank[precision]["optimizer"] for rank in ranks) == 2 * stage.optimizer_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.training.batch_shares import distribute
+from tests.actor.warm import serve
 
 Case = tuple[dict[str, int], int]
 """A layout, and on how many nodes."""
@@ -123,6 +125,12 @@ def used_blocks(memory: Path) -> int:
     return space.f_blocks - space.f_bfree
 
 
+def left_in(memory: Path) -> list[str]:
+    """The folder's blocks in use, if any, and its files."""
+    used = used_blocks(memory)
+    return [*([f"{used} blocks"] if used else []), *os.listdir(memory)]
+
+
 def interrupted(samples: list[Sample], memory: Path, how: str) -> int:
     """A distribution that does not get to its end, or with how="" does; the blocks then in use."""
     dist.init_process_group("gloo")
@@ -154,3 +162,7 @@ def without_room(samples: list[Sample], memory: Path, temporary: Path) -> tuple[
         return said, False, str(error)
     whole = RolloutBatch.pack(samples, 1.0)
     return said, all(np.array_equal(getattr(share.tokens, n), getattr(whole.tokens, n)) for n in ARRAYS), ""
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

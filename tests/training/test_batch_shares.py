@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import mmap
-import os
-import pickle
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_pmd.batch import RolloutBatch, Sample
-from tests.actor.launch import launch
+from tests.actor.launch import launch, launch_from
 from tests.actor.tiny_models import rollout, with_routing, write_model
-from tests.actor.warm import REPOSITORY
+from tests.actor.warm import WarmProcess
 from tests.training.share_programs import ARRAYS, Case
 
 PROGRAMS = "tests.training.share_programs"
@@ -121,66 +118,61 @@ def test_log_probs_and_step_are_those_of_a_rank_with_the_whole_batch_bit_for_bit
 # memory of a size that the test chooses
 
 
-@pytest.fixture
-def room(tmp_path) -> Path:
+class Rooms(NamedTuple):
+    """Folders in a memory of their own each, and ranks that see it."""
+
+    ranks: WarmProcess
+    large: Path
+    small: Path
+
+    def launch(self, program: str, *, ranks: int = 1, **arguments: Any) -> list[Any]:
+        return launch_from(self.ranks, "tests.actor.launch:run_order", PROGRAMS, program, arguments, ranks)
+
+    def left(self, room: Path) -> list[str]:
+        """The room's blocks in use, and its files."""
+        return self.launch("left_in", memory=room)[0]
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory) -> Iterator[Rooms]:
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
         pytest.skip("needs user namespaces: a shared memory of its own")
-    folder = tmp_path / "room"
-    folder.mkdir()
-    return folder
-
-
-def in_room(
-    room: Path, size: str, program: str, *, ranks: int, **arguments: Any
-) -> tuple[int, str, list[str]]:
-    """Run a program with a tmpfs of this size mounted there: its exit code, its output, and the folder's
-    blocks in use and its files after all ranks have ended."""
-    order = room.parent / "order"
-    order.write_bytes(pickle.dumps((program, arguments)))
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}"
-    program = f"{sys.executable} {torchrun} -m tests.actor.launch {PROGRAMS} {order}"
-    mount, after = f"mount -t tmpfs -o size={size} tmpfs {room}", f"stat -f -c '%b %f' {room}; ls -A {room}"
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", f"{mount} && {program}; code=$?; echo AFTER; {after}; exit $code"],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    output, _, rest = done.stdout.rpartition("AFTER\n")
-    blocks, *files = rest.splitlines()
-    total, free = map(int, blocks.split())
-    return done.returncode, output, [*([f"{total - free} blocks"] if total != free else []), *files]
+    large, small = (tmp_path_factory.mktemp(name) for name in ("large", "small"))
+    mounts = [f"mount -t tmpfs -o size={size} tmpfs {room}" for size, room in (("8m", large), ("4k", small))]
+    ranks = WarmProcess(
+        PROGRAMS, within=["unshare", "-Urm", "sh", "-ec", "; ".join([*mounts, 'exec "$@"']), "sh"]
+    )
+    yield Rooms(ranks, large, small)
+    ranks.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["driver killed", "rank killed", "exception", ""])
-def test_shared_memory_is_empty_however_the_ranks_end(room, how):
-    code, output, left = in_room(room, "8m", "interrupted", ranks=2, samples=samples(), memory=room, how=how)
-    assert left == []
+def test_shared_memory_is_empty_however_the_ranks_end(rooms, how):
+    arguments: dict[str, Any] = dict(samples=samples(), memory=rooms.large, how=how)
     if how:
-        assert code != 0 and "in use: 0" not in output and "in use: " in output, output
+        with pytest.raises(AssertionError, match="in use: ") as ended:
+            rooms.launch("interrupted", ranks=2, **arguments)
+        assert "in use: 0" not in str(ended.value)
     else:
-        assert code == 0, output
-        assert torch.load(room.parent / "0.pt") > 0
+        assert rooms.launch("interrupted", ranks=2, **arguments)[0] > 0
+    assert rooms.left(rooms.large) == []
 
 
 @pytest.mark.slow
-def test_a_batch_for_which_shared_memory_is_too_small_is_in_a_temporary_file_and_the_driver_says_so(room):
-    temporary = room.parent / "temporary"
-    temporary.mkdir()
-    code, output, left = in_room(
-        room, "4k", "without_room", ranks=1, samples=samples(), memory=room, temporary=temporary
-    )
-    assert (code, left) == (0, []), output
-    (said,), whole, error = torch.load(room.parent / "0.pt")
-    assert f"{room} of node 0 has no room" in said and f"they are in {temporary}" in said
-    assert whole and not error and not list(temporary.iterdir())
+def test_a_batch_for_which_shared_memory_is_too_small_is_in_a_temporary_file_and_the_driver_says_so(
+    rooms, tmp_path
+):
+    arguments: dict[str, Any] = dict(samples=samples(), memory=rooms.small, temporary=tmp_path)
+    (said,), whole, error = rooms.launch("without_room", **arguments)[0]
+    assert f"{rooms.small} of node 0 has no room" in said and f"they are in {tmp_path}" in said
+    assert whole and not error and not list(tmp_path.iterdir())
+    assert rooms.left(rooms.small) == []
 
 
 @pytest.mark.slow
-def test_a_batch_for_which_there_is_room_nowhere_is_refused_with_what_to_do(room):
-    code, output, left = in_room(
-        room, "4k", "without_room", ranks=1, samples=samples(), memory=room, temporary=room
-    )
-    assert (code, left) == (0, []), output
-    _, _, error = torch.load(room.parent / "0.pt")
+def test_a_batch_for_which_there_is_room_nowhere_is_refused_with_what_to_do(rooms):
+    room = rooms.small
+    _, _, error = rooms.launch("without_room", samples=samples(), memory=room, temporary=room)[0]
     assert f"in {room} (No space left on device) or in {room}" in error and "let TMPDIR name" in error
+    assert rooms.left(room) == []
