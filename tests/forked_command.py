@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,8 @@ def _run(words: list[str], folder: Path, files: tuple[Path, Path], environment: 
     """In the forked process, which ends with the command's exit code."""
     from megatron_pmd.cli.main import main
 
+    # what a shell starts in the background ignores Ctrl-C: the tests, and then this process too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     os.chdir(folder)
     for standard, file in zip((1, 2), files, strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_pmd.config import Layout
+from tests.actor.family_models import MODELS, write_family
 from tests.actor.launch import launch
 from tests.actor.reference import Reference, write_with_references
 from tests.actor.tiny_models import FAMILIES
@@ -62,6 +63,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference(models: Path) -> Callable[[str], Reference]:
     return lambda family: torch.load(models / family / "reference.pt", weights_only=False)
+
+
+@pytest.fixture(scope="session")
+def of_families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny models, one of each of family_models.MODELS, each with reference.pt."""
+    root = tmp_path_factory.mktemp("of-families")
+    for kind in MODELS:
+        write_family(root / kind, kind)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from megatron_pmd.hugging_face import TensorFiles, bytes_of
 from tests.actor.family_models import (
     MODELS,
     write_blocks,
-    write_family,
     write_quantized,
     write_refused,
     write_rope,
@@ -43,20 +42,12 @@ def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("families")
-    for kind in MODELS:
-        write_family(root / kind, kind)
-    return root
-
-
-@pytest.fixture(scope="module")
-def results(folders: Path) -> dict[str, list[dict[str, Any]]]:
+def results(of_families: Path) -> dict[str, list[dict[str, Any]]]:
     """By case, every rank's results."""
     found: dict[str, list[dict[str, Any]]] = {}
     for ranks in (1, 2):
         own = {name: case for name, case in CASES.items() if Layout(**case[1]).ranks == ranks}
-        of_ranks = program("families", ranks, cases={n: (folders / k, v) for n, (k, v) in own.items()})
+        of_ranks = program("families", ranks, cases={n: (of_families / k, v) for n, (k, v) in own.items()})
         found |= {name: [rank[name] for rank in of_ranks] for name in own}
     return found
 
@@ -67,8 +58,8 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def reference(case: str, folders: Path) -> Reference:
-    return torch.load(folders / CASES[case][0] / "reference.pt", weights_only=False)
+def reference(case: str, of_families: Path) -> Reference:
+    return torch.load(of_families / CASES[case][0] / "reference.pt", weights_only=False)
 
 
 def test_log_probs_are_those_of_transformers(case, results, reference):
@@ -101,25 +92,25 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
     assert all(error < bounds[name] for name, error in errors.items()), errors
 
 
-def test_a_folder_comes_back_byte_for_byte(case, folders, results):
-    held = load_file(folders / CASES[case][0] / "model.safetensors")
+def test_a_folder_comes_back_byte_for_byte(case, of_families, results):
+    held = load_file(of_families / CASES[case][0] / "model.safetensors")
     exported = results[case][0]["exported"]
     assert exported.keys() == held.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in held.items())
 
 
 @pytest.fixture(scope="module")
-def converted(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every folder's model as a checkpoint and as a folder again, in files of several parameters."""
     out = tmp_path_factory.mktemp("converted")
-    cases = [(folders / kind, out / kind, None) for kind in MODELS]
+    cases = [(of_families / kind, out / kind, None) for kind in MODELS]
     launch("round_trips", module="tests.convert.conversion_programs", cases=cases, verified=([], []))
     return out
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_conversion_there_and_back_keeps_every_byte(kind, folders, converted):
-    before, after = (TensorFiles(folder) for folder in (folders / kind, converted / kind / "hf"))
+def test_a_conversion_there_and_back_keeps_every_byte(kind, of_families, converted):
+    before, after = (TensorFiles(folder) for folder in (of_families / kind, converted / kind / "hf"))
     assert before.tensors.keys() == after.tensors.keys()
     assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
 
@@ -134,9 +125,9 @@ GATHERED = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_rank_knows_which_regions_of_the_tensors_it_holds(kind, folders, results):
+def test_every_rank_knows_which_regions_of_the_tensors_it_holds(kind, of_families, results):
     """They go to the engines without a gather of the whole tensor; GATHERED has the exceptions."""
-    held = load_file(folders / kind / "model.safetensors")
+    held = load_file(of_families / kind / "model.safetensors")
     for case in (case for case, (other, _) in CASES.items() if other == kind):
         seen = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in held.items()}
         for rank in results[case]:
@@ -160,14 +151,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def quantized(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def quantized(
+    of_families: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, np.ndarray]]:
     """Kimi-K2 as it is published, in FP8, and what its matrices stand for."""
     folder = tmp_path_factory.mktemp("quantized") / "kimi_k2"
-    return folder, write_quantized(folders / "kimi_k2", folder)
+    return folder, write_quantized(of_families / "kimi_k2", folder)
 
 
 @pytest.fixture(scope="module")
-def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def refused(of_families: Path, quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     root = tmp_path_factory.mktemp("refused")
@@ -178,13 +171,13 @@ def refused(folders: Path, quantized: Any, tmp_path_factory: pytest.TempPathFact
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
     whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
-    layouts = {f"{kind}, tensor=2": (folders / kind, dict(tensor=2)) for kind in whole}
-    layouts["qwen3_next, four ways"] = (folders / "qwen3_next", dict(tensor=2, context=2, expert=2))
-    layouts |= {f"{kind}, context=2": (folders / kind, dict(context=2)) for kind in families.POST_NORMS}
+    layouts = {f"{kind}, tensor=2": (of_families / kind, dict(tensor=2)) for kind in whole}
+    layouts["qwen3_next, four ways"] = (of_families / "qwen3_next", dict(tensor=2, context=2, expert=2))
+    layouts |= {f"{kind}, context=2": (of_families / kind, dict(context=2)) for kind in families.POST_NORMS}
     named = {folder.name: folder for folder in root.iterdir()}
     unread = {
-        "gpt_oss, MXFP4": write_blocks(folders / "gpt_oss", root / "blocks"),
-        "gpt_oss, rope": write_rope(folders / "gpt_oss", root / "rope", factor=16.0),
+        "gpt_oss, MXFP4": write_blocks(of_families / "gpt_oss", root / "blocks"),
+        "gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0),
     }
     return program("refusals", folders=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
 

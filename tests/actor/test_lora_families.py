@@ -13,9 +13,8 @@ from megatron_pmd.actor.families import POST_NORMS
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
-from tests.actor import reference
 from tests.actor.adapted_reference import Adapted, compute
-from tests.actor.family_models import MODELS, write_model_of
+from tests.actor.family_models import MODELS
 from tests.actor.launch import launch
 from tests.actor.lora_programs import LORA
 from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
@@ -35,26 +34,19 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("families")
-    for kind in KINDS:
-        write_model_of(root / kind, kind)
-        torch.save(reference.compute(root / kind, []), root / kind / "reference.pt")
-    return root
-
-
-@pytest.fixture(scope="module")
-def results(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    targets = {folders / kind: REFUSED[kind][1] if kind in REFUSED else [] for kind in KINDS}
-    arguments = dict(refused=[folders / kind for kind in REFUSED], folder=tmp_path_factory.mktemp("adapters"))
+def results(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    targets = {of_families / kind: REFUSED[kind][1] if kind in REFUSED else [] for kind in KINDS}
+    arguments = dict(
+        refused=[of_families / kind for kind in REFUSED], folder=tmp_path_factory.mktemp("adapters")
+    )
     return launch("families", ranks=1, module="tests.actor.lora_programs", paths=targets, **arguments)[0]
 
 
 @pytest.fixture(scope="module")
-def of_peft(folders: Path, results: dict[str, Any]) -> Any:
+def of_peft(of_families: Path, results: dict[str, Any]) -> Any:
     def of(kind: str) -> Adapted:
-        base = torch.load(folders / kind / "reference.pt", weights_only=False)
-        return compute(folders / kind, results["measured"][kind]["adapters"], base, LORA)
+        base = torch.load(of_families / kind / "reference.pt", weights_only=False)
+        return compute(of_families / kind, results["measured"][kind]["adapters"], base, LORA)
 
     return functools.cache(of)
 
@@ -104,9 +96,9 @@ def test_merged_weights_are_those_that_peft_merges_and_the_engines_get_them(case
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in COUNTED])
-def test_a_plan_counts_the_weights_and_adapters_that_the_actor_holds(kind, folders, results):
+def test_a_plan_counts_the_weights_and_adapters_that_the_actor_holds(kind, of_families, results):
     targets = REFUSED[kind][1] if kind in REFUSED else []
-    config = config_for(folders / kind, actor={"lora": LORA | {"targets": targets}})
+    config = config_for(of_families / kind, actor={"lora": LORA | {"targets": targets}})
     (stage,) = stages(shape_of(config.model.path), config)
     found = results["measured"][kind]
     assert 4 * found["held"] == stage.weight_bytes

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,8 +36,8 @@ from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.sampler import Limits, Sampler
 from megatron_pmd.rollout_file import read_rollout
 from recipes.tiny_moe_cpu import make_model, tiny_moe_cpu
+from tests.forked_command import ForkedCommand
 
-ROOT = Path(__file__).parents[2]
 needs_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the CPU engine is for machines without CUDA"
 )
@@ -242,17 +240,14 @@ def test_no_more_requests_are_sent_at_one_time_than_asked_for():
     assert [s.weight_version for s in rollout.samples(Letters())] == [7] * 16
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "megatron_pmd.cli.main", "evaluate", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+def start(folder: Path, *arguments: str | Path) -> ForkedCommand:
+    """`megatron-pmd evaluate …` in this folder."""
+    return ForkedCommand(["evaluate", *map(str, arguments)], folder, folder / "printed", {})
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
     """Those that were started there: every process of a command inherits its working directory."""
-    return [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)]
+    return [p for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(folder)]
 
 
 @pytest.fixture
@@ -286,14 +281,13 @@ def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_pat
         "--limit",
         "2",
     )
-    done = subprocess.run(
-        command(model, *options), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "mean@4" in done.stdout and "pass@4" in done.stdout
+    running = start(tmp_path, model, *options)
+    printed, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, printed
+    assert "mean@4" in printed and "pass@4" in printed
 
     folder = tmp_path / "runs" / "evaluate" / "moe-sums-k4"
-    assert f"samples and table: {folder.relative_to(tmp_path)}" in done.stdout
+    assert f"samples and table: {folder.relative_to(tmp_path)}" in printed
     samples, _ = read_rollout(folder / "samples.parquet")
     assert sorted((s.group, s.number) for s in samples) == [(g, n) for g in range(2) for n in range(4)]
     assert len({s.seed for s in samples}) == 8
@@ -314,22 +308,18 @@ def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_pat
 @pytest.mark.slow
 @needs_cpu
 def test_ctrl_c_while_the_engine_starts_leaves_no_process(tmp_path, model, problems):
-    running = subprocess.Popen(
-        command(model, "--data", problems, "--reward", "exact", "--max-response-tokens", "6"),
-        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        # what a shell starts in the background ignores Ctrl-C, the tests included, and so would this
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    options = ("--data", problems, "--reward", "exact", "--max-response-tokens", "6")
+    running = start(tmp_path, model, *options)
     try:
-        log = tmp_path / "runs" / "evaluate" / "moe-sums-k32" / "logs" / "engine-0.log"
         deadline = time.monotonic() + 60
-        while not log.exists() and time.monotonic() < deadline:
+        while not any("sglang.launch_server" in p.info["cmdline"] for p in processes_in(tmp_path)):
+            assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(3)  # the server is importing, its own children come and go
+        time.sleep(1)  # the server is importing, its own children come and go
         family = psutil.Process(running.pid).children(recursive=True)
-        assert any("sglang.launch_server" in " ".join(p.cmdline()) for p in family)
-        running.send_signal(signal.SIGINT)
-        assert running.wait(20) != 0
+        os.kill(running.pid, signal.SIGINT)
+        running.communicate(timeout=20)
+        assert running.returncode != 0
         assert psutil.wait_procs(family, timeout=5)[1] == []
         assert processes_in(tmp_path) == []
     finally:
