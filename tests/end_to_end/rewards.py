@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from megatron_pmd.data.problems import Problem
 
 
@@ -16,6 +18,12 @@ def share_of_letters(response: str, answer: str) -> float:
 
 def letters(response: str, problem: Problem) -> float:
     return share_of_letters(response, problem.answer)
+
+
+def letters_slowly(response: str, problem: Problem) -> float:
+    """The same after a tenth of a second: with one worker an iteration takes as long on every machine."""
+    time.sleep(0.1)
+    return letters(response, problem)
 
 
 def few_characters(response: str, problem: Problem) -> float:

@@ -174,8 +174,10 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
     """Ranks on n1; an engine on each of n2 and n3, which take weights over the nodes' network."""
     words = (
         "layout.data=2", "layout.expert=1", "rollout.ranks_per_engine=1", "layout.engine_nodes=2",
-        "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "iterations=30",
-        "checkpoint.every=1", "rollout.start_timeout_seconds=120",
+        "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "checkpoint.every=1",
+        "rollout.start_timeout_seconds=120",
+        # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice
+        "iterations=18", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
     )  # fmt: skip
     two_ranks = "gpus_per_node = 2"
     profile = Path(cluster.profile("engines"))
