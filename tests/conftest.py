@@ -23,6 +23,13 @@ RUN_BY_NAME = [*WITH_CUDA_PACKAGES, Path(__file__).parent / "engine" / "test_eve
 """The last starts an engine a family: minutes."""
 
 
+BEGUN_FIRST = (
+    "slurm", "actor", "end_to_end", "weight_sync/test_faults.py", "test_tutorials.py", "convert",
+    "weight_sync/test_two_engines.py",
+)  # fmt: skip
+"""What takes minutes: begun last, it would leave the other workers idle."""
+
+
 class ByFile(LoadScopeScheduling):
     """A file stays whole, for its module's engine or cluster; a folder of TOGETHER does.
 
@@ -47,6 +54,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     named = [(config.invocation_params.dir / word.partition("::")[0]).resolve() for word in config.args]
     asked = any(path == collection_path or collection_path in path.parents for path in named)
     return None if asked else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order in which workers take them."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        return next(
+            (i for i, name in enumerate(BEGUN_FIRST) if item.path.is_relative_to(here / name)),
+            len(BEGUN_FIRST),
+        )
+
+    items.sort(key=place)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_ctrl_c_leaves_no_process_behind(command_line: CommandLine) -> None:
 def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated(
     command_line: CommandLine,
 ) -> None:
+    """By a run that stops after the rollout: it leaves the file, and trains nothing."""
     process = command_line.start("cut", *LONG_ROLLOUT)
     in_the_middle_of_a_rollout(command_line, "cut", process)
     for rank in descendants(process):
@@ -109,21 +110,14 @@ def test_a_rollout_cut_short_by_the_signal_to_save_is_continued_and_not_repeated
         for row in cut.to_pylist()
     }
     assert sum(map(len, tokens.values())) > 0
-    command_line.run("cut", *LONG_ROLLOUT)
+    command_line.run("cut", "--stop-after", "rollout", *LONG_ROLLOUT)
+    assert command_line.summary("cut")["status"] == "stopped"
+    assert command_line.steps("cut") == []
     samples, _ = read_rollout(command_line.path("cut") / "rollouts" / "0.parquet")
     assert len(samples) == 32
     for sample in samples:
         begun = tokens[sample.problem, sample.number]
         assert sample.response_tokens[: len(begun)].tolist() == begun
-
-
-def test_a_killed_launcher_leaves_no_process_behind(command_line: CommandLine) -> None:
-    process = command_line.start("launcher_killed", *LONG_ROLLOUT)
-    wait_until(lambda: (0, "start") in command_line.phases("launcher_killed"), "the first sync", process)
-    started = descendants(process)
-    process.kill()
-    assert still_there(started) == []
-    process.communicate(timeout=60)
 
 
 def test_a_run_started_twice_goes_on_and_a_killed_rank_ends_it_and_is_named(
