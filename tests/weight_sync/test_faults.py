@@ -33,7 +33,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 FAULTS = (
     "none", "router killed", "after a corrupted bucket", "after a dropped tensor", "stopped while generating",
-    "killed before release", "stopped before release", "killed during sync", "stopped during sync",
+    "stopped before release", "killed during sync", "stopped during sync",
 )  # fmt: skip
 
 
