@@ -282,7 +282,7 @@ def test_samples_come_from_the_folder_s_weights_and_nothing_stays_behind(tmp_pat
         "2",
     )
     running = start(tmp_path, model, *options)
-    printed, _ = running.communicate(timeout=120)
+    printed, _ = running.communicate(timeout=240)
     assert running.returncode == 0, printed
     assert "mean@4" in printed and "pass@4" in printed
 
