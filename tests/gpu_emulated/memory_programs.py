@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import hashlib
 from collections.abc import Iterator
@@ -66,9 +65,12 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
 
 def holders() -> Iterator[tuple[str, Any]]:
     """Objects that keep tensors, by type and attribute; what functools.lru_cache keeps, by its function."""
+    may_hold: dict[type, bool] = {}  # there are a million objects, and few types
     for holder in gc.get_objects():
         kind = type(holder)
-        if not _may_hold(kind):
+        if kind not in may_hold:
+            may_hold[kind] = _may_hold(kind)
+        if not may_hold[kind]:
             continue
         if kind.__name__ == "_lru_cache_wrapper":
             yield holder.__qualname__, _kept_by(holder)
@@ -77,9 +79,8 @@ def holders() -> Iterator[tuple[str, Any]]:
                 yield f"{kind.__name__}.{name.lstrip('_')}", value
 
 
-@functools.cache
 def _may_hold(kind: type) -> bool:
-    """Whether holders() looks at the objects of this type; there are a million objects and few types."""
+    """Whether holders() looks at the objects of this type."""
     owner = str(kind.__module__).startswith(OWNERS) and not issubclass(kind, type)
     return owner or kind.__name__ == "_lru_cache_wrapper"
 
