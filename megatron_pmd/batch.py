@@ -312,7 +312,7 @@ class RolloutBatch:
         if experts is not None and experts.size and not experts.any():
             raise DataError(
                 "actor.experts.replay_routing: the engines recorded nothing: every token went to expert 0 "
-                "alone, in every layer. SGLang records none where it chooses experts inside a kernel, as with "
+                "alone, in every layer. SGLang records none where a kernel chooses the experts, as with "
                 "moe_runner_backend=triton_kernel or flashinfer_trtllm, which some GPUs have by default; "
                 'set rollout.sglang={"moe_runner_backend": "triton"}'
             )

@@ -15,6 +15,7 @@ from megatron_pmd.errors import ConfigError, PmdError
 from megatron_pmd.weight_sync.shards import ShardExport
 from tests.actor.actor_programs import Trial, start
 from tests.actor.tiny_models import MUON, STEPS, TEMPERATURE, config_for, with_routing
+from tests.planner.measured import measure
 
 
 def families(cases: dict[str, tuple[Path, dict[str, int]]]) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def by_muon(path: Path, layout: dict[str, int]) -> dict[str, Any]:
     step: dict[str, Any] = {}
     with trial.gradient_before_clipping(step):
         result["replayed_step"] = trial.step(STEPS[0])
-    result.setdefault("muon", step | {"weights": trial.weights()})
+    if "muon" not in result:
+        result["muon"] = step | {"weights": trial.weights(), "states": measure(trial.actor)["optimizer"]}
     return result
 
 

@@ -48,8 +48,8 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
 
 
 def families(paths: dict[Path, list[str]], refused: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process, with its targets: random_adapters(), a checkpoint, measure(); and what is
-    said of adapters beside every linear layer of those in `refused`."""
+    """Of each model, in one process, with its targets: random_adapters(), a checkpoint, measure(); and what
+    is said of adapters beside every linear layer of those in `refused`."""
     results: dict[str, Any] = {
         path.name: message_of(partial(lora_trial, path, targets=[])) for path in refused
     }

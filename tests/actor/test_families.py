@@ -16,6 +16,9 @@ from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
+from megatron_pmd.planner.shapes import FAMILIES as COUNTED
+from megatron_pmd.planner.shapes import shape_of
+from megatron_pmd.planner.sharding import stages
 from tests.actor.family_models import (
     MODELS,
     write_blocks,
@@ -27,7 +30,7 @@ from tests.actor.family_models import (
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
-from tests.actor.tiny_models import FAMILIES, OPTIMIZER, WEIGHT_TOLERANCE
+from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for
 from tools.write_model_table import PAGE, page
 from tools.write_proof_table import words
 
@@ -116,10 +119,14 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
     assert all(error < bounds[name] for name, error in errors.items()), errors
 
 
+def refuses_muon(kind: str, layout: dict[str, int]) -> bool:
+    return kind in families.BIASED_EXPERTS and layout.get("expert", 1) > 1
+
+
 def test_a_step_of_muon_is_that_of_newton_schulz_in_float64_on_whole_matrices(case, folders, results):
     """The queries, keys, values, gates, and what else shares a tensor or a parameter, each alone."""
     (kind, layout), found = CASES[case], results[case][0]
-    if kind in families.BIASED_EXPERTS and layout.get("expert", 1) > 1:
+    if refuses_muon(kind, layout):
         assert "of the experts is no matrix" in found["muon"]
         return
     before = {name: w for name, w in found["exported"].items() if not ROUTERS_BIAS.search(name)}
@@ -128,6 +135,25 @@ def test_a_step_of_muon_is_that_of_newton_schulz_in_float64_on_whole_matrices(ca
     expected = definition.step(before, gradient_of(step), norm, OPTIMIZER.learning_rate)
     errors = difference(expected, {name: step["weights"][name] for name in before})
     assert max(errors.values()) < WEIGHT_TOLERANCE, errors
+
+
+WITHOUT_REPLICAS = [
+    case
+    for case, (kind, layout) in CASES.items()
+    if kind in COUNTED and not layout.keys() & {"data", "context"} and not refuses_muon(kind, layout)
+]
+"""Ranks that share out a row hold the same weights."""
+
+
+@pytest.mark.parametrize("case", WITHOUT_REPLICAS)
+def test_a_plan_counts_the_states_of_muon_and_of_the_adam_beside_it(case, folders, results):
+    kind, layout = CASES[case]
+    config = config_for(folders / kind, layout, optimizer=MUON)
+    planned = stages(shape_of(config.model.path), config)
+    each = len(results[case]) // len(planned)
+    for stage in planned:
+        own = results[case][stage.number * each :][:each]
+        assert [rank["muon"]["states"] for rank in own] == each * [stage.optimizer_bytes]
 
 
 @pytest.fixture(scope="module")

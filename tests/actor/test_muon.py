@@ -20,6 +20,7 @@ from tests.actor.tiny_models import MUON, MUON_RATES, OPTIMIZER, WEIGHT_TOLERANC
 MODULE = "tests.actor.muon_programs"
 ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, tensor=2": ("qwen2", dict(tensor=2)),
     "dense, pipeline=2": ("llama", dict(pipeline=2)),
     "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),
     "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
