@@ -114,9 +114,9 @@ def _tell_matrices_apart(chunk: Any) -> None:
             _mark(module.in_proj.weight, list(module.in_proj_split_sections))
 
 
-def _mark(parameter: torch.nn.Parameter, rows: list[int]) -> None:
+def _mark(parameter: Any, rows: list[int]) -> None:
     """rows: of each matrix, on this rank."""
-    parameter.is_qkv, parameter.qkv_split_shapes = True, rows  # type: ignore[attr-defined]
+    parameter.is_qkv, parameter.qkv_split_shapes = True, rows
 
 
 class _Fp32(FP32Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def as_loaded(path: Path, layout: dict[str, int]) -> dict[str, Any]:
 def by_muon(path: Path, layout: dict[str, int]) -> dict[str, Any]:
     """A step of Muon. Of a mixture, log-probs and that step with the experts of with_routing; where Muon is
     refused, what it says, and a step of Adam with them."""
-    experts = load_bridge(path).to_megatron_provider(load_weights=False).num_moe_experts
+    experts = "num_experts_per_tok" in json.loads((path / "config.json").read_text())
     actor = {"experts": {"replay_routing": True}} if experts else {}
     result: dict[str, Any] = {}
     try:
@@ -59,7 +60,7 @@ def by_muon(path: Path, layout: dict[str, int]) -> dict[str, Any]:
         result["replayed"] = trial.actor.log_probs(trial.batch, microbatches).log_probs
     step: dict[str, Any] = {}
     with trial.gradient_before_clipping(step):
-        result["replayed_step"] = trial.step(STEPS[0])
+        result["second_step"] = trial.step(STEPS[0])
     if "muon" not in result:
         result["muon"] = step | {"weights": trial.weights(), "states": measure(trial.actor)["optimizer"]}
     return result

@@ -130,7 +130,7 @@ def test_a_step_of_muon_is_that_of_newton_schulz_in_float64_on_whole_matrices(ca
         assert "of the experts is no matrix" in found["muon"]
         return
     before = {name: w for name, w in found["exported"].items() if not ROUTERS_BIAS.search(name)}
-    step, (*_, norm) = found["muon"], found["replayed_step"]
+    step, (*_, norm) = found["muon"], found["second_step"]
     definition = Definition(before, matrices_of(folders / kind))
     expected = definition.step(before, gradient_of(step), norm, OPTIMIZER.learning_rate)
     errors = difference(expected, {name: step["weights"][name] for name in before})
@@ -170,9 +170,9 @@ def test_with_replayed_experts_log_probs_and_gradient_are_those_of_transformers(
     found, expected = results[case], replayed(CASES[case][0])
     log_probs = whole_log_probs(found, "replayed")
     torch.testing.assert_close(log_probs, expected.log_probs, rtol=0, atol=1e-5, equal_nan=True)
-    loss, count = (sum(rank["replayed_step"][i] for rank in found) for i in (0, 1))
+    loss, count = (sum(rank["second_step"][i] for rank in found) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
-    assert found[0]["replayed_step"][2] == pytest.approx(expected.gradient_norm, rel=1e-5)
+    assert found[0]["second_step"][2] == pytest.approx(expected.gradient_norm, rel=1e-5)
 
 
 def test_a_folder_comes_back_byte_for_byte(case, folders, results):
