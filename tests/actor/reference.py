@@ -181,8 +181,10 @@ def replay(model_folder: Path, expected: Reference) -> Replayed:
     )
     layers = model.model.layers
     samples = with_routing(expected.samples, layers=len(layers))
-    recorded, chosen = {}, {}
+    recorded: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+    chosen: dict[int, torch.Tensor] = {}
     for sample in samples:
+        assert sample.routed_experts is not None
         experts = torch.from_numpy(sample.routed_experts.astype("int64")).unflatten(1, (len(layers), -1))
         experts = torch.cat([experts, experts[-1:]])  # the last token has none: nobody reads its logits
         recorded[tuple(sample.tokens)] = experts.unbind(1)
