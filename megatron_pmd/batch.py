@@ -307,6 +307,15 @@ class RolloutBatch:
                 f"actor.experts.replay_routing: the rollout has {found} recorded experts a token, "
                 f"this model chooses {width}; was it drawn with the setting on, by the same model?"
             )
+        experts = self.tokens.routed_experts
+        # an engine's memory of them begins as zeros
+        if experts is not None and experts.size and not experts.any():
+            raise DataError(
+                "actor.experts.replay_routing: the engines recorded nothing: every token went to expert 0 "
+                "alone, in every layer. SGLang records none where a kernel chooses the experts, as with "
+                "moe_runner_backend=triton_kernel or flashinfer_trtllm, which some GPUs have by default; "
+                'set rollout.sglang={"moe_runner_backend": "triton"}'
+            )
 
     def refuse_undeclared_versions(self, max_staleness: int) -> None:
         """StaleWeights unless every sampled token is of the batch's weights or of at most so many before."""

@@ -43,6 +43,13 @@ Of each of these a tiny random model is compared with transformers in float64. L
 `dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and
 from a conversion there and back. The third column has the layouts that are compared on two or more CPU
 processes. Other layouts of a family are not compared.
+
+In the same cases one step of Muon (`optimizer.name=muon`) equals a float64 computation on whole matrices:
+every weight within 1e-6. Of each mixture, log-probabilities, loss and the norm of the gradient equal those of
+transformers within 1e-5 when both are given the experts of each token (`actor.experts.replay_routing`);
+`kimi_k2` is left out there, as it is computed as `deepseek_v3`. For `llama`, `qwen2`, `qwen3`, `qwen3_moe`
+and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_muon.py` and
+`tests/actor/test_routing_replay.py`. [LoRA](lora.md) has its own list.
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
@@ -77,6 +84,10 @@ These settings are refused, although the family works:
   `actor.lora`, name `linear_qkv`, `linear_fc1` or both: norms stand behind the other linear layers.
 - gpt-oss with `actor.lora` beside its experts: Megatron-Bridge cannot merge them. Name `linear_qkv`,
   `linear_proj` or both.
+- gpt-oss with `optimizer.name=muon` and `layout.expert` above 1: megatron-core has no Adam beside Muon for
+  biases of experts that ranks share out. Set `layout.expert=1` or `optimizer.name=adam`.
+- gpt-oss with `actor.experts.replay_routing` and engines on GPUs. SGLang takes kernels for it that choose the
+  experts and record none. Set `rollout.sglang={{"moe_runner_backend": "triton"}}`.
 - `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
   DeepSeek and Kimi, gpt-oss's own, and `linear` of Gemma 3 on the layers that see all tokens.
 

@@ -21,6 +21,7 @@ from megatron.core.optimizer.layer_wise_optimizer import (
 )
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.param_layout import FullParamLayout
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import ConfigError
@@ -91,23 +92,31 @@ def layout(chunk: torch.nn.Module, ddp: DistributedDataParallelConfig) -> FullPa
 def build(settings: OptimizerConfig, chunks: list[Any]) -> MegatronOptimizer:
     """The two optimizers, chained: Muon's, then Adam's."""
     for chunk in chunks:
-        _tell_gate_from_up(chunk)
+        _tell_matrices_apart(chunk)
     if settings.bf16:
         return get_megatron_optimizer(settings, chunks)
     with mock.patch.object(megatron.core.optimizer, "LayerWiseDistributedOptimizer", _LayerWiseInFp32):
         return get_megatron_optimizer(settings, chunks)
 
 
-def _tell_gate_from_up(chunk: Any) -> None:
-    """Have Muon take a gated layer's two matrices one at a time, by the marks it knows queries and keys by.
+def _tell_matrices_apart(chunk: Any) -> None:
+    """Have Muon take the matrices that share a parameter one at a time, by the marks it knows queries and
+    keys by: gate and up of a gated layer, and the six that read the input of a gated delta net.
 
-    Each is orthogonalised alone, as in the folder. megatron-core has both in one parameter, and splits
-    only linear_qkv by itself (get_megatron_optimizer).
+    megatron-core splits only linear_qkv by itself (get_megatron_optimizer): queries, their output gate, keys
+    and values.
     """
     for name, parameter in chunk.named_parameters():
         if chunk.config.gated_linear_unit and FUSED_GATE_AND_UP.search(name):
-            parameter.is_qkv = True
-            parameter.qkv_split_shapes = [parameter.size(0) // 2] * 2
+            _mark(parameter, [parameter.size(0) // 2] * 2)
+    for module in chunk.modules():
+        if isinstance(module, GatedDeltaNet):
+            _mark(module.in_proj.weight, list(module.in_proj_split_sections))
+
+
+def _mark(parameter: Any, rows: list[int]) -> None:
+    """rows: of each matrix, on this rank."""
+    parameter.is_qkv, parameter.qkv_split_shapes = True, rows
 
 
 class _Fp32(FP32Optimizer):

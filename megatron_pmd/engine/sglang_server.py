@@ -151,6 +151,7 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
     if spec.keys.api is not None:
         options["api_key"] = spec.keys.api
     if spec.record_routing:
+        _check_recording(spec)
         options["enable_return_routed_experts"] = True
     if spec.keys.admin is not None:
         options["admin_api_key"] = spec.keys.admin
@@ -176,6 +177,20 @@ def expert_parallel(rollout: Rollout) -> int:
     if any(options.get(name, value) != value for name, value in MOVES_EXPERTS.items()):
         return 1
     return rollout.expert_groups
+
+
+def _check_recording(spec: EngineSpec) -> None:
+    """ConfigError for experts that are chosen inside a kernel, of which SGLang then records nothing."""
+    kernels = spec.rollout.sglang.get("moe_runner_backend", "auto")
+    model = read_object(Path(spec.model.path) / "config.json") or {}
+    if kernels == "auto" and model.get("model_type") == "gpt_oss" and not spec.cpu:
+        kernels = "triton_kernel"  # its own choice, in arg_groups/model_overrides/gpt_oss.py
+    if kernels == "triton_kernel":
+        raise ConfigError(
+            f"actor.experts.replay_routing: for {spec.model.path} SGLang 0.5.23 takes "
+            "moe_runner_backend=triton_kernel, which chooses experts inside the kernel and records none; set "
+            'rollout.sglang={"moe_runner_backend": "triton"}'
+        )
 
 
 def _fp8_config(spec: EngineSpec) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Trial:
         self.control = start(config.layout)
         self.actor = Actor(config, self.control)
         reference = torch.load(Path(config.model.path) / "reference.pt", weights_only=False)
-        self.batch, self.anchor = RolloutBatch.pack(reference.samples, TEMPERATURE), reference.anchor
+        self.samples, self.anchor = reference.samples, reference.anchor
+        self.batch = RolloutBatch.pack(self.samples, TEMPERATURE)
 
     def step(self, samples: list[int], rate: float = OPTIMIZER.learning_rate) -> tuple[float, int, float]:
         """This rank's loss sum and count, and the gradient norm."""
@@ -282,8 +283,7 @@ def replayed(cases: dict[str, tuple[Path, dict[str, int], dict[str, Any]]]) -> d
     results = {}
     for name, (path, layout, actor) in cases.items():
         trial = Trial(config_for(path, layout, actor={"experts": {"replay_routing": True}, **actor}))
-        reference = torch.load(path / "reference.pt", weights_only=False)
-        trial.batch = RolloutBatch.pack(with_routing(reference.samples), TEMPERATURE)
+        trial.batch = RolloutBatch.pack(with_routing(trial.samples), TEMPERATURE)
         report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
         own = report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan)
         results[name] = own, trial.step(STEPS[0])

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pmd.batch import Sample
-from tests.actor.reference import AdamW, Reference, as_in_files, given, log_softmax, loss_of
+from tests.actor.reference import AdamW, Reference, anchors_of, as_in_files, log_probs_of, loss_of
 from tests.actor.tiny_models import STEPS
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -79,9 +79,8 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
     merged = {_renamed(name, read.model_type): tensor for name, tensor in state.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
-    anchors = list(reference.anchor.split([len(s.tokens) for s in reference.samples]))
-    anchors = [a[len(s.prompt_tokens) :] for a, s in zip(anchors, reference.samples, strict=True)]
-    log_probs = _log_probs(model, reference.samples)
+    anchors = anchors_of(reference)
+    log_probs = log_probs_of(model, reference.samples)
     losses, norms, gradients = [], [], []
     for indices in STEPS[:2]:
         model.zero_grad()
@@ -103,7 +102,7 @@ def folder_log_probs(model_folder: Path, adapters: Path, samples: list[Sample]) 
     """
     from peft import PeftModel
 
-    return _log_probs(PeftModel.from_pretrained(_base(model_folder), adapters).double(), samples)
+    return log_probs_of(PeftModel.from_pretrained(_base(model_folder), adapters).double(), samples)
 
 
 def _base(model_folder: Path) -> Any:
@@ -112,15 +111,6 @@ def _base(model_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
-
-
-@torch.no_grad()
-def _log_probs(model: Any, samples: list[Sample]) -> torch.Tensor:
-    parts = []
-    for sample in samples:
-        nothing = torch.full((len(sample.prompt_tokens),), torch.nan, dtype=torch.float64)
-        parts += [nothing, given(log_softmax(model, sample), sample)]
-    return torch.cat(parts)
 
 
 def _renamed(name: str, kind: str, *, inverse: bool = False) -> str:

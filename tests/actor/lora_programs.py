@@ -48,15 +48,15 @@ def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
 
 
 def families(paths: dict[Path, list[str]], refused: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process, with its targets: random_adapters() and measure(); and what is said of
-    adapters beside every linear layer of those in `refused`."""
+    """Of each model, in one process, with its targets: random_adapters(), a checkpoint, measure(); and what
+    is said of adapters beside every linear layer of those in `refused`."""
     results: dict[str, Any] = {
         path.name: message_of(partial(lora_trial, path, targets=[])) for path in refused
     }
     found = {}
     for path, targets in paths.items():
-        trial = lora_trial(path, targets=targets)
-        found[path.name] = random_adapters(trial, path, folder / path.name) | measure(trial)
+        trial, own = lora_trial(path, targets=targets), folder / path.name
+        found[path.name] = random_adapters(trial, path, own) | {"saved": trial.save(own)} | measure(trial)
     return {"refused": results, "measured": found}
 
 

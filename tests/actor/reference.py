@@ -10,13 +10,15 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_pmd.batch import Sample
-from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, rollout, write_model
+from tests.actor.tiny_models import OPTIMIZER, STEPS, TEMPERATURE, rollout, with_routing, write_model
 
 
 @dataclass
@@ -101,6 +103,24 @@ def given(distribution: torch.Tensor, sample: Sample) -> torch.Tensor:
     return distribution.gather(1, torch.from_numpy(sample.response_tokens).long()[:, None])[:, 0]
 
 
+@torch.no_grad()
+def log_probs_of(model: Any, samples: list[Sample]) -> torch.Tensor:
+    """float64 [tokens of the rollout], NaN at prompt tokens."""
+    parts = []
+    for sample in samples:
+        nothing = torch.full((len(sample.prompt_tokens),), torch.nan, dtype=torch.float64)
+        parts += [nothing, given(log_softmax(model, sample), sample)]
+    return torch.cat(parts)
+
+
+def anchors_of(expected: Reference) -> list[torch.Tensor]:
+    """Of each sample, [response tokens]."""
+    anchors = expected.anchor.split([len(sample.tokens) for sample in expected.samples])
+    return [
+        anchor[len(sample.prompt_tokens) :] for anchor, sample in zip(anchors, expected.samples, strict=True)
+    ]
+
+
 def _counted(sample: Sample) -> torch.Tensor:
     """[response tokens] bool."""
     return torch.tensor([segment.counted for segment in sample.segments for _ in range(segment.tokens)])
@@ -143,18 +163,72 @@ def loss_of(
     return torch.stack(losses).mean(), float(torch.cat(entropies).mean())
 
 
+@dataclass
+class Replayed:
+    log_probs: torch.Tensor
+    """float64 [tokens of the rollout], NaN at prompt tokens."""
+    loss: float
+    """Of the first step: mean over its sequences."""
+    gradient_norm: float
+
+
+def replay(model_folder: Path, expected: Reference) -> Replayed:
+    """What the model computes of the rollout with with_routing's experts."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    layers = model.model.layers
+    samples = with_routing(expected.samples, layers=len(layers))
+    recorded: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+    chosen: dict[int, torch.Tensor] = {}
+    for sample in samples:
+        assert sample.routed_experts is not None
+        experts = torch.from_numpy(sample.routed_experts.astype("int64")).unflatten(1, (len(layers), -1))
+        experts = torch.cat([experts, experts[-1:]])  # the last token has none: nobody reads its logits
+        recorded[tuple(sample.tokens)] = experts.unbind(1)
+    model.register_forward_pre_hook(
+        lambda _, arguments: chosen.update(enumerate(recorded[tuple(arguments[0][0].tolist())]))
+    )
+    for number, layer in enumerate(layers):
+        if router_of(layer.mlp):
+            force(layer.mlp, partial(chosen.__getitem__, number))
+    loss, _ = loss_of(model, samples, anchors_of(expected), STEPS[0])
+    loss.backward()
+    norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    return Replayed(log_probs_of(model, samples), float(loss.detach()), norm)
+
+
+def router_of(mlp: Any) -> Any:
+    """None: a layer without experts."""
+    return getattr(mlp, "gate", getattr(mlp, "router", None))
+
+
 def force(mlp: Any, chosen: Callable[[], torch.Tensor]) -> None:
     """Have a layer's router take these experts, [tokens, top-k], with weights of its own."""
+    router = router_of(mlp)
+    forward = router.forward
 
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = torch.nn.functional.linear(hidden.reshape(-1, mlp.gate.hidden_dim), mlp.gate.weight)
-        scores = logits.sigmoid() if deepseek else logits.softmax(-1)
-        weights = scores.gather(1, chosen())
-        scale = mlp.gate.routed_scaling_factor if deepseek else 1.0
-        return logits, weights / weights.sum(-1, keepdim=True) * scale, chosen()
+    def forced(*arguments: torch.Tensor) -> Any:
+        with _Chosen(router.weight.shape[0], chosen()):
+            return forward(*arguments)
 
-    deepseek = hasattr(mlp.gate, "e_score_correction_bias")
-    mlp.gate.forward = forward
+    router.forward = forced
+
+
+class _Chosen(TorchFunctionMode):
+    """Where a router asks for the best of all its experts, by whatever score, it is told these."""
+
+    def __init__(self, experts: int, chosen: torch.Tensor) -> None:
+        super().__init__()
+        self.experts, self.chosen = experts, chosen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        of_all = function is torch.topk and args[0].shape == (len(self.chosen), self.experts)
+        if of_all and (args[1:] or (kwargs["k"],))[0] == self.chosen.shape[1]:
+            return torch.return_types.topk((args[0].gather(1, self.chosen), self.chosen))
+        return function(*args, **kwargs or {})
 
 
 class AdamW:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
+from megatron_pmd.planner.shapes import FAMILIES as COUNTED
+from megatron_pmd.planner.shapes import shape_of
+from megatron_pmd.planner.sharding import stages
 from tests.actor.family_models import (
     MODELS,
     write_blocks,
@@ -23,8 +27,9 @@ from tests.actor.family_models import (
     write_rope,
 )
 from tests.actor.launch import launch
-from tests.actor.reference import Reference
-from tests.actor.tiny_models import FAMILIES
+from tests.actor.muon_definition import Definition, difference, matrices_of
+from tests.actor.reference import Reference, replay
+from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for
 from tools.write_model_table import PAGE, page
 from tools.write_proof_table import words
 
@@ -35,6 +40,9 @@ CASES = {
     for kind, (_, _, layouts) in MODELS.items()
     for layout in [{}, *layouts]
 }
+MIXTURES = {kind for kind, (_, own, _) in MODELS.items() if "num_experts_per_tok" in own} - {"kimi_k2"}
+ROUTERS_BIAS = re.compile(r"correction_bias|expert_bias")
+"""It is no parameter."""
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -62,26 +70,36 @@ def reference(case: str, of_families: Path) -> Reference:
     return torch.load(of_families / CASES[case][0] / "reference.pt", weights_only=False)
 
 
-def test_log_probs_are_those_of_transformers(case, results, reference):
-    whole = torch.full_like(reference.anchor, torch.nan)
-    for rank in results[case]:
-        own = ~rank["log_probs"].isnan()
+def whole_log_probs(ranks: list[dict[str, Any]], name: str) -> torch.Tensor:
+    """float64 [tokens of the rollout], NaN at prompt tokens, of what several ranks have."""
+    whole = torch.full_like(ranks[0][name], torch.nan)
+    for rank in ranks:
+        own = ~rank[name].isnan()
         if rank["holds_logits"]:
-            whole[own] = rank["log_probs"][own]
+            whole[own] = rank[name][own]
+    return whole.double()
+
+
+def gradient_of(step: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Megatron-Bridge adds 1 to these norms on the way out: megatron-core holds them around zero."""
+    return {
+        name: tensor - float(name.endswith("linear_attn.norm.weight"))
+        for name, tensor in step["gradient"].items()
+    }
+
+
+def test_log_probs_are_those_of_transformers(case, results, reference):
     parts = [[torch.nan] * len(s.prompt_tokens) + s.engine_log_probs.tolist() for s in reference.samples]
-    expected = torch.tensor([value for part in parts for value in part])
-    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5, equal_nan=True)
+    expected = torch.tensor([value for part in parts for value in part]).double()
+    found = whole_log_probs(results[case], "log_probs")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case, results, reference):
     found, (expected,) = results[case], reference.steps
     loss, count = (sum(rank["step"][i] for rank in found) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
-    # Megatron-Bridge adds 1 to these on the way out: megatron-core holds them around zero
-    gradient = {
-        name: tensor - float(name.endswith("linear_attn.norm.weight"))
-        for name, tensor in found[0]["gradient"].items()
-    }
+    gradient = gradient_of(found[0])
     assert expected.gradient.keys() <= gradient.keys()
     errors = {
         tensor: float((gradient[tensor].double() - own).norm() / own.norm())
@@ -90,6 +108,64 @@ def test_loss_and_whole_gradient_of_a_step_are_those_of_autograd_in_float64(case
     # of these two the terms cancel, and transformers computes the rule in fp32 whatever the model's type is
     bounds = {name: 1e-4 if name.endswith((".A_log", ".dt_bias")) else 1e-5 for name in errors}
     assert all(error < bounds[name] for name, error in errors.items()), errors
+
+
+def refuses_muon(kind: str, layout: dict[str, int]) -> bool:
+    return kind in families.BIASED_EXPERTS and layout.get("expert", 1) > 1
+
+
+def test_a_step_of_muon_is_that_of_newton_schulz_in_float64_on_whole_matrices(case, of_families, results):
+    """The queries, keys, values, gates, and what else shares a tensor or a parameter, each alone."""
+    (kind, layout), found = CASES[case], results[case][0]
+    if refuses_muon(kind, layout):
+        assert "of the experts is no matrix" in found["muon"]
+        return
+    before = {name: w for name, w in found["exported"].items() if not ROUTERS_BIAS.search(name)}
+    step, (*_, norm) = found["muon"], found["second_step"]
+    definition = Definition(before, matrices_of(of_families / kind))
+    expected = definition.step(before, gradient_of(step), norm, OPTIMIZER.learning_rate)
+    errors = difference(expected, {name: step["weights"][name] for name in before})
+    assert max(errors.values()) < WEIGHT_TOLERANCE, errors
+
+
+WITHOUT_REPLICAS = [
+    case
+    for case, (kind, layout) in CASES.items()
+    if kind in COUNTED and not layout.keys() & {"data", "context"} and not refuses_muon(kind, layout)
+]
+"""Ranks that share out a row hold the same weights."""
+
+
+@pytest.mark.parametrize("case", WITHOUT_REPLICAS)
+def test_a_plan_counts_the_states_of_muon_and_of_the_adam_beside_it(case, of_families, results):
+    kind, layout = CASES[case]
+    config = config_for(of_families / kind, layout, optimizer=MUON)
+    planned = stages(shape_of(config.model.path), config)
+    each = len(results[case]) // len(planned)
+    for stage in planned:
+        own = results[case][stage.number * each :][:each]
+        assert [rank["muon"]["states"] for rank in own] == each * [stage.optimizer_bytes]
+
+
+@pytest.fixture(scope="module")
+def replayed(of_families: Path) -> Any:
+    """By kind."""
+    return functools.cache(
+        lambda kind: replay(
+            of_families / kind, torch.load(of_families / kind / "reference.pt", weights_only=False)
+        )
+    )
+
+
+# kimi_k2 is the deepseek_v3 of tests/actor/test_routing_replay.py under another name
+@pytest.mark.parametrize("case", [case for case, (kind, _) in CASES.items() if kind in MIXTURES])
+def test_with_replayed_experts_log_probs_and_gradient_are_those_of_transformers(case, replayed, results):
+    found, expected = results[case], replayed(CASES[case][0])
+    log_probs = whole_log_probs(found, "replayed")
+    torch.testing.assert_close(log_probs, expected.log_probs, rtol=0, atol=1e-5, equal_nan=True)
+    loss, count = (sum(rank["second_step"][i] for rank in found) for i in (0, 1))
+    assert loss / count == pytest.approx(expected.loss, rel=1e-5)
+    assert found[0]["second_step"][2] == pytest.approx(expected.gradient_norm, rel=1e-5)
 
 
 def test_a_folder_comes_back_byte_for_byte(case, of_families, results):
@@ -179,7 +255,7 @@ def refused(of_families: Path, quantized: Any, tmp_path_factory: pytest.TempPath
         "gpt_oss, MXFP4": write_blocks(of_families / "gpt_oss", root / "blocks"),
         "gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0),
     }
-    return program("refusals", folders=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
+    return program("refusals", of_families=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)

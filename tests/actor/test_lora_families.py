@@ -18,6 +18,7 @@ from tests.actor.family_models import MODELS
 from tests.actor.launch import launch
 from tests.actor.lora_programs import LORA
 from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
+from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,14 @@ REFUSED = {
     "gpt_oss": ("cannot merge adapters of linear_fc1 and linear_fc2", ["linear_qkv", "linear_proj"]),
 }
 """Families of which some layers can have no adapter: what the error says, and those that can."""
+LAYOUTS = {
+    "glm4_moe": dict(tensor=2, expert=2),
+    "hy_v3": dict(tensor=2, expert=2),
+    "minimax_m2": dict(expert=2, data=2),
+    "qwen3_next": dict(tensor=2, expert=2),
+}
+ON_TWO = {f"{kind}, {words(layout)}": kind for kind, layout in LAYOUTS.items()}
+"""Those that are compared on two ranks as well."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,16 @@ def results(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture(scope="module")
+def on_two(of_families: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's results, by ON_TWO, with the adapters of one process."""
+    cases = {
+        name: (of_families / kind, LAYOUTS[kind], results["measured"][kind]["saved"])
+        for name, kind in ON_TWO.items()
+    }
+    return launch("layouts", ranks=2, module="tests.actor.lora_programs", cases=cases)
+
+
+@pytest.fixture(scope="module")
 def of_peft(of_families: Path, results: dict[str, Any]) -> Any:
     def of(kind: str) -> Adapted:
         base = torch.load(of_families / kind / "reference.pt", weights_only=False)
@@ -51,9 +70,13 @@ def of_peft(of_families: Path, results: dict[str, Any]) -> Any:
     return functools.cache(of)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *ON_TWO])
 def case(request: pytest.FixtureRequest, results: dict[str, Any], of_peft: Any) -> tuple[Any, Adapted]:
-    return results["measured"][request.param], of_peft(request.param)
+    """Every rank's results, and peft's."""
+    name = request.param
+    if name in ON_TWO:
+        return [rank[name] for rank in request.getfixturevalue("on_two")], of_peft(ON_TWO[name])
+    return [results["measured"][name]], of_peft(name)
 
 
 def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -62,11 +85,15 @@ def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> f
 
 def test_log_probs_equal_pefts_on_the_same_adapters(case):
     found, peft = case
-    torch.testing.assert_close(found["log_probs"].double(), peft.log_probs, rtol=0, atol=1e-5, equal_nan=True)
+    whole = torch.full_like(peft.log_probs, torch.nan)
+    for rank in found:
+        own = ~rank["log_probs"].isnan()
+        whole[own] = rank["log_probs"][own].double()
+    torch.testing.assert_close(whole, peft.log_probs, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_whole_gradients_of_adapters_equal_pefts(case):
-    found, peft = case
+    (found, *_), peft = case
     assert found["gradient"].keys() == peft.gradient.keys()
     errors = {
         name: float((found["gradient"][name].double() - own).norm() / own.norm())
@@ -78,21 +105,26 @@ def test_whole_gradients_of_adapters_equal_pefts(case):
 def test_losses_and_adapters_after_two_steps_equal_pefts_and_the_base_stays(case):
     found, peft = case
     for k, samples in enumerate(STEPS[:2]):
-        loss, count, norm = found["steps"][k][:3]
+        loss, count = (sum(rank["steps"][k][i] for rank in found) for i in (0, 1))
         assert count == len(samples) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
-        assert norm == pytest.approx(peft.gradient_norms[k], rel=1e-5)
-    assert found["weights"].keys() == peft.weights.keys()
-    assert largest(found["weights"], peft.weights) < WEIGHT_TOLERANCE
-    assert found["base is as loaded"]
+        for rank in found:
+            assert rank["steps"][k][2] == pytest.approx(peft.gradient_norms[k], rel=1e-5)
+    assert found[0]["weights"].keys() == peft.weights.keys()
+    assert largest(found[0]["weights"], peft.weights) < WEIGHT_TOLERANCE
+    assert all(rank["base is as loaded"] for rank in found)
 
 
-def test_merged_weights_are_those_that_peft_merges_and_the_engines_get_them(case):
-    found, peft = case
+def test_the_engines_get_the_merged_weights(case):
+    assert all(rank["shards"] < 1e-6 for rank in case[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_are_those_that_peft_merges(kind, results, of_peft):
+    found, peft = results["measured"][kind], of_peft(kind)
     adapted = {name.split(".lora_")[0] + ".weight" for name in peft.weights}
     merged = {name: tensor for name, tensor in peft.merged.items() if name in found["merged"]}
     assert adapted <= merged.keys()
     assert largest(found["merged"], merged) < 1e-6
-    assert found["shards"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in COUNTED])
@@ -108,6 +140,6 @@ def test_a_plan_counts_the_weights_and_adapters_that_the_actor_holds(kind, of_fa
 @pytest.mark.parametrize("kind", REFUSED)
 def test_an_adapter_that_would_stand_wrongly_is_refused_with_the_layers_that_can_have_one(kind, results):
     error, message = results["refused"][kind]
-    words, targets = REFUSED[kind]
-    assert error == "ConfigError" and words in message
+    reason, targets = REFUSED[kind]
+    assert error == "ConfigError" and reason in message
     assert all(target in message.partition("; name ")[2] for target in targets), message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.launch import launch
+from tests.actor.muon_definition import Definition, difference
 from tests.actor.tiny_models import MUON, MUON_RATES, OPTIMIZER, WEIGHT_TOLERANCE, config_for
 
 MODULE = "tests.actor.muon_programs"
-MOMENTUM = 0.95
-ADAMS = re.compile(r"embed_tokens|lm_head|norm|bias")
 ONE_PROCESS = "qwen3moe"
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense, tensor=2": ("qwen2", dict(tensor=2)),
     "dense, pipeline=2": ("llama", dict(pipeline=2)),
     "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),
     "moe, context=2, expert=2": ("qwen3moe", dict(context=2, expert=2)),
@@ -79,52 +78,6 @@ def on_four(trained, models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
     saved = [(models / "qwen3moe", trained[name]["checkpoint"], layout) for name, layout in FROM_TWO.items()]
     return launch("train_and_resume", ranks=4, module=MODULE, cases=cases, saved=saved)[0]
-
-
-def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz as Keller Jordan published it: five steps with one set of coefficients."""
-    x = matrix / matrix.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-class Definition:
-    """Muon and AdamW in float64, of whole tensors by Hugging Face name."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        self.moments = {name: torch.zeros(2, *w.shape, dtype=torch.float64) for name, w in weights.items()}
-        self.count = 0
-
-    def step(
-        self, weights: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], norm: float, rate: float
-    ) -> dict[str, torch.Tensor]:
-        self.count += 1
-        scale = min(1.0, OPTIMIZER.gradient_clip / norm)
-        return {
-            name: self._moved(name, weight.double(), gradients[name].double() * scale, rate)
-            for name, weight in weights.items()
-        }
-
-    def _moved(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
-        first, second = self.moments[name]
-        b1, b2 = OPTIMIZER.beta1, OPTIMIZER.beta2
-        decayed = weight if weight.dim() == 1 else weight * (1 - rate * OPTIMIZER.weight_decay)
-        if ADAMS.search(name):
-            first.mul_(b1).add_(gradient, alpha=1 - b1)
-            second.mul_(b2).add_(gradient.square(), alpha=1 - b2)
-            deviation = (second / (1 - b2**self.count)).sqrt() + OPTIMIZER.epsilon
-            return decayed - rate * first / (1 - b1**self.count) / deviation
-        # as published, momentum sums up gradients; the scale of what is orthogonalised means nothing
-        first.mul_(MOMENTUM).add_(gradient)
-        update = orthogonalized(gradient + MOMENTUM * first)
-        return decayed - rate * 0.2 * max(weight.shape) ** 0.5 * update
-
-
-def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, float]:
-    assert weights.keys() == others.keys()
-    return {name: float((w.double() - others[name].double()).abs().max()) for name, w in weights.items()}
 
 
 def check_steps(case: dict[str, Any]) -> None:

@@ -132,13 +132,13 @@ def rollout() -> list[Sample]:
     return samples
 
 
-def with_routing(samples: list[Sample]) -> list[Sample]:
-    """The samples as if an engine had sent each token to two of four experts at random, in four layers."""
+def with_routing(samples: list[Sample], layers: int = 4) -> list[Sample]:
+    """The samples as if an engine had sent each token to two of four experts at random, in every layer."""
     rng = np.random.default_rng(4)
     for sample in samples:
         tokens = len(sample.prompt_tokens) + len(sample.response_tokens) - 1
-        chosen = rng.random((tokens, 4, 4)).argsort(-1)[..., :2].astype(np.uint16)
-        sample.routed_experts = chosen.reshape(tokens, 8)
+        chosen = rng.random((tokens, layers, 4)).argsort(-1)[..., :2].astype(np.uint16)
+        sample.routed_experts = chosen.reshape(tokens, -1)
     return samples
 
 

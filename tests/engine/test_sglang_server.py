@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_pmd.config import AgentProgram, Rollout
+from megatron_pmd.config import AgentProgram, Model, Rollout
 from megatron_pmd.engine.fleet import Fleet
-from megatron_pmd.engine.installed_options import check_options, check_parsers
+from megatron_pmd.engine.installed_options import check_options, check_parsers, sglang_source
 from megatron_pmd.engine.sglang_server import OUR_OPTIONS, EngineSpec, engine_options, expert_parallel
 from megatron_pmd.errors import ConfigError
 from recipes import RECIPES, configuration, recipe
@@ -90,3 +92,33 @@ def test_separate_engines_take_the_gpus_behind_those_of_the_nodes_four_ranks(
     options = engine_options(spec)
     assert options["base_gpu_id"] == gpu
     assert "enable_memory_saver" not in options, "nobody else needs their memory"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [
+        ("gpt_oss", {}, True),
+        ("gpt_oss", {"moe_runner_backend": "triton"}, False),
+        ("glm4_moe", {}, False),
+        ("glm4_moe", {"moe_runner_backend": "triton_kernel"}, True),
+    ],
+)
+def test_engines_that_would_record_no_experts_are_refused_where_these_are_to_be_replayed(
+    tmp_path: Path, kind: str, options: dict[str, Any], refused: bool
+) -> None:
+    """SGLang takes triton_kernel for gpt-oss by itself, and forward_cuda of its TopK then has no numbers."""
+    source = sglang_source()
+    assert '"triton_kernel"' in (source / "arg_groups/model_overrides/gpt_oss.py").read_text()
+    topk = (source / "layers/moe/topk.py").read_text().partition("def forward_cuda")[2]
+    in_kernel = topk.partition("TopKOutputFormat.TRITON_KERNEL:\n")[2].partition("elif")[0]
+    assert "return TritonKernelTopKOutput" in in_kernel and "capture" not in in_kernel
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    spec = EngineSpec(
+        number=0, model=Model(path=str(tmp_path)), rollout=Rollout(sglang=options), port=1, log=None, seed=0,
+        cpu=False, record_routing=True,
+    )  # fmt: skip
+    if not refused:
+        assert engine_options(spec)["enable_return_routed_experts"]
+        return
+    with pytest.raises(ConfigError, match=r'records none; set rollout.sglang=.*"triton"'):
+        engine_options(spec)
