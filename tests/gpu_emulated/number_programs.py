@@ -1,9 +1,11 @@
-"""What an actor's precision computes at one place and in two steps: see test_numbers.py."""
+"""What an actor's precision computes at one place and in two steps: see test_numbers.py and test_lora.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
@@ -11,6 +13,7 @@ from megatron_pmd.actor import model
 from megatron_pmd.actor.packing import pack_microbatch
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial
+from tests.actor.lora_programs import measure, random_adapters
 from tests.actor.tiny_models import STEPS
 from tests.gpu_emulated.programs import routed, to_host
 
@@ -76,3 +79,17 @@ def two_steps(config: RunConfig) -> dict[str, list[Any]]:
             {n: {key: value.cpu().clone() for key, value in state.items()} for n, state in states.items()}
         )
     return result
+
+
+def adapters(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, dict[str, Any]]:
+    """By case: lora_programs.measure of a model with random adapters, which are written to the folder as
+    peft's; and the packed rows of the first step."""
+    results = {}
+    for name, (config, folder) in cases.items():
+        trial = Trial(config)
+        result = random_adapters(trial, Path(config.model.path), folder)
+        microbatches = trial.actor.microbatches(trial.batch, np.array(STEPS[0]))
+        packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]
+        result["rows"] = [vars(row) for row in packed]
+        results[name] = to_host(result | measure(trial))
+    return results
