@@ -88,13 +88,12 @@ class Laboratory:
         return self.folder / "warm_start" / "iteration-0"
 
     def teach(self, base: RunConfig) -> None:
-        """The supervised start, unless the folder has it; without warm_start the model as it is."""
+        """The supervised start, unless the folder has it."""
         from megatron_pmd.training.run_log import RunLog
         from megatron_pmd.training.warm_start import warm_start
 
         if not self._start.exists():
-            if base.warm_start:
-                warm_start(self._trainer(base, self.folder, RunLog(self.console, None)))
+            warm_start(self._trainer(base, self.folder, RunLog(self.console, None)))
             self.actor.save(self._start.parent, 0, {"iteration": 0})
 
     def write_start(self, folder: Path) -> None:

@@ -46,7 +46,9 @@ def settings(optimizer: Name, folder: Path) -> list[str]:
     """Of all runs of an optimizer."""
     if optimizer == "adam":
         return COMMON
-    return [*COMMON, "optimizer.name=muon", f"model.path={start_of(folder)}", "warm_start=null"]
+    # a step too small to move a weight: the start's checkpoint then has the momentum that each run resets
+    still = ["warm_start.steps=1", "warm_start.learning_rate=1e-30"]
+    return [*COMMON, "optimizer.name=muon", f"model.path={start_of(folder)}", *still]
 
 
 def configuration(optimizer: Name, folder: Path, rate: float, seed: int) -> RunConfig:
