@@ -25,7 +25,6 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
 }
 """The dtypes that a shard can hold, in safetensors' words."""
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
