@@ -50,10 +50,31 @@ class Adapted:
 
 def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict[str, Any]) -> Adapted:
     torch.set_num_threads(1)
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import transformers_weight_conversion
     from transformers import AutoConfig
 
+    tensors = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in load_file(adapters / "adapter_model.safetensors").items()
+    }
     read = AutoConfig.from_pretrained(model_folder)
-    model, places = with_adapters(_base(model_folder), read.model_type, adapters, lora)
+    names = {name: _renamed(name, read.model_type, inverse=True) for name in tensors}
+    modules = sorted({name.split(".lora_")[0] for name in names.values() if ".experts." not in name})
+    experts = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
+        target_parameters=experts if any(".experts." in name for name in tensors) else None,
+    )  # fmt: skip
+    # see folder_log_probs
+    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
+        model = get_peft_model(_base(model_folder), config).double()
+    _tie(model)
+    places = {_renamed(name, read.model_type): place for name, place in _places(model)}
+    assert places.keys() == tensors.keys()
+    with torch.no_grad():
+        for name, (parameter, view) in places.items():
+            view(parameter).copy_(tensors[name])
     state = as_in_files(copy.deepcopy(model).merge_and_unload().state_dict())
     merged = {_renamed(name, read.model_type): tensor for name, tensor in state.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -71,39 +92,6 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
         losses.append(float(loss.detach()))
     weights = {name: view(p).detach().clone() for name, (p, view) in places.items()}
     return Adapted(log_probs, merged, losses, norms, gradients[0], weights)
-
-
-def with_adapters(
-    base: Any, kind: str, adapters: Path, lora: dict[str, Any]
-) -> tuple[Any, dict[str, tuple[torch.nn.Parameter, Any]]]:
-    """peft's model with the adapters of a folder, in float64; and where each adapter tensor lies, by name.
-
-    base: the model of transformers. kind: its model_type.
-    """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils import transformers_weight_conversion
-
-    tensors = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in load_file(adapters / "adapter_model.safetensors").items()
-    }
-    names = {name: _renamed(name, kind, inverse=True) for name in tensors}
-    modules = sorted({name.split(".lora_")[0] for name in names.values() if ".experts." not in name})
-    experts = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
-    config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
-        target_parameters=experts if any(".experts." in name for name in tensors) else None,
-    )  # fmt: skip
-    # see folder_log_probs
-    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
-        model = get_peft_model(base, config).double()
-    _tie(model)
-    places = {_renamed(name, kind): place for name, place in _places(model)}
-    assert places.keys() == tensors.keys()
-    with torch.no_grad():
-        for name, (parameter, view) in places.items():
-            view(parameter).copy_(tensors[name])
-    return model, places
 
 
 def folder_log_probs(model_folder: Path, adapters: Path, samples: list[Sample]) -> torch.Tensor:

@@ -86,7 +86,7 @@ def adapters(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, dict[str, An
     peft's; and the packed rows of the first step."""
     results = {}
     for name, (config, folder) in cases.items():
-        trial = Trial(config)
+        trial = routed(config)
         result = random_adapters(trial, Path(config.model.path), folder)
         microbatches = trial.actor.microbatches(trial.batch, np.array(STEPS[0]))
         packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]

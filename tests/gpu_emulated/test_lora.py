@@ -1,4 +1,4 @@
-"""Adapters beside a base that multiplies in FP8, against peft in float64 with the recipe's roundings."""
+"""Adapters beside a base that multiplies in FP8, against float64 with the recipe's roundings."""
 
 from __future__ import annotations
 
@@ -6,42 +6,56 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_pmd.config import override
-from tests.actor.adapted_reference import PREFIX, with_adapters
 from tests.actor.lora_programs import LORA
 from tests.gpu_emulated.launch import launch
-from tests.gpu_emulated.recipe_models import Blockwise, Numbers, Recipe, Rows, Tensorwise, take_recipe
+from tests.gpu_emulated.recipe_models import (
+    Blockwise,
+    Numbers,
+    Recipe,
+    Rows,
+    Tensorwise,
+    take_adapters,
+    take_recipe,
+)
 from tests.gpu_emulated.settings import config
 
-MODEL = "dense for fp8"
+MODEL, EXPERTS = "dense for fp8", "experts for fp8"
 RECIPES: dict[str, type[Recipe]] = {"tensorwise": Tensorwise, "blockwise": Blockwise}
 
 
 @pytest.fixture(scope="module")
 def measured(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """number_programs.adapters, by setting."""
+    """number_programs.adapters, by setting. Adapters of experts have a rank with which they multiply in FP8,
+    too."""
     folder = tmp_path_factory.mktemp("adapters")
     lora = [f"actor.lora.{key}={value}" for key, value in LORA.items()]
     cases = {
         setting: (override(config(models, MODEL, setting), lora), folder / setting)
         for setting in ("bf16", *RECIPES)
     }
+    lora[0] = "actor.lora.rank=16"
+    for setting in ("bf16", *RECIPES):
+        found = override(config(models, EXPERTS, setting), lora)
+        cases[f"experts, {setting}"] = found, folder / f"experts-{setting}"
     return launch("number_programs.adapters", cases=cases)[0]
 
 
 @pytest.fixture(scope="module")
 def computed(models, reference, measured):
-    """What peft computes on the actor's rows, its base with a recipe's roundings."""
+    """What float64 computes on the actor's rows with the same adapters, the base's products with a recipe's
+    roundings."""
 
     def numbers(recipe: Recipe | None) -> Numbers:
         rows = Rows(models / MODEL, reference(MODEL), measured["bf16"]["rows"], torch.float64)
         if recipe:
             take_recipe(rows.model, recipe, range(4))
-        rows.model, _ = with_adapters(rows.model, "qwen3", measured["bf16"]["adapters"], LORA)
+        adapters = load_file(measured["bf16"]["adapters"] / "adapter_model.safetensors")
+        take_adapters(rows.model, adapters, LORA["alpha"] / LORA["rank"])
         found = rows.step()
-        trained = {n: g for n, g in found.gradient.items() if ".lora_" in n}
-        found.gradient = {n.removeprefix(PREFIX).replace(".default", ""): g for n, g in trained.items()}
+        found.gradient = {f"{name}.weight": g for name, g in found.gradient.items() if ".lora_" in name}
         return found
 
     return numbers
@@ -53,7 +67,7 @@ def distance(found: Any, expected: Any) -> float:
     return sum(squares) ** 0.5
 
 
-def test_in_bf16_they_are_near_peft_in_float64(measured, computed):
+def test_in_bf16_they_are_near_float64(measured, computed):
     found, exact = measured["bf16"], computed(None)
     norm = sum(float(g.square().sum()) for g in exact.gradient.values()) ** 0.5
     assert distance(found["gradient"], exact.gradient) < 1.2e-2 * norm
@@ -79,7 +93,7 @@ def test_fp8_moves_log_probs_and_whole_gradients_of_adapters_as_far_as_its_forma
     assert 0.5 < ratio < 2
 
 
-@pytest.mark.parametrize("setting", ["bf16", *RECIPES])
+@pytest.mark.parametrize("setting", ["bf16", *RECIPES, *(f"experts, {each}" for each in ("bf16", *RECIPES))])
 def test_two_steps_leave_the_base_as_loaded_and_adapters_alone_have_gradients_and_states(measured, setting):
     found = measured[setting]
     assert found["base is as loaded"]

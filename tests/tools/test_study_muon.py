@@ -39,4 +39,4 @@ def test_the_rate_is_the_best_of_the_first_seed_whatever_the_others_reach() -> N
 
 def test_muon_without_the_start_that_adam_writes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run the study of adam first"):
-        run_all(tmp_path, "muon", [0])
+        run_all(tmp_path, "muon", RATES, [0])

@@ -1,6 +1,6 @@
 """Muon beside Adam: one task, one start, equal samples, each optimizer at its best of five learning rates.
 
-    python -m tools.studies.muon adam [--folder runs/muon] [--seed 0 …] [--draw study_muon.png]
+    python -m tools.studies.muon adam [--folder runs/muon] [--rate 5e-5 …] [--seed 0 …] [--draw muon.png]
     python -m tools.studies.muon muon …
 
 The task of `tiny_moe_cpu` with its model (harness.py); runs are those of staleness.py without lag. The first
@@ -57,9 +57,10 @@ def configuration(optimizer: Name, folder: Path, rate: float, seed: int) -> RunC
     return study_run(f"{rate:g}-{seed}", [*settings(optimizer, folder), *own])
 
 
-def run_all(folder: Path, optimizer: Name, seeds: list[int]) -> None:
+def run_all(folder: Path, optimizer: Name, rates: list[float], seeds: list[int]) -> None:
     """Train every run of an optimizer and these seeds that is not complete yet.
 
+    rates: of the first seed.
     Raises DataError where Adam's process has not yet written the start.
     """
     if optimizer == "muon" and not start_of(folder).exists():
@@ -68,7 +69,7 @@ def run_all(folder: Path, optimizer: Name, seeds: list[int]) -> None:
         if not start_of(folder).exists():
             found.write_start(start_of(folder))
         for seed in sorted(seeds):
-            for rate in RATES if seed == SEEDS[0] else [best_rate(results(folder), optimizer)]:
+            for rate in rates if seed == SEEDS[0] else [best_rate(results(folder), optimizer)]:
                 config = configuration(optimizer, folder, rate, seed)
                 found.train(config)
                 solved = evaluations(folder / optimizer / config.name)[-1]
@@ -143,10 +144,11 @@ def main(
     optimizer: Annotated[Name, typer.Argument(help="whose runs are made; all that --folder holds are drawn")],
     folder: Annotated[Path, typer.Option(help="runs of the study")] = Path("runs/muon"),
     picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_muon.png"),
+    rate: Annotated[list[float], typer.Option(help="rates to run with the first seed")] = RATES,
     seed: Annotated[list[int], typer.Option(help="seeds to run")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
-    run_all(folder, optimizer, seed)
+    run_all(folder, optimizer, rate, seed)
     found = results(folder)
     draw(found, picture)
     print("\n".join(table(found)))
