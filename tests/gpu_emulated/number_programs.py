@@ -83,8 +83,9 @@ def two_steps(config: RunConfig) -> dict[str, list[Any]]:
 
 def adapters(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, dict[str, Any]]:
     """By case: lora_programs.measure of a model with random adapters, which are written to the folder as
-    peft's; and the packed rows of the first step."""
-    results = {}
+    peft's; and the packed rows of the first step. And what a further step of the last one says where
+    Megatron-Bridge may give adapters of experts to Transformer Engine."""
+    results: dict[str, Any] = {}
     for name, (config, folder) in cases.items():
         trial = routed(config)
         result = random_adapters(trial, Path(config.model.path), folder)
@@ -92,4 +93,12 @@ def adapters(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, dict[str, An
         packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]
         result["rows"] = [vars(row) for row in packed]
         results[name] = to_host(result | measure(trial))
+    from megatron.bridge.peft import utils
+
+    utils.HAVE_TE_PYTORCH_GROUPED_LINEAR_AUTOGRAD = True
+    try:
+        trial.step(STEPS[0])
+        results["given to Transformer Engine"] = "works"
+    except ValueError as error:
+        results["given to Transformer Engine"] = str(error)
     return results
