@@ -13,7 +13,7 @@ from megatron_pmd.actor import model
 from megatron_pmd.actor.packing import pack_microbatch
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial
-from tests.actor.lora_programs import measure, random_adapters
+from tests.actor.lora_programs import measure, random_adapters, trained
 from tests.actor.tiny_models import STEPS
 from tests.gpu_emulated.programs import routed, to_host
 
@@ -42,10 +42,13 @@ def one_place(config: RunConfig, microbatches: list[list[int]], steps: int) -> d
         for _ in range(steps):
             loss, count, _ = trial.step_of(microbatches, 0.0)
     report = trial.actor.log_probs(trial.batch, microbatches)
-    packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]
-    return result | {
-        "loss": loss / count, "log_probs": report.log_probs, "rows": [vars(row) for row in packed],
-    }  # fmt: skip
+    rows = rows_of(trial, microbatches)
+    return result | {"loss": loss / count, "log_probs": report.log_probs, "rows": rows}
+
+
+def rows_of(trial: Trial, microbatches: list[list[int]]) -> list[dict[str, Any]]:
+    """What the actor packs of each micro-batch."""
+    return [vars(pack_microbatch(trial.batch, samples, trial.actor._row, "cpu")) for samples in microbatches]
 
 
 def two_steps(config: RunConfig) -> dict[str, list[Any]]:
@@ -81,24 +84,27 @@ def two_steps(config: RunConfig) -> dict[str, list[Any]]:
     return result
 
 
-def adapters(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, dict[str, Any]]:
-    """By case: lora_programs.measure of a model with random adapters, which are written to the folder as
-    peft's; and the packed rows of the first step. And what a further step of the last one says where
-    Megatron-Bridge may give adapters of experts to Transformer Engine."""
-    results: dict[str, Any] = {}
-    for name, (config, folder) in cases.items():
+def adapters(cases: dict[Any, RunConfig], folder: Path) -> tuple[dict[Any, Any], str]:
+    """By case: lora_programs.measure of a model with random adapters, the same for all settings; these as
+    peft's folder; and the packed rows of the first step.
+
+    And what a further step of the last one says where Megatron-Bridge may give adapters of experts to
+    Transformer Engine.
+    """
+    results: dict[Any, Any] = {}
+    for case, config in cases.items():
         trial = routed(config)
-        result = random_adapters(trial, Path(config.model.path), folder)
-        microbatches = trial.actor.microbatches(trial.batch, np.array(STEPS[0]))
-        packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]
-        result["rows"] = [vars(row) for row in packed]
-        results[name] = to_host(result | measure(trial))
+        torch.manual_seed(1)
+        for parameter in trained(trial):
+            parameter.data.normal_(std=0.1)
+        result = random_adapters(trial, Path(config.model.path), folder / ", ".join(case))
+        result["rows"] = rows_of(trial, trial.actor.microbatches(trial.batch, np.array(STEPS[0])))
+        results[case] = to_host(result | measure(trial))
     from megatron.bridge.peft import utils
 
     utils.HAVE_TE_PYTORCH_GROUPED_LINEAR_AUTOGRAD = True
     try:
         trial.step(STEPS[0])
-        results["given to Transformer Engine"] = "works"
     except ValueError as error:
-        results["given to Transformer Engine"] = str(error)
-    return results
+        return results, str(error)
+    return results, "works"

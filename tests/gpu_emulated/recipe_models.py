@@ -196,8 +196,8 @@ def take_adapters(model: Any, adapters: dict[str, Tensor], scale: float) -> None
         first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
         of_group = model.get_submodule(f"{group}.{first}".removeprefix("base_model.model."))
         if not hasattr(of_group, "lora_A"):
-            of_group.lora_A = torch.nn.Parameter(adapters[f"{name}.lora_A.weight"].double())
-        layer.lora_B = torch.nn.Parameter(adapters[f"{name}.lora_B.weight"].double())
+            of_group.lora_A = torch.nn.Parameter(adapters[f"{name}.lora_A.weight"].to(layer.weight.dtype))
+        layer.lora_B = torch.nn.Parameter(adapters[f"{name}.lora_B.weight"].to(layer.weight.dtype))
         layer.forward = partial(_adapted, layer.forward, of_group.lora_A, layer.lora_B, scale)
 
 

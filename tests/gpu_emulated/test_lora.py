@@ -22,36 +22,38 @@ from tests.gpu_emulated.recipe_models import (
 )
 from tests.gpu_emulated.settings import config
 
-MODEL, EXPERTS = "dense for fp8", "experts for fp8"
+DENSE, EXPERTS = "dense for fp8", "experts for fp8"
 RECIPES: dict[str, type[Recipe]] = {"tensorwise": Tensorwise, "blockwise": Blockwise}
+CASES = [(model, setting) for model in (DENSE, EXPERTS) for setting in ("bf16", *RECIPES)]
+RANK = {DENSE: LORA["rank"], EXPERTS: 16}
+"""Of experts one that FP8 can take."""
 
 
 @pytest.fixture(scope="module")
-def measured(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """number_programs.adapters, by setting. Those of experts have a rank that FP8 can take."""
-    folder = tmp_path_factory.mktemp("adapters")
-    lora = [f"actor.lora.{key}={value}" for key, value in LORA.items()]
-    cases = {
-        setting: (override(config(models, MODEL, setting), lora), folder / setting)
-        for setting in ("bf16", *RECIPES)
-    }
-    lora[0] = "actor.lora.rank=16"
-    for setting in ("bf16", *RECIPES):
-        found = override(config(models, EXPERTS, setting), lora)
-        cases[f"experts, {setting}"] = found, folder / f"experts-{setting}"
-    return launch("number_programs.adapters", cases=cases)[0]
+def measured(models, tmp_path_factory) -> tuple[dict[Any, Any], str]:
+    """number_programs.adapters."""
+    cases = {}
+    for model, setting in CASES:
+        lora = [f"actor.lora.rank={RANK[model]}", f"actor.lora.alpha={LORA['alpha']}"]
+        cases[model, setting] = override(config(models, model, setting), lora)
+    return launch("number_programs.adapters", cases=cases, folder=tmp_path_factory.mktemp("adapters"))[0]
 
 
 @pytest.fixture(scope="module")
-def computed(models, reference, measured):
-    """What float64 computes on the actor's rows with the same adapters, the base's products with a recipe's
-    roundings."""
+def dense(measured) -> dict[str, dict[str, Any]]:
+    return {setting: measured[0][DENSE, setting] for setting in ("bf16", *RECIPES)}
 
-    def numbers(recipe: Recipe | None) -> Numbers:
-        rows = Rows(models / MODEL, reference(MODEL), measured["bf16"]["rows"], torch.float64)
+
+@pytest.fixture(scope="module")
+def computed(models, reference, dense):
+    """What transformers computes on the actor's rows with the same adapters, the base's products with a
+    recipe's roundings."""
+
+    def numbers(recipe: Recipe | None = None, dtype: torch.dtype = torch.float64) -> Numbers:
+        rows = Rows(models / DENSE, reference(DENSE), dense["bf16"]["rows"], dtype)
         if recipe:
             take_recipe(rows.model, recipe, range(4))
-        adapters = load_file(measured["bf16"]["adapters"] / "adapter_model.safetensors")
+        adapters = load_file(dense["bf16"]["adapters"] / "adapter_model.safetensors")
         take_adapters(rows.model, adapters, LORA["alpha"] / LORA["rank"])
         found = rows.step()
         found.gradient = {f"{name}.weight": g for name, g in found.gradient.items() if ".lora_" in name}
@@ -66,23 +68,24 @@ def distance(found: Any, expected: Any) -> float:
     return sum(squares) ** 0.5
 
 
-def test_in_bf16_they_are_near_float64(measured, computed):
-    found, exact = measured["bf16"], computed(None)
+def test_in_bf16_they_are_as_near_float64_as_transformers_in_bf16(dense, computed):
+    found, exact, theirs = dense["bf16"], computed(), computed(dtype=torch.bfloat16)
+    own = distance(found["gradient"], exact.gradient)
     norm = sum(float(g.square().sum()) for g in exact.gradient.values()) ** 0.5
-    assert distance(found["gradient"], exact.gradient) < 1.2e-2 * norm
+    assert own < min(0.05 * norm, 1.5 * distance(theirs.gradient, exact.gradient))
     known = exact.log_probs.isfinite()
-    error = (found["log_probs"].double() - exact.log_probs)[known].square().mean().sqrt()
-    assert error < 1e-2 * exact.log_probs[known].std()
+    errors = [(each - exact.log_probs)[known].norm() for each in (found["log_probs"], theirs.log_probs)]
+    assert errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize("setting", RECIPES)
 def test_fp8_moves_log_probs_and_whole_gradients_of_adapters_as_far_as_its_format_explains(
-    measured, computed, setting
+    dense, computed, setting
 ):
     """From those of bf16, as far as the recipe's roundings move float64. Adapters multiply in bf16, and are
     exact there."""
-    bf16, found = measured["bf16"], measured[setting]
-    exact, expected = computed(None), computed(RECIPES[setting]())
+    bf16, found = dense["bf16"], dense[setting]
+    exact, expected = computed(), computed(RECIPES[setting]())
     moved = {name: found["gradient"][name] for name in exact.gradient}
     ratio = distance(bf16["gradient"], moved) / distance(expected.gradient, exact.gradient)
     assert 0.6 < ratio < 1.5
@@ -92,15 +95,15 @@ def test_fp8_moves_log_probs_and_whole_gradients_of_adapters_as_far_as_its_forma
     assert 0.5 < ratio < 2
 
 
-@pytest.mark.parametrize("setting", ["bf16", *RECIPES, *(f"experts, {each}" for each in ("bf16", *RECIPES))])
-def test_two_steps_leave_the_base_as_loaded_and_adapters_alone_have_gradients_and_states(measured, setting):
-    found = measured[setting]
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_two_steps_leave_the_base_as_loaded_and_adapters_alone_have_gradients_and_states(measured, case):
+    found = measured[0][case]
     assert found["base is as loaded"]
     assert found["states"] == found["gradients"] == found["trained"]
-    assert 0 < found["trained"] < found["held"] / 10
+    assert 0 < found["trained"] < found["held"] / 4
     assert all(torch.isfinite(weight).all() for weight in found["weights"].values())
 
 
 def test_megatron_bridge_still_gives_adapters_of_experts_to_transformer_engine_wrongly(measured):
     """Where it does not, lora.add_adapters need not turn that off."""
-    assert "not enough values to unpack" in measured["given to Transformer Engine"]
+    assert "not enough values to unpack" in measured[1]
