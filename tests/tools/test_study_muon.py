@@ -19,7 +19,7 @@ def test_the_runs_of_both_optimizers_differ_in_nothing_else(tmp_path: Path) -> N
         assert optimizer.pop("name") in ("adam", "muon")
         return found | optimizer
 
-    adam, muon = (configuration(name, tmp_path, 4e-4, 1) for name in ("adam", "muon"))  # type: ignore[arg-type]
+    adam, muon = (configuration(name, tmp_path, 4e-4, 1) for name in ("adam", "muon"))
     assert (adam.optimizer.name, muon.optimizer.name) == ("adam", "muon")
     assert muon.model.path == str(start_of(tmp_path))
     assert without_optimizer(adam) == without_optimizer(muon)

@@ -136,7 +136,8 @@ def table(found: Results) -> Iterator[str]:
         cells = [f"{each[SEEDS[0]][-1]:.3f}" if SEEDS[0] in each else "" for each in seeds]
         if any(cells):
             ends = [curve[-1] for curve in found[optimizer, best_rate(found, optimizer)].values()]
-            cells.append(f"{statistics.mean(ends):.3f} ({min(ends):.2f}–{max(ends):.2f}), {len(ends)} seeds")
+            many = f"{len(ends)} of {len(SEEDS)} seeds"
+            cells.append(f"{statistics.mean(ends):.3f} ({min(ends):.2f}–{max(ends):.2f}), {many}")
             yield f"| {optimizer} | " + " | ".join(cells) + " |"
 
 
