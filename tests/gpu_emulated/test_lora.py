@@ -22,6 +22,8 @@ from tests.gpu_emulated.recipe_models import (
 )
 from tests.gpu_emulated.settings import config
 
+pytestmark = pytest.mark.long
+
 DENSE, EXPERTS = "dense for fp8", "experts for fp8"
 RECIPES: dict[str, type[Recipe]] = {"tensorwise": Tensorwise, "blockwise": Blockwise}
 CASES = [(model, setting) for model in (DENSE, EXPERTS) for setting in ("bf16", *RECIPES)]
