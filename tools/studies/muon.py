@@ -1,6 +1,6 @@
 """Muon beside Adam: one task, one start, equal samples, each optimizer at its best of five learning rates.
 
-    python -m tools.studies.muon adam [--folder runs/muon] [--rate 5e-5 …] [--seed 0 …] [--draw muon.png]
+    python -m tools.studies.muon adam [--folder runs/muon] [--rate 1e-4 …] [--seed 0 …] [--draw muon.png]
     python -m tools.studies.muon muon …
 
 The task of `tiny_moe_cpu` with its model (harness.py); runs are those of staleness.py without lag. The first
@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 Name = Literal["adam", "muon"]
 COLOURS: dict[Name, str] = {"adam": "#1f5fa8", "muon": "#b5471d"}
-RATES = [5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+RATES = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
 """Of both: Muon's update of a matrix is scaled to the size of Adam's (megatron_pmd/actor/muon.py)."""
 
 Results = dict[tuple[Name, float], dict[int, list[float]]]
