@@ -8,7 +8,7 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +28,9 @@ DTYPE_NAMES = {
 }
 """The dtypes that a shard can hold, in safetensors' words."""
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+MXFP4 = "MXFP4"
+"""Of a tensor of which a folder holds blocks and scales: the experts of gpt-oss, as it is published."""
+BLOCKS, SCALES = "_blocks", "_scales"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 """Endings of files that hold weights: all others in a model folder go with its configuration."""
 OPEN_FILES = 8
@@ -41,7 +44,7 @@ class StoredTensor:
     file: Path
     shape: list[int]
     dtype: str
-    """In safetensors' words: F32, BF16, F8_E4M3 …"""
+    """In safetensors' words: F32, BF16, F8_E4M3 …; or MXFP4."""
     begin: int
     bytes: int
     """Where its data is in the file."""
@@ -72,15 +75,18 @@ class TensorFiles:
     """The tensors of a model folder by name, each read when it is asked for.
 
     They are not mapped: the mapped pages of large shards would look like memory that the process needs.
+    Blocks and scales in MXFP4 are the one tensor that they stand for.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read all headers.
 
-        Raises ModelError for a truncated file, or a tensor or file that the index names and the folder lacks.
+        Raises ModelError for a truncated file, a tensor or file that the index names and the folder lacks, or
+        blocks whose scales are not there.
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
+        self._scales: dict[str, StoredTensor] = {}
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         files, indexed = shards_of(folder)
         for file in files:
@@ -90,6 +96,26 @@ class TensorFiles:
             raise ModelError(
                 f"{folder}: tensor {missing[0]} is in the index but not in its file ({len(missing)} in all)"
             )
+        for name in [name for name, tensor in self.tensors.items() if tensor.dtype == "U8"]:
+            if name.endswith(BLOCKS):
+                self._join(name.removesuffix(BLOCKS))
+
+    def _join(self, name: str) -> None:
+        """Put a tensor in the place of its blocks and scales.
+
+        blocks   uint8 [experts, rows, columns / 32, 16]: the tensor's [experts, columns, rows] transposed
+        scales   uint8 [experts, rows, columns / 32]
+        """
+        blocks, scales = self.tensors.pop(name + BLOCKS), self.tensors.pop(name + SCALES, None)
+        if scales is None or blocks.shape[:-1] != scales.shape or len(scales.shape) != 3:
+            found = f"has shape {scales.shape}" if scales else "is missing"
+            raise ModelError(
+                f"{self.folder}: {name}{BLOCKS} has shape {blocks.shape}, and {name}{SCALES} {found}; MXFP4 "
+                "is read in blocks [experts, rows, columns / 32, 16], each with its scale"
+            )
+        experts, rows, groups, half = blocks.shape
+        self.tensors[name] = replace(blocks, shape=[experts, 2 * half * groups, rows], dtype=MXFP4)
+        self._scales[name] = scales
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -108,13 +134,23 @@ class TensorFiles:
                 )
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor, read from its file.
+        """The tensor, read from its file; bf16 where that is MXFP4.
 
         Raises ModelError when the folder has no such tensor, or its file became shorter.
         """
         if name not in self.tensors:
             raise ModelError(f"{self.folder}: tensor {name} is missing")
         stored = self.tensors[name]
+        if stored.dtype != MXFP4:
+            return self._read(name, stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        scales = self._scales[name]
+        blocks = self._read(name + BLOCKS, stored).reshape(*scales.shape, -1)
+        return convert_moe_packed_tensors(blocks, self._read(name + SCALES, scales).reshape(scales.shape))
+
+    def _read(self, name: str, stored: StoredTensor) -> torch.Tensor:
+        """The bytes of a tensor."""
         if stored.file not in self._open:
             self._open[stored.file] = stored.file.open("rb", buffering=0)
         self._open.move_to_end(stored.file)
@@ -128,7 +164,7 @@ class TensorFiles:
             done += count
         while len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)[1].close()
-        return data.view(DTYPES[stored.dtype]).reshape(stored.shape)
+        return data
 
 
 class ShardWriter:

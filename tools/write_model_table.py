@@ -76,7 +76,6 @@ These settings are refused, although the family works:
 - Qwen3-Next and the dense Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there:
   megatron-core takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On
   a CPU torch computes the same, slowly.
-- gpt-oss in MXFP4, as it is published. The message says how transformers writes a bf16 folder.
 - gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
   limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its
   matrices.

@@ -125,7 +125,7 @@ def check_files(path: Path) -> None:
 
 
 def tensors_in(path: Path) -> dict[str, list[int]]:
-    """Name and shape of every tensor in a Hugging Face folder, by the files' headers; no scales of FP8.
+    """Name and shape of every tensor that a Hugging Face folder stands for, by the files' headers.
 
     Raises ModelError for a truncated file, or one that the index names and the folder lacks.
     """
@@ -251,12 +251,6 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
         names = task.mapping.hf_param
         needed.update(names.values() if isinstance(names, dict) else [names])
     missing = sorted(needed - files.keys())
-    if missing and missing[0] + "_blocks" in files:
-        raise ModelError(
-            f"{path}: {missing[0]} is MXFP4, which is not trained. Set model.path to a bf16 folder, written "
-            "by transformers' from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)) and "
-            "save_pretrained"
-        )
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     check_fp8(path, files, bridge.hf_pretrained.config)

@@ -9,9 +9,11 @@ import torch
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.fp8 import SCALE_SUFFIX, dequantize, is_quantized, quantized
-from megatron_pmd.hugging_face import DTYPES, TensorFiles
+from megatron_pmd.hugging_face import DTYPES, MXFP4, TensorFiles
 
 Precision = Literal["bf16", "fp32", "fp8"]
+READ_AS_BF16 = ("F8_E4M3", MXFP4)
+"""Dtypes of a folder's tensors."""
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """fp8: of the tensors that are not quantised."""
 KEPT_FP32 = "e_score_correction_bias"
@@ -54,17 +56,18 @@ def plain_dtype(name: str, files: TensorFiles) -> torch.dtype:
     if name not in files.tensors:
         raise ModelError(f"{files.folder}: tensor {name} is missing")
     dtype = files.tensors[name].dtype
-    if dtype == "F8_E4M3" and name + SCALE_SUFFIX in files.tensors:
+    if dtype == MXFP4 or (dtype == "F8_E4M3" and name + SCALE_SUFFIX in files.tensors):
         return torch.bfloat16
     if dtype not in ("F32", "BF16", "F16"):
         raise ModelError(
-            f"{files.folder}: tensor {name} is {dtype}; fp32, bf16, fp16 and FP8 in blocks can be converted"
+            f"{files.folder}: tensor {name} is {dtype}; fp32, bf16, fp16, FP8 in blocks and MXFP4 can be "
+            "converted"
         )
     return DTYPES[dtype]
 
 
 def plain(name: str, files: TensorFiles) -> torch.Tensor:
-    """A folder's tensor as it is meant: bf16 where it is held as FP8."""
+    """A folder's tensor as it is meant: bf16 where it is held as FP8 or MXFP4."""
     dtype = plain_dtype(name, files)
     tensor = files.get(name)
     if tensor.dtype is torch.float8_e4m3fn:

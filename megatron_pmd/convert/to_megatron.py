@@ -42,7 +42,7 @@ def hf_to_megatron(
 ) -> dict[str, Any]:
     """Convert a model folder into the checkpoint `out`; returns its manifest. Collective.
 
-    dtype: of the checkpoint; None: as in the folder, and bf16 for what it holds as FP8. part_bytes: the
+    dtype: of the checkpoint; None: as in the folder, and bf16 for FP8 and MXFP4. part_bytes: the
     checkpoint's files are at most this large, or as large as one parameter. verified: compare before
     publishing.
 

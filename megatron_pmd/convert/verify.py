@@ -72,7 +72,7 @@ def _compare(
     saved = reader.read(parameter)
     plain = {name: precision.plain(name, files) for name in parameter.tensor_names}
     widths = {tensor.dtype.itemsize for tensor in plain.values()}
-    quantized = any(files.tensors[name].dtype == "F8_E4M3" for name in plain)
+    quantized = any(files.tensors[name].dtype in precision.READ_AS_BF16 for name in plain)
     if min(widths) >= saved.dtype.itemsize and not (quantized and dtype):
         merged = parameter.merge({name: tensor.to(saved.dtype) for name, tensor in plain.items()})
         if bytes_of(merged) != bytes_of(saved):
@@ -96,8 +96,8 @@ def compare_logits(folder: Path, checkpoint: Path, model: parameters.Model) -> A
     if needed > available:
         return f"not compared: {needed / 1e9:.1f} GB of memory needed, {available / 1e9:.1f} available"
     files, reader = TensorFiles(folder), ShardedReader(checkpoint)
-    if any(tensor.dtype == "F8_E4M3" for tensor in files.tensors.values()):
-        return "not compared: transformers runs FP8 on GPUs only"
+    if any(tensor.dtype in precision.READ_AS_BF16 for tensor in files.tensors.values()):
+        return "not compared: transformers runs FP8 on GPUs only, and MXFP4 with kernels of its own"
 
     def read(parameter: parameters.Parameter) -> torch.Tensor:
         saved = reader.read(parameter)

@@ -162,7 +162,7 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
     elif not spec.load_model_weights and "quantization_config" in (
         read_object(Path(spec.model.path) / "config.json") or {}
     ):
-        # the folder is FP8, and the actor sends bf16
+        # the folder is FP8 or MXFP4, and the actor sends bf16
         options["json_model_override_args"] = json.dumps({"quantization_config": None})
     options |= _cpu_options(spec) if spec.cpu else _gpu_options(spec)
     return options | spec.rollout.sglang

@@ -176,15 +176,33 @@ def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
     return meant
 
 
-def write_blocks(source: Path, folder: Path) -> Path:
-    """The model as gpt-oss is published: its experts' matrices are in MXFP4, under names of its own."""
+def write_mxfp4(source: Path, folder: Path) -> dict[str, np.ndarray]:
+    """The model as gpt-oss is published: its experts' matrices in MXFP4; what they stand for, in float64.
+
+    OCP Microscaling Formats v1.0: 32 numbers of 4 bits along a matrix's input, two a byte, the first in the
+    lower half; each is one of eight magnitudes and a sign, times the block's power of two, whose exponent is
+    kept plus 127. The matrices are kept as [experts, outputs, inputs], and meant as the source has them:
+    [experts, inputs, outputs].
+    """
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     shutil.copytree(source, folder)
-    held = load_file(folder / "model.safetensors")
+    held, meant = load_file(folder / "model.safetensors"), {}
     for name in [name for name in held if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        scales = torch.zeros_like(held.pop(name)[..., ::32], dtype=torch.uint8)
-        held[name + "_blocks"], held[name + "_scales"] = scales[..., None].repeat(1, 1, 1, 16), scales
+        weight = np.ascontiguousarray(held.pop(name).double().numpy().swapaxes(1, 2))
+        blocks = weight.reshape(*weight.shape[:2], -1, 32)
+        exponent = np.floor(np.log2(np.abs(blocks).max(-1))) - 2  # 6 is the largest, 4 its power of two
+        scaled = blocks / 2.0 ** exponent[..., None]
+        nearest = np.abs(np.abs(scaled)[..., None] - magnitudes).argmin(-1)
+        values = np.sign(scaled) * magnitudes[nearest] * 2.0 ** exponent[..., None]
+        codes = (nearest + 8 * (scaled < 0)).astype(np.uint8)
+        held[name + "_blocks"] = torch.from_numpy(codes[..., ::2] | codes[..., 1::2] << 4)
+        held[name + "_scales"] = torch.from_numpy((exponent + 127).astype(np.uint8))
+        meant[name] = values.reshape(weight.shape).swapaxes(1, 2)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
 
 
 def write_rope(source: Path, folder: Path, **changes: Any) -> Path:

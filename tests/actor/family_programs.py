@@ -69,23 +69,22 @@ def by_muon(path: Path, layout: dict[str, int]) -> dict[str, Any]:
 def refusals(
     folders: dict[str, Path],
     layouts: dict[str, tuple[Path, dict[str, int]]],
-    quantized: Path,
+    quantized: dict[str, Path],
     unread: dict[str, Path],
 ) -> dict[str, Any]:
     """What opening each folder says, what building a model under each layout says, and the known classes;
-    what reading the weights of those in `unread` says; and what the actor holds of the one in `quantized`."""
+    what reading the weights of those in `unread` says; and what the actor holds of those in `quantized`."""
     from megatron.bridge import AutoBridge
 
     said = {name: _said(lambda folder=folder: open_bridge(folder)) for name, folder in folders.items()}
     for name, (path, layout) in layouts.items():
         config = config_for(path, layout)
         said[name] = _said(lambda path=path, config=config: provider_for(load_bridge(path), config))
-    config = config_for(quantized)
-    control = start(config.layout)
-    held = dict(Actor(config, control).export())
+    control = start(config_for(quantized["kimi_k2"]).layout)
+    held = {kind: dict(Actor(config_for(path), control).export()) for kind, path in quantized.items()}
     for name, path in unread.items():
         said[name] = _said(lambda path=path: Actor(config_for(path), control))
-    return {"said": said, "known": AutoBridge.list_supported_models(), "read from FP8": held}
+    return {"said": said, "known": AutoBridge.list_supported_models(), "read": held}
 
 
 def _said(call: Any) -> tuple[str, str]:

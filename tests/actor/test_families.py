@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.family_models import (
     MODELS,
-    write_blocks,
+    write_model_of,
+    write_mxfp4,
     write_quantized,
     write_refused,
     write_rope,
@@ -176,10 +178,23 @@ def test_a_folder_comes_back_byte_for_byte(case, of_families, results):
 
 
 @pytest.fixture(scope="module")
-def converted(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """gpt-oss as it is published, in MXFP4, and what its experts' matrices stand for.
+
+    As there, the down-projections are square: their shape does not tell which side is the input.
+    """
+    root = tmp_path_factory.mktemp("mxfp4")
+    write_model_of(root / "plain", "gpt_oss", intermediate_size=64)
+    return root / "mxfp4", write_mxfp4(root / "plain", root / "mxfp4")
+
+
+@pytest.fixture(scope="module")
+def converted(of_families: Path, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every folder's model as a checkpoint and as a folder again, in files of several parameters."""
     out = tmp_path_factory.mktemp("converted")
-    cases = [(of_families / kind, out / kind, None) for kind in MODELS]
+    cases = [
+        (folder, out / folder.name, None) for folder in (*(of_families / kind for kind in MODELS), mxfp4[0])
+    ]
     launch("round_trips", module="tests.convert.conversion_programs", cases=cases, verified=([], []))
     return out
 
@@ -236,7 +251,9 @@ def quantized(
 
 
 @pytest.fixture(scope="module")
-def refused(of_families: Path, quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def refused(
+    of_families: Path, quantized: Any, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     root = tmp_path_factory.mktemp("refused")
@@ -251,11 +268,9 @@ def refused(of_families: Path, quantized: Any, tmp_path_factory: pytest.TempPath
     layouts["qwen3_next, four ways"] = (of_families / "qwen3_next", dict(tensor=2, context=2, expert=2))
     layouts |= {f"{kind}, context=2": (of_families / kind, dict(context=2)) for kind in families.POST_NORMS}
     named = {folder.name: folder for folder in root.iterdir()}
-    unread = {
-        "gpt_oss, MXFP4": write_blocks(of_families / "gpt_oss", root / "blocks"),
-        "gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0),
-    }
-    return program("refusals", of_families=named, layouts=layouts, quantized=quantized[0], unread=unread)[0]
+    unread = {"gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0)}
+    read = {"kimi_k2": quantized[0], "gpt_oss": mxfp4[0]}
+    return program("refusals", folders=named, layouts=layouts, quantized=read, unread=unread)[0]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)
@@ -279,7 +294,7 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
 def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(quantized, refused):
     """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is."""
     folder, meant = quantized
-    files, held = TensorFiles(folder), refused["read from FP8"]
+    files, held = TensorFiles(folder), refused["read"]["kimi_k2"]
     assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
     for name, tensor in held.items():
         if name not in meant:
@@ -288,6 +303,21 @@ def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf
         for read in (tensor, precision.plain(name, files)):
             error = np.abs(read.double().numpy() - meant[name])
             assert (error <= 2.0**-8 * 1.0001 * np.abs(meant[name])).all(), name
+
+
+def test_the_actor_and_a_conversion_read_published_mxfp4_as_exactly_what_it_stands_for(
+    mxfp4, refused, converted
+):
+    """bf16 has all of its numbers. The bf16 folder that comes out of a conversion says nothing of MXFP4."""
+    folder, meant = mxfp4
+    files, held, again = TensorFiles(folder), refused["read"]["gpt_oss"], converted / "mxfp4/hf"
+    bf16 = TensorFiles(again)
+    assert len(meant) == 4 and held.keys() == files.tensors.keys() == bf16.tensors.keys()
+    for name, tensor in held.items():
+        for read in (tensor, precision.plain(name, files), bf16.get(name)):
+            expected = torch.from_numpy(meant[name]) if name in meant else files.get(name)
+            assert torch.equal(read.double(), expected.double()), name
+    assert "quantization_config" not in json.loads((again / "config.json").read_text())
 
 
 def test_transformers_does_not_know_kimi_k2():
@@ -319,7 +349,6 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
         "gpt_oss, layers": "layer_types=['full_attention'",
         "nemotron, biases": "attention_bias=True",
         "gpt_oss, rope": "'factor': 16.0",
-        "gpt_oss, MXFP4": "mlp.experts.down_proj is MXFP4",
     }.items():
         error, message = refused["said"][name]
         assert error == "ModelError" and words_of_it in message, message

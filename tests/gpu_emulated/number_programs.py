@@ -1,9 +1,11 @@
-"""What an actor's precision computes at one place and in two steps: see test_numbers.py."""
+"""What an actor's precision computes at one place and in two steps: see test_numbers.py and test_lora.py."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
@@ -11,6 +13,7 @@ from megatron_pmd.actor import model
 from megatron_pmd.actor.packing import pack_microbatch
 from megatron_pmd.config import RunConfig
 from tests.actor.actor_programs import Trial
+from tests.actor.lora_programs import measure, random_adapters, trained
 from tests.actor.tiny_models import STEPS
 from tests.gpu_emulated.programs import routed, to_host
 
@@ -39,10 +42,13 @@ def one_place(config: RunConfig, microbatches: list[list[int]], steps: int) -> d
         for _ in range(steps):
             loss, count, _ = trial.step_of(microbatches, 0.0)
     report = trial.actor.log_probs(trial.batch, microbatches)
-    packed = [pack_microbatch(trial.batch, samples, trial.actor._row, "cpu") for samples in microbatches]
-    return result | {
-        "loss": loss / count, "log_probs": report.log_probs, "rows": [vars(row) for row in packed],
-    }  # fmt: skip
+    rows = rows_of(trial, microbatches)
+    return result | {"loss": loss / count, "log_probs": report.log_probs, "rows": rows}
+
+
+def rows_of(trial: Trial, microbatches: list[list[int]]) -> list[dict[str, Any]]:
+    """What the actor packs of each micro-batch."""
+    return [vars(pack_microbatch(trial.batch, samples, trial.actor._row, "cpu")) for samples in microbatches]
 
 
 def two_steps(config: RunConfig) -> dict[str, list[Any]]:
@@ -76,3 +82,29 @@ def two_steps(config: RunConfig) -> dict[str, list[Any]]:
             {n: {key: value.cpu().clone() for key, value in state.items()} for n, state in states.items()}
         )
     return result
+
+
+def adapters(cases: dict[Any, RunConfig], folder: Path) -> tuple[dict[Any, Any], str]:
+    """By case: lora_programs.measure of a model with random adapters, the same for all settings; these as
+    peft's folder; and the packed rows of the first step.
+
+    And what a further step of the last one says where Megatron-Bridge may give adapters of experts to
+    Transformer Engine.
+    """
+    results: dict[Any, Any] = {}
+    for case, config in cases.items():
+        trial = routed(config)
+        torch.manual_seed(1)
+        for parameter in trained(trial):
+            parameter.data.normal_(std=0.1)
+        result = random_adapters(trial, Path(config.model.path), folder / ", ".join(case))
+        result["rows"] = rows_of(trial, trial.actor.microbatches(trial.batch, np.array(STEPS[0])))
+        results[case] = to_host(result | measure(trial))
+    from megatron.bridge.peft import utils
+
+    utils.HAVE_TE_PYTORCH_GROUPED_LINEAR_AUTOGRAD = True
+    try:
+        trial.step(STEPS[0])
+    except ValueError as error:
+        return results, str(error)
+    return results, "works"

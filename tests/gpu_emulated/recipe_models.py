@@ -184,6 +184,27 @@ def take_recipe(model: Any, recipe: Recipe, layers: Iterable[int], *, fused: boo
             OneProduct(f"{i}.{k}", group, recipe)
 
 
+def take_adapters(model: Any, adapters: dict[str, Tensor], scale: float) -> None:
+    """Let linear layers add scale · B A x, which no recipe rounds; after take_recipe.
+
+    adapters: matrices by peft's names. Layers that take the same input have one A, as in the actor. A and B
+    become parameters of their layers, lora_A and lora_B.
+    """
+    for name in sorted({name.rpartition(".lora_")[0] for name in adapters}):
+        layer = model.get_submodule(name.removeprefix("base_model.model."))
+        group, _, last = name.rpartition(".")
+        first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last)
+        of_group = model.get_submodule(f"{group}.{first}".removeprefix("base_model.model."))
+        if not hasattr(of_group, "lora_A"):
+            of_group.lora_A = torch.nn.Parameter(adapters[f"{name}.lora_A.weight"].to(layer.weight.dtype))
+        layer.lora_B = torch.nn.Parameter(adapters[f"{name}.lora_B.weight"].to(layer.weight.dtype))
+        layer.forward = partial(_adapted, layer.forward, of_group.lora_A, layer.lora_B, scale)
+
+
+def _adapted(base: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, scale: float, x: Tensor) -> Tensor:
+    return base(x) + scale * x @ a.T @ b.T
+
+
 @dataclass
 class Numbers:
     loss: float

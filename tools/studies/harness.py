@@ -6,6 +6,7 @@ A process takes one core most of the time: two, with runs of their own in folder
 from __future__ import annotations
 
 import os
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_pmd.actor.cpu import standins
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.files import read_object
+from megatron_pmd.observe.folder import RunFolder
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.training.rollouts import Drawn, train_rollout
 from recipes import recipe
 
 if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
+
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.data.problem_sets import ProblemSets
     from megatron_pmd.distributed import Control
@@ -92,6 +96,14 @@ class Laboratory:
             warm_start(self._trainer(base, self.folder, RunLog(self.console, None)))
             self.actor.save(self._start.parent, 0, {"iteration": 0})
 
+    def write_start(self, folder: Path) -> None:
+        """The start as a model folder, from which another laboratory can begin."""
+        from megatron_pmd.convert.live import write_policy
+
+        self.actor.load(self._start)
+        model = Path(self.actor.config.model.path)
+        write_policy(self.actor.export(), self.actor.shapes.keys(), model, folder, self.control)
+
     def train(self, config: RunConfig, lag: int = 0) -> dict[str, Any]:
         """One run, unless it is complete; its summary."""
         from megatron_pmd.observe.journal import Journal
@@ -128,6 +140,17 @@ def complete_summary(folder: Path) -> dict[str, Any] | None:
     """summary.json of a run that is complete."""
     summary = read_object(folder / "summary.json")
     return summary if summary and summary["status"] == "complete" else None
+
+
+def evaluations(run: Path) -> list[float]:
+    """Share of the held-out problems' samples that are right, at each evaluation of a run."""
+    return [line["mean_at_k"] for line in RunFolder.read(run).evaluations]
+
+
+def band(axis: plt.Axes, x: list[int], columns: list, colour: object, label: str) -> None:
+    """A curve of the mean of each column, and the range of its values."""
+    axis.plot(x, [statistics.mean(c) for c in columns], "o-", color=colour, label=label, markersize=3)
+    axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
 
 
 @contextmanager

@@ -30,8 +30,7 @@ import typer
 
 from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
 from megatron_pmd.config import RunConfig
-from megatron_pmd.observe.folder import RunFolder
-from tools.studies.harness import complete_summary, laboratory, study_run
+from tools.studies.harness import band, complete_summary, evaluations, laboratory, study_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,11 +80,6 @@ def run_all(folder: Path, ways: list[str], lags: list[int], seeds: list[int]) ->
             print(f"{number} of {len(everything)}  {config.name}  solves {solved:.3f}", flush=True)
 
 
-def evaluations(run: Path) -> list[float]:
-    """Share of the held-out problems' samples that are right, at each evaluation of a run."""
-    return [line["mean_at_k"] for line in RunFolder.read(run).evaluations]
-
-
 def results(folder: Path) -> Results:
     """Of what is complete."""
     found: Results = {}
@@ -122,10 +116,10 @@ def draw(found: Results, path: Path) -> None:
     curves = below.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for colour, way in zip(plt.get_cmap("tab10").colors, WAYS, strict=False):  # type: ignore[attr-defined]
         lags = [lag for lag in measured if (way, lag) in found]
-        _band(ends, lags, [[rewards[-1] for rewards in found[way, lag]] for lag in lags], colour, way)
+        band(ends, lags, [[rewards[-1] for rewards in found[way, lag]] for lag in lags], colour, way)
         for axis, lag in zip(curves, measured, strict=True):
             columns = list(zip(*found.get((way, lag), []), strict=True))
-            _band(axis, [EVERY * k for k in range(len(columns))], columns, colour, way)
+            band(axis, [EVERY * k for k in range(len(columns))], columns, colour, way)
             axis.set_title(f"lag {lag}")
             axis.set_xlabel("iteration")
         if way.startswith("pmd"):
@@ -141,11 +135,6 @@ def draw(found: Results, path: Path) -> None:
         axis.set_ylim(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def _band(axis: plt.Axes, x: list[int], columns: list, colour: object, label: str) -> None:
-    axis.plot(x, [statistics.mean(c) for c in columns], "o-", color=colour, label=label, markersize=3)
-    axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
 
 
 def table(found: Results) -> Iterator[str]:

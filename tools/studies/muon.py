@@ -1,0 +1,160 @@
+"""Muon beside Adam: one task, one start, equal samples, each optimizer at its best of five learning rates.
+
+    python -m tools.studies.muon adam [--folder runs/muon] [--rate 1e-4 …] [--seed 0 …] [--draw muon.png]
+    python -m tools.studies.muon muon …
+
+The task of `tiny_moe_cpu` with its model (harness.py); runs are those of staleness.py without lag. The first
+seed trains with all rates, the others with the one at which the first solved most held-out problems.
+
+A process has one optimizer. Adam's comes first: its supervised model is what both start from, without moments
+or momentum. Runs that are complete in --folder are not run again, and what is complete is drawn.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+import typer
+
+from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import DataError
+from tools.studies.harness import band, complete_summary, evaluations, laboratory, study_run
+from tools.studies.staleness import COMMON, EVERY, ITERATIONS, SEEDS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Name = Literal["adam", "muon"]
+COLOURS: dict[Name, str] = {"adam": "#1f5fa8", "muon": "#b5471d"}
+RATES = [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]
+"""Of both: Muon's update of a matrix is scaled to the size of Adam's (megatron_pmd/actor/muon.py)."""
+
+Results = dict[tuple[Name, float], dict[int, list[float]]]
+"""By optimizer and rate: for each seed, the share of held-out problems solved at each evaluation."""
+
+
+def start_of(folder: Path) -> Path:
+    """The supervised model that Adam's process writes."""
+    return folder / "start"
+
+
+def settings(optimizer: Name, folder: Path) -> list[str]:
+    """Of all runs of an optimizer."""
+    if optimizer == "adam":
+        return COMMON
+    # a step too small to move a weight: the start's checkpoint then has the momentum that each run resets
+    still = ["warm_start.steps=1", "warm_start.learning_rate=1e-30"]
+    return [*COMMON, "optimizer.name=muon", f"model.path={start_of(folder)}", *still]
+
+
+def configuration(optimizer: Name, folder: Path, rate: float, seed: int) -> RunConfig:
+    """One run of the study."""
+    own = [f"optimizer.learning_rate={rate}", f"seed={seed}"]
+    return study_run(f"{rate:g}-{seed}", [*settings(optimizer, folder), *own])
+
+
+def run_all(folder: Path, optimizer: Name, rates: list[float], seeds: list[int]) -> None:
+    """Train every run of an optimizer and these seeds that is not complete yet.
+
+    rates: of the first seed.
+    Raises DataError where Adam's process has not yet written the start.
+    """
+    if optimizer == "muon" and not start_of(folder).exists():
+        raise DataError(f"{start_of(folder)}: no such folder; run the study of adam first, which writes it")
+    with laboratory(folder / optimizer, settings(optimizer, folder)) as found:
+        if not start_of(folder).exists():
+            found.write_start(start_of(folder))
+        for seed in sorted(seeds):
+            for rate in rates if seed == SEEDS[0] else [best_rate(results(folder), optimizer)]:
+                config = configuration(optimizer, folder, rate, seed)
+                found.train(config)
+                solved = evaluations(folder / optimizer / config.name)[-1]
+                print(f"{optimizer}  {config.name}  solves {solved:.3f}", flush=True)
+
+
+def results(folder: Path) -> Results:
+    """Of what is complete."""
+    found: Results = {}
+    for optimizer in COLOURS:
+        for rate in RATES:
+            runs = {seed: folder / optimizer / f"{rate:g}-{seed}" for seed in SEEDS}
+            complete = {seed: evaluations(run) for seed, run in runs.items() if complete_summary(run)}
+            if complete:
+                found[optimizer, rate] = complete
+    return found
+
+
+def best_rate(found: Results, optimizer: Name) -> float:
+    """At which the first seed solves most at the end. Raises DataError where no rate has run with it."""
+    ends = {
+        rate: seeds[SEEDS[0]][-1]
+        for (name, rate), seeds in found.items()
+        if name == optimizer and SEEDS[0] in seeds
+    }
+    if not ends:
+        raise DataError(
+            f"no run of {optimizer} with seed {SEEDS[0]} is complete: it chooses the rate; run it"
+        )
+    return max(ends, key=lambda rate: ends[rate])
+
+
+def draw(found: Results, path: Path) -> None:
+    """Left: what the first seed reaches at each rate. Right: the curves of all seeds at the best one."""
+    figure, (by_rate, curves) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for optimizer, colour in COLOURS.items():
+        rates = [rate for name, rate in found if name == optimizer and SEEDS[0] in found[name, rate]]
+        if not rates:
+            continue
+        ends = [found[optimizer, rate][SEEDS[0]][-1] for rate in rates]
+        by_rate.plot(rates, ends, "o-", color=colour, label=optimizer)
+        best = best_rate(found, optimizer)
+        columns = list(zip(*found[optimizer, best].values(), strict=True))
+        band(curves, [EVERY * k for k in range(len(columns))], columns, colour, f"{optimizer}, {best:g}")
+    by_rate.set(xscale="log", xlabel="learning rate", title=f"solved after {ITERATIONS} iterations, one seed")
+    by_rate.set_xticks(RATES, [f"{rate:g}" for rate in RATES], minor=False)
+    by_rate.set_xticks([], minor=True)
+    curves.set(xlabel="iteration", title="at the best rate, mean and range of the seeds")
+    by_rate.set_ylabel("share of held-out problems solved")
+    for axis in (by_rate, curves):
+        axis.grid(alpha=0.3)
+        axis.set_ylim(0, 1)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def table(found: Results) -> Iterator[str]:
+    """Held-out problems solved at the end: of the first seed by rate, and of all seeds at the best one."""
+    yield "| optimizer | " + " | ".join(f"{rate:g}" for rate in RATES) + " | all seeds at the best |"
+    yield "|---" * (len(RATES) + 2) + "|"
+    for optimizer in COLOURS:
+        seeds = [found.get((optimizer, rate), {}) for rate in RATES]
+        cells = [f"{each[SEEDS[0]][-1]:.3f}" if SEEDS[0] in each else "" for each in seeds]
+        if any(cells):
+            ends = [curve[-1] for curve in found[optimizer, best_rate(found, optimizer)].values()]
+            many = f"{len(ends)} of {len(SEEDS)} seeds"
+            cells.append(f"{statistics.mean(ends):.3f} ({min(ends):.2f}–{max(ends):.2f}), {many}")
+            yield f"| {optimizer} | " + " | ".join(cells) + " |"
+
+
+def main(
+    optimizer: Annotated[Name, typer.Argument(help="whose runs are made; all that --folder holds are drawn")],
+    folder: Annotated[Path, typer.Option(help="runs of the study")] = Path("runs/muon"),
+    picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_muon.png"),
+    rate: Annotated[list[float], typer.Option(help="rates to run with the first seed")] = RATES,
+    seed: Annotated[list[int], typer.Option(help="seeds to run")] = SEEDS,
+) -> None:
+    """Run what is missing, then draw and print the table."""
+    run_all(folder, optimizer, rate, seed)
+    found = results(folder)
+    draw(found, picture)
+    print("\n".join(table(found)))
+    print(picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)
