@@ -58,6 +58,18 @@ def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
         )
 
 
+def senders_of(rank: int, nodes: Sequence[int], config: RunConfig) -> tuple[int, ...]:
+    """The ranks that send weights, together, to the machine of this rank's engine, which is elsewhere.
+
+    The first leads the first engine there. The others are those of its node that belong to an engine of that
+    machine: they have network cards, too. nodes: of every rank.
+    """
+    size = config.ranks_per_engine
+    engines = config.engines_beside(rank // size)
+    ranks = [number for engine in engines for number in range(engine * size, (engine + 1) * size)]
+    return tuple(number for number in ranks if nodes[number] == nodes[ranks[0]])
+
+
 def ranks_of_node(config: RunConfig, accelerators: int) -> int:
     """Actor ranks on a node: as many as it holds with their separate engines, were it alone.
 

@@ -89,8 +89,8 @@ class WeightPush:
         """Send every tensor to every engine and confirm the version.
 
         Collective; the weights' memory must be resident in the actor.
-        serves: the ranks that share their devices with the engine that this rank leads, in the order of the
-        engine's own ranks; none: it leads none.
+        serves: see Fleet.serves; the ranks that share their devices with an engine, in the order of the
+        engine's own ranks.
         before_load: makes the engines ready to take weights, which are resident in them from then on. Called
         on every rank, once the first bucket is full: engines that generate do so until then.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
@@ -141,9 +141,9 @@ class WeightPush:
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
         if self.transport.read_by == "driver":
             return only_the_driver(nodes, on_device=self._on_device)
-        return readers_of(
-            nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
-        )  # fmt: skip
+        # SGLang hands all ranks of an engine the same message
+        shares = self._expert_parallel if self.transport.read_by == "engines" else 1
+        return readers_of(nodes, serves, on_device=self._on_device, expert_parallel=shares)
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
@@ -160,11 +160,12 @@ class WeightPush:
     def _descriptions(
         self, number: int, sums: dict[str, tuple[int, int]], update: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """What each rank of the engine that this rank leads is told of its bucket."""
+        """What each rank of the engine that this rank leads is told of its bucket, or what any bucket has."""
         assert self._plan is not None
         turn, told = number % 2, list[dict[str, Any]]()
         if self.transport.read_by != "engines":
-            return told
+            layout = self._plan.buckets[number].layouts[0]  # all readers want the same
+            return [{"tensors": layout.as_json(), "bytes": layout.capacity}]
         for rank in self._serves:
             owner = self._owners[rank]
             assert owner is not None

@@ -120,6 +120,15 @@ def test_each_rank_of_an_engine_gets_its_experts_and_all_else_and_is_told_the_su
         assert {name for name, *_ in manifest["manifest"]} == expected.keys()
 
 
+def test_each_rank_that_sends_to_engines_elsewhere_has_all_experts_and_all_ranks_know_what_is_sent(ranks):
+    """Also for an engine that divides the experts: all of its ranks take the same message."""
+    whole = next(rank["second"][0] for rank in ranks if rank["records"])
+    for rank in ranks:
+        seen = rank["for engines elsewhere"]
+        assert same(seen["tensors"], whole)
+        assert [name for [told] in seen["told"] for name, *_ in told["tensors"]] == list(seen["tensors"])
+
+
 def test_the_count_for_recipes_knows_what_a_rank_really_holds(ranks, request):
     """tools/sync_plan.py, which needs no ranks, against Megatron's own layout of two mixtures of experts."""
     case = CASES[request.node.callspec.params["ranks"]]
