@@ -1,6 +1,5 @@
 """The plans of the largest recipes with engines on nodes of their own: what links carry, and messages.
 
-
 Compared with counts that know nothing of the plan, and with a play of its messages.
 """
 

@@ -16,6 +16,7 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.weight_sync.broadcast import Broadcast
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
@@ -126,9 +127,35 @@ class Pair:
         self.engines.resume()
         return self.served()
 
+    def next_version_by_broadcast(self) -> dict[str, Any]:
+        """As for engines of one machine elsewhere; and the checksums that SGLang has of the weights."""
+        sender, fleet = self.trial.sender, self.engines.fleet
+        fleet.senders = tuple(range(self.control.world))
+        before = fleet.on_leaders(lambda _: self._checksums())
+        self.engines.release()
+        broadcast = sender.transport = Broadcast(fleet, self.control, timeout_seconds=60)
+        seen = self.next_version() | {
+            "before": before,
+            "after": fleet.on_leaders(lambda _: self._checksums()),
+        }
+        broadcast.close()
+        sender.transport = self.trial.transport
+        return seen
+
+    def _checksums(self) -> dict[str, str]:
+        """By parameter of this rank's engine."""
+        keys = self.engines.fleet.keys
+        reply = httpx.post(
+            self.trial.engine.url + "/weights_checker", json={"action": "checksum"},
+            headers=keys.admin_headers, timeout=60, trust_env=False,
+        ).json()  # fmt: skip
+        [rank] = reply["ranks"]
+        found: dict[str, str] = rank["checksums"]
+        return found
+
 
 def two_engines(path: Path, folder: Path) -> dict[str, Any]:
-    """Three rollouts and two syncs, and something dies in each; by its name, what this rank saw."""
+    """Three rollouts and three syncs, and something dies in each; by its name, what this rank saw."""
     pair = Pair(path, folder)
     trial, engines, results = pair.trial, pair.engines, dict[str, Any]()
     try:
@@ -138,6 +165,7 @@ def two_engines(path: Path, folder: Path) -> dict[str, Any]:
         results["engine killed"] = pair.rollout(lambda: psutil.Process(second_scheduler).kill())
         engines.release()
         results["sync after a killed engine"] = pair.next_version()
+        results["broadcast"] = pair.next_version_by_broadcast()
 
         results["router killed"] = pair.rollout(lambda: _kill_router(trial))
         engines.release()
