@@ -22,7 +22,7 @@ from megatron_pmd.fp8 import is_quantized
 from megatron_pmd.planner.shapes import MODELS
 from megatron_pmd.planner.sharding import layers_of_stages
 from megatron_pmd.weight_sync.plan import Plan, Region, make_plan
-from megatron_pmd.weight_sync.readers import readers_of
+from megatron_pmd.weight_sync.readers import Readers, readers_of, senders_readers
 from megatron_pmd.weight_sync.shards import blockwise, whole_blocks
 from recipes import recipe
 from tools.sync_traffic import LastHop, Links, last_hop, longest_path, seconds, traffic
@@ -38,13 +38,15 @@ GOALS = {
 
 
 def separate(run: RunConfig) -> RunConfig:
-    """The recipe with as many nodes of engines beside those of its ranks. An engine has a node at most; the
-    largest models then need the memory of 8 H200 (141 GB each).
+    """The recipe with as many nodes of engines beside those of its ranks, and twice as large buckets.
+
+    An engine has a node at most; the largest models then need the memory of 8 H200 (141 GB each).
     """
     size = min(run.rollout.tensor_parallel, RANKS_PER_NODE)
     settings = [
         f"layout.engine_nodes={run.layout.ranks // RANKS_PER_NODE}", "rollout.placement=separate",
         "sync.transport=broadcast", f"rollout.tensor_parallel={size}",
+        f"sync.bucket_megabytes={2 * run.sync.bucket_megabytes}",
         *([f"rollout.sglang.ep_size={size}"] if "ep_size" in run.rollout.sglang else []),
     ]  # fmt: skip
     return override(run, settings)
@@ -163,9 +165,7 @@ def model_of(run: RunConfig) -> dict[str, Any]:
 def plan_of(run: RunConfig, held: list[list[Region]]) -> Plan:
     """The plan that a run of this recipe makes on GPUs, eight a node; held: by rank, what it holds."""
     if run.engines_elsewhere:
-        firsts = {senders[0]: senders for senders in senders_to_machines(run)}
-        serves = [firsts.get(rank, ()) for rank in range(run.layout.ranks)]
-        readers = readers_of(_nodes(run), serves, on_device=True)
+        readers, _ = _elsewhere(run)
     else:
         devices, size = run.devices_per_engine, run.ranks_per_engine
         serves = [tuple(range(r, r + devices)) if r % size == 0 else () for r in range(run.layout.ranks)]
@@ -178,16 +178,24 @@ def _nodes(run: RunConfig) -> list[int]:
     return [rank // RANKS_PER_NODE for rank in range(run.layout.ranks)]
 
 
-def senders_to_machines(run: RunConfig) -> list[tuple[int, ...]]:
-    """By machine with engines elsewhere, the ranks that send there."""
+def _machines(run: RunConfig) -> list[tuple[int, ...]]:
+    """By engine node, the ranks that send there."""
     nodes = _nodes(run)
     return list(dict.fromkeys(senders_of(rank, nodes, run) for rank in range(run.layout.ranks)))
 
 
+def _elsewhere(run: RunConfig) -> tuple[Readers, list[int]]:
+    firsts = {senders[0]: senders for senders in _machines(run)}
+    serves = [firsts.get(rank, ()) for rank in range(run.layout.ranks)]
+    return senders_readers(_nodes(run), serves, on_device=True)
+
+
 def last_hop_of(run: RunConfig, plan: Plan, links: Links) -> LastHop:
     """To the engine nodes of this recipe."""
-    machines, engine_ranks = senders_to_machines(run), run.devices_per_engine_node
-    return last_hop(plan, run.layout.ranks, machines, engine_ranks, links)
+    _, kinds = _elsewhere(run)
+    return last_hop(
+        plan, kinds, _machines(run), run.devices_per_engine_node, expert_parallel(run.rollout), links
+    )
 
 
 def _row(name: str, run: RunConfig, plan: Plan, figures: Sequence[str], total: float, goal: float) -> str:

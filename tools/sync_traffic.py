@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_pmd.weight_sync.plan import PIECE_BYTES, BucketPlan, Plan, message_bytes
+from megatron_pmd.weight_sync.plan import (
+    PIECE_BYTES,
+    BucketPlan,
+    Plan,
+    expert_of,
+    message_bytes,
+    sent_by_each,
+)
 from megatron_pmd.weight_sync.routes import WITHIN_NODE, Route
 
 
@@ -25,6 +32,8 @@ class Links:
     """Start and end of one exchange of messages, whatever their size."""
     tensor_seconds: float = 60e-6
     """The host's part in one tensor, in rank or engine: views, starts of kernels, SGLang's loader."""
+    passed_over_seconds: float = 19e-6
+    """SGLang's loader with a tensor of another rank's expert: at most as with one that it copies."""
     bucket_seconds: float = 20e-3
     """One request to the engines, from the rank to all of their processes and back."""
 
@@ -108,7 +117,7 @@ def _count(
 
 @dataclass(frozen=True)
 class LastHop:
-    """From the ranks to engines elsewhere: each bucket is one broadcast to all engines of a machine.
+    """From the ranks to engines elsewhere: a sender's part of a bucket is one broadcast to all of a machine.
 
     NCCL makes chains of its members: each link has every byte once, and the links between two nodes are as
     many as the cards of the ranks there, with equal shares.
@@ -123,30 +132,46 @@ class LastHop:
     messages: int
     """That a machine takes."""
     chain: int
-    """Links from the rank that has the bucket to the last engine."""
+    """Links of the longest, from the rank that sends to the last engine."""
     seconds: float
     """Of all messages to the machine that takes longest."""
+    loads: int
+    """Tensors that an engine's rank loads."""
+    passed_over: int
+    """Those of other ranks' experts, which it is given, too."""
 
 
 def last_hop(
-    plan: Plan, ranks: int, machines: Sequence[Sequence[int]], engine_ranks: int, links: Links
+    plan: Plan,
+    kinds: Sequence[int],
+    machines: Sequence[Sequence[int]],
+    engine_ranks: int,
+    expert_parallel: int,
+    links: Links,
 ) -> LastHop:
     """Send every bucket to every machine with engines, and count.
 
-    machines: by machine, the ranks that send there. engine_ranks: on each of them.
+    kinds            of the senders' buckets
+    machines         by machine, the ranks that send there
+    engine_ranks     on each of them
+    expert_parallel  into how many shares an engine's ranks divide a layer's experts
     """
+    ranks = 1 + max(max(senders) for senders in machines)
     out, within, into = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64), list[int]()
     slowest, chain = 0.0, 0
+    shares = [share for bucket in plan.buckets for share in sent_by_each(bucket, kinds, plan.experts)]
+    sizes = [sum(entry.nbytes for entry in entries) for entries in shares if entries]
     for senders in machines:
-        cards, came, took = min(len(senders), engine_ranks), 0, 0.0
-        for bucket in plan.buckets:
-            out[list(senders[:cards])] += bucket.nbytes // cards
-            within[list(senders)] += bucket.nbytes * (len(senders) - 1) // len(senders)
-            came += bucket.nbytes
-            took += bucket.nbytes / (cards * links.card_bytes_per_second) + links.round_seconds
-        into.append(came)
+        cards, took = min(len(senders), engine_ranks), 0.0
+        for size in sizes:
+            out[list(senders[:cards])] += size // cards
+            within[list(senders)] += size * (len(senders) - 1) // len(senders)
+            took += size / (cards * links.card_bytes_per_second) + links.round_seconds
+        into.append(sum(sizes))
         slowest, chain = max(slowest, took), max(chain, len(senders) + engine_ranks - 1)
-    return LastHop(out, within, np.array(into), len(plan.buckets), chain, slowest)
+    of_experts = sum(expert_of(entry.name) is not None for entries in shares for entry in entries)
+    others = of_experts - of_experts // expert_parallel
+    return LastHop(out, within, np.array(into), len(sizes), chain, slowest, plan.tensors - others, others)
 
 
 def longest_path(plan: Plan) -> int:
@@ -177,21 +202,25 @@ class Seconds:
 
 def seconds(plan: Plan, counted: Traffic, links: Links, hop: LastHop | None = None) -> Seconds:
     """Writing: what every round takes, the rank's own reading (twice as wide before it is FP8), and three
-    passes over what it packs and unpacks. Loading: a pass for the checksums and two for the copy; before
-    that the last hop to engines elsewhere, which takes two passes in the place of that for the checksums.
+    passes over what it packs and unpacks. Loading: a pass for the checksums and two for the copy; of all that
+    comes by the last hop to engines elsewhere, as many.
     """
     own, bytes_each = int(counted.reads.max()), max(_bytes_of_kinds(plan))
     through = int((counted.across_in + counted.within_in + counted.across_out + counted.within_out).max())
     device = (3 * own + 3 * through) / links.memory_bytes_per_second
-    write = counted.across_seconds + counted.within_seconds + device
-    loading = (4 if hop else 3) * bytes_each / links.memory_bytes_per_second + (hop.seconds if hop else 0.0)
-    host = counted.loads * links.tensor_seconds
-    sent = int((counted.across_out + (hop.out if hop else 0)).max())
-    return Seconds(
-        write + host,
-        loading + host + len(plan.buckets) * links.bucket_seconds,
-        sent / links.card_bytes_per_second,
-    )
+    write = counted.across_seconds + counted.within_seconds + device + counted.loads * links.tensor_seconds
+    if hop is None:
+        loading = 3 * bytes_each / links.memory_bytes_per_second + counted.loads * links.tensor_seconds
+        sent = counted.across_out
+        return Seconds(write, loading + len(plan.buckets) * links.bucket_seconds, _of_card(sent, links))
+    loading = hop.seconds + 3 * plan.bytes / links.memory_bytes_per_second
+    host = hop.loads * links.tensor_seconds + hop.passed_over * links.passed_over_seconds
+    sent = counted.across_out + hop.out
+    return Seconds(write, loading + host + hop.messages * links.bucket_seconds, _of_card(sent, links))
+
+
+def _of_card(sent: npt.NDArray[np.int64], links: Links) -> float:
+    return int(sent.max()) / links.card_bytes_per_second
 
 
 def _bytes_of_kinds(plan: Plan) -> list[int]:

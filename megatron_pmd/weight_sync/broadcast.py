@@ -18,7 +18,7 @@ from megatron_pmd.errors import EngineError
 from megatron_pmd.network import address_towards
 from megatron_pmd.store import open_store
 from megatron_pmd.waiting import waiting_for
-from megatron_pmd.weight_sync.bucket_layout import BucketLayout, flattened
+from megatron_pmd.weight_sync.bucket_layout import Entry, flattened
 from megatron_pmd.weight_sync.transport import Colocated, ReadBy
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class _Member(NamedTuple):
     """What one rank says when an update begins."""
 
-    machine: int
-    """Of its engine; named by the rank that sends there."""
-    group: str = ""
-    """That it was in through the last update; "": in none, or its engine has forgotten it."""
+    senders: tuple[int, ...]
+    """To the machine of its engine."""
+    name: str = ""
+    """Of the groups that it was in through the last update; "": in none, or its engine has forgotten them."""
     host: str = ""
     """Of the engine that it leads."""
     engine_ranks: int = 0
@@ -42,13 +42,16 @@ class _Member(NamedTuple):
 
 
 class Broadcast(Colocated):
-    """All engines of a machine take each bucket from one message, over gloo, or NCCL where CUDA exists.
+    """All engines of a machine take a bucket from the same messages, over gloo, or NCCL where CUDA exists.
 
-    For engines that share no node with actors. The ranks that send to a machine (Fleet.senders) and the ranks
-    of all engines there are a group of their own: an engine that dies in an update breaks no other machine's.
-    The first of the senders has the bucket. The others are there for their network cards: NCCL shares a
-    message out to those of all ranks on the way. Every leader asks its own engine to take the message; what
-    is checked is SGLang's own answer, not the loader's sums.
+    For engines that share no node with actors. The ranks that send to a machine (Fleet.senders) share out the
+    experts, and the first has all else. They send one after the other, each in a group in which it is the
+    first, before the other senders and the ranks of all engines there. So a machine takes every byte once,
+    and an engine that dies in an update breaks no other machine's groups. The other senders are in a group
+    for their network cards: NCCL shares a message out to those of all members on its way.
+
+    Every leader asks its own engine to take the messages; what is checked is SGLang's own answer, not the
+    loader's sums.
     """
 
     read_by: ReadBy = "senders"
@@ -59,80 +62,79 @@ class Broadcast(Colocated):
         self._deadline = timedelta(seconds=timeout_seconds)
         self._device = current_device()  # a thread, which is where buckets are sent from, begins with another
         self._store: dist.TCPStore | None = None
-        self._group: Any = None
         self._name = ""
+        self._groups: list[Any] = []
+        """By the sender who is its first member."""
         self._own_ranks = 0
         """Of the engine that this rank leads."""
         self._engine_ranks: list[int] = []
-        """Of the engines in the group, in its order."""
+        """Of the engines in the groups, in their order."""
         self._version: int | None = None
-        """That the engines have been given through the group; None: not yet, or a bucket failed since."""
+        """That the engines have been given through the groups; None: not yet, or a bucket failed since."""
 
     @classmethod
     def of_run(cls, config: RunConfig, fleet: Fleet, control: Control, folder: Path) -> Self:
         return cls(fleet, control, timeout_seconds=config.sync.timeout_seconds)
 
     def begin(self) -> None:
-        machine = self._fleet.senders[0]
-        told = dict(enumerate(self._control.on_all(self._open)))
-        members = {rank: member for rank, member in told.items() if member.machine == machine}
-        engine_ranks = [member.engine_ranks for member in members.values() if member.engine_ranks]
-        taking = {
-            member.group for rank, member in members.items()
-            if member.engine_ranks or rank in self._fleet.senders
-        }  # fmt: skip
-        joined = taking == {self._name} != {""} and engine_ranks == self._engine_ranks
-        hosts = [member.host for member in members.values() if member.engine_ranks]
-        host = hosts[0] if hosts and not joined and self._control.rank == machine else ""
+        own, told = self._fleet.senders, self._control.on_all(self._open)
+        members = {rank: member for rank, member in enumerate(told) if member.senders == own}
+        engines = {rank: member for rank, member in members.items() if member.engine_ranks}
+        engine_ranks = [member.engine_ranks for member in engines.values()]
+        names = {members[rank].name for rank in (*own, *engines)}
+        joined = names == {self._name} != {""} and engine_ranks == self._engine_ranks
+        host = ""
+        if engines and not joined and self._control.rank == own[0]:
+            host = next(iter(engines.values())).host
         stores = self._control.on_all(lambda: self._store_towards(host) if host else None)
         if not joined:
-            self._engine_ranks = engine_ranks
             self._leave()
-            if stores[machine] is not None:
-                before = sum(m.engine_ranks for rank, m in members.items() if rank < self._control.rank)
-                self._join(*stores[machine], before)
+            self._engine_ranks = engine_ranks
+            if stores[own[0]] is not None:
+                before = sum(m.engine_ranks for rank, m in engines.items() if rank < self._control.rank)
+                self._join(*stores[own[0]], min(len(member.senders) for member in told), before)
 
     def _open(self) -> _Member:
-        """The engine that this rank leads withdraws its version; one that was started again has forgotten the
-        group, and its version.
+        """The engine that this rank leads withdraws its version; one that was started again has forgotten its
+        groups, and its version.
         """
         version, self._version = self._version, None
-        group = self._name if version is not None else ""
-        machine = self._fleet.senders[0]
+        name, senders = self._name if version is not None else "", self._fleet.senders
         if not self._fleet.leads:
-            return _Member(machine, group)
+            return _Member(senders, name)
         calls = self._fleet.calls
         if calls.weight_version() != version:
-            group = ""
+            name = ""
         super().begin()
-        if not group:
+        if not name:
             self._own_ranks = calls.tensor_parallel()
-        return _Member(machine, group, urlsplit(calls.spec.url).hostname or "", self._own_ranks)
+        return _Member(senders, name, urlsplit(calls.spec.url).hostname or "", self._own_ranks)
 
     def _store_towards(self, host: str) -> tuple[str, int, str]:
-        """A store where the group towards a machine meets, as the others find it; and the group's name."""
+        """A store where the groups towards a machine meet, as the others find it; and the groups' name."""
         try:
             store = self._store = open_store(address_towards(host), 0, self._deadline)
         except OSError as error:
             raise EngineError(f"no store for engines on the way to {host}: {error}") from None
         return store.host, store.port, f"weights-{secrets.token_hex(4)}"
 
-    def _join(self, host: str, port: int, name: str, engine_ranks_before: int) -> None:
-        """engine_ranks_before: those of the engines that come before this rank's in the group."""
-        senders, left = self._fleet.senders, self._name
-        world, self._name = len(senders) + sum(self._engine_ranks), name
+    def _join(self, host: str, port: int, name: str, groups: int, engine_ranks_before: int) -> None:
+        """groups: so many. engine_ranks_before: of the engines that come before this rank's in a group."""
+        senders, left, self._name = self._fleet.senders, self._name, name
+        world, offset = len(senders) + sum(self._engine_ranks), len(senders) + engine_ranks_before
 
         def ask() -> None:
-            calls = self._fleet.calls
-            calls.leave_group(left)
-            offset = len(senders) + engine_ranks_before
-            calls.join_group(host, port, name, rank_offset=offset, world=world)
+            for number in range(groups):
+                self._fleet.calls.leave_group(f"{left}-{number}")
+                self._fleet.calls.join_group(host, port, f"{name}-{number}", rank_offset=offset, world=world)
 
         def found() -> None:
-            rank = senders.index(self._control.rank)
+            place = senders.index(self._control.rank)
             try:
-                store = self._store if rank == 0 else dist.TCPStore(host, port, timeout=self._deadline)
-                self._group = _group(store, name, rank, world, self._deadline)
+                store = self._store if place == 0 else dist.TCPStore(host, port, timeout=self._deadline)
+                for number in range(groups):
+                    rank = (place - number) % len(senders)
+                    self._groups.append(_group(store, f"{name}-{number}", rank, world, self._deadline))
             except RuntimeError as error:
                 raise EngineError(f"engines did not join their senders at {host}:{port}: {error}") from None
 
@@ -145,31 +147,40 @@ class Broadcast(Colocated):
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self._engine_ranks:
             return
-        [description] = descriptions
-        entries = flattened(BucketLayout.from_json(description["bytes"], description["tensors"]))
+        for number, description in enumerate(descriptions):
+            entries = flattened(
+                Entry(name, dtype, tuple(shape), at) for name, dtype, shape, at in description["tensors"]
+            )
+            if entries:
+                try:
+                    self._load(number, bucket, entries)
+                except EngineError:
+                    self._leave()  # an engine that waits for this rank gets an error, and can be asked again
+                    raise
+
+    def _load(self, number: int, bucket: Bucket | None, entries: Sequence[Entry]) -> None:
+        """What one of the senders sends of its bucket."""
 
         def send() -> None:
-            if bucket is not None and self._control.rank == self._fleet.senders[0]:
+            if self._control.rank == self._fleet.senders[number]:
+                assert bucket is not None, "it has a bucket"
                 parts = [bucket.tensor(entry).reshape(-1).view(torch.uint8) for entry in entries]
-                self._send(torch.cat(parts).to(self._device))
+                message = torch.cat(parts).to(self._device)
             else:
                 size = sum(entry.nbytes for entry in entries)
-                self._send(torch.empty(size, dtype=torch.uint8, device=self._device))
+                message = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._send(message, self._groups[number])
 
         def ask() -> None:
             tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-            self._fleet.calls.load_broadcast(tensors, self._name)
+            self._fleet.calls.load_broadcast(tensors, f"{self._name}-{number}")
 
-        try:
-            self._side_by_side(send, ask)
-        except EngineError:
-            self._leave()  # an engine that waits for this rank gets an error, and can be asked again
-            raise
+        self._side_by_side(send, ask)
 
-    def _send(self, message: torch.Tensor) -> None:
-        """message: uint8 [bytes]; what it holds counts on the first of the senders."""
+    def _send(self, message: torch.Tensor, group: Any) -> None:
+        """message: uint8 [bytes]; what it holds counts on the group's first."""
         seconds = self._deadline.total_seconds()
-        work = dist.broadcast(message, 0, group=self._group, async_op=True)
+        work = dist.broadcast(message, 0, group=group, async_op=True)
         assert work is not None, "this rank is in the group"
         try:
             # An engine that refused the request never joins in: without a deadline, this would hang.
@@ -189,9 +200,9 @@ class Broadcast(Colocated):
         self._leave()
 
     def _leave(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups = []
 
     def _side_by_side(self, ours: Callable[[], None], ask: Callable[[], None]) -> None:
         """This rank's part, if it sends, and the request to its engine, if it leads one: each waits for the

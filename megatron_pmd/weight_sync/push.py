@@ -17,8 +17,16 @@ from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep
 from megatron_pmd.weight_sync.bucket_layout import word_sum
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.exchange import Exchange, packed, unpacked
-from megatron_pmd.weight_sync.plan import BucketPlan, Plan, RankPart, Region, make_plan, message_bytes
-from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of
+from megatron_pmd.weight_sync.plan import (
+    BucketPlan,
+    Plan,
+    RankPart,
+    Region,
+    make_plan,
+    message_bytes,
+    sent_by_each,
+)
+from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of, senders_readers
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
     from megatron_pmd.distributed import Control
@@ -69,6 +77,8 @@ class WeightPush:
         self._exchange: Exchange | None = None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
+        self._kinds: list[int] = []
+        """Of the buckets of the senders to a machine, by their shares of the experts."""
         self._parts: list[RankPart] = []
         """By bucket, what this rank does for it."""
         self._buckets: list[Bucket] = []
@@ -141,9 +151,12 @@ class WeightPush:
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
         if self.transport.read_by == "driver":
             return only_the_driver(nodes, on_device=self._on_device)
-        # SGLang hands all ranks of an engine the same message
-        shares = self._expert_parallel if self.transport.read_by == "engines" else 1
-        return readers_of(nodes, serves, on_device=self._on_device, expert_parallel=shares)
+        if self.transport.read_by == "senders":
+            readers, self._kinds = senders_readers(nodes, serves, on_device=self._on_device)
+            return readers
+        return readers_of(
+            nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
+        )  # fmt: skip
 
     def _make_device_buckets(self) -> None:
         """Also says to all ranks how they are opened, by those who do."""
@@ -160,12 +173,14 @@ class WeightPush:
     def _descriptions(
         self, number: int, sums: dict[str, tuple[int, int]], update: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """What each rank of the engine that this rank leads is told of its bucket, or what any bucket has."""
+        """What each rank of the engine that this rank leads is told of its bucket; or what senders send."""
         assert self._plan is not None
         turn, told = number % 2, list[dict[str, Any]]()
-        if self.transport.read_by != "engines":
-            layout = self._plan.buckets[number].layouts[0]  # all readers want the same
-            return [{"tensors": layout.as_json(), "bytes": layout.capacity}]
+        if self.transport.read_by == "driver":
+            return told
+        if self.transport.read_by == "senders":
+            shares = sent_by_each(self._plan.buckets[number], self._kinds, self._plan.experts)
+            return [{"tensors": [entry.as_json() for entry in entries]} for entries in shares]
         for rank in self._serves:
             owner = self._owners[rank]
             assert owner is not None

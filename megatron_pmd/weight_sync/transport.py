@@ -35,7 +35,8 @@ class Transport(Protocol):
         """Move the bucket; returns when the engine that this rank leads is done with it. Not collective.
 
         bucket: None on a rank that writes into none. descriptions: see Bucket.describe; one for each of the
-        engine's ranks, where the engines open their buckets. Where ranks send, `tensors` and `bytes` of one.
+        engine's ranks, where the engines open their buckets. Where ranks send: the `tensors` that each sender
+        to a machine sends of its bucket, in the order of Fleet.senders.
         """
 
     def end(self, version: int) -> None:

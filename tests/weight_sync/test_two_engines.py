@@ -67,7 +67,7 @@ def test_the_rollout_waits_for_no_deadline_and_no_start_of_an_engine(ranks, kill
     [("sync after a killed engine", 2), ("broadcast", 3), ("router killed during sync", 4)],
 )
 def test_after_the_next_sync_the_router_and_both_engines_serve_the_new_weights(ranks, sync, version):
-    """Each load by ipc is verified in full. That the router sends requests to both shows in the next rollout."""
+    """Each load by ipc is verified in full. That both get requests shows in the next rollout."""
     assert ranks[0][sync]["answers"] == [{"status": 200, "version": str(version)}] * 4
     assert [rank[sync]["versions"] for rank in ranks] == [[version, version]] * 2
     assert [rank[sync]["starts"] for rank in ranks] == [1, 2]

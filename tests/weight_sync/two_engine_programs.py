@@ -17,6 +17,7 @@ from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.weight_sync.broadcast import Broadcast
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
@@ -33,6 +34,16 @@ class Endless(Numbers):
     """Knows no token that ends a response: each has the length it is given."""
 
     eos_token_id = None
+
+
+class Senders:
+    """A push to engines that are elsewhere, although these are not."""
+
+    def __init__(self, push: WeightPush, senders: tuple[int, ...]) -> None:
+        self._push, self._senders = push, senders
+
+    def push(self, *arguments: Any, serves: Any, **options: Any) -> PushReport:
+        return self._push.push(*arguments, serves=self._senders, **options)
 
 
 class Pair:
@@ -128,19 +139,20 @@ class Pair:
         return self.served()
 
     def next_version_by_broadcast(self) -> dict[str, Any]:
-        """As for engines of one machine elsewhere; and the checksums that SGLang has of the weights."""
-        sender, fleet = self.trial.sender, self.engines.fleet
-        fleet.senders = tuple(range(self.control.world))
-        before = fleet.on_leaders(lambda _: self._checksums())
-        self.engines.release()
-        broadcast = sender.transport = Broadcast(fleet, self.control, timeout_seconds=60)
-        seen = self.next_version() | {
-            "before": before,
-            "after": fleet.on_leaders(lambda _: self._checksums()),
-        }
-        broadcast.close()
-        sender.transport = self.trial.transport
-        return seen
+        """As to engines of one machine elsewhere; and the checksums that SGLang has of the weights."""
+        engines, ours = self.engines, self.engines.weight_push
+        before = engines.fleet.on_leaders(lambda _: self._checksums())
+        engines.fleet.senders = (0, 1)
+        broadcast = Broadcast(engines.fleet, self.control, timeout_seconds=60)
+        push = WeightPush(
+            broadcast, self.control, "broadcast", engines.clock, bucket_bytes=2**20, timeout_seconds=60
+        )
+        engines.weight_push = Senders(push, (0, 1) if self.is_driver else ())  # type: ignore[assignment]
+        engines.release()
+        seen = self.next_version() | {"before": before}
+        push.close()
+        engines.weight_push = ours
+        return seen | {"after": engines.fleet.on_leaders(lambda _: self._checksums())}
 
     def _checksums(self) -> dict[str, str]:
         """By parameter of this rank's engine."""
