@@ -41,6 +41,15 @@ class _Member(NamedTuple):
     """Of that engine; 0: it leads none, or the engine is left out."""
 
 
+class _Meeting(NamedTuple):
+    """Where the members of groups find each other."""
+
+    host: str
+    port: int
+    name: str
+    """Of the groups, but for their numbers."""
+
+
 class Broadcast(Colocated):
     """All engines of a machine take a bucket from the same messages, over gloo, or NCCL where CUDA exists.
 
@@ -90,9 +99,10 @@ class Broadcast(Colocated):
         if not joined:
             self._leave()
             self._engine_ranks = engine_ranks
-            if stores[own[0]] is not None:
+            meeting = stores[own[0]]
+            if meeting is not None:
                 before = sum(m.engine_ranks for rank, m in engines.items() if rank < self._control.rank)
-                self._join(*stores[own[0]], min(len(member.senders) for member in told), before)
+                self._join(meeting, min(len(member.senders) for member in told), before)
 
     def _open(self) -> _Member:
         """The engine that this rank leads withdraws its version; one that was started again has forgotten its
@@ -110,16 +120,17 @@ class Broadcast(Colocated):
             self._own_ranks = calls.tensor_parallel()
         return _Member(senders, name, urlsplit(calls.spec.url).hostname or "", self._own_ranks)
 
-    def _store_towards(self, host: str) -> tuple[str, int, str]:
-        """A store where the groups towards a machine meet, as the others find it; and the groups' name."""
+    def _store_towards(self, host: str) -> _Meeting:
+        """A store where the groups towards a machine meet."""
         try:
             store = self._store = open_store(address_towards(host), 0, self._deadline)
         except OSError as error:
             raise EngineError(f"no store for engines on the way to {host}: {error}") from None
-        return store.host, store.port, f"weights-{secrets.token_hex(4)}"
+        return _Meeting(store.host, store.port, f"weights-{secrets.token_hex(4)}")
 
-    def _join(self, host: str, port: int, name: str, groups: int, engine_ranks_before: int) -> None:
+    def _join(self, meeting: _Meeting, groups: int, engine_ranks_before: int) -> None:
         """groups: so many. engine_ranks_before: of the engines that come before this rank's in a group."""
+        host, port, name = meeting
         senders, left, self._name = self._fleet.senders, self._name, name
         world, offset = len(senders) + sum(self._engine_ranks), len(senders) + engine_ranks_before
 
@@ -131,7 +142,8 @@ class Broadcast(Colocated):
         def found() -> None:
             place = senders.index(self._control.rank)
             try:
-                store = self._store if place == 0 else dist.TCPStore(host, port, timeout=self._deadline)
+                here = self._store if place == 0 else None
+                store = here or dist.TCPStore(host, port, timeout=self._deadline)
                 for number in range(groups):
                     rank = (place - number) % len(senders)
                     self._groups.append(_group(store, f"{name}-{number}", rank, world, self._deadline))

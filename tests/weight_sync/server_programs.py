@@ -61,7 +61,7 @@ class Trial:
             self.sent += message.nbytes * (group.rank() == source)
             return broadcast(message, source, group=group, **options)
 
-        dist.broadcast = counted
+        dist.broadcast = counted  # type: ignore[assignment]
 
     def update(self) -> dict[str, Any]:
         """Other weights; what is said, what the servers then have, and Megatron-Bridge's own export."""
