@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -75,14 +74,6 @@ class RunConfig(Frozen):
         """On each of layout.engine_nodes; 0 without those."""
         nodes = self.layout.engine_nodes
         return self.engines // nodes if nodes else 0
-
-    def engines_beside(self, engine: int) -> tuple[int, ...]:
-        """The engines on the machine of this one, elsewhere: those of an engine node, or a host's servers."""
-        if self.rollout.servers:
-            hosts = [urlsplit(server).hostname for server in self.rollout.servers]
-            return tuple(number for number, host in enumerate(hosts) if host == hosts[engine])
-        first = engine - engine % self.engines_per_node
-        return tuple(range(first, first + self.engines_per_node))
 
     @property
     def devices_per_engine_node(self) -> int:

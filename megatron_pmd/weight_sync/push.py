@@ -78,7 +78,7 @@ class WeightPush:
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
         self._kinds: list[int] = []
-        """Of the buckets of the senders to a machine, by their shares of the experts."""
+        """Of the buckets of the senders to a machine, if it is they who read them; by their shares of experts."""
         self._parts: list[RankPart] = []
         """By bucket, what this rank does for it."""
         self._buckets: list[Bucket] = []
@@ -176,9 +176,7 @@ class WeightPush:
         """What each rank of the engine that this rank leads is told of its bucket; or what senders send."""
         assert self._plan is not None
         turn, told = number % 2, list[dict[str, Any]]()
-        if self.transport.read_by == "driver":
-            return told
-        if self.transport.read_by == "senders":
+        if self.transport.read_by != "engines":
             shares = sent_by_each(self._plan.buckets[number], self._kinds, self._plan.experts)
             return [{"tensors": [entry.as_json() for entry in entries]} for entries in shares]
         for rank in self._serves:
