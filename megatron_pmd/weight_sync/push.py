@@ -78,7 +78,7 @@ class WeightPush:
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
         self._kinds: list[int] = []
-        """Of the buckets of the senders to a machine, if it is they who read them; by their shares of experts."""
+        """Of the buckets of the senders to a machine, where they read them; by their shares of experts."""
         self._parts: list[RankPart] = []
         """By bucket, what this rank does for it."""
         self._buckets: list[Bucket] = []
