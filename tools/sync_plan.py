@@ -9,32 +9,23 @@ The plan is the one that a run makes: weight_sync/plan.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import typer
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, override
+from megatron_pmd.engine.placement import senders_of
 from megatron_pmd.engine.sglang_server import expert_parallel
 from megatron_pmd.fp8 import is_quantized
 from megatron_pmd.planner.shapes import MODELS
 from megatron_pmd.planner.sharding import layers_of_stages
-from megatron_pmd.weight_sync.plan import (
-    PIECE_BYTES,
-    BucketPlan,
-    Plan,
-    Region,
-    make_plan,
-    message_bytes,
-)
-from megatron_pmd.weight_sync.readers import readers_of
-from megatron_pmd.weight_sync.routes import WITHIN_NODE, Route
+from megatron_pmd.weight_sync.plan import Plan, Region, make_plan
+from megatron_pmd.weight_sync.readers import Readers, readers_of, senders_readers
 from megatron_pmd.weight_sync.shards import blockwise, whole_blocks
 from recipes import recipe
+from tools.sync_traffic import LastHop, Links, last_hop, longest_path, seconds, traffic
 
 RANKS_PER_NODE = 8
 GOALS = {
@@ -45,27 +36,33 @@ GOALS = {
 }
 """Seconds of a whole sync, by recipe."""
 
+
+def separate(run: RunConfig) -> RunConfig:
+    """The recipe with as many nodes of engines beside those of its ranks, and twice as large buckets.
+
+    An engine has a node at most; the largest models then need the memory of 8 H200 (141 GB each).
+    """
+    size = min(run.rollout.tensor_parallel, RANKS_PER_NODE)
+    settings = [
+        f"layout.engine_nodes={run.layout.ranks // RANKS_PER_NODE}", "rollout.placement=separate",
+        "sync.transport=broadcast", f"rollout.tensor_parallel={size}",
+        f"sync.bucket_megabytes={2 * run.sync.bucket_megabytes}",
+        *([f"rollout.sglang.ep_size={size}"] if "ep_size" in run.rollout.sglang else []),
+    ]  # fmt: skip
+    return override(run, settings)
+
+
+OVERLAP = "qwen3_30b_a3b_overlap_48xh100"
+SEPARATE = {
+    OVERLAP: (recipe(OVERLAP), 3.0),
+    **{name: (separate(recipe(name)), goal) for name, goal in GOALS.items()},
+}
+"""With engines on nodes of their own: the run, and seconds of a whole sync, by recipe."""
+
 Split = int | None
 """The dimension that tensor parallelism divides; None: every rank has the whole tensor."""
 Tensor = tuple[str, tuple[int, ...], Split]
 """Name, shape, split."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """Assumed speeds: data sheets, and orders of magnitude where there are none."""
-
-    card_bytes_per_second: float = 50e9
-    """One 400 Gb/s network card for each GPU, each direction."""
-    nvlink_bytes_per_second: float = 450e9
-    """Of one H100 within its node, each direction (900 GB/s in both)."""
-    memory_bytes_per_second: float = 3.35e12
-    round_seconds: float = 50e-6
-    """Start and end of one exchange of messages, whatever their size."""
-    tensor_seconds: float = 60e-6
-    """The host's part in one tensor, in rank or engine: views, starts of kernels, SGLang's loader."""
-    bucket_seconds: float = 20e-3
-    """One request to the engines, from the rank to all of their processes and back."""
 
 
 def _tensors(config: dict[str, Any], layer: int) -> Iterator[Tensor]:
@@ -167,125 +164,47 @@ def model_of(run: RunConfig) -> dict[str, Any]:
 
 def plan_of(run: RunConfig, held: list[list[Region]]) -> Plan:
     """The plan that a run of this recipe makes on GPUs, eight a node; held: by rank, what it holds."""
-    ranks, size = run.layout.ranks, run.ranks_per_engine
-    nodes = [rank // RANKS_PER_NODE for rank in range(ranks)]
-    serves = [range(rank, rank + run.devices_per_engine) if rank % size == 0 else () for rank in range(ranks)]
-    readers = readers_of(nodes, serves, on_device=True, expert_parallel=expert_parallel(run.rollout))
+    if run.engines_elsewhere:
+        readers, _ = _elsewhere(run)
+    else:
+        devices, size = run.devices_per_engine, run.ranks_per_engine
+        serves = [tuple(range(r, r + devices)) if r % size == 0 else () for r in range(run.layout.ranks)]
+        shares = expert_parallel(run.rollout)
+        readers = readers_of(_nodes(run), serves, on_device=True, expert_parallel=shares)
     return make_plan(held, readers, capacity=run.sync.bucket_megabytes * 2**20)
 
 
-@dataclass
-class Traffic:
-    """Of a whole sync. Arrays are by rank."""
-
-    across_out: npt.NDArray[np.int64]
-    """Bytes that its network card sends."""
-    across_in: npt.NDArray[np.int64]
-    within_out: npt.NDArray[np.int64]
-    """Bytes that it sends over NVLink."""
-    within_in: npt.NDArray[np.int64]
-    messages: npt.NDArray[np.int64]
-    """That it sends."""
-    reads: npt.NDArray[np.int64]
-    """Bytes of its own parameters that it reads, in the form that they leave in."""
-    staging: int
-    """Most bytes that a rank holds at one time beside its buckets, or more."""
-    rounds: int
-    """In which anything crosses nodes, pieces of long messages counted one by one."""
-    across_seconds: float
-    """Each round as long as the card that has most to carry, one after the other."""
-    within_seconds: float
-    loads: int
-    """Tensors that the engine's rank with most of them loads."""
+def _nodes(run: RunConfig) -> list[int]:
+    return [rank // RANKS_PER_NODE for rank in range(run.layout.ranks)]
 
 
-def traffic(plan: Plan, ranks: int, links: Links) -> Traffic:
-    """Send every message of the plan, and count."""
-    zeros = lambda: np.zeros(ranks, np.int64)  # noqa: E731
-    found = Traffic(zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), 0, 0, 0.0, 0.0, 0)
-    hops: dict[Route, npt.NDArray[np.int64]] = {}
-    for bucket in plan.buckets:
-        _count(plan, bucket, hops, found, links)
-    kinds = range(len(plan.buckets[0].layouts))
-    found.loads = max(sum(len(bucket.layouts[kind].entries) for bucket in plan.buckets) for kind in kinds)
-    return found
+def _machines(run: RunConfig) -> list[tuple[int, ...]]:
+    """By engine node, the ranks that send there."""
+    nodes = _nodes(run)
+    return list(dict.fromkeys(senders_of(rank, nodes, run) for rank in range(run.layout.ranks)))
 
 
-def _count(
-    plan: Plan, bucket: BucketPlan, hops: dict[Route, npt.NDArray[np.int64]], found: Traffic, links: Links
-) -> None:
-    ranks = len(found.reads)
-    rows, sizes, kept = [], [], np.zeros(ranks, np.int64)
-    for way, regions in bucket.ways.items():
-        size = message_bytes(regions)
-        if way not in hops:
-            hops[way] = np.array([(h.round, h.source, h.target) for h in way.hops], np.int64).reshape(-1, 3)
-        rows.append(hops[way])
-        sizes.append(np.full(len(hops[way]), size))
-        found.reads[list(way.roots)] += size
-        for root in way.roots:
-            kind = plan.kinds.get(root)
-            if kind is None or regions[0].name not in bucket.layouts[kind].entries:
-                kept[root] += size  # what a rank's own bucket holds is sent on from there
-    every, size_of = np.concatenate(rows), np.concatenate(sizes)
-    largest = max(region.nbytes for regions in bucket.ways.values() for region in regions)
-    for number in np.unique(every[:, 0]):
-        now = every[:, 0] == number
-        pairs, place = np.unique(every[now, 1] * ranks + every[now, 2], return_inverse=True)
-        nbytes = np.bincount(place, size_of[now])
-        sources, targets, pieces = pairs // ranks, pairs % ranks, -(-nbytes // PIECE_BYTES)
-        out, came = (np.bincount(ends, nbytes, ranks).astype(np.int64) for ends in (sources, targets))
-        found.messages += np.bincount(sources, pieces, ranks).astype(np.int64)
-        at_a_time = np.minimum(nbytes, max(PIECE_BYTES, largest))
-        staged = np.bincount(sources, at_a_time, ranks) + np.bincount(targets, at_a_time, ranks)
-        found.staging = max(found.staging, int((kept + staged).max()))
-        busiest, waits = int(max(out.max(), came.max())), int(pieces.max()) * links.round_seconds
-        if number < WITHIN_NODE:
-            found.across_out += out
-            found.across_in += came
-            found.rounds += int(pieces.max())
-            found.across_seconds += busiest / links.card_bytes_per_second + waits
-        else:
-            found.within_out += out
-            found.within_in += came
-            found.within_seconds += busiest / links.nvlink_bytes_per_second + waits
+def _elsewhere(run: RunConfig) -> tuple[Readers, list[int]]:
+    firsts = {senders[0]: senders for senders in _machines(run)}
+    serves = [firsts.get(rank, ()) for rank in range(run.layout.ranks)]
+    return senders_readers(_nodes(run), serves, on_device=True)
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Of a sync, computed: writing a bucket and loading the one before go on at the same time."""
-
-    write: float
-    load: float
-
-    @property
-    def total(self) -> float:
-        """The slower of both, and one bucket's worth of the other at the ends."""
-        return max(self.write, self.load) + min(self.write, self.load) / 8
+def last_hop_of(run: RunConfig, plan: Plan, links: Links) -> LastHop:
+    """To the engine nodes of this recipe."""
+    _, kinds = _elsewhere(run)
+    return last_hop(
+        plan, kinds, _machines(run), run.devices_per_engine_node, expert_parallel(run.rollout), links
+    )
 
 
-def seconds(plan: Plan, counted: Traffic, links: Links) -> Seconds:
-    """Writing: what every round takes, the rank's own reading (twice as wide before it is FP8), and three
-    passes over what it packs and unpacks. Loading: a pass for the checksums and two for the copy.
-    """
-    own, bytes_each = int(counted.reads.max()), max(_bytes_of_kinds(plan))
-    through = int((counted.across_in + counted.within_in + counted.across_out + counted.within_out).max())
-    device = (3 * own + 3 * through) / links.memory_bytes_per_second
-    write = counted.across_seconds + counted.within_seconds + device
-    loading = 3 * bytes_each / links.memory_bytes_per_second
-    host = counted.loads * links.tensor_seconds
-    return Seconds(write + host, loading + host + len(plan.buckets) * links.bucket_seconds)
-
-
-def _bytes_of_kinds(plan: Plan) -> list[int]:
-    return [
-        sum(entry.nbytes for bucket in plan.buckets for entry in bucket.layouts[kind].entries.values())
-        for kind in range(len(plan.buckets[0].layouts))
-    ]
+def _row(name: str, run: RunConfig, plan: Plan, figures: Sequence[str], total: float, goal: float) -> str:
+    start = [f"`{name}`", f"{plan.bytes / 1e9:,.0f}", f"{len(plan.buckets)}"]
+    return f"| {' | '.join([*start, *figures, f'{total:.1f}', f'{goal:g}'])} |"
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables: engines on the ranks' devices, and on nodes of their own."""
     links = Links()
     print(
         "| recipe | model, GB | buckets | into a card, GB | out of a card, GB | over NVLink, GB "
@@ -296,19 +215,38 @@ def main() -> None:
         run = recipe(name)
         plan = plan_of(run, held_by_ranks(run, model_of(run)))
         counted = traffic(plan, run.layout.ranks, links)
-        columns = [
-            f"`{name}`",
-            f"{plan.bytes / 1e9:,.0f}",
-            f"{len(plan.buckets)}",
+        figures = [
             *(f"{of.max() / 1e9:.1f}" for of in (counted.across_in, counted.across_out, counted.within_out)),
             f"{counted.messages.max():,}",
             f"{counted.rounds}",
             f"{counted.staging / 1e6:,.0f}",
             f"{counted.across_seconds:.1f}",
-            f"{seconds(plan, counted, links).total:.1f}",
-            f"{goal:g}",
         ]
-        print(f"| {' | '.join(columns)} |")
+        print(_row(name, run, plan, figures, seconds(plan, counted, links).total, goal))
+    print(
+        "\n| recipe | model, GB | buckets | nodes: ranks + engines | into a card, GB | out of a card, GB "
+        "| over NVLink, GB | into an engine node, GB | of one engine each | messages of a rank "
+        "| longest path | cards, s | write, s | load, s | sync, s | goal, s |"
+    )
+    print("|---|" + "--:|" * 15)
+    for name, (run, goal) in SEPARATE.items():
+        plan = plan_of(run, held_by_ranks(run, model_of(run)))
+        counted, hop = traffic(plan, run.layout.ranks, links), last_hop_of(run, plan, links)
+        took = seconds(plan, counted, links, hop)
+        figures = [
+            f"{run.layout.ranks // RANKS_PER_NODE} + {run.layout.engine_nodes}",
+            f"{counted.across_in.max() / 1e9:.1f}",
+            f"{(counted.across_out + hop.out).max() / 1e9:.1f}",
+            f"{(counted.within_out + hop.within_out).max() / 1e9:.1f}",
+            f"{hop.into.max() / 1e9:,.0f}",
+            f"{hop.into.max() * run.engines_per_node / 1e9:,.0f}",
+            f"{counted.messages.max() + hop.messages:,}",
+            f"{longest_path(plan)} + {hop.chain}",
+            f"{took.cards:.1f}",
+            f"{took.write:.1f}",
+            f"{took.load:.1f}",
+        ]
+        print(_row(name, run, plan, figures, took.total, goal))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ TRANSPORTS = Registry(
     "transport",
     {
         "ipc": "megatron_pmd.weight_sync.transport:Colocated",
-        "broadcast": "megatron_pmd.weight_sync.transport:Broadcast",
+        "broadcast": "megatron_pmd.weight_sync.broadcast:Broadcast",
         "disk": "megatron_pmd.weight_sync.transport:Disk",
     },
 )
@@ -250,8 +250,8 @@ class Rollout(Frozen):
 class Sync(Frozen):
     transport: str = "ipc"
     """`ipc`: engines open buckets in their node's shared memory, or with CUDA on the device that they share
-    with an actor rank. For layout.engine_nodes and rollout.servers: `broadcast`, over the network, from as
-    many ranks as there are engines; or `disk`: they read safetensors in the run folder (docs/weight_sync.md).
+    with an actor rank. For layout.engine_nodes and rollout.servers: `broadcast`, over the network, once to
+    each machine; or `disk`: they read safetensors in the run folder (docs/weight_sync.md).
     Or your own, as `module:Class` or `path/to/file.py:Class`."""
     bucket_megabytes: PositiveInt = 512
     """Weights move to the engines in flattened buckets of at most this size, or of the largest tensor's;

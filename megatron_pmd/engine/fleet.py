@@ -16,7 +16,7 @@ from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.engine_nodes import Meeting, Opening
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.own import OwnEngine
-from megatron_pmd.engine.placement import part_of
+from megatron_pmd.engine.placement import part_of, senders_of
 from megatron_pmd.engine.server import free_port, meeting_address, node_address
 from megatron_pmd.engine.sglang_server import EngineSpec, NodeSpan, log_of
 from megatron_pmd.observe.subphases import SubphaseClock
@@ -49,6 +49,8 @@ class Fleet:
         """Engines elsewhere that are lost: nobody calls them until they answer again."""
         nodes = control.all_gather(control.node)
         part = part_of(control.rank, nodes, config.ranks_per_engine, config.devices_per_engine)
+        self.senders = senders_of(control.rank, nodes, config) if self.elsewhere else ()
+        """The ranks that send weights to the machine of this rank's engine, where that is elsewhere."""
         self._meeting = Meeting(folder)
         if config.layout.engine_nodes:
             control.on_driver(self._open)
@@ -123,11 +125,16 @@ class Fleet:
 
     @property
     def serves(self) -> tuple[int, ...]:
-        """The ranks whose devices the engine that this rank leads computes on; () if it leads none.
+        """The ranks in whose buckets the weights for this rank's engine are; () if it leads none.
 
+        Where engines are elsewhere: the senders to this one's machine; () if another is the first of them.
         Also of one that is left out: when it is back, the plan of the weights' ways still holds.
         """
-        return self.own.part.ranks if self.own is not None and self.own.part.leads else ()
+        if self.own is None or not self.own.part.leads:
+            return ()
+        if not self.elsewhere:
+            return self.own.part.ranks
+        return self.senders if self.senders[0] == self._control.rank else ()
 
     @property
     def calls(self) -> EngineControl:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LayoutError
@@ -56,6 +57,27 @@ def _check(engine: int, serving: list[int], nodes: Sequence[int]) -> None:
             f"{' + '.join(map(str, shares))} ranks on nodes {', '.join(map(str, reached))}; "
             "set tensor_parallel and ranks_per_engine so that whole engines fill a node, or one whole nodes"
         )
+
+
+def engines_beside(engine: int, config: RunConfig) -> tuple[int, ...]:
+    """The engines on the machine of this one, elsewhere: those of an engine node, or a host's servers."""
+    hosts = [urlsplit(server).hostname for server in config.rollout.servers]
+    if hosts:
+        return tuple(number for number, host in enumerate(hosts) if host == hosts[engine])
+    first = engine - engine % config.engines_per_node
+    return tuple(range(first, first + config.engines_per_node))
+
+
+def senders_of(rank: int, nodes: Sequence[int], config: RunConfig) -> tuple[int, ...]:
+    """The ranks that send weights, together, to the machine of this rank's engine, which is elsewhere.
+
+    The first leads the first engine there. The others are those of its node that belong to an engine of that
+    machine: they have network cards, too. nodes: of every rank.
+    """
+    size = config.ranks_per_engine
+    engines = engines_beside(rank // size, config)
+    ranks = [number for engine in engines for number in range(engine * size, (engine + 1) * size)]
+    return tuple(number for number in ranks if nodes[number] == nodes[ranks[0]])
 
 
 def ranks_of_node(config: RunConfig, accelerators: int) -> int:

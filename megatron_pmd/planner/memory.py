@@ -276,12 +276,18 @@ def device_phases(
         "sync": weights(heaviest)
         | {
             "gradients": heaviest.gradient_bytes,
-            # separate: the optimizer need not leave, and buckets are in the host's memory
+            # separate: the optimizer need not leave
             **({"optimizer": fullest["optimizer"]} if separate else {"engine weights": engine}),
-            "buckets": (0 if separate else 2 * bucket) + _gathered_bytes(shape, config),
+            "buckets": _buckets_on_device(config) * bucket + _gathered_bytes(shape, config),
             "left-overs": left_overs,
         },
     }
+
+
+def _buckets_on_device(config: RunConfig) -> int:
+    """As large as so many: two, and a message to engines elsewhere. Engines that have other devices of the
+    node open buckets in the host's memory."""
+    return 3 if config.engines_elsewhere else 0 if config.devices_beside_ranks else 2
 
 
 def _gathered_bytes(shape: Shape, config: RunConfig) -> float:
@@ -313,7 +319,7 @@ def host_phases(
         "rollouts": rollout * (ROLLOUT_TOKEN_BYTES + _recorded_routing_bytes(shape, config)),
     }
     separate = config.rollout.placement == "separate"
-    if machines.shares_host_memory or separate:
+    if machines.shares_host_memory or config.devices_beside_ranks:
         owners["weight buckets"] = 2 * config.sync.bucket_megabytes * 2**20
     if not machines.shares_host_memory:
         offloaded = {"weights": heaviest.weight_bytes, "optimizer": heaviest.optimizer_bytes}

@@ -79,7 +79,7 @@ class LiveEngines:
             bucket_bytes=config.sync.bucket_megabytes * 2**20,
             timeout_seconds=config.sync.timeout_seconds,
             verify=config.sync.verify == "full",
-            on_device=not cpu and shared,
+            on_device=not cpu and not config.devices_beside_ranks,
             expert_parallel=expert_parallel(config.rollout),
         )
 

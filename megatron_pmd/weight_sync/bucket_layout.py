@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -28,6 +29,9 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return nbytes_of(self.dtype, self.shape)
+
+    def as_json(self) -> list[Any]:
+        return [self.name, self.dtype, list(self.shape), self.offset]
 
 
 @lru_cache
@@ -67,7 +71,7 @@ class BucketLayout:
 
     def as_json(self) -> list[list[Any]]:
         """[name, dtype, shape, offset] of each tensor, in order."""
-        return [[e.name, e.dtype, list(e.shape), e.offset] for e in self.entries.values()]
+        return [entry.as_json() for entry in self.entries.values()]
 
     @classmethod
     def from_json(cls, capacity: int, tensors: list[list[Any]]) -> BucketLayout:
@@ -82,9 +86,9 @@ class BucketLayout:
         return layout
 
 
-def flattened(layout: BucketLayout) -> list[Entry]:
+def flattened(entries: Iterable[Entry]) -> list[Entry]:
     """The order in which a bucket's tensors lie in a message without gaps: each at a multiple of its size."""
-    return sorted(layout.entries.values(), key=lambda entry: -nbytes_of(entry.dtype, ()))
+    return sorted(entries, key=lambda entry: -nbytes_of(entry.dtype, ()))
 
 
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from megatron_pmd.errors import ModelError
 from megatron_pmd.fp8 import SCALE_SUFFIX
-from megatron_pmd.weight_sync.bucket_layout import BucketLayout, nbytes_of, padded
-from megatron_pmd.weight_sync.readers import Readers
+from megatron_pmd.weight_sync.bucket_layout import BucketLayout, Entry, nbytes_of, padded
+from megatron_pmd.weight_sync.readers import Readers, share_of
 from megatron_pmd.weight_sync.routes import Buckets, Route, route
 
 WANTED_BUCKETS = 8
@@ -135,6 +135,8 @@ class Plan:
     """By the rank that owns a bucket, which layout it has: buckets of one kind hold the same."""
     tensors: int
     bytes: int
+    experts: int
+    """Of a layer."""
 
     def manifest(self, kind: int) -> list[list[object]]:
         """[name, dtype, shape] of every tensor: what a reader of such buckets has been given by the end."""
@@ -187,6 +189,7 @@ def make_plan(
         kinds={owner: readers.kinds.index(shares) for owner, shares in readers.shares.items()},
         tensors=len(tensors),
         bytes=sum(nbytes_of(*tensor) for tensor in tensors.values()),
+        experts=experts,
     )
 
 
@@ -297,6 +300,20 @@ def expert_of(name: str) -> int | None:
     _, _, behind = name.partition(".experts.")
     number, _, _ = behind.partition(".")
     return int(number) if number.isdigit() else None
+
+
+def sent_by_each(bucket: BucketPlan, kinds: Sequence[int], experts: int) -> list[list[Entry]]:
+    """What each of the senders to a machine sends: its share of the experts, and the first one all else.
+
+    kinds: of the buckets that they send it from.
+    """
+    return [
+        [
+            entry for name, entry in bucket.layouts[kind].entries.items()
+            if share_of(expert_of(name), experts, len(kinds)) == number
+        ]
+        for number, kind in enumerate(kinds)
+    ]  # fmt: skip
 
 
 def fused(name: str) -> str:

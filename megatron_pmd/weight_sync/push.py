@@ -17,8 +17,16 @@ from megatron_pmd.weight_sync.bucket import Bucket, SharedBucket, path_of, sweep
 from megatron_pmd.weight_sync.bucket_layout import word_sum
 from megatron_pmd.weight_sync.device_bucket import DeviceBucket
 from megatron_pmd.weight_sync.exchange import Exchange, packed, unpacked
-from megatron_pmd.weight_sync.plan import BucketPlan, Plan, RankPart, Region, make_plan, message_bytes
-from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of
+from megatron_pmd.weight_sync.plan import (
+    BucketPlan,
+    Plan,
+    RankPart,
+    Region,
+    make_plan,
+    message_bytes,
+    sent_by_each,
+)
+from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of, senders_readers
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
     from megatron_pmd.distributed import Control
@@ -69,6 +77,8 @@ class WeightPush:
         self._exchange: Exchange | None = None
         self._export: ShardExport | None = None
         self._plan: Plan | None = None
+        self._kinds: list[int] = []
+        """Of the buckets of the senders to a machine, where they read them; by their shares of experts."""
         self._parts: list[RankPart] = []
         """By bucket, what this rank does for it."""
         self._buckets: list[Bucket] = []
@@ -89,8 +99,8 @@ class WeightPush:
         """Send every tensor to every engine and confirm the version.
 
         Collective; the weights' memory must be resident in the actor.
-        serves: the ranks that share their devices with the engine that this rank leads, in the order of the
-        engine's own ranks; none: it leads none.
+        serves: see Fleet.serves; the ranks that share their devices with an engine, in the order of the
+        engine's own ranks.
         before_load: makes the engines ready to take weights, which are resident in them from then on. Called
         on every rank, once the first bucket is full: engines that generate do so until then.
         Raises EngineError for a bucket that an engine refuses, StaleWeights for a version that it does not
@@ -141,6 +151,9 @@ class WeightPush:
     def _readers(self, nodes: list[int], serves: list[tuple[int, ...]]) -> Readers:
         if self.transport.read_by == "driver":
             return only_the_driver(nodes, on_device=self._on_device)
+        if self.transport.read_by == "senders":
+            readers, self._kinds = senders_readers(nodes, serves, on_device=self._on_device)
+            return readers
         return readers_of(
             nodes, serves, on_device=self._on_device, expert_parallel=self._expert_parallel
         )  # fmt: skip
@@ -160,11 +173,12 @@ class WeightPush:
     def _descriptions(
         self, number: int, sums: dict[str, tuple[int, int]], update: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """What each rank of the engine that this rank leads is told of its bucket."""
+        """What each rank of the engine that this rank leads is told of its bucket; or what senders send."""
         assert self._plan is not None
         turn, told = number % 2, list[dict[str, Any]]()
         if self.transport.read_by != "engines":
-            return told
+            shares = sent_by_each(self._plan.buckets[number], self._kinds, self._plan.experts)
+            return [{"tensors": [entry.as_json() for entry in entries]} for entries in shares]
         for rank in self._serves:
             owner = self._owners[rank]
             assert owner is not None

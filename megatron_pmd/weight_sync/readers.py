@@ -17,6 +17,11 @@ Share = tuple[int, int]
 ALL_EXPERTS: Share = (0, 1)
 
 
+def share_of(expert: int | None, experts: int, shares: int) -> int:
+    """Which of so many shares one of so many experts is in; what is no expert counts to the first."""
+    return 0 if expert is None else expert * shares // experts
+
+
 @dataclass(frozen=True)
 class Readers:
     """Which buckets there are, who writes into them, and which experts are read of each."""
@@ -32,12 +37,16 @@ class Readers:
     def kinds(self) -> list[frozenset[Share]]:
         return sorted(set(self.shares.values()), key=sorted)
 
+    def kind_with(self, share: Share) -> int:
+        """Of buckets that want these experts."""
+        return next(number for number, shares in enumerate(self.kinds) if share in shares)
+
     def kinds_of(self, expert: int | None, experts: int) -> tuple[int, ...]:
         """The kinds of buckets that want this one of so many experts, or (None) what every reader wants."""
         return tuple(
             number
             for number, shares in enumerate(self.kinds)
-            if expert is None or any(expert * of // experts == share for share, of in shares)
+            if expert is None or any(share_of(expert, experts, of) == share for share, of in shares)
         )
 
     def buckets(self, kinds: Collection[int]) -> Buckets:
@@ -72,6 +81,20 @@ def readers_of(
         nodes, [owner if owner in shares else None for owner in owners],
         {owner: frozenset(found) for owner, found in shares.items()},
     )  # fmt: skip
+
+
+def senders_readers(
+    nodes: Sequence[int], serves: Sequence[Sequence[int]], *, on_device: bool
+) -> tuple[Readers, list[int]]:
+    """The buckets of the ranks that send to engines elsewhere; and the kinds of them, by share.
+
+    The senders to a machine share out the experts. Where they are more than elsewhere, some have none.
+    serves: by rank, the senders of which it is the first.
+    """
+    sharing = min(len(ranks) for ranks in serves if ranks)
+    sending = [ranks[:sharing] for ranks in serves]
+    readers = readers_of(nodes, sending, on_device=on_device, expert_parallel=sharing)
+    return readers, [readers.kind_with((share, sharing)) for share in range(sharing)]
 
 
 def only_the_driver(nodes: Sequence[int], *, on_device: bool) -> Readers:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_pmd.config import RunConfig, override
 from megatron_pmd.engine.placement import EnginePart as Part
-from megatron_pmd.engine.placement import part_of
+from megatron_pmd.engine.placement import part_of, senders_of
 from megatron_pmd.errors import LayoutError
+from recipes import recipe
 
 
 def parts(nodes, ranks_per_engine, tensor_parallel):
@@ -63,3 +65,27 @@ def test_a_rank_of_another_engine_hears_of_it_too():
     for rank in range(6):
         with pytest.raises(LayoutError, match="engine 0 "):
             part_of(rank, nodes, 3, 3)
+
+
+def senders(config: RunConfig, nodes: list[int]) -> list[tuple[int, ...]]:
+    return [senders_of(rank, nodes, config) for rank in range(len(nodes))]
+
+
+SEPARATE = ["layout.data=8", "layout.engine_nodes=2", "sync.transport=broadcast"]
+
+
+def test_all_ranks_of_an_engine_nodes_engines_send_there_if_they_are_on_one_node():
+    """Four engines of two ranks each, two on each engine node."""
+    config = override(recipe("tiny_moe_overlap_cpu"), [*SEPARATE, "rollout.ranks_per_engine=2"])
+    first, second = (0, 1, 2, 3), (4, 5, 6, 7)
+    assert senders(config, [0] * 8) == [first] * 4 + [second] * 4
+    assert senders(config, [0, 0, 0, 1, 1, 1, 2, 2]) == [(0, 1, 2)] * 4 + [(4, 5)] * 4
+
+
+def test_servers_of_one_host_are_sent_to_together():
+    urls = '["http://a:1", "http://b:1", "http://a:2", "http://b:2"]'
+    settings = ["layout.data=4", "layout.engine_nodes=0", "rollout.ranks_per_engine=null"]
+    config = override(
+        recipe("tiny_moe_overlap_cpu"), [*settings, f"rollout.servers={urls}", "sync.transport=broadcast"]
+    )
+    assert senders(config, [0] * 4) == [(0, 2), (1, 3), (0, 2), (1, 3)]

@@ -122,6 +122,13 @@ def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_t
     engine, beside = apart.phases["rollout"], shared.phases["rollout"]
     assert engine["engine weights"] == beside["engine weights"]
     assert engine["left-overs"] < beside["left-overs"]
+    # engines of the node open the host's buckets; to others a rank sends its own, in a message beside them
+    bucket = config.sync.bucket_megabytes * 2**20
+    nodes = ["rollout.placement=separate", "layout.engine_nodes=4", "sync.transport=broadcast"]
+    sent = make_plan(override(config, nodes), h100)
+    assert sent.phases["sync"]["buckets"] - apart.phases["sync"]["buckets"] == 3 * bucket
+    assert apart.host["save"]["weight buckets"] == 2 * bucket
+    assert "weight buckets" not in sent.host["save"]
 
 
 def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> None:

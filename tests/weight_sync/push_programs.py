@@ -111,7 +111,9 @@ def export(
     push.close()
     result["fp8"] = _fp8(fp8_path, layout, control, recorder.records, key)
     result["regions"] = shards.regions
-    result["of the ranks' own engines"] = _to_engines_of_two(shards, control, bucket_bytes, key)
+    result["of the ranks' own engines"], result["for engines elsewhere"] = (
+        _to_engines_of_two(shards, control, bucket_bytes, key, read_by) for read_by in ("engines", "senders")
+    )
     result["on devices"] = _on_devices(shards, control, recorder.records, bucket_bytes, key)
     result["all irregular"] = _all_irregular(actor, control, recorder.records, bucket_bytes, key)
     return result
@@ -144,8 +146,9 @@ def _fp8(path: Path, layout: dict[str, int], control: Control, records: bool, ke
 class OwnBuckets(Recorder):
     """Keeps what is in this rank's own bucket; a leader, what each rank of its engine is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_by: ReadBy) -> None:
         super().__init__(records=True)
+        self.read_by = read_by
         self.told: list[list[dict[str, Any]]] = []
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
@@ -155,9 +158,14 @@ class OwnBuckets(Recorder):
         self.told.append(list(descriptions))
 
 
-def _to_engines_of_two(shards: ShardExport, control: Control, bucket_bytes: int, key: str) -> dict[str, Any]:
-    """Two engines of two ranks, the experts over both, with a bucket on each rank's own device: the CPU."""
-    recorder = OwnBuckets()
+def _to_engines_of_two(
+    shards: ShardExport, control: Control, bucket_bytes: int, key: str, read_by: ReadBy
+) -> dict[str, Any]:
+    """Two engines of two ranks, the experts over both, with a bucket on each rank's own device: the CPU.
+
+    Or the two ranks send to an engine elsewhere, which has its experts over two ranks.
+    """
+    recorder = OwnBuckets(read_by)
     push = WeightPush(
         recorder,
         control,

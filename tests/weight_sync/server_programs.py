@@ -1,4 +1,4 @@
-"""Two ranks on two nodes, with halves of a model, and two servers: see tests/actor/launch.py."""
+"""Four ranks on two nodes, each node with a model in halves, and two servers: see tests/actor/launch.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import torch
+import torch.distributed as dist
 
 from megatron_pmd.actor.actor import Actor
 from megatron_pmd.actor.parallel import initialize
@@ -20,7 +21,7 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.server import answers
 from megatron_pmd.training.separate_engines import SeparateEngines
 from tests.actor.tiny_models import config_for
-from tests.weight_sync.weights_server import Life
+from tests.weight_sync.weights_server import Life, digest
 
 
 class WithoutSampler(SeparateEngines):
@@ -33,7 +34,7 @@ class WithoutSampler(SeparateEngines):
 
 class Trial:
     def __init__(self, path: Path, folder: Path, ports: list[int]) -> None:
-        config = config_for(path, dict(tensor=2)).model_copy(
+        config = config_for(path, dict(tensor=2, data=2)).model_copy(
             update={
                 "rollout": Rollout(
                     servers=tuple(f"http://127.0.0.1:{port}" for port in ports),
@@ -44,7 +45,7 @@ class Trial:
         )  # fmt: skip
         initialize(config.layout, seed=0, timeout_seconds=60)
         self.control = Control(120)
-        self.control.node = self.control.rank
+        self.control.node = self.control.rank // 2
         self.said: list[str] = []
         console: Any = SimpleNamespace(say=self.said.append)
         self.engines = WithoutSampler(config, self.control, folder, None, None, console, cpu=True, ahead=None)
@@ -53,7 +54,14 @@ class Trial:
             start=self.routed.append, stop=lambda: None, url=""
         )
         self.actor = Actor(config, self.control)
-        self.version = 0
+        self.version = self.sent = 0
+        broadcast = dist.broadcast
+
+        def counted(message: torch.Tensor, source: int, *, group: Any, **options: Any) -> Any:
+            self.sent += message.nbytes * (group.rank() == source)
+            return broadcast(message, source, group=group, **options)
+
+        dist.broadcast = counted  # type: ignore[assignment]
 
     def update(self) -> dict[str, Any]:
         """Other weights; what is said, what the servers then have, and Megatron-Bridge's own export."""
@@ -61,14 +69,14 @@ class Trial:
         with torch.no_grad():
             for parameter in self.actor.chunks[0].parameters():
                 parameter.mul_(1.25)
-        said = len(self.said)
+        said, self.sent = len(self.said), 0
         report = self.engines.load(self.actor, self.version)
-        exported = {name: tensor.double().sum().item() for name, tensor in self.actor.export()}
+        exported = {name: digest(tensor.detach()) for name, tensor in self.actor.export()}
         urls = list(self.engines.fleet.urls)
         states = self.control.on_driver(lambda: [_state(url) for url in urls])
         return {
             "said": self.said[said:], "exported": exported, "urls": urls, "servers": states,
-            "buckets": report.buckets,
+            "buckets": report.buckets, "bytes": report.bytes, "sent": self.control.all_gather(self.sent),
         }  # fmt: skip
 
     def on_driver(self, action: Callable[[], object]) -> None:

@@ -126,7 +126,7 @@ def test_a_message_without_gaps_is_cut_up_by_sglang_into_the_same_tensors(bucket
 
     tensors = {f"w{i}": torch.randn(3, 2 * i + 1).to(dtype) for i, dtype in enumerate(DTYPES)}
     fill(bucket, tensors)
-    entries = flattened(bucket.layout)
+    entries = flattened(bucket.layout.entries.values())
     message = torch.cat([bucket.tensor(entry).reshape(-1).view(torch.uint8) for entry in entries])
     names, dtypes, shapes = zip(*((e.name, e.dtype, e.shape) for e in entries), strict=True)
     received = FlattenedTensorBucket.empty(names, dtypes, shapes, "cpu")

@@ -18,8 +18,9 @@ from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.training.separate_engines import SeparateEngines
+from megatron_pmd.weight_sync.broadcast import Broadcast
 from megatron_pmd.weight_sync.bucket import SharedBucket
-from megatron_pmd.weight_sync.transport import Broadcast, Disk
+from megatron_pmd.weight_sync.transport import Disk
 from tests.actor.tiny_models import config_for
 from tests.engine.live_engine import (
     ADMIN_KEY,
@@ -124,7 +125,7 @@ ALONE = OnlyRank()
 
 @pytest.fixture
 def fleet(control, engine):
-    return SimpleNamespace(leads=True, calls=control, urls=[engine.url])
+    return SimpleNamespace(leads=True, senders=(0,), calls=control, urls=[engine.url])
 
 
 def through(transport, bucket: SharedBucket, model, version: int) -> None:
@@ -221,7 +222,7 @@ def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines
 def test_broadcast_gives_the_engine_the_same_weights_and_a_group_outlasts_an_update(
     control, engine, bucket, models, fleet
 ):
-    transport = Broadcast(fleet, timeout_seconds=30)
+    transport = Broadcast(fleet, ALONE, timeout_seconds=30)
     for version, model in ((20, models[0]), (21, models[1])):
         through(transport, bucket, model, version)
         control.flush_cache()
@@ -233,7 +234,7 @@ def test_a_broadcast_that_the_engine_refuses_ends_within_its_deadline_and_the_ne
     control, engine, bucket, models, fleet
 ):
     """Outside of an update SGLang refuses the request without joining in the broadcast."""
-    transport = Broadcast(fleet, timeout_seconds=3)
+    transport = Broadcast(fleet, ALONE, timeout_seconds=3)
     transport.begin()
     control.end_update(30)
     begun = time.monotonic()

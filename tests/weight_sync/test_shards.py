@@ -120,6 +120,20 @@ def test_each_rank_of_an_engine_gets_its_experts_and_all_else_and_is_told_the_su
         assert {name for name, *_ in manifest["manifest"]} == expected.keys()
 
 
+def test_two_senders_to_an_engine_elsewhere_have_and_send_half_of_the_experts_each_and_all_tensors_once(
+    ranks,
+):
+    whole = next(rank["second"][0] for rank in ranks if rank["records"])
+    experts = {name for name in whole if expert_of(name) is not None}
+    for number, rank in enumerate(ranks):
+        seen = rank["for engines elsewhere"]
+        sent = [[name for told in seen["told"] for name, *_ in told[share]["tensors"]] for share in (0, 1)]
+        assert sorted(sent[0] + sent[1]) == sorted(whole)
+        assert set(sent[1]) <= experts and 2 * len(sent[1]) == len(experts)
+        own = set(sent[number % 2]) | whole.keys() - experts
+        assert same(seen["tensors"], {name: whole[name] for name in own})
+
+
 def test_the_count_for_recipes_knows_what_a_rank_really_holds(ranks, request):
     """tools/sync_plan.py, which needs no ranks, against Megatron's own layout of two mixtures of experts."""
     case = CASES[request.node.callspec.params["ranks"]]

@@ -16,7 +16,8 @@ import pytest
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.weight_sync.plan import PIECE_BYTES, expert_of, message_bytes
 from recipes import recipe
-from tools.sync_plan import GOALS, RANKS_PER_NODE, Links, held_by_ranks, model_of, plan_of, seconds, traffic
+from tools.sync_plan import GOALS, RANKS_PER_NODE, held_by_ranks, model_of, plan_of
+from tools.sync_traffic import Links, seconds, traffic
 
 
 @pytest.fixture(scope="module", params=GOALS)

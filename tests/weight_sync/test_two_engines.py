@@ -29,7 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
-ROLLOUTS = {"engine killed": (1, [1, 1]), "router killed": (2, [1, 2]), "server killed": (3, [1, 2])}
+ROLLOUTS = {"engine killed": (1, [1, 1]), "router killed": (3, [1, 2]), "server killed": (4, [1, 2])}
 """By what is killed: the weights' version, and how often each engine has been started by the end."""
 
 
@@ -63,13 +63,21 @@ def test_the_rollout_waits_for_no_deadline_and_no_start_of_an_engine(ranks, kill
 
 
 @pytest.mark.parametrize(
-    "sync, version", [("sync after a killed engine", 2), ("router killed during sync", 3)]
+    "sync, version",
+    [("sync after a killed engine", 2), ("broadcast", 3), ("router killed during sync", 4)],
 )
 def test_after_the_next_sync_the_router_and_both_engines_serve_the_new_weights(ranks, sync, version):
-    """Each load is verified in full. That the router sends requests to both shows in the next rollout."""
+    """Each load by ipc is verified in full. That both get requests shows in the next rollout."""
     assert ranks[0][sync]["answers"] == [{"status": 200, "version": str(version)}] * 4
     assert [rank[sync]["versions"] for rank in ranks] == [[version, version]] * 2
     assert [rank[sync]["starts"] for rank in ranks] == [1, 2]
+
+
+def test_both_engines_take_the_same_bits_from_one_broadcast(ranks):
+    """By SGLang's own checksums. That they are the actor's shows in the next rollout: it has this version."""
+    before, after = ranks[0]["broadcast"]["before"], ranks[0]["broadcast"]["after"]
+    assert after[0] == after[1] and len(after[0]) > 10
+    assert [name for name in after[0] if after[0][name] == before[0][name]] == []
 
 
 def test_a_killed_router_is_started_again(ranks):

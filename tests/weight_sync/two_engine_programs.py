@@ -16,6 +16,8 @@ from megatron_pmd.batch import RolloutBatch, Sample
 from megatron_pmd.config import Batch, Rollout, Sync
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.rollout.groups import RolloutGroups
+from megatron_pmd.weight_sync.broadcast import Broadcast
+from megatron_pmd.weight_sync.push import PushReport, WeightPush
 from tests.actor.tiny_models import config_for
 from tests.rollout.test_sampler import Grading, Numbers, rollout_for
 from tests.weight_sync.fault_programs import Trial
@@ -32,6 +34,16 @@ class Endless(Numbers):
     """Knows no token that ends a response: each has the length it is given."""
 
     eos_token_id = None
+
+
+class Senders:
+    """A push to engines that are elsewhere, although these are not."""
+
+    def __init__(self, push: WeightPush, senders: tuple[int, ...]) -> None:
+        self._push, self._senders = push, senders
+
+    def push(self, *arguments: Any, serves: Any, **options: Any) -> PushReport:
+        return self._push.push(*arguments, serves=self._senders, **options)
 
 
 class Pair:
@@ -126,9 +138,36 @@ class Pair:
         self.engines.resume()
         return self.served()
 
+    def next_version_by_broadcast(self) -> dict[str, Any]:
+        """As to engines of one machine elsewhere; and the checksums that SGLang has of the weights."""
+        engines, ours = self.engines, self.engines.weight_push
+        before = engines.fleet.on_leaders(lambda _: self._checksums())
+        engines.fleet.senders = (0, 1)
+        broadcast = Broadcast(engines.fleet, self.control, timeout_seconds=60)
+        push = WeightPush(
+            broadcast, self.control, "broadcast", engines.clock, bucket_bytes=2**20, timeout_seconds=60
+        )
+        engines.weight_push = Senders(push, (0, 1) if self.is_driver else ())  # type: ignore[assignment]
+        engines.release()
+        seen = self.next_version() | {"before": before}
+        push.close()
+        engines.weight_push = ours
+        return seen | {"after": engines.fleet.on_leaders(lambda _: self._checksums())}
+
+    def _checksums(self) -> dict[str, str]:
+        """By parameter of this rank's engine."""
+        keys = self.engines.fleet.keys
+        reply = httpx.post(
+            self.trial.engine.url + "/weights_checker", json={"action": "checksum"},
+            headers=keys.admin_headers, timeout=60, trust_env=False,
+        ).json()  # fmt: skip
+        [rank] = reply["ranks"]
+        found: dict[str, str] = rank["checksums"]
+        return found
+
 
 def two_engines(path: Path, folder: Path) -> dict[str, Any]:
-    """Three rollouts and two syncs, and something dies in each; by its name, what this rank saw."""
+    """Three rollouts and three syncs, and something dies in each; by its name, what this rank saw."""
     pair = Pair(path, folder)
     trial, engines, results = pair.trial, pair.engines, dict[str, Any]()
     try:
@@ -138,6 +177,7 @@ def two_engines(path: Path, folder: Path) -> dict[str, Any]:
         results["engine killed"] = pair.rollout(lambda: psutil.Process(second_scheduler).kill())
         engines.release()
         results["sync after a killed engine"] = pair.next_version()
+        results["broadcast"] = pair.next_version_by_broadcast()
 
         results["router killed"] = pair.rollout(lambda: _kill_router(trial))
         engines.release()

@@ -5,6 +5,7 @@ That SGLang takes them so is shown with SGLang itself, in test_engine_updates.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,13 @@ from torch.distributed.distributed_c10d import (
 )
 
 FORK = multiprocessing.get_context("fork")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of all bits."""
+    return hashlib.blake2b(
+        tensor.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16
+    ).hexdigest()
 
 
 class Life:
@@ -54,7 +62,7 @@ class _Server(ThreadingHTTPServer):
         self.version, self.paused = "default", False
         self.weights: dict[str, torch.Tensor] = {}
         self.groups: dict[str, Any] = {}
-        self.buckets = self.dies_at = 0
+        self.buckets = self.dies_at = self.received = 0
 
     def join(self, order: dict[str, Any]) -> None:
         """As sglang.srt.utils.common.init_custom_process_group."""
@@ -80,6 +88,7 @@ class _Server(ThreadingHTTPServer):
         empty = [torch.empty(shape, dtype=d) for shape, d in zip(order["shapes"], dtypes, strict=True)]
         message = torch.empty(sum(tensor.nbytes for tensor in empty), dtype=torch.uint8)
         dist.broadcast(message, 0, group=self.groups[order["group_name"]])
+        self.received += message.nbytes
         parts = message.split([tensor.nbytes for tensor in empty])
         for name, tensor, part in zip(order["names"], empty, parts, strict=True):
             self.weights[name] = part.view(tensor.dtype).view(tensor.shape)
@@ -89,11 +98,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        sums = {name: tensor.double().sum().item() for name, tensor in self.server.weights.items()}
+        digests = {name: digest(tensor) for name, tensor in self.server.weights.items()}
         answers: dict[str, dict[str, Any]] = {
             "/model_info": {"weight_version": self.server.version},
             "/server_info": {"tp_size": 1},
-            "/state": {"paused": self.server.paused, "buckets": self.server.buckets, "sums": sums},
+            "/state": {
+                "paused": self.server.paused,
+                "buckets": self.server.buckets,
+                "digests": digests,
+                "received": self.server.received,
+            },
         }
         self._answer(answers.get(self.path, {}))
 
