@@ -15,6 +15,9 @@ from megatron_pmd.plugins import Registry, did_you_mean
 ROUTER_POLICIES = ["round_robin", "cache_aware", "manual", "random", "power_of_two"]
 """What sglang-router's --policy takes. To use another of its policies, write its name here."""
 
+PauseMode = Literal["retract", "in_place"]
+"""Of SGLang's /pause_generation; its third one, `abort`, loses responses."""
+
 TRANSPORTS = Registry(
     "transport",
     {
@@ -259,6 +262,10 @@ class Sync(Frozen):
     verify: Literal["checksum", "full"] = "checksum"
     """`checksum`: every tensor's words add up in the engine as in the actor. `full`: in addition every
     parameter of the engine is overwritten, loaded again and compared with what it was: a second sync."""
+    pause: PauseMode = "retract"
+    """What separate engines do with running responses while they take weights, in SGLang's words. `retract`:
+    they compute their KV cache again under the new weights. `in_place`: they keep it, and the tokens behind
+    it are of no single policy (docs/overlap.md)."""
     timeout_seconds: PositiveFloat = 300.0
     """Deadline for each bucket, and for the engine's confirmation of the new version."""
     mean_log_prob_difference: PositiveFloat | None = None

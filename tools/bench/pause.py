@@ -24,6 +24,7 @@ import httpx
 import torch
 import typer
 
+from megatron_pmd.config import PauseMode
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.network import LOOPBACK
 from tools.bench.loop import machine
@@ -85,10 +86,10 @@ class Stopwatch:
         pause, load, go_on = EngineControl.pause, EngineControl.load_bucket, EngineControl.go_on
         begun = 0.0
 
-        def timed_pause(control: EngineControl) -> None:
+        def timed_pause(control: EngineControl, mode: PauseMode) -> None:
             nonlocal begun
             before = time.perf_counter()
-            pause(control)
+            pause(control, mode)
             begun = time.perf_counter()
             self.stops.append(begun - before)
             self.loads.append(0.0)
