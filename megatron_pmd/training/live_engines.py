@@ -98,6 +98,8 @@ class LiveEngines:
 
     def refresh(self) -> None: ...
 
+    def attend(self) -> None: ...
+
     def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
 
