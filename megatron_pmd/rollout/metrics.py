@@ -63,7 +63,7 @@ def staleness_values(samples: Sequence[Sample], weight_version: int) -> dict[str
         for segment in sample.segments:
             if segment.weight_version != NOT_SAMPLED:
                 ages[weight_version - segment.weight_version] += segment.tokens
-                stale_cache += segment.tokens * segment.stale_cache
+                stale_cache += segment.tokens if segment.stale_cache else 0
     total = max(1, ages.total())
     versions = [{s.weight_version for s in sample.segments} - {NOT_SAMPLED} for sample in samples]
     return {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_pmd.config import AgentProgram, Rollout
+from megatron_pmd.config import AgentProgram, Rollout, override
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.installed_options import check_options, check_parsers
 from megatron_pmd.engine.sglang_server import OUR_OPTIONS, EngineSpec, engine_options, expert_parallel
@@ -60,6 +60,15 @@ def test_a_parser_that_sglang_has_not_is_refused_with_the_nearest(setting, name,
 def test_every_option_of_a_recipe_is_one_that_an_engine_starts_with() -> None:
     for name in RECIPES:
         check_options(recipe(name).rollout.sglang, OUR_OPTIONS)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_an_engine_that_is_paused_in_place_ends_each_step_before_it_looks_for_requests(cpu: bool) -> None:
+    """SGLang's event_loop_normal; in event_loop_overlap a step is under way when the pause comes."""
+    settings = ["rollout.placement=separate", "rollout.staleness=1", "rollout.max_total_tokens=8192"]
+    config = override(recipe("tiny_moe_cpu"), [*settings, "sync.pause=in_place"])
+    spec = EngineSpec.of_run(config, 0, log=None, cpu=cpu, port=1)
+    assert engine_options(spec)["disable_overlap_schedule"] is True
 
 
 SEPARATE = ["rollout.placement=separate", "rollout.partial=null", "layout.data=4", "layout.expert=4"]
