@@ -35,8 +35,9 @@ RESTART_PAUSE_SECONDS = 2.0
 class Restarts:
     """How often something that is lost may be started again, and when.
 
-    Whoever counts waits in his own way: all ranks together here, with the actors off the devices; an engine
-    node for each of its engines, beside the others (node/engine_node.py); the driver for no sampler.
+    Three count, and each waits in its own way. Here all ranks wait, with the actors off the devices.
+    An engine node looks after its other engines meanwhile (node/engine_node.py). The driver trains while its
+    sampler starts (training/separate_engines.py).
     """
 
     allowed: int
