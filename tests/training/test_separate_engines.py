@@ -49,7 +49,7 @@ def configured(folder: Path, url: str) -> RunConfig:
     settings = [
         f"model.path={folder}", "reward.name=exact", "data.evaluation=null", "warm_start=null",
         "rollout.placement=separate", "rollout.staleness=1", "rollout.restarts=1",
-        "rollout.ranks_per_engine=null", f"rollout.servers=['{url}']", "sync.transport=disk",
+        "rollout.ranks_per_engine=null", f'rollout.servers=["{url}"]', "sync.transport=disk",
         "layout.data=1", "layout.expert=1", "batch.prompts_per_rollout=8",
         "actor.experts.replay_routing=false",
     ]  # fmt: skip
@@ -95,18 +95,19 @@ def test_a_sampler_that_is_killed_while_the_trainer_trains_samples_again_before_
         asked = len(engine.requests)
         begun = time.monotonic()
         engines.attend()
-        assert time.monotonic() - begun < 3, "the actor trains on"
+        attended = time.monotonic()
         while len(engine.requests) == asked:
-            assert time.monotonic() - begun < 60
+            assert time.monotonic() - begun < 300
             engines.attend()
             time.sleep(0.05)
+        assert attended - begun < (time.monotonic() - begun) / 2, "the actor trains while it gets ready"
         engines.load(ACTOR, 1)
         second = engines.take(1, [], ACTOR)
         problems = [[s.problem for s in drawn.samples[::16]] for drawn in (first, second)]
         assert problems == [list(range(8)), list(range(8, 16))]
         for drawn in (first, second):
             assert drawn.values["ahead/trained_responses"] == 128 * (1 + (drawn is second))
-        assert capsys.readouterr().out.count("ended with status -9: was it killed? It is started again") == 1
+        assert capsys.readouterr().out.count("ended with status -9: was it killed?") == 1
         kill(engines)
         engines.attend()
         kill(engines)

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -277,12 +278,18 @@ def test_an_update_in_place_leaves_running_responses_their_cache_and_new_ones_ar
     """A request that the sampler sent before it knew of the new weights, and that the engine takes after it
     has them, finds its prompt in the cache: SGLang lists the new weights alone, and it is of neither."""
     update(control, bucket, models[0], version=70)
-    known, late = [70], list[Any]()
+    known, late, sent = [70], list[Any](), Event()
+
+    def newest() -> int:
+        version = known[0]
+        sent.set()
+        return version
+
     with ThreadPoolExecutor(2) as pool:
 
         def meanwhile() -> None:
-            late.append(pool.submit(respond, engine.url, PROMPTS[1:2], lambda: 70, 24))
-            time.sleep(0.5)  # it is on its way
+            late.append(pool.submit(respond, engine.url, PROMPTS[1:2], newest, 24))
+            assert sent.wait(60)
             known[0] = 71
 
         separate = separate_engines(
