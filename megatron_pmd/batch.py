@@ -28,7 +28,7 @@ class Segment:
     counted: bool = True
     """Whether they count in the loss: not those that were inserted, nor what a setting excludes."""
     stale_cache: bool = False
-    """Whether the KV cache of what stands before them may be of earlier weights (sync.pause=in_place)."""
+    """Whether the KV cache of what stands before them may be of earlier weights (rollout.pause=in_place)."""
 
     @property
     def policy(self) -> int:

@@ -151,19 +151,6 @@ def test_a_wrong_setting_is_named(config: RunConfig, setting: str, message: str)
         ),
         (["algorithm.mismatch.weight=token_veto", "algorithm.anchor=engine"], "with algorithm.anchor=engine"),
         (["algorithm.anchor=engine", "rollout.partial.extra_groups=2"], "of earlier weights, not of π_t"),
-        (
-            ["sync.pause=in_place", "rollout.placement=separate"],
-            "with rollout.staleness=0: no response runs while the engines take weights",
-        ),
-        (
-            [
-                "sync.pause=in_place",
-                "rollout.placement=separate",
-                "rollout.staleness=1",
-                'rollout.sglang={"disable_overlap_schedule": false}',
-            ],
-            "the step that is under way would compute with weights that change",
-        ),
         (["data.sampling=curriculum"], "needs data.train.difficulty_key"),
         (
             ["algorithm.objective=sft", "algorithm.mismatch.weight=token_tis"],

@@ -113,6 +113,10 @@ class Rollout(Frozen):
     staleness: NonNegativeInt = 0
     """Iterations by which rollouts are sampled ahead of training; 0: each by the weights that train on it.
     For placement=separate."""
+    pause: PauseMode = "retract"
+    """What separate engines do with running responses while they take weights, in SGLang's words. `retract`:
+    they compute their KV cache again under the new weights. `in_place`: they keep it, and the tokens behind
+    it are of no single policy (docs/overlap.md)."""
     servers: tuple[str, ...] = ()
     """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
     Their options are those they were started with; they take weights by `broadcast` or `disk`. One that is
@@ -223,6 +227,24 @@ class Rollout(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _may_pause_in_place(self) -> Self:
+        if self.pause == "in_place" and not self.staleness:
+            raise ConfigError(
+                "rollout.pause=in_place with rollout.staleness=0: no response runs while the engines take "
+                "weights, and there is no cache to keep; set rollout.pause=retract, or rollout.staleness"
+            )
+        if self.pause == "in_place" and (
+            self.servers or not self.sglang.get("disable_overlap_schedule", True)
+        ):
+            raise ConfigError(
+                "rollout.pause=in_place and SGLang's overlap schedule: the step that is under way would "
+                "compute with weights that change. This program starts its engines without, and cannot know "
+                "of rollout.servers; remove them and rollout.sglang.disable_overlap_schedule, or set "
+                "rollout.pause=retract"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_kind_of_episode(self) -> Self:
         if self.agent and self.function:
             raise ConfigError("rollout.agent with rollout.function: either makes the responses; remove one")
@@ -262,10 +284,6 @@ class Sync(Frozen):
     verify: Literal["checksum", "full"] = "checksum"
     """`checksum`: every tensor's words add up in the engine as in the actor. `full`: in addition every
     parameter of the engine is overwritten, loaded again and compared with what it was: a second sync."""
-    pause: PauseMode = "retract"
-    """What separate engines do with running responses while they take weights, in SGLang's words. `retract`:
-    they compute their KV cache again under the new weights. `in_place`: they keep it, and the tokens behind
-    it are of no single policy (docs/overlap.md)."""
     timeout_seconds: PositiveFloat = 300.0
     """Deadline for each bucket, and for the engine's confirmation of the new version."""
     mean_log_prob_difference: PositiveFloat | None = None

@@ -211,7 +211,6 @@ class RunConfig(Frozen):
         self._check_supervision()
         self._check_teacher()
         self._check_servers()
-        self._check_pause()
         if self.ranks_per_engine < self.devices_per_engine or self.layout.ranks % self.ranks_per_engine:
             raise LayoutError(
                 f"rollout: {self.layout.ranks} actor ranks cannot be shared out to engines of "
@@ -250,21 +249,6 @@ class RunConfig(Frozen):
             raise ConfigError(
                 "sync.transport=broadcast is for rollout.servers and layout.engine_nodes; engines beside the "
                 "actors open buckets where they are: use ipc"
-            )
-
-    def _check_pause(self) -> None:
-        rollout, in_place = self.rollout, self.sync.pause == "in_place"
-        if in_place and not rollout.staleness:
-            raise ConfigError(
-                "sync.pause=in_place with rollout.staleness=0: no response runs while the engines take "
-                "weights, and there is no cache to keep; set sync.pause=retract, or rollout.staleness"
-            )
-        if in_place and (rollout.servers or not rollout.sglang.get("disable_overlap_schedule", True)):
-            raise ConfigError(
-                "sync.pause=in_place and SGLang's overlap schedule: the step that is under way would compute "
-                "with weights that change. This program starts its engines without, and cannot know of "
-                "rollout.servers; remove them and rollout.sglang.disable_overlap_schedule, or set "
-                "sync.pause=retract"
             )
 
     def _check_engine_nodes(self) -> None:

@@ -103,7 +103,7 @@ class EngineSpec:
     record_routing: bool = False
     """Every answer says which experts each token went to (plugins/)."""
     pauses_in_place: bool = False
-    """An update leaves running requests as they are (sync.pause)."""
+    """An update leaves running requests as they are (rollout.pause)."""
     load_model_weights: bool = False
     """Read the weights in model.path; False: the actor sends them before the first use."""
 
@@ -115,7 +115,7 @@ class EngineSpec:
         return cls(
             number=number, model=config.model, rollout=config.rollout, log=log, seed=config.seed + number,
             cpu=cpu, record_routing=config.actor.experts.replay_routing,
-            pauses_in_place=config.sync.pause == "in_place", **place,
+            pauses_in_place=config.rollout.pause == "in_place", **place,
         )  # fmt: skip
 
     @property

@@ -61,8 +61,6 @@ class Sampler:
     """Who scores the tokens of responses that are trained on; None: nobody."""
     routing_width: int = 0
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
-    keeps_cache: bool = False
-    """See Sampling."""
     function: RolloutFunction | Agent = single_turn
     """What makes a response."""
     interrupted: Callable[[], bool] = lambda: False
@@ -89,7 +87,6 @@ class Sampler:
             grader=grader,
             teacher=endpoint_of(teacher) if teacher else None,
             routing_width=routing_width if config.actor.experts.replay_routing else 0,
-            keeps_cache=config.sync.pause == "in_place",
             function=maker_of(sampling, tokenizer, config.batch.max_prompt_tokens),
             interrupted=interrupted,
         )
@@ -157,7 +154,6 @@ class _Draw:
             max_new_tokens=max_new_tokens,
             repetition=sampler.limits.repetition,
             routing_width=sampler.routing_width,
-            keeps_cache=sampler.keeps_cache,
         )
         self._teacher: TeacherClient | None = None
         self._working = 0

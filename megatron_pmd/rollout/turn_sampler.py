@@ -34,8 +34,6 @@ class Sampling:
     repetition: Repetition | None
     routing_width: int
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
-    keeps_cache: bool
-    """An update leaves the engines' KV cache as it is (sync.pause=in_place)."""
 
     def most_tokens(self, trajectory: Trajectory) -> int:
         """Of the whole response."""
@@ -102,7 +100,7 @@ class TurnSampler:
             "return_logprob": True,
             "return_routed_experts": sampling.routing_width > 0,
         }
-        if sampling.keeps_cache:
+        if self._client.endpoint.keeps_cache:
             # SGLang finds cached prefixes only of requests with the same key: none of earlier weights
             request["extra_key"] = str(newest)
         try:
@@ -137,7 +135,7 @@ class TurnSampler:
         versions = [self._checked(version) for _, version in answer.spans]
         for number, (tokens, _) in enumerate(answer.spans):
             end = None if number == last else start + tokens
-            stale_cache = sampling.keeps_cache and versions[number] != newest
+            stale_cache = self._client.endpoint.keeps_cache and versions[number] != newest
             turn.extend(
                 answer.tokens[start:end], answer.log_probs[start:end], versions[number],
                 stale_cache=stale_cache,

@@ -150,6 +150,7 @@ class LiveEngines:
             request_timeout_seconds=sampling.request_timeout_seconds,
             retries=sampling.retries,
             any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
+            keeps_cache=self._config.rollout.pause == "in_place",
         )
 
     def _tell_of_refusals(self, rollout: RolloutGroups) -> None:

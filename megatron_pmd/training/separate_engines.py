@@ -60,7 +60,7 @@ class SeparateEngines(LiveEngines):
         control.on_driver(self._started)
 
     def _handover_of(self, device: SharedDevice | None) -> Handover:
-        return Pauses(self.fleet, self.clock, self._config.sync.pause)
+        return Pauses(self.fleet, self.clock, self._config.rollout.pause)
 
     def take(self, iteration: int, carried_over: Sequence[Group], actor: Actor) -> Drawn | None:
         taken: list[Drawn] = []

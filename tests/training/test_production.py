@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -166,14 +167,14 @@ def test_behind_an_update_in_place_only_what_was_asked_for_under_the_new_weights
     engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=200, slots=slots, keep_requests=True)
 
     async def body() -> None:
-        config, order = configured(1, **{"sync.pause": "in_place"}), prompts()
-        producing = production(config, order)
-        producing.publish(0, WIDTH, endpoint(url))
+        order, engines = prompts(), dataclasses.replace(endpoint(url), keeps_cache=True)
+        producing = production(configured(1), order)
+        producing.publish(0, WIDTH, engines)
         while engine.running < PROMPTS * SAMPLES:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         asked = len(engine.requests)
-        await update(engine, url, 1, lambda: producing.publish(1, WIDTH, endpoint(url)))
+        await update(engine, url, 1, lambda: producing.publish(1, WIDTH, engines))
         rollout = await producing.take(0)
         assert {request["extra_key"] for request in engine.requests[:asked]} == {"0"}
         first = rollout.samples(Numbers())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_pmd.batch import Segment
-from megatron_pmd.config import Rollout, Sync
+from megatron_pmd.config import Rollout
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.errors import EngineError
@@ -185,12 +185,13 @@ class WithoutSampler(SeparateEngines):
     def _asked(self, ask): ...
 
 
-def separate_engines(engines, engine, bucket, model, folder, sync: Sync, meanwhile=lambda: None) -> Any:
+def separate_engines(engines, engine, bucket, model, folder, pause, meanwhile=lambda: None) -> Any:
     """The same, in a run with separate engines. load() gives them this model's weights.
 
     meanwhile: called while they are paused.
     """
-    config = engines._config.model_copy(update={"sync": sync})
+    given = engines._config
+    config = given.model_copy(update={"rollout": given.rollout.model_copy(update={"pause": pause})})
     separate: Any = WithoutSampler(config, ALONE, folder, None, None, Console(), cpu=True, ahead=None)
     separate.router = SimpleNamespace(url=engine.url, start=lambda urls: None, stop=lambda: None)
 
@@ -211,7 +212,7 @@ def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_respons
 ):
     """Each token of a response is of the weights that it says, behind all tokens, whoever made them."""
     update(control, bucket, models[0], version=60)
-    separate = separate_engines(engines, engine, bucket, models[1], tmp_path, Sync())
+    separate = separate_engines(engines, engine, bucket, models[1], tmp_path, "retract")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(generate, engine.url, max_new_tokens=600)
         while not running_requests(engine.url) and not asked.done():
@@ -238,8 +239,8 @@ class Unending(GenerateClient):
         return await super().generate(request, routing_key)
 
 
-def respond(url: str, prompts, newest, tokens: int) -> list[tuple[Turn, torch.Tensor]]:
-    """Responses to the prompts, as a run with sync.pause=in_place asks for them, and their log-probabilities.
+def respond(endpoint: Endpoint, prompts, newest, tokens: int) -> list[tuple[Turn, torch.Tensor]]:
+    """Responses to the prompts, asked for as a run does from these engines, and their log-probabilities.
 
     newest: says what weights the sampler knows of.
     """
@@ -248,10 +249,9 @@ def respond(url: str, prompts, newest, tokens: int) -> list[tuple[Turn, torch.Te
         sampling = Sampling(
             oldest_version=70, newest_version=newest, temperature=1.0, top_p=1.0, stop_tokens=[],
             max_response_tokens=tokens, max_turns=1, max_new_tokens=None, repetition=None, routing_width=0,
-            keeps_cache=True,
         )  # fmt: skip
-        headers, turns = {"Authorization": f"Bearer {KEY}"}, [Turn() for _ in prompts]
-        async with Unending(Endpoint(url, [url], headers, 120.0, 0, lambda: True)) as client:
+        turns = [Turn() for _ in prompts]
+        async with Unending(endpoint) as client:
             sampler = TurnSampler(sampling, client, Accounts(), "")
             async with asyncio.TaskGroup() as tasks:
                 for number, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
@@ -288,14 +288,12 @@ def test_an_update_in_place_leaves_running_responses_their_cache_and_new_ones_ar
     with ThreadPoolExecutor(2) as pool:
 
         def meanwhile() -> None:
-            late.append(pool.submit(respond, engine.url, PROMPTS[1:2], newest, 24))
+            late.append(pool.submit(respond, separate._endpoint(), PROMPTS[1:2], newest, 24))
             assert sent.wait(60)
             known[0] = 71
 
-        separate = separate_engines(
-            engines, engine, bucket, models[1], tmp_path, Sync(pause="in_place"), meanwhile
-        )
-        running = pool.submit(respond, engine.url, PROMPTS, lambda: known[0], 400)
+        separate = separate_engines(engines, engine, bucket, models[1], tmp_path, "in_place", meanwhile)
+        running = pool.submit(respond, separate._endpoint(), PROMPTS, lambda: known[0], 400)
         while running_requests(engine.url) < len(PROMPTS) and not running.done():
             time.sleep(0.02)
         separate.load(ACTOR, 71)
@@ -310,7 +308,8 @@ def test_an_update_in_place_leaves_running_responses_their_cache_and_new_ones_ar
         ((turn, theirs),) = late[0].result()
     assert turn.segments == [Segment(24, 71, stale_cache=True)]
     assert (theirs - log_probs(models[1], PROMPTS[1], turn.tokens.tolist())).abs().max() > 0.1
-    for prompt, (turn, theirs) in zip(PROMPTS, respond(engine.url, PROMPTS, lambda: 71, 24), strict=True):
+    later = respond(separate._endpoint(), PROMPTS, lambda: 71, 24)
+    for prompt, (turn, theirs) in zip(PROMPTS, later, strict=True):
         assert turn.segments == [Segment(24, 71)]
         assert (theirs - log_probs(models[1], prompt, turn.tokens.tolist())).abs().max() < 1e-4
     separate.close()

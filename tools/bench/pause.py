@@ -3,8 +3,8 @@
     python -m tools.bench.pause [RECIPE] [--updates 12] [--requests 1 --requests 16]
 
 A real engine answers streamed requests. A real actor beside it gives it weights again and again, as in a run
-with rollout.placement=separate. Prints a line of JSON for each sync.pause and number of requests: how long a
-load takes, how long it stands still, and the time between two tokens of a response with an update between.
+with rollout.placement=separate. Prints a line of JSON for each rollout.pause and number of requests: how long
+a load takes, how long it stands still, and the time between two tokens of a response with an update between.
 """
 
 from __future__ import annotations
