@@ -13,6 +13,8 @@ from megatron_pmd.errors import DataError, StaleWeights
 
 NOT_SAMPLED = -1
 """In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
+OF_NO_POLICY = -2
+"""In place of one: weights sampled the token over a cache of earlier ones, as no policy does."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Segment:
     """The weights that sampled them; NOT_SAMPLED for inserted ones."""
     counted: bool = True
     """Whether they count in the loss: not those that were inserted, nor what a setting excludes."""
+    stale_cache: bool = False
+    """Whether the KV cache of what stands before them may be of earlier weights (rollout.pause=in_place)."""
+
+    @property
+    def policy(self) -> int:
+        """The weights whose policy sampled them; NOT_SAMPLED or OF_NO_POLICY where none did."""
+        return OF_NO_POLICY if self.stale_cache else self.weight_version
 
 
 @dataclass(eq=False)
@@ -138,7 +147,8 @@ class TokenColumns:
     offsets          int64   [samples + 1]
     ids              int32   [tokens here]
     engine_log_probs float32 [tokens here]  0 at prompt tokens
-    versions         int32   [tokens here]  the weights that sampled it; NOT_SAMPLED: prompt, or inserted
+    policies         int32   [tokens here]  the weights whose policy sampled it; NOT_SAMPLED: prompt, or
+                     inserted. OF_NO_POLICY: see Segment.policy
     counted          bool    [tokens here]  whether it counts in the loss; False at prompt tokens
     routed_experts   uint8 or uint16 [tokens here, layers · top-k]  None: not recorded for all samples. A
                      sample's last token, which goes nowhere in the engine, has its predecessor's
@@ -149,7 +159,7 @@ class TokenColumns:
     offsets: np.ndarray
     ids: np.ndarray
     engine_log_probs: np.ndarray
-    versions: np.ndarray
+    policies: np.ndarray
     counted: np.ndarray
     routed_experts: np.ndarray | None
     teacher_log_probs: np.ndarray | None
@@ -288,10 +298,10 @@ class RolloutBatch:
                 given = sample.teacher_log_probs
                 columns.teacher_log_probs[start:response] = 0.0
                 columns.teacher_log_probs[response:end] = 0.0 if given is None else given
-            columns.versions[start:response] = NOT_SAMPLED
+            columns.policies[start:response] = NOT_SAMPLED
             columns.counted[start:response] = False
             for segment in sample.segments:
-                columns.versions[response : response + segment.tokens] = segment.weight_version
+                columns.policies[response : response + segment.tokens] = segment.policy
                 columns.counted[response : response + segment.tokens] = segment.counted
                 response += segment.tokens
             assert response == end, "a sample's segments cover its response"
@@ -336,7 +346,7 @@ class RolloutBatch:
 def _columns(padding_experts: np.ndarray | None, scored: bool) -> list[tuple[str, np.dtype, int]]:
     """Name, type and width of what a batch has of each token; those of larger types first, to be aligned."""
     columns = [("ids", np.dtype(np.int32), 1), ("engine_log_probs", np.dtype(np.float32), 1)]
-    columns.append(("versions", np.dtype(np.int32), 1))
+    columns.append(("policies", np.dtype(np.int32), 1))
     if scored:
         columns.append(("teacher_log_probs", np.dtype(np.float32), 1))
     if padding_experts is not None:

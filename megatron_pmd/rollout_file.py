@@ -24,7 +24,14 @@ TOKENS = {
     "engine_log_probs": np.float32,
     "teacher_log_probs": np.float32,
 }
-SEGMENTS = pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64()), ("counted", pa.bool_())])
+SEGMENTS = pa.struct(
+    [
+        ("tokens", pa.int32()),
+        ("weight_version", pa.int64()),
+        ("counted", pa.bool_()),
+        ("stale_cache", pa.bool_()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("group", pa.int32()),

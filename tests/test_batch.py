@@ -34,9 +34,20 @@ MIXED = [Segment(2, 5, counted=False), Segment(1, NOT_SAMPLED, counted=False), S
 def test_packed_tokens_carry_version_and_count_of_their_segment():
     batch = RolloutBatch.pack([sample(4, segments=MIXED), sample(3, number=1)], 1.0)
     assert batch.tokens.ids.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10, 11, 12]
-    assert batch.tokens.versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
+    assert batch.tokens.policies.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7, 7, 7]
     assert batch.tokens.counted.tolist() == [False] * 5 + [True] + [False] * 2 + [True] * 3
     assert batch.weight_version == 7
+
+
+def test_what_was_sampled_over_a_cache_of_earlier_weights_is_of_no_policy_and_counts_in_file_and_loss(
+    tmp_path,
+):
+    stale = [Segment(2, 6), Segment(2, 7, stale_cache=True), Segment(1, 7)]
+    batch = RolloutBatch.pack([written := sample(5, segments=stale)], 1.0)
+    assert batch.tokens.policies.tolist() == [-1, -1, 6, 6, -2, -2, 7]
+    assert batch.tokens.counted.tolist() == [False] * 2 + [True] * 5 and batch.sampled_versions == [6, 7]
+    write_rollout(tmp_path / "7.parquet", [written], 7)
+    assert read_rollout(tmp_path / "7.parquet")[0][0].segments == stale
 
 
 def test_packed_tokens_carry_the_teachers_log_probabilities_where_all_responses_have_them():
@@ -102,7 +113,7 @@ def test_a_share_has_the_numbers_of_every_sample_and_the_tokens_of_its_own():
     share.fill(samples)
     assert share.here.tolist() == [0, 2] and share.tokens.offsets.tolist() == [0, 6, 6, 9]
     assert share.tokens.ids.tolist() == [1, 2, 10, 11, 12, 13, 1, 2, 10]
-    assert share.tokens.versions.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7]
+    assert share.tokens.policies.tolist() == [-1, -1, 5, 5, -1, 7, -1, -1, 7]
     for batch in (known, share):
         assert batch.samples.lengths.tolist() == [6, 5, 3] and batch.samples.counted_lengths.tolist() == [
             1,

@@ -44,7 +44,12 @@ def test_a_file_of_many_row_groups_is_read_by_others_as_lists_of_numbers(tmp_pat
         assert row["response_tokens"] == written.response_tokens.tolist()
         assert row["engine_log_probs"] == written.engine_log_probs.tolist()
         assert row["segments"] == [
-            {"tokens": len(written.response_tokens), "weight_version": 7, "counted": True}
+            {
+                "tokens": len(written.response_tokens),
+                "weight_version": 7,
+                "counted": True,
+                "stale_cache": False,
+            }
         ]
         assert (row["prompt"], row["response"], row["reward_error"]) == ("τ?", written.response, None)
     read, _ = read_rollout(tmp_path / "7.parquet")

@@ -217,7 +217,7 @@ class Actor:
         result = torch.full((len(batch.tokens),), torch.nan)
         entropy_sum = torch.zeros(())
         counted = torch.from_numpy(batch.tokens.counted)
-        current = torch.from_numpy(batch.tokens.versions == batch.weight_version)
+        current = torch.from_numpy(batch.tokens.policies == batch.weight_version)
         parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def keep(microbatch: PackedMicrobatch, logits: torch.Tensor) -> None:

@@ -15,6 +15,9 @@ from megatron_pmd.plugins import Registry, did_you_mean
 ROUTER_POLICIES = ["round_robin", "cache_aware", "manual", "random", "power_of_two"]
 """What sglang-router's --policy takes. To use another of its policies, write its name here."""
 
+PauseMode = Literal["retract", "in_place"]
+"""Of SGLang's /pause_generation; its third one, `abort`, loses responses."""
+
 TRANSPORTS = Registry(
     "transport",
     {
@@ -110,6 +113,10 @@ class Rollout(Frozen):
     staleness: NonNegativeInt = 0
     """Iterations by which rollouts are sampled ahead of training; 0: each by the weights that train on it.
     For placement=separate."""
+    pause: PauseMode = "retract"
+    """What separate engines do with running responses while they take weights, in SGLang's words. `retract`:
+    they compute their KV cache again under the new weights. `in_place`: they keep it, and the tokens behind
+    it are of no single policy (docs/overlap.md)."""
     servers: tuple[str, ...] = ()
     """`http://host:port` of SGLang servers that others started, in the place of engines beside the actors.
     Their options are those they were started with; they take weights by `broadcast` or `disk`. One that is
@@ -216,6 +223,24 @@ class Rollout(Frozen):
             raise ConfigError(
                 "rollout.partial with rollout.placement=separate: separate engines go on with every response "
                 "while the actor trains, nothing has to be stopped; use rollout.staleness instead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_pause_in_place(self) -> Self:
+        if self.pause == "in_place" and not self.staleness:
+            raise ConfigError(
+                "rollout.pause=in_place with rollout.staleness=0: no response runs while the engines take "
+                "weights, and there is no cache to keep; set rollout.pause=retract, or rollout.staleness"
+            )
+        if self.pause == "in_place" and (
+            self.servers or not self.sglang.get("disable_overlap_schedule", True)
+        ):
+            raise ConfigError(
+                "rollout.pause=in_place and SGLang's overlap schedule: the step that is under way would "
+                "compute with weights that change. This program starts its engines without, and cannot know "
+                "of rollout.servers; remove them and rollout.sglang.disable_overlap_schedule, or set "
+                "rollout.pause=retract"
             )
         return self
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 import httpx
 import torch
 
+from megatron_pmd.config import PauseMode
 from megatron_pmd.engine.server import CONNECT_SECONDS, tail
 from megatron_pmd.engine.sglang_server import LOADER, NO_WEIGHTS, EngineSpec
 from megatron_pmd.errors import EngineError, StaleWeights
@@ -80,12 +81,13 @@ class EngineControl:
         """Take the memory back. Its contents are undefined: load the weights, flush the cache."""
         self._call("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
-    def pause(self) -> None:
-        """Stop generating, also for an update; requests wait, and lose what is computed of them but tokens.
+    def pause(self, mode: PauseMode) -> None:
+        """Stop generating, also for an update; requests wait, with what is computed of them, as SGLang says.
 
-        SGLang's mode `retract`: go_on() has it compute their KV cache again, under the weights it then has.
+        `retract`: they lose all but their tokens, and go_on() has their KV cache computed again, under the
+        weights that the engine then has. `in_place`: they keep it, and flush_cache() is refused.
         """
-        self._call("POST", "/pause_generation", {"mode": "retract"})
+        self._call("POST", "/pause_generation", {"mode": mode})
 
     def go_on(self) -> None:
         """Generate again after a pause; of an engine that generates, nothing changes."""

@@ -8,7 +8,6 @@ says that it does not answer there; its node then starts it again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -30,9 +29,15 @@ from megatron_pmd.waiting import waiting_for
 
 START = "PMD_START"
 """Environment variable that names this start of a run, for its ranks and for the engine nodes that were
-started with them. A node without it, which somebody has added, serves whatever start there is."""
+started with them: what another start has left in the folder is not taken for this one's. A node without it,
+which somebody has added, serves whatever start there is."""
 PATIENT_UPDATES = 2
 """So often an engine that was left out may answer without generating before its node is told."""
+
+
+def this_start() -> str | None:
+    """That of this process, as START says; None: it says nothing."""
+    return os.environ.get(START)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Opening:
     """Address of the driver's node: engines listen on the interface towards it."""
     host: str = field(default_factory=socket.gethostname)
     """The driver's."""
-    start: str = field(default_factory=lambda: os.environ.get(START, ""))
+    start: str = field(default_factory=lambda: this_start() or "")
     """See START."""
     software: dict[str, Any] = field(default_factory=dict)
     """Versions and commit of the driver; a node has the same."""
@@ -54,8 +59,10 @@ class Opening:
 class Meeting:
     """The files in which a run and its engine nodes tell each other what they need to know."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, start: str | None = None) -> None:
+        """start: which one's nodes and engines are told of, and asked for; None: this process's."""
         self._folder = run / "engines"
+        self._start = (this_start() or "") if start is None else start
         self._known: dict[str, JsonObject | None] = {}
 
     def open(self, opening: Opening) -> None:
@@ -75,38 +82,36 @@ class Meeting:
             return None
         return Opening(**(found | {"keys": Keys(**found["keys"])}))
 
-    def announce(
-        self, node: int, keys: Keys, urls: Mapping[int, str], failures: Mapping[int, str], agent: str
-    ) -> None:
+    def announce(self, node: int, urls: Mapping[int, str], failures: Mapping[int, str], agent: str) -> None:
         """A node's: where each of its engines is, or why it does not come up.
 
-        keys: those that they were started with. agent: names the process that keeps them.
+        agent: names the process that keeps them.
         """
         told = {
-            "start": _start(keys), "agent": agent,
+            "start": self._start, "agent": agent,
             "urls": {str(number): url for number, url in urls.items()},
             "failures": {str(number): words for number, words in failures.items()},
         }  # fmt: skip
         write_whole(self._folder / f"node-{node}.json", json.dumps(told), mode=0o600)
 
-    def announced(self, node: int, engine: int, keys: Keys) -> str | None:
-        """Where the engine is that was started with these keys; None: nowhere, or it was lost there."""
-        url: str | None = self._told(node, keys).get("urls", {}).get(str(engine))
+    def announced(self, node: int, engine: int) -> str | None:
+        """Where the engine is; None: nowhere, or it was lost there."""
+        url: str | None = self._told(node).get("urls", {}).get(str(engine))
         return url if url is None or url != self.lost(engine) else None
 
-    def failure(self, node: int, engine: int, keys: Keys) -> str | None:
-        """Why the engine that was to be started with these keys does not come up; None: it still may."""
-        words: str | None = self._told(node, keys).get("failures", {}).get(str(engine))
+    def failure(self, node: int, engine: int) -> str | None:
+        """Why the engine does not come up; None: it still may."""
+        words: str | None = self._told(node).get("failures", {}).get(str(engine))
         return words
 
-    def keeper(self, node: int, keys: Keys) -> str | None:
+    def keeper(self, node: int) -> str | None:
         """Who keeps the node's engines, as announce() says."""
-        agent: str | None = self._told(node, keys).get("agent")
+        agent: str | None = self._told(node).get("agent")
         return agent
 
-    def _told(self, node: int, keys: Keys) -> JsonObject:
+    def _told(self, node: int) -> JsonObject:
         told = self._read(f"node-{node}.json")
-        return told if told is not None and told["start"] == _start(keys) else {}
+        return told if told is not None and told["start"] == self._start else {}
 
     def tell_lost(self, engine: int, url: str) -> None:
         """A leader's: the engine does not answer there."""
@@ -124,11 +129,6 @@ class Meeting:
         return self._known.get(name)
 
 
-def _start(keys: Keys) -> str:
-    """Names the start of a run that these keys belong to, and gives none of them away."""
-    return hashlib.blake2b(f"{keys.api}".encode(), digest_size=8).hexdigest()
-
-
 class AnnouncedEngine(ExternalEngine):
     """In the place of an EngineProcess: an engine that its node starts, and starts again elsewhere."""
 
@@ -142,14 +142,14 @@ class AnnouncedEngine(ExternalEngine):
 
     def find(self) -> None:
         """Look where its node has it now; until that tells, it stays where it was."""
-        url = self._meeting.announced(self._node, self.spec.number, self.spec.keys)
+        url = self._meeting.announced(self._node, self.spec.number)
         if url and url != self.url:
             address = urlsplit(url)
             self.spec = replace(self.spec, host=address.hostname or "", port=address.port or 0)
             self.url = url
 
     def alive(self) -> bool:
-        here = self._meeting.announced(self._node, self.spec.number, self.spec.keys) == self.url
+        here = self._meeting.announced(self._node, self.spec.number) == self.url
         found = bool(self.url) and here and super().alive()
         self._answered |= found
         return found
@@ -159,7 +159,7 @@ class AnnouncedEngine(ExternalEngine):
         started, cold = time.monotonic(), self.spec.rollout.cold_start_timeout_seconds
         with waiting_for(self._where, max(deadline_seconds, 0.0 if self.spec.cpu else cold)):
             while not (self.url and answers(self.url + READY_PATH, 5.0)):
-                failure = self._meeting.failure(self._node, self.spec.number, self.spec.keys)
+                failure = self._meeting.failure(self._node, self.spec.number)
                 if failure is not None:
                     raise EngineError(f"{self._where()} does not come up: {failure}")
                 limit = deadline_seconds if self.spec.cpu or not self.url else max(cold, deadline_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_pmd.config import PauseMode
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.own import OwnEngine
@@ -72,9 +73,14 @@ class Handover:
 class Pauses(Handover):
     """For engines with devices of their own (rollout.placement=separate): they keep their memory.
 
-    An update finds them generating. They are paused for it, and compute what they have of running responses
-    again under the new weights: each token is of one policy.
+    An update finds them generating. They are paused for it. With `retract` they compute what they have of
+    running responses again under the new weights: each token is of one policy. With `in_place` they go on
+    with the cache that they have.
     """
+
+    def __init__(self, fleet: Fleet, clock: SubphaseClock, mode: PauseMode) -> None:
+        super().__init__(fleet, clock)
+        self._mode = mode
 
     def before_restart(self) -> None:
         """An engine finds its own device as at its first start."""
@@ -87,13 +93,19 @@ class Pauses(Handover):
 
         def pause(own: OwnEngine) -> None:
             own.unwatch()
-            own.calls.pause()
+            own.calls.pause(self._mode)
 
         with self._clock("pause"):
             self._fleet.on_leaders(pause)
 
     def resume_cache(self) -> None:
-        """Engines forget what earlier weights left in their cache."""
+        """Engines forget what earlier weights left in their cache.
+
+        With `in_place` SGLang cannot, as running requests use it: no request of these weights finds it
+        (rollout/turn_sampler.py), and it makes room as others come.
+        """
+        if self._mode == "in_place":
+            return
         with self._clock("flush"):
             self._on_living(lambda own: own.calls.flush_cache(paused=True))
 

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from megatron_pmd.config import Rollout
 from megatron_pmd.distributed import Control
@@ -27,7 +28,31 @@ REFUSES = re.compile(
 """An engine that ended itself with one of these as its last words: it would at every start. A device or a
 network that fails shows as RuntimeError or OSError, and one that the system killed says nothing."""
 RESTART_PAUSE_SECONDS = 2.0
-"""Before the second attempt to start an engine again; about doubled for each further one."""
+"""Before something is started again for the second time in a row; about doubled for each further one."""
+
+
+@dataclass
+class Restarts:
+    """How often something that is lost may be started again, and when.
+
+    Three count, and each waits in its own way. Here all ranks wait, with the actors off the devices.
+    An engine node looks after its other engines meanwhile (node/engine_node.py). The driver trains while its
+    sampler starts (training/separate_engines.py).
+    """
+
+    allowed: int
+    """In a row."""
+    made: int = 0
+    """Since the last one that succeeded."""
+
+    @property
+    def left(self) -> bool:
+        return self.made < self.allowed
+
+    @property
+    def pause_seconds(self) -> float:
+        """Before the next one."""
+        return RESTART_PAUSE_SECONDS * (2**self.made - 1)
 
 
 class Recovery:
@@ -157,10 +182,11 @@ class Recovery:
 
         reasons: what was wrong with each.
         """
-        lost = reasons
-        for attempt in range(self._rollout.restarts):
+        lost, restarts = reasons, Restarts(self._rollout.restarts)
+        while restarts.left:
             self._fleet.kill(lost)
-            time.sleep(RESTART_PAUSE_SECONDS * (2**attempt - 1))
+            time.sleep(restarts.pause_seconds)
+            restarts.made += 1
             self._handover.note_start()
             self._fleet.start(lost)
             lost = self._failures_at_start(lost)
@@ -169,7 +195,7 @@ class Recovery:
         self._fleet.kill(lost)
         number, failure = next(iter(lost.items()))
         raise EngineError(
-            f"{reasons[number]}\nit was started again {self._rollout.restarts} times, in vain; "
+            f"{reasons[number]}\nit was started again {restarts.made} times, in vain; "
             f"the last time: {failure}"
         )
 

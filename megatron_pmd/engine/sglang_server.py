@@ -102,6 +102,8 @@ class EngineSpec:
     span: NodeSpan = ONE_NODE
     record_routing: bool = False
     """Every answer says which experts each token went to (plugins/)."""
+    pauses_in_place: bool = False
+    """An update leaves running requests as they are (rollout.pause)."""
     load_model_weights: bool = False
     """Read the weights in model.path; False: the actor sends them before the first use."""
 
@@ -112,7 +114,8 @@ class EngineSpec:
         """An engine of a run. place: host, port, keys, first_gpu and span."""
         return cls(
             number=number, model=config.model, rollout=config.rollout, log=log, seed=config.seed + number,
-            cpu=cpu, record_routing=config.actor.experts.replay_routing, **place,
+            cpu=cpu, record_routing=config.actor.experts.replay_routing,
+            pauses_in_place=config.rollout.pause == "in_place", **place,
         )  # fmt: skip
 
     @property
@@ -153,6 +156,10 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
     if spec.record_routing:
         _check_recording(spec)
         options["enable_return_routed_experts"] = True
+    if spec.pauses_in_place:
+        # Else the step under way goes on while weights are loaded, and its tokens count as of the new ones:
+        # pause_generation, which takes its results with `retract`, returns at once (SGLang, scheduler.py).
+        options["disable_overlap_schedule"] = True
     if spec.keys.admin is not None:
         options["admin_api_key"] = spec.keys.admin
     if spec.rollout.max_total_tokens is not None:

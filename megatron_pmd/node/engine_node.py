@@ -22,8 +22,8 @@ from pathlib import Path
 
 from megatron_pmd import network
 from megatron_pmd.config import RunConfig, build
-from megatron_pmd.engine.engine_nodes import START, Meeting, Opening
-from megatron_pmd.engine.recovery import RESTART_PAUSE_SECONDS
+from megatron_pmd.engine.engine_nodes import START, Meeting, Opening, this_start
+from megatron_pmd.engine.recovery import Restarts
 from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, log_of
 from megatron_pmd.errors import EngineError, Interrupted, LaunchError, LayoutError
@@ -43,7 +43,7 @@ def serve(run: Path, node: int) -> None:
     run's layout does not have, LaunchError for one that cannot take part, Interrupted when told to end.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    meeting, start = Meeting(run), os.environ.get(START)
+    meeting, start = Meeting(run), this_start()
     with waiting_for(f"{run} to want engines", OPENING_SECONDS):
         limit = time.monotonic() + OPENING_SECONDS
         while (opening := meeting.opening(start)) is None:
@@ -85,7 +85,7 @@ class EngineNode:
                 "it on Slurm to give it further nodes"
             )
         self._run, self._node, self._opening, self._config = run, node, opening, config
-        self._meeting, self._name = Meeting(run), secrets.token_hex(4)
+        self._meeting, self._name = Meeting(run, opening.start), secrets.token_hex(4)
         wanted = () if alone else os.environ.get("PMD_INTERFACES", "").split()
         self._interface = network.choose_interface(wanted, opening.driver)
         variables = network.variables(self._interface)
@@ -100,7 +100,7 @@ class EngineNode:
     @property
     def replaced(self) -> bool:
         """Whether another process, which came later, keeps this node's engines."""
-        return self._meeting.keeper(self._node, self._opening.keys) not in (None, self._name)
+        return self._meeting.keeper(self._node) not in (None, self._name)
 
     def keep(self) -> None:
         """Start the engines and keep them, until the run wants none or others, or another process does."""
@@ -148,7 +148,7 @@ class EngineNode:
         engines = self._engines.items()
         urls = {number: kept.url for number, kept in engines if not kept.failure}
         failures = {number: kept.failure for number, kept in engines if kept.failure}
-        self._meeting.announce(self._node, self._opening.keys, urls, failures, self._name)
+        self._meeting.announce(self._node, urls, failures, self._name)
 
 
 class _Kept:
@@ -157,7 +157,7 @@ class _Kept:
     def __init__(self, restarts: int) -> None:
         self.failure = ""
         """Why it does not come up, once that is given up."""
-        self._restarts, self._starts, self._reason, self._not_before = restarts, 0, "", 0.0
+        self._restarts, self._reason, self._not_before = Restarts(restarts), "it was lost", 0.0
         self._process: EngineProcess | None = None
 
     @property
@@ -174,18 +174,20 @@ class _Kept:
 
     def start(self, spec: EngineSpec) -> None:
         """Start it, or give it up once it has failed to come up too often in a row."""
-        if self._starts > self._restarts:
-            self.failure = f"{self._reason}\nit was started {self._starts} times, in vain"
-            return
-        self._not_before = time.monotonic() + RESTART_PAUSE_SECONDS * (2**self._starts - 1)
-        self._starts += 1
+        restarts = self._restarts
+        if self._process is not None:
+            if not restarts.left:
+                self.failure = f"{self._reason}\nit was started again {restarts.made} times, in vain"
+                return
+            restarts.made += 1
+        self._not_before = time.monotonic() + restarts.pause_seconds
         self._process = EngineProcess(spec)
         threading.Thread(target=self._wait, args=(self._process,), daemon=True).start()
 
     def _wait(self, process: EngineProcess) -> None:
         try:
             process.wait_ready(process.spec.rollout.start_timeout_seconds)
-            self._starts, self._not_before = 0, 0.0
+            self._restarts.made, self._not_before = 0, 0.0
         except EngineError as error:
             self._reason = str(error)
             process.stop()

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_pmd.batch import Segment
 from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import CheckpointError
 from megatron_pmd.files import whole_file
 from megatron_pmd.rollout.groups import Group
 from megatron_pmd.rollout.trajectory import Trajectory, Turn
+from megatron_pmd.rollout_file import SEGMENTS
 
 FILE = "carried_over.parquet"
 
@@ -36,10 +38,7 @@ SCHEMA = pa.schema(
                     [
                         ("tokens", pa.list_(pa.int32())),
                         ("log_probs", pa.list_(pa.float32())),
-                        (
-                            "segments",
-                            pa.list_(pa.struct([("tokens", pa.int32()), ("weight_version", pa.int64())])),
-                        ),
+                        ("segments", pa.list_(SEGMENTS)),
                         ("finish", pa.string()),
                         ("counted", pa.bool_()),
                     ]
@@ -107,7 +106,7 @@ def _row(group: Group, member: Trajectory, branch: int) -> dict[str, Any]:
         {
             "tokens": turn.tokens,
             "log_probs": turn.log_probs,
-            "segments": [{"tokens": n, "weight_version": version} for n, version in turn.segments],
+            "segments": [vars(segment) for segment in turn.segments],
             "finish": turn.finish,
             "counted": turn.counted,
         }
@@ -131,7 +130,7 @@ def _part(row: dict[str, Any], problem: Problem) -> Trajectory:
         Turn(
             np.array(turn["tokens"], np.int32),
             np.array(turn["log_probs"], np.float32),
-            [(s["tokens"], s["weight_version"]) for s in turn["segments"]],
+            [Segment(**segment) for segment in turn["segments"]],
             turn["finish"],
             turn["counted"],
         )

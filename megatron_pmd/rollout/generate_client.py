@@ -54,6 +54,8 @@ class Endpoint:
     any_engine_alive: Callable[[], bool]
     max_in_flight: int | None = None
     """Requests sent at one time; their deadline runs only then. None: as many as files can be open."""
+    keeps_cache: bool = False
+    """An update leaves the engines' KV cache as it is (rollout.pause=in_place)."""
     abort_headers: dict[str, str] = field(default_factory=dict)
     """In place of headers where an engine takes an abort only from who may change it."""
 
@@ -68,7 +70,7 @@ class GenerateClient:
     """One rollout's requests to the engines: `async with GenerateClient(endpoint) as client`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._slots = asyncio.Semaphore(endpoint.slots)
         self._asking, self._questions = asyncio.Lock(), 0
         self._asked, self._alive = -RETRY_PAUSE_SECONDS, True
@@ -79,9 +81,9 @@ class GenerateClient:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self._endpoint.request_timeout_seconds),
+            timeout=aiohttp.ClientTimeout(total=self.endpoint.request_timeout_seconds),
             connector=aiohttp.TCPConnector(limit=0),
-            headers=self._endpoint.headers | {"Content-Type": "application/json"},
+            headers=self.endpoint.headers | {"Content-Type": "application/json"},
         )
         return self
 
@@ -99,7 +101,7 @@ class GenerateClient:
         """
 
         async def attempt() -> EngineAnswer:
-            url, headers = self._endpoint.router_url + "/generate", {ROUTING_KEY: routing_key}
+            url, headers = self.endpoint.router_url + "/generate", {ROUTING_KEY: routing_key}
             answer = parse_answer(await self._post(url, request, headers))
             reason = answer.finish_reason
             if reason["type"] in ("stop", "length") or (self.stopping and reason["type"] == "abort"):
@@ -114,7 +116,7 @@ class GenerateClient:
         The router has not all of their addresses. Raises what generate() raises, but EngineError for a
         refusal: the response that is asked about is there.
         """
-        urls = self._endpoint.engine_urls or [self._endpoint.router_url]
+        urls = self.endpoint.engine_urls or [self.endpoint.router_url]
 
         async def attempt() -> Any:
             self._questions += 1
@@ -128,7 +130,7 @@ class GenerateClient:
     async def _retried[T](self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What an attempt gives, the first one that does not fail; see generate()."""
         failure = ""
-        for number in range(self._endpoint.retries + 1):
+        for number in range(self.endpoint.retries + 1):
             try:
                 async with self._slots:
                     if self.stopping:
@@ -143,7 +145,7 @@ class GenerateClient:
             await asyncio.sleep(RETRY_PAUSE_SECONDS * 2**number)
             if not await self._any_alive():
                 raise EnginesLost(f"no engine answers any more; last failure: {failure}")
-        raise EngineError(f"a request failed {self._endpoint.retries + 1} times; last failure: {failure}")
+        raise EngineError(f"a request failed {self.endpoint.retries + 1} times; last failure: {failure}")
 
     async def _post(self, url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> bytes:
         async with self._session.post(url, data=orjson.dumps(body), headers=headers) as reply:
@@ -157,7 +159,7 @@ class GenerateClient:
         """Asked once for all requests that fail together."""
         async with self._asking:
             if time.monotonic() - self._asked >= RETRY_PAUSE_SECONDS:
-                self._alive = await asyncio.to_thread(self._endpoint.any_engine_alive)
+                self._alive = await asyncio.to_thread(self.endpoint.any_engine_alive)
                 self._asked = time.monotonic()
             return self._alive
 
@@ -169,7 +171,7 @@ class GenerateClient:
         self.stopping = reason
         self.stopped.set()
         while not idle.is_set():
-            await asyncio.gather(*(self._abort(url) for url in self._endpoint.engine_urls))
+            await asyncio.gather(*(self._abort(url) for url in self.endpoint.engine_urls))
             try:
                 async with asyncio.timeout(ABORT_PAUSE_SECONDS):
                     await idle.wait()
@@ -181,7 +183,7 @@ class GenerateClient:
         try:
             url, patience = engine_url + "/abort_request", aiohttp.ClientTimeout(total=ABORT_TIMEOUT_SECONDS)
             async with self._session.post(
-                url, data=body, timeout=patience, headers=self._endpoint.abort_headers
+                url, data=body, timeout=patience, headers=self.endpoint.abort_headers
             ) as reply:
                 if reply.status != 200:
                     raise EngineError(

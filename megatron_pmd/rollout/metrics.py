@@ -53,20 +53,24 @@ def success_rates(samples: Sequence[Sample], is_correct: Callable[[Sample], bool
 def staleness_values(samples: Sequence[Sample], weight_version: int) -> dict[str, float]:
     """How much older than the weights that are trained the policies are that sampled the tokens.
 
-    weight_version: of those weights. By sampled tokens: mean and largest age in iterations, and the share of
-    each age; of the responses, the share that several policies sampled.
+    weight_version: of those weights. By sampled tokens: mean and largest age in iterations, the share of each
+    age, and the share that may stand on a cache of earlier weights; of the responses, the share that several
+    policies sampled.
     """
     ages: Counter[int] = Counter()
+    stale_cache = 0
     for sample in samples:
         for segment in sample.segments:
             if segment.weight_version != NOT_SAMPLED:
                 ages[weight_version - segment.weight_version] += segment.tokens
+                stale_cache += segment.tokens if segment.stale_cache else 0
     total = max(1, ages.total())
     versions = [{s.weight_version for s in sample.segments} - {NOT_SAMPLED} for sample in samples]
     return {
         "staleness/mean": sum(age * tokens for age, tokens in ages.items()) / total,
         "staleness/max": max(ages, default=0),
         "staleness/mixed_responses": sum(len(found) > 1 for found in versions) / max(1, len(samples)),
+        "staleness/stale_cache": stale_cache / total,
         **{f"staleness/share_{age}": ages[age] / total for age in range(max(ages, default=0) + 1)},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,8 +24,8 @@ class Turn:
     """int32 [tokens]"""
     log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     """fp32 [tokens]: log π_b of each token, 0 for inserted ones"""
-    segments: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, weight version), in order; neighbours differ in version."""
+    segments: list[Segment] = field(default_factory=list)
+    """In order; neighbours differ. Which of them count, Trajectory.segments says."""
     finish: str | None = None
     """`stop`, `length`, `repetition` or INSERTED; None: not finished yet."""
     counted: bool = True
@@ -34,12 +34,14 @@ class Turn:
     @classmethod
     def insertion(cls, tokens: Sequence[int]) -> Turn:
         zeros = np.zeros(len(tokens), np.float32)
-        return cls(np.array(tokens, np.int32), zeros, [(len(tokens), NOT_SAMPLED)], INSERTED)
+        return cls(np.array(tokens, np.int32), zeros, [Segment(len(tokens), NOT_SAMPLED)], INSERTED)
 
-    def extend(self, tokens: np.ndarray, log_probs: np.ndarray, weight_version: int) -> None:
+    def extend(
+        self, tokens: np.ndarray, log_probs: np.ndarray, weight_version: int, *, stale_cache: bool = False
+    ) -> None:
         """Take over what an engine has sampled further: int32 and fp32 [tokens].
 
-        EngineError if the two are not equally long.
+        stale_cache: see Segment. EngineError if the two are not equally long.
         """
         if len(tokens) != len(log_probs):
             raise EngineError(f"an engine gave {len(log_probs)} log-probabilities for {len(tokens)} tokens")
@@ -48,10 +50,10 @@ class Turn:
         # most turns are one piece, which is not copied
         self.tokens = np.concatenate([self.tokens, tokens]) if len(self.tokens) else tokens
         self.log_probs = np.concatenate([self.log_probs, log_probs]) if len(self.log_probs) else log_probs
-        if self.segments and self.segments[-1][1] == weight_version:
-            self.segments[-1] = (self.segments[-1][0] + len(tokens), weight_version)
-        else:
-            self.segments.append((len(tokens), weight_version))
+        further = Segment(len(tokens), weight_version, stale_cache=stale_cache)
+        if self.segments and self.segments[-1] == replace(further, tokens=self.segments[-1].tokens):
+            further = replace(further, tokens=self.segments.pop().tokens + len(tokens))
+        self.segments.append(further)
 
 
 @dataclass
@@ -136,22 +138,24 @@ class Trajectory:
     @property
     def first_version(self) -> int | None:
         """The oldest weights that sampled of it; None: nothing is sampled yet."""
-        versions = [v for turn in self.turns for _, v in turn.segments if v != NOT_SAMPLED]
-        return versions[0] if versions else None
+        return next(iter(self.versions), None)
 
     @property
     def last_version(self) -> int | None:
-        versions = [v for turn in self.turns for _, v in turn.segments if v != NOT_SAMPLED]
-        return versions[-1] if versions else None
+        return next(reversed(self.versions), None)
+
+    @property
+    def versions(self) -> list[int]:
+        """The weights that sampled of it, one for each segment, in order."""
+        found = [segment.weight_version for turn in self.turns for segment in turn.segments]
+        return [version for version in found if version != NOT_SAMPLED]
 
     def segments(self, counted_from: int) -> list[Segment]:
         """Its response by origin; tokens sampled under weights before `counted_from` do not count."""
         return [
-            Segment(
-                tokens, version, counted=turn.counted and version != NOT_SAMPLED and version >= counted_from
-            )
+            replace(segment, counted=turn.counted and NOT_SAMPLED != segment.weight_version >= counted_from)
             for turn in self.turns
-            for tokens, version in turn.segments
+            for segment in turn.segments
         ]
 
 

@@ -93,12 +93,16 @@ class TurnSampler:
         }
         if stop:
             parameters["stop"] = list(stop)
-        request = {
+        newest = sampling.newest_version()
+        request: dict[str, Any] = {
             "input_ids": trajectory.tokens,
             "sampling_params": parameters,
             "return_logprob": True,
             "return_routed_experts": sampling.routing_width > 0,
         }
+        if self._client.endpoint.keeps_cache:
+            # SGLang finds cached prefixes only of requests with the same key: none of earlier weights
+            request["extra_key"] = str(newest)
         try:
             answer = await self._client.generate(request, self._routing_key)
         except RequestRefused as refusal:
@@ -107,7 +111,7 @@ class TurnSampler:
                 raise
             turn.finish = "length"  # there is a response, which the engine cannot make longer
             return
-        reason = self._take(trajectory, turn, answer)
+        reason = self._take(trajectory, turn, answer, newest)
         if reason == "abort":
             raise ResponseStopped(self._client.stopping)
         if reason == "stop":
@@ -118,18 +122,27 @@ class TurnSampler:
         elif room <= len(answer.tokens) or len(answer.tokens) < min(limits):
             turn.finish = "length"
 
-    def _take(self, trajectory: Trajectory, turn: Turn, answer: EngineAnswer) -> str:
-        """Add an engine's tokens to the turn; returns its finish reason."""
+    def _take(self, trajectory: Trajectory, turn: Turn, answer: EngineAnswer, newest: int) -> str:
+        """Add an engine's tokens to the turn; returns its finish reason.
+
+        newest: the newest weights when the request was sent. Where an update keeps the cache, what other
+        weights sampled may stand on a cache of these. SGLang does not tell: a request that had its prompt
+        cached, and no token, lists the later weights alone.
+        """
         sampling = self._sampling
         start, last = 0, len(answer.spans) - 1
         # all of them before any token is taken: one that is refused is in no account
         versions = [self._checked(version) for _, version in answer.spans]
         for number, (tokens, _) in enumerate(answer.spans):
             end = None if number == last else start + tokens
-            turn.extend(answer.tokens[start:end], answer.log_probs[start:end], versions[number])
+            stale_cache = self._client.endpoint.keeps_cache and versions[number] != newest
+            turn.extend(
+                answer.tokens[start:end], answer.log_probs[start:end], versions[number],
+                stale_cache=stale_cache,
+            )  # fmt: skip
             start += tokens
         finish = str(answer.finish_reason["type"])
-        # of all tokens so far, under these weights; after an abort the next answer has them again
+        # of all tokens so far, as each was computed; after an abort the next answer has them again
         if answer.routed_experts and sampling.routing_width and finish != "abort":
             tokens = len(trajectory.prompt) + trajectory.length
             trajectory.routed_experts = recorded_experts(

@@ -98,6 +98,8 @@ class LiveEngines:
 
     def refresh(self) -> None: ...
 
+    def attend(self) -> None: ...
+
     def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """See RolloutSource. Raises EngineError when engines die again and again."""
 
@@ -148,6 +150,7 @@ class LiveEngines:
             request_timeout_seconds=sampling.request_timeout_seconds,
             retries=sampling.retries,
             any_engine_alive=lambda: self.router.reaches(self.fleet.urls),
+            keeps_cache=self._config.rollout.pause == "in_place",
         )
 
     def _tell_of_refusals(self, rollout: RolloutGroups) -> None:

@@ -233,6 +233,7 @@ def update(
     step: int,
 ) -> None:
     """One optimizer step on the objective, and its diagnostics."""
+    run.rollouts.attend()
     if step == 0 and run.config.optimizer.reset_every_iteration:
         run.actor.reset_optimizer()
     subproblem = Subproblem(run.config, iteration.number)

@@ -12,7 +12,6 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_pmd.batch import NOT_SAMPLED
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptOrder
 from megatron_pmd.errors import StaleWeights
@@ -191,14 +190,7 @@ class Production:
 
 def _within(group: Group, staleness: int, newest_version: int) -> bool:
     """Whether these weights, and none too old for the group's rollout, have sampled it."""
-    versions = [
-        version
-        for member in group.members
-        for part in member.parts
-        for turn in part.turns
-        for _, version in turn.segments
-        if version != NOT_SAMPLED
-    ]
+    versions = [version for member in group.members for part in member.parts for version in part.versions]
     return bool(versions) and min(versions) >= group.begun - staleness and max(versions) <= newest_version
 
 

@@ -58,6 +58,12 @@ class RolloutSource(Protocol):
     def refresh(self) -> None:
         """Have ahead(), and the driver's prompt order with it, tell of this moment; else of the last take."""
 
+    def attend(self) -> None:
+        """Between two steps of the actor: what samples meanwhile, and has ended, is started again.
+
+        Not collective, and waits for nothing.
+        """
+
     def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         """Samples for the rollout, drawn now, under the actor's weights; only of live engines.
 
@@ -97,6 +103,8 @@ class WithoutEngines:
         return []
 
     def refresh(self) -> None: ...
+
+    def attend(self) -> None: ...
 
     def draw(self, rollout: RolloutGroups | None, actor: Actor, title: str) -> list[Sample]:
         raise AssertionError(f"{title}: only live engines are asked for more than rollouts")

@@ -12,8 +12,9 @@ import os
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,7 +64,7 @@ class SamplerProcess:
     """Seen from the driver. Every call waits for the process and passes the time with `meanwhile`."""
 
     def __init__(self, setup: Setup, meanwhile: Callable[[], bool]) -> None:
-        """Starts it; `wait_ready` says when it serves.
+        """Starts it and returns at once; `wait_ready` says when it serves.
 
         meanwhile: called all the time while a call waits; once it is true, the drawing ends as it is.
         """
@@ -73,17 +74,24 @@ class SamplerProcess:
         self._process = context.Process(target=_main, args=(theirs, os.getpid(), setup), name=TITLE)
         self._process.start()
         theirs.close()
-        self._ready = False
+        self._owed = deque([READY])
+        """Answers that are not taken yet, in their order."""
+
+    def check_alive(self) -> None:
+        """SamplerLost when the process has ended."""
+        if not self._process.is_alive():
+            raise self._lost()
 
     def wait_ready(self) -> None:
-        """Raises ConfigError for a reward that cannot be loaded."""
-        if not self._ready:
-            self._answer(READY, START_SECONDS)
-            self._ready = True
+        """Until it has done all that it was told. Raises ConfigError for a reward that cannot be loaded."""
+        while self._owed:
+            self._answer(START_SECONDS)
 
-    def publish(self, version: int, routing_width: int, endpoint: Endpoint) -> None:
-        """See Production.publish."""
-        self._call("publish", version, routing_width, endpoint, seconds=START_SECONDS)
+    def publish(self, version: int, routing_width: int, endpoint: Endpoint, *, wait: bool = True) -> None:
+        """See Production.publish. wait: False: returns at once; it does so as soon as it serves."""
+        self._tell("publish", version, routing_width, endpoint)
+        if wait:
+            self.wait_ready()
 
     def take(self, iteration: int, seconds: float) -> tuple[RolloutGroups, Ahead, Flow]:
         """See Production.take; with what stands behind it then, without responses, and Production.flow."""
@@ -108,15 +116,18 @@ class SamplerProcess:
         self._process.join()
 
     def _call(self, command: str, *words: Any, seconds: float) -> Any:
-        try:
-            self._pipe.send((command, words))
-        except OSError:
-            raise self._lost() from None
-        return self._answer(command, seconds)
+        self.wait_ready()
+        self._tell(command, *words)
+        return self._answer(seconds)
 
-    def _answer(self, command: str, seconds: float) -> Any:
-        """Raises SamplerLost when the process has ended, EngineError at the deadline."""
-        end = time.monotonic() + seconds
+    def _tell(self, command: str, *words: Any) -> None:
+        with suppress(OSError):  # one that has ended owes the answer, and gives none
+            self._pipe.send((command, words))
+        self._owed.append(command)
+
+    def _answer(self, seconds: float) -> Any:
+        """The next that it owes; SamplerLost when the process has ended, EngineError at the deadline."""
+        end, command = time.monotonic() + seconds, self._owed[0]
         try:
             while not self._pipe.poll(POLL_SECONDS):
                 if self._meanwhile() and not self._told:
@@ -127,6 +138,7 @@ class SamplerProcess:
             result, failure = self._pipe.recv()
         except (EOFError, OSError):
             raise self._lost() from None
+        self._owed.popleft()
         if failure is not None:
             raise failure
         return result

@@ -13,6 +13,7 @@ from megatron_pmd.config import RunConfig
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.handover import Handover, Pauses
+from megatron_pmd.engine.recovery import Restarts
 from megatron_pmd.engine.router import reaches
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.training.flow import Flow
@@ -51,14 +52,15 @@ class SeparateEngines(LiveEngines):
         self._sampler: SamplerProcess | None = None
         self._published: tuple[int, int] | None = None
         """Weight version, and experts that a token goes to (Sampler.of)."""
-        self._deaths = 0
+        self._restarts = Restarts(config.rollout.restarts)
+        """Of the sampler. One has succeeded when a rollout is taken."""
         self._folder = folder
         self._trained = Flow()
         """What has come from the sampler."""
         control.on_driver(self._started)
 
     def _handover_of(self, device: SharedDevice | None) -> Handover:
-        return Pauses(self.fleet, self.clock)
+        return Pauses(self.fleet, self.clock, self._config.rollout.pause)
 
     def take(self, iteration: int, carried_over: Sequence[Group], actor: Actor) -> Drawn | None:
         taken: list[Drawn] = []
@@ -73,6 +75,7 @@ class SeparateEngines(LiveEngines):
             self._trained.put("trained", (member for group in rollout.chosen for member in group.members))
             flow.check_handed_over(self._trained)
             taken.append(Drawn(rollout, rollout.samples(self._tokenizer), flow.values()))
+            self._restarts.made = 0
 
         self._with_engines(take, actor, iteration)
         return taken[0] if taken else None
@@ -116,11 +119,23 @@ class SeparateEngines(LiveEngines):
         self.handover.go_on()
         self.fleet.watch()
 
-    def _publish(self, sampler: SamplerProcess) -> None:
+    def _publish(self, sampler: SamplerProcess, *, wait: bool = True) -> None:
         if self._published is not None:
             alive = functools.partial(reaches, self.router.url, self.fleet.urls)  # a pipe takes no lambda
             endpoint = dataclasses.replace(self._endpoint(), any_engine_alive=alive)
-            sampler.publish(*self._published, endpoint)
+            sampler.publish(*self._published, endpoint, wait=wait)
+
+    def attend(self) -> None:
+        """A sampler that was killed is started again, and gets ready while the actor trains.
+
+        One that may not be started any more ends the run when it is asked for samples.
+        """
+        try:
+            if self._sampler is not None:
+                self._sampler.check_alive()
+        except SamplerLost as lost:
+            if self._restarts.left:
+                self._replace(lost)
 
     def _asked(self, ask: Callable[[SamplerProcess], T]) -> T:
         """The sampler's answer; one that was killed is started again from what is known of it."""
@@ -128,25 +143,32 @@ class SeparateEngines(LiveEngines):
             try:
                 return ask(self._started())
             except SamplerLost as lost:
-                self._deaths += 1
-                self._sampler = None
-                if self._deaths > self._config.rollout.restarts:
+                if not self._restarts.left:
                     raise
-                self._console.say(
-                    f"{lost} It is started again, and goes on with the groups that were complete."
-                )
+                self._replace(lost)
+
+    def _replace(self, lost: SamplerLost) -> None:
+        """Start another, which tells at the next call of it whether it came up."""
+        self._restarts.made += 1
+        self._console.say(f"{lost} It is started again, and goes on with the groups that were complete.")
+        self._sampler = self._start()
 
     def _started(self) -> SamplerProcess:
         if self._sampler is None:
-            assert self._problems is not None, "only the driver has a sampler"
-            assert self._ahead is not None, "and knows what is ahead"
-            # before weights are published, a checkpoint's are the newest
-            newest = self._published[0] if self._published else self._ahead.first
-            setup = Setup(self._config, self._problems.train, self._ahead, self._folder, newest)
-            self._sampler = SamplerProcess(setup, self._asked_meanwhile)
-            self._sampler.wait_ready()
-            self._publish(self._sampler)
+            self._sampler = self._start()
+        self._sampler.wait_ready()
         return self._sampler
+
+    def _start(self) -> SamplerProcess:
+        """Does not wait until it serves."""
+        assert self._problems is not None, "only the driver has a sampler"
+        assert self._ahead is not None, "and knows what is ahead"
+        # before weights are published, a checkpoint's are the newest
+        newest = self._published[0] if self._published else self._ahead.first
+        setup = Setup(self._config, self._problems.train, self._ahead, self._folder, newest)
+        sampler = SamplerProcess(setup, self._asked_meanwhile)
+        self._publish(sampler, wait=False)
+        return sampler
 
     def close(self) -> None:
         if self._sampler is not None:

@@ -27,7 +27,7 @@ def test_log_probs_equal_transformers_after_loading(one_process, reference, fami
     response = ~report.log_probs.isnan()
     assert int(response.sum()) == batch.samples.response_lengths.sum()
     # compared with the engines are only the tokens that they sampled under the current weights
-    assert report.tokens == (batch.tokens.versions == batch.weight_version).sum() < response.sum()
+    assert report.tokens == (batch.tokens.policies == batch.weight_version).sum() < response.sum()
     torch.testing.assert_close(
         report.log_probs[response],
         torch.from_numpy(batch.tokens.engine_log_probs)[response],

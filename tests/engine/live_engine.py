@@ -95,9 +95,17 @@ def update(control: EngineControl, bucket: SharedBucket, model, version: int) ->
     control.flush_cache()
 
 
-def generate(url: str, key: str = KEY, prompts: Sequence[Sequence[int]] = PROMPTS, **sampling) -> list[dict]:
+def generate(
+    url: str,
+    key: str = KEY,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    cache_key: str | None = None,
+    **sampling,
+) -> list[dict]:
+    """cache_key: only requests of the same one share cached prefixes."""
     sampling = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True} | sampling
     request = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    request |= {"extra_key": cache_key} if cache_key else {}
     reply = httpx.post(
         url + "/generate",
         json=request,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from megatron_pmd.distributed import Control
+from megatron_pmd.heartbeat import Heartbeat
 
 
 class OnlyRank(Control):
     rank = node = 0
     world = 1
     is_driver = True
+    heartbeat = Heartbeat()
 
     def __init__(self):
         pass

@@ -328,6 +328,11 @@ def test_the_router_passes_tokens_and_log_probs_and_says_when_no_engine_is_left(
         router.wait_ready(START_SECONDS)
         assert KEY not in " ".join(psutil.Process(router.pid).cmdline())
         assert largest_difference(models[0], generate(router.url)) < 1e-4
+        cached = [
+            sum(answer["meta_info"]["cached_tokens"] for answer in generate(router.url, cache_key=key))
+            for key in ("7", "7", "8")
+        ]
+        assert cached[0] == cached[2] == 0 < cached[1], "the engine is told whose cache a request may use"
         for key in ("", "another", ADMIN_KEY):
             stranger = httpx.post(
                 router.url + "/generate", json={"input_ids": [1]}, timeout=60, trust_env=False,

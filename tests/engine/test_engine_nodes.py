@@ -24,7 +24,7 @@ from megatron_pmd.observe.subphases import SubphaseClock
 from recipes import recipe
 from tests.engine.live_engine import spec_for
 
-KEYS, EARLIER = Keys("api", "admin"), Keys("earlier", "earlier admin")
+KEYS = Keys("api", "admin")
 CONFIG = override(recipe("tiny_moe_overlap_cpu"), ["layout.engine_nodes=1", "sync.transport=broadcast"])
 
 
@@ -67,8 +67,8 @@ def meeting(tmp_path: Path) -> Meeting:
     return found
 
 
-def tell(meeting: Meeting, urls: dict[int, str], keys: Keys = KEYS, failures: Any = None) -> None:
-    meeting.announce(0, keys, urls, failures or {}, "agent")
+def tell(meeting: Meeting, urls: dict[int, str], failures: Any = None) -> None:
+    meeting.announce(0, urls, failures or {}, "agent")
 
 
 def engine(meeting: Meeting, folder: Path) -> AnnouncedEngine:
@@ -80,20 +80,20 @@ def test_what_a_node_is_to_start_is_for_this_user_alone_and_gone_with_the_run(me
     file = tmp_path / "engines" / "run.json"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert meeting.opening() == Opening(CONFIG.model_dump(mode="json"), KEYS, "127.0.0.1")
-    tell(meeting, {0: "http://127.0.0.1:9"}, KEYS)
+    tell(meeting, {0: "http://127.0.0.1:9"})
     assert "admin" not in (tmp_path / "engines" / "node-0.json").read_text()
     meeting.close()
     assert meeting.opening() is None
     meeting.close()
 
 
-def test_only_engines_of_this_start_of_the_run_are_found(meeting) -> None:
-    assert meeting.announced(0, 0, KEYS) is None
-    tell(meeting, {0: "http://127.0.0.1:9"}, EARLIER)
-    assert meeting.announced(0, 0, KEYS) is None
-    tell(meeting, {0: "http://127.0.0.1:10"}, KEYS)
-    assert meeting.announced(0, 0, KEYS) == "http://127.0.0.1:10"
-    assert meeting.announced(1, 0, KEYS) is None
+def test_only_engines_of_this_start_of_the_run_are_found(meeting, tmp_path) -> None:
+    assert meeting.announced(0, 0) is None
+    tell(Meeting(tmp_path, "earlier"), {0: "http://127.0.0.1:9"})
+    assert meeting.announced(0, 0) is None
+    tell(meeting, {0: "http://127.0.0.1:10"})
+    assert meeting.announced(0, 0) == "http://127.0.0.1:10"
+    assert meeting.announced(1, 0) is None
 
 
 def test_an_engine_is_waited_for_until_its_node_tells_where_it_is_and_it_answers(meeting, tmp_path) -> None:
@@ -103,7 +103,7 @@ def test_an_engine_is_waited_for_until_its_node_tells_where_it_is_and_it_answers
     with pytest.raises(EngineError, match="does not answer"):
         found.check_alive()
     with server() as url:
-        threading.Timer(0.3, lambda: tell(meeting, {0: url}, KEYS)).start()
+        threading.Timer(0.3, lambda: tell(meeting, {0: url})).start()
         found.wait_ready(20)
         assert found.url == url == found.spec.url and found.alive()
     assert not found.alive()
@@ -112,14 +112,14 @@ def test_an_engine_is_waited_for_until_its_node_tells_where_it_is_and_it_answers
 def test_a_lost_engine_is_dead_until_its_node_has_started_it_elsewhere(meeting, tmp_path) -> None:
     """Also where it goes on answering: it may be stuck."""
     with server() as first, server() as second:
-        tell(meeting, {0: first}, KEYS)
+        tell(meeting, {0: first})
         found = engine(meeting, tmp_path)
         assert found.alive()
         found.stop()
         assert meeting.lost(0) == first and not found.alive()
         found.find()
         assert not found.alive()
-        tell(meeting, {0: second}, KEYS)
+        tell(meeting, {0: second})
         assert not found.alive(), "its address is that of the lost one"
         found.find()
         assert found.url == second and found.alive()
@@ -149,13 +149,13 @@ def test_one_that_has_never_answered_is_left_to_its_node(meeting, tmp_path) -> N
 
 def test_what_a_file_said_last_holds_while_the_file_system_does_not_answer(meeting, monkeypatch) -> None:
     tell(meeting, {0: "http://127.0.0.1:9"})
-    assert meeting.announced(0, 0, KEYS) == "http://127.0.0.1:9"
+    assert meeting.announced(0, 0) == "http://127.0.0.1:9"
 
     def stale(path: Path) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr("megatron_pmd.engine.engine_nodes.read_object", stale)
-    assert meeting.announced(0, 0, KEYS) == "http://127.0.0.1:9"
+    assert meeting.announced(0, 0) == "http://127.0.0.1:9"
 
 
 def test_a_node_that_was_started_with_another_start_of_the_run_finds_nothing(meeting, monkeypatch) -> None:
@@ -168,10 +168,10 @@ def test_a_node_that_was_started_with_another_start_of_the_run_finds_nothing(mee
 def test_calls_go_to_where_the_engine_now_is(meeting, tmp_path) -> None:
     own = OwnEngine(EnginePart(engine=0, nodes=(0,), ranks=(0,), node=0), CONFIG, SubphaseClock(), meeting)
     with server() as first, server() as second:
-        tell(meeting, {0: first}, KEYS)
+        tell(meeting, {0: first})
         own.start(engine(meeting, tmp_path).spec)
         assert own.calls.spec.url == first and own.why_lost(probe=False) is None
-        tell(meeting, {0: second}, KEYS)
+        tell(meeting, {0: second})
         lost = own.why_lost(probe=False)
         assert lost is not None and "does not answer" in lost
         own.answers_again()

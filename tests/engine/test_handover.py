@@ -92,11 +92,11 @@ def test_a_lost_engine_that_does_not_release_its_memory_is_killed_and_that_frees
 def test_an_engine_that_dies_after_its_update_is_killed_and_the_others_go_on(step):
     fleet: Any = Fleet(lost="it died")
     fleet.own.calls = SimpleNamespace(flush_cache=lambda paused: failing(), go_on=failing)
-    getattr(Pauses(fleet, SubphaseClock()), step)()
+    getattr(Pauses(fleet, SubphaseClock(), "retract"), step)()
     assert fleet.killed == [3]
     fleet.own.why_lost = lambda probe: None
     with pytest.raises(EngineError, match="no answer"):
-        getattr(Pauses(fleet, SubphaseClock()), step)()
+        getattr(Pauses(fleet, SubphaseClock(), "retract"), step)()
 
 
 def test_a_living_engine_that_does_not_release_its_memory_is_an_error():
@@ -115,10 +115,12 @@ def test_an_engines_cache_does_not_come_beside_the_actors_parameters():
         handover.resume_cache()
 
 
-def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep_their_memory():
+@pytest.mark.parametrize(("mode", "flushes"), [("retract", [("flush", True)]), ("in_place", [])])
+def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep_their_memory(mode, flushes):
+    """SGLang refuses a flush while requests keep their cache."""
     asked: list[Any] = []
     calls = SimpleNamespace(
-        pause=lambda: asked.append("pause"),
+        pause=asked.append,
         flush_cache=lambda *, paused: asked.append(("flush", paused)),
         go_on=lambda: asked.append("go on"),
     )
@@ -126,7 +128,7 @@ def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep
     fleet: Any = SimpleNamespace(
         elsewhere=False, on_leaders=lambda action: [action(own)], kill=lambda engines: None
     )
-    pauses = Pauses(fleet, SubphaseClock())
+    pauses = Pauses(fleet, SubphaseClock(), mode)
     pauses.release()
     pauses.before_restart()
     assert asked == []
@@ -134,4 +136,4 @@ def test_engines_with_devices_of_their_own_are_paused_flushed_and_go_on_and_keep
     pauses.resume_cache()
     pauses.go_on()
     # a health check would wait for a token that a paused engine does not make
-    assert asked == ["unwatch", "pause", ("flush", True), "go on"]
+    assert asked == ["unwatch", mode, *flushes, "go on"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_pmd.config import AgentProgram, Model, Rollout
+from megatron_pmd.config import AgentProgram, Model, Rollout, override
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.installed_options import check_options, check_parsers, sglang_source
 from megatron_pmd.engine.sglang_server import OUR_OPTIONS, EngineSpec, engine_options, expert_parallel
@@ -62,6 +62,33 @@ def test_a_parser_that_sglang_has_not_is_refused_with_the_nearest(setting, name,
 def test_every_option_of_a_recipe_is_one_that_an_engine_starts_with() -> None:
     for name in RECIPES:
         check_options(recipe(name).rollout.sglang, OUR_OPTIONS)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_an_engine_that_is_paused_in_place_ends_each_step_before_it_looks_for_requests(cpu: bool) -> None:
+    """SGLang's event_loop_normal; in event_loop_overlap a step is under way when the pause comes."""
+    settings = ["rollout.placement=separate", "rollout.staleness=1", "rollout.max_total_tokens=8192"]
+    config = override(recipe("tiny_moe_cpu"), [*settings, "rollout.pause=in_place"])
+    spec = EngineSpec.of_run(config, 0, log=None, cpu=cpu, port=1)
+    assert engine_options(spec)["disable_overlap_schedule"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([], "with rollout.staleness=0: no response runs while the engines take weights"),
+        (
+            ["rollout.staleness=1", 'rollout.sglang={"disable_overlap_schedule": false}'],
+            "the step that is under way would compute with weights that change",
+        ),
+    ],
+)
+def test_a_pause_in_place_is_refused_where_nothing_runs_and_where_a_step_would_run_on(
+    settings: list[str], reason: str
+) -> None:
+    settings = ["rollout.placement=separate", "rollout.pause=in_place", *settings]
+    with pytest.raises(ConfigError, match=reason):
+        override(recipe("tiny_moe_cpu"), settings)
 
 
 SEPARATE = ["rollout.placement=separate", "rollout.partial=null", "layout.data=4", "layout.expert=4"]

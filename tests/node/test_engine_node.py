@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import override
+from megatron_pmd.engine import recovery
 from megatron_pmd.engine.engine_nodes import Meeting, Opening
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.sglang_server import EngineSpec
@@ -68,7 +69,7 @@ class Served(threading.Thread):
 def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     monkeypatch.setattr(engine_node, "EngineProcess", Played)
     monkeypatch.setattr(engine_node, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(engine_node, "RESTART_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(recovery, "RESTART_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(engine_node.signal, "signal", lambda *_: None)  # threads may not
     monkeypatch.setattr(Played, "everyone", [])
     found = Meeting(tmp_path)
@@ -76,10 +77,10 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting
     found.close()
 
 
-def opened(meeting: Meeting, keys: str, *settings: str) -> Keys:
+def opened(meeting: Meeting, keys: str, *settings: str, start: str = "") -> Keys:
     given = Keys(keys, keys)
     config = override(CONFIG, list(settings)).model_dump(mode="json")
-    meeting.open(Opening(config, given, "127.0.0.1", software=software()))
+    meeting.open(Opening(config, given, "127.0.0.1", start=start, software=software()))
     return given
 
 
@@ -93,31 +94,31 @@ def until(condition: Callable[[], Any]) -> None:
 def test_a_node_starts_its_share_of_the_engines_and_ends_them_with_the_run(meeting, tmp_path) -> None:
     keys = opened(meeting, "key")
     node = Served(tmp_path, 1)
-    until(lambda: meeting.announced(1, 3, keys))
+    until(lambda: meeting.announced(1, 3))
     engines = Played.everyone
     assert [engine.spec.number for engine in engines] == [2, 3]
     assert [engine.spec.seed for engine in engines] == [CONFIG.seed + 2, CONFIG.seed + 3]
     assert [engine.spec.first_gpu for engine in engines] == [0, CONFIG.rollout.tensor_parallel]
     assert {engine.spec.host for engine in engines} == {"127.0.0.1"} and engines[0].spec.keys == keys
-    assert [meeting.announced(1, number, keys) for number in (2, 3)] == [engine.url for engine in engines]
+    assert [meeting.announced(1, number) for number in (2, 3)] == [engine.url for engine in engines]
     meeting.close()
     node.join(30)
     assert node.error is None and not any(engine.alive() for engine in engines)
 
 
 def test_an_engine_that_dies_or_does_not_answer_is_started_again_elsewhere(meeting, tmp_path) -> None:
-    keys = opened(meeting, "key")
+    opened(meeting, "key")
     Served(tmp_path, 0)
-    until(lambda: meeting.announced(0, 1, keys))
+    until(lambda: meeting.announced(0, 1))
     dies, stuck = Played.everyone[:2]
     dies.stop()
     until(lambda: len(Played.everyone) == 3)
     meeting.tell_lost(1, stuck.url)
     until(lambda: len(Played.everyone) == 4)
     again = Played.everyone[2:]
-    until(lambda: meeting.announced(0, 1, keys) == again[1].url)
+    until(lambda: meeting.announced(0, 1) == again[1].url)
     assert [engine.spec.number for engine in again] == [0, 1] and not stuck.alive()
-    assert meeting.announced(0, 0, keys) == again[0].url
+    assert meeting.announced(0, 0) == again[0].url
 
 
 def test_a_new_start_of_the_run_gets_new_engines(meeting, tmp_path) -> None:
@@ -125,8 +126,8 @@ def test_a_new_start_of_the_run_gets_new_engines(meeting, tmp_path) -> None:
     opened(meeting, "first")
     Served(tmp_path, 0)
     until(lambda: len(Played.everyone) == 2)
-    keys = opened(meeting, "second", "rollout.max_running_requests=7")
-    until(lambda: meeting.announced(0, 1, keys))
+    keys = opened(meeting, "second", "rollout.max_running_requests=7", start="7-2")
+    until(lambda: Meeting(tmp_path, "7-2").announced(0, 1))
     before, after = Played.everyone[:2], Played.everyone[2:]
     assert not any(engine.alive() for engine in before)
     assert [engine.spec.keys for engine in after] == [keys, keys]
@@ -135,13 +136,13 @@ def test_a_new_start_of_the_run_gets_new_engines(meeting, tmp_path) -> None:
 
 def test_an_engine_that_does_not_come_up_is_given_up_alone(meeting, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Played, "fail", {0})
-    keys = opened(meeting, "key")
+    opened(meeting, "key")
     node = Served(tmp_path, 0)
-    until(lambda: meeting.failure(0, 0, keys))
-    assert meeting.failure(0, 0, keys) == "exited with status 1 at start\nit was started 3 times, in vain"
-    assert meeting.announced(0, 0, keys) is None
+    until(lambda: meeting.failure(0, 0))
+    assert meeting.failure(0, 0) == "exited with status 1 at start\nit was started again 2 times, in vain"
+    assert meeting.announced(0, 0) is None
     [healthy] = [engine for engine in Played.everyone if engine.spec.number == 1]
-    assert healthy.alive() and meeting.announced(0, 1, keys) == healthy.url and node.error is None
+    assert healthy.alive() and meeting.announced(0, 1) == healthy.url and node.error is None
 
 
 def test_a_node_none_of_whose_engines_comes_up_ends_with_their_words(meeting, tmp_path, monkeypatch) -> None:
@@ -150,20 +151,20 @@ def test_a_node_none_of_whose_engines_comes_up_ends_with_their_words(meeting, tm
     node = Served(tmp_path, 0)
     node.join(30)
     assert isinstance(node.error, EngineError)
-    assert str(node.error).count("exited with status 1 at start\nit was started 3 times, in vain") == 2
+    assert str(node.error).count("exited with status 1 at start\nit was started again 2 times, in vain") == 2
     assert not any(engine.alive() for engine in Played.everyone)
 
 
 def test_a_node_that_comes_later_takes_the_place_of_one_that_is_there(meeting, tmp_path) -> None:
-    keys = opened(meeting, "key")
+    opened(meeting, "key")
     first = Served(tmp_path, 0)
-    until(lambda: meeting.announced(0, 1, keys))
+    until(lambda: meeting.announced(0, 1))
     before = list(Played.everyone)
     Served(tmp_path, 0)
     first.join(30)
     assert first.error is None and not any(engine.alive() for engine in before)
     after = Played.everyone[2:]
-    assert [meeting.announced(0, number, keys) for number in (0, 1)] == [engine.url for engine in after]
+    assert [meeting.announced(0, number) for number in (0, 1)] == [engine.url for engine in after]
     assert all(engine.alive() for engine in after)
 
 

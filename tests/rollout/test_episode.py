@@ -78,7 +78,7 @@ def test_the_engine_is_asked_with_its_own_tokens_and_inserted_ones_do_not_count(
     batch = RolloutBatch.pack([sample], temperature=1.0)
     inserted = [token in (7, 8, 50) for token in WHOLE]
     assert batch.tokens.counted[2:].tolist() == [not i for i in inserted]
-    assert (batch.tokens.versions[2:] == NOT_SAMPLED).tolist() == inserted
+    assert (batch.tokens.policies[2:] == NOT_SAMPLED).tolist() == inserted
     assert rollout_values([sample])["rollout/inserted_share"] == 4 / 16
 
 

@@ -175,7 +175,7 @@ def test_earlier_segments_can_be_left_out_of_the_loss():
     last = rollouts(engine, 3, PartialRollouts(extra_groups=3, count_earlier_segments=False))[2]
     assert any(s.segments[0].weight_version < 2 for s in last.samples)
     batch = RolloutBatch.pack(last.samples, 1.0, weight_version=2)
-    assert (batch.tokens.counted == (batch.tokens.versions == 2)).all()
+    assert (batch.tokens.counted == (batch.tokens.policies == 2)).all()
     assert not batch.tokens.counted.all()
     batch.refuse_undeclared_versions(max_staleness=4)
 

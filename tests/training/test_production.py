@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -152,6 +153,40 @@ def test_a_response_that_meets_an_update_is_whole_and_says_which_weights_sampled
         assert values["staleness/max"] == 1 and values["staleness/mixed_responses"] == 1.0
         assert values["staleness/mean"] == pytest.approx(values["staleness/share_1"])
         assert values["staleness/share_0"] + values["staleness/share_1"] == pytest.approx(1.0)
+
+    with serving(engine) as url:
+        run(body)
+
+
+def test_behind_an_update_in_place_only_what_was_asked_for_under_the_new_weights_is_of_one_policy(
+    tmp_path: Path, production: Begin
+) -> None:
+    """Of rollout 0 some responses run when the weights change, and some wait for a slot: the engine lists the
+    new weights alone for these, and may have their prompts cached under the old ones."""
+    slots = PROMPTS * SAMPLES - 4
+    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=200, slots=slots, keep_requests=True)
+
+    async def body() -> None:
+        order, engines = prompts(), dataclasses.replace(endpoint(url), keeps_cache=True)
+        producing = production(configured(1), order)
+        producing.publish(0, WIDTH, engines)
+        while engine.running < PROMPTS * SAMPLES:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        asked = len(engine.requests)
+        await update(engine, url, 1, lambda: producing.publish(1, WIDTH, engines))
+        rollout = await producing.take(0)
+        assert {request["extra_key"] for request in engine.requests[:asked]} == {"0"}
+        first = rollout.samples(Numbers())
+        found = [[(g.weight_version, g.stale_cache) for g in sample.segments] for sample in first]
+        assert found.count([(0, False), (1, True)]) == slots and found.count([(1, True)]) == 4
+        share = sum(s.segments[-1].tokens for s in first) / sum(len(s.response_tokens) for s in first)
+        assert staleness_values(first, 1)["staleness/stale_cache"] == pytest.approx(share)
+        write_carried_over(tmp_path, rollout.groups)
+        kept = [m for group in read_carried_over(tmp_path, order.problem) for m in group.members]
+        assert [m.segments(0) for m in kept] == [s.segments for s in first]
+        for sample in (await producing.take(1)).samples(Numbers()):
+            assert [(g.weight_version, g.stale_cache) for g in sample.segments] == [(1, False)]
 
     with serving(engine) as url:
         run(body)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_pmd.batch import Segment
 from megatron_pmd.config import Rollout
+from megatron_pmd.data.problems import Problem
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.console import Console
+from megatron_pmd.rollout.engine_answer import EngineAnswer
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient
+from megatron_pmd.rollout.groups import Accounts
+from megatron_pmd.rollout.trajectory import Trajectory, Turn
+from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler
 from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.training.separate_engines import SeparateEngines
 from megatron_pmd.weight_sync.broadcast import Broadcast
@@ -177,26 +186,39 @@ class WithoutSampler(SeparateEngines):
     def _asked(self, ask): ...
 
 
+def separate_engines(engines, engine, bucket, model, folder, pause, meanwhile=lambda: None) -> Any:
+    """The same, in a run with separate engines. load() gives them this model's weights.
+
+    meanwhile: called while they are paused.
+    """
+    given = engines._config
+    config = given.model_copy(update={"rollout": given.rollout.model_copy(update={"pause": pause})})
+    separate: Any = WithoutSampler(config, ALONE, folder, None, None, Console(), cpu=True, ahead=None)
+    separate.router = SimpleNamespace(url=engine.url, start=lambda urls: None, stop=lambda: None)
+
+    def push(shards, version, *, serves, before_load):
+        before_load()
+        meanwhile()
+        through(Disk(separate.fleet, ALONE, folder / "weights"), bucket, model, version)
+
+    separate._shards, separate.weight_push = 1, SimpleNamespace(push=push, close=lambda: None)
+    return separate
+
+
+ACTOR: Any = SimpleNamespace(routing_width=0, release_parameters=None)
+
+
 def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_responses_under_the_new_weights(
     control, engine, bucket, models, engines, tmp_path
 ):
     """Each token of a response is of the weights that it says, behind all tokens, whoever made them."""
     update(control, bucket, models[0], version=60)
-    separate: Any = WithoutSampler(
-        engines._config, ALONE, tmp_path, None, None, Console(), cpu=True, ahead=None
-    )
-    separate.router = SimpleNamespace(url=engine.url, start=lambda urls: None, stop=lambda: None)
-
-    def push(shards, version, *, serves, before_load):
-        before_load()
-        through(Disk(separate.fleet, ALONE, tmp_path / "weights"), bucket, models[1], version)
-
-    separate._shards, separate.weight_push = 1, SimpleNamespace(push=push, close=lambda: None)
+    separate = separate_engines(engines, engine, bucket, models[1], tmp_path, "retract")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(generate, engine.url, max_new_tokens=600)
         while not running_requests(engine.url) and not asked.done():
             time.sleep(0.02)
-        separate.load(SimpleNamespace(routing_width=0, release_parameters=None), 61)
+        separate.load(ACTOR, 61)
         answers = asked.result()
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         spans = answer["meta_info"]["weight_versions"]
@@ -208,6 +230,91 @@ def test_a_server_of_others_is_paused_for_an_update_and_goes_on_with_its_respons
             assert (theirs[part] - ours[part]).abs().max() < 1e-4
     separate.close()
     assert engine.alive() and control.weight_version() == 61
+
+
+class Unending(GenerateClient):
+    """Its responses end only where there is no more room."""
+
+    async def generate(self, request: dict[str, Any], routing_key: str) -> EngineAnswer:
+        request["sampling_params"]["ignore_eos"] = True
+        return await super().generate(request, routing_key)
+
+
+def respond(endpoint: Endpoint, prompts, newest, tokens: int) -> list[tuple[Turn, torch.Tensor]]:
+    """Responses to the prompts, asked for as a run does from these engines, and their log-probabilities.
+
+    newest: says what weights the sampler knows of.
+    """
+
+    async def ask() -> list[Turn]:
+        sampling = Sampling(
+            oldest_version=70, newest_version=newest, temperature=1.0, top_p=1.0, stop_tokens=[],
+            max_response_tokens=tokens, max_turns=1, max_new_tokens=None, repetition=None, routing_width=0,
+        )  # fmt: skip
+        turns = [Turn() for _ in prompts]
+        async with Unending(endpoint) as client:
+            sampler = TurnSampler(sampling, client, Accounts(), "")
+            async with asyncio.TaskGroup() as tasks:
+                for number, (prompt, turn) in enumerate(zip(prompts, turns, strict=True)):
+                    problem = Problem(index=number, messages=(), answer="", tokens=tuple(prompt))
+                    tasks.create_task(sampler.finish(Trajectory(problem, 0, number, [turn]), turn))
+        return turns
+
+    return [(turn, torch.from_numpy(turn.log_probs)) for turn in asyncio.run(ask())]
+
+
+@torch.no_grad()
+def log_probs_over_old_cache(models, prompt, tokens: list[int], first: int) -> torch.Tensor:
+    """Of the tokens from `first` on, by the second model over the first one's cache of what stands before
+    them, as transformers computes it. The last token before is not in the cache yet."""
+    before = torch.tensor([[*prompt, *tokens[: first - 1]]])
+    cache = models[0](before, use_cache=True).past_key_values
+    logits = models[1](torch.tensor([tokens[first - 1 : -1]]), past_key_values=cache).logits[0]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens[first:])[:, None])[:, 0]
+
+
+def test_an_update_in_place_leaves_running_responses_their_cache_and_new_ones_are_of_the_new_weights_alone(
+    control, engine, bucket, models, engines, tmp_path
+):
+    """A request that the sampler sent before it knew of the new weights, and that the engine takes after it
+    has them, finds its prompt in the cache: SGLang lists the new weights alone, and it is of neither."""
+    update(control, bucket, models[0], version=70)
+    known, late, sent = [70], list[Any](), Event()
+
+    def newest() -> int:
+        version = known[0]
+        sent.set()
+        return version
+
+    with ThreadPoolExecutor(2) as pool:
+
+        def meanwhile() -> None:
+            late.append(pool.submit(respond, separate._endpoint(), PROMPTS[1:2], newest, 24))
+            assert sent.wait(60)
+            known[0] = 71
+
+        separate = separate_engines(engines, engine, bucket, models[1], tmp_path, "in_place", meanwhile)
+        running = pool.submit(respond, separate._endpoint(), PROMPTS, lambda: known[0], 400)
+        while running_requests(engine.url) < len(PROMPTS) and not running.done():
+            time.sleep(0.02)
+        separate.load(ACTOR, 71)
+        for prompt, (turn, theirs) in zip(PROMPTS, running.result(), strict=True):
+            first, tokens = turn.segments[0].tokens, turn.tokens.tolist()
+            assert turn.segments == [Segment(first, 70), Segment(400 - first, 71, stale_cache=True)]
+            old, new = (log_probs(model, prompt, tokens) for model in models)
+            assert (theirs - old)[:first].abs().max() < 1e-4, "they stay as they were"
+            ours = log_probs_over_old_cache(models, prompt, tokens, first)
+            assert (theirs[first:] - ours).abs().max() < 1e-4
+            assert (theirs - new)[first:].abs().max() > 0.1, "nothing was computed again"
+        ((turn, theirs),) = late[0].result()
+    assert turn.segments == [Segment(24, 71, stale_cache=True)]
+    assert (theirs - log_probs(models[1], PROMPTS[1], turn.tokens.tolist())).abs().max() > 0.1
+    later = respond(separate._endpoint(), PROMPTS, lambda: 71, 24)
+    for prompt, (turn, theirs) in zip(PROMPTS, later, strict=True):
+        assert turn.segments == [Segment(24, 71)]
+        assert (theirs - log_probs(models[1], prompt, turn.tokens.tolist())).abs().max() < 1e-4
+    separate.close()
+    assert engine.alive() and control.weight_version() == 71
 
 
 def test_a_server_of_others_that_was_lost_is_taken_again_when_it_answers(engines, engine):

@@ -3,12 +3,13 @@
     python -m tools.bench.pause [RECIPE] [--updates 12] [--requests 1 --requests 16]
 
 A real engine answers streamed requests. A real actor beside it gives it weights again and again, as in a run
-with rollout.placement=separate. Prints a line of JSON for each number of requests: how long the engine loads,
-how long it stands still, and the time between two tokens of a response with an update between them.
+with rollout.placement=separate. Prints a line of JSON for each rollout.pause and number of requests: how long
+a load takes, how long it stands still, and the time between two tokens of a response with an update between.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -18,13 +19,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import httpx
 import torch
 import typer
 
+from megatron_pmd.config import PauseMode
 from megatron_pmd.engine.control import EngineControl
+from megatron_pmd.engine.handover import Pauses
 from megatron_pmd.network import LOOPBACK
 from tools.bench.loop import machine
 
@@ -85,10 +88,10 @@ class Stopwatch:
         pause, load, go_on = EngineControl.pause, EngineControl.load_bucket, EngineControl.go_on
         begun = 0.0
 
-        def timed_pause(control: EngineControl) -> None:
+        def timed_pause(control: EngineControl, mode: PauseMode) -> None:
             nonlocal begun
             before = time.perf_counter()
-            pause(control)
+            pause(control, mode)
             begun = time.perf_counter()
             self.stops.append(begun - before)
             self.loads.append(0.0)
@@ -111,7 +114,7 @@ class Stopwatch:
 
 
 def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    """A line for each number of requests."""
+    """A line for each way to pause and number of requests; all of one engine."""
     from megatron_pmd.actor.cpu import standins
 
     standins.install()
@@ -143,7 +146,8 @@ def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Ite
     try:
         actor = Actor(config, control)
         bytes_moved, version = engines.load(actor, 0).bytes, 0
-        for count in requests:
+        for mode, count in itertools.product(get_args(PauseMode), requests):
+            engines.handover = Pauses(engines.fleet, engines.clock, mode)
             streams = Streams(engines.fleet.urls[0], engines.fleet.keys.headers, count)
             stopwatch = Stopwatch()
             with stopwatch.watching():
@@ -153,7 +157,7 @@ def measure(recipe: str, updates: int, requests: list[int], folder: Path) -> Ite
                     engines.load(actor, version)
             time.sleep(SETTLE_SECONDS)
             streams.end()
-            yield _line(count, bytes_moved, stopwatch, streams.gaps)
+            yield {"pause": mode} | _line(count, bytes_moved, stopwatch, streams.gaps)
     finally:
         engines.close()
 
@@ -183,7 +187,7 @@ def main(
     updates: Annotated[int, typer.Option(min=4)] = 12,
     requests: Annotated[list[int] | None, typer.Option(min=1, help="running at one time")] = None,
 ) -> None:
-    """Measure, and print a line of JSON for each number of requests."""
+    """Measure, and print a line of JSON for each way to pause and number of requests."""
     os.environ |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

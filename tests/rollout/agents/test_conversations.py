@@ -90,8 +90,8 @@ def test_a_conversation_is_one_trajectory_of_exactly_the_tokens_that_were_sample
     batch = RolloutBatch.pack([sample], temperature=1.0)
     counted = batch.tokens.counted
     assert batch.tokens.engine_log_probs[counted].tolist() == [-n / 8 for n in range(1, counted.sum() + 1)]
-    assert set(batch.tokens.versions[counted]) == {0}
-    assert set(batch.tokens.versions[~counted]) == {NOT_SAMPLED}
+    assert set(batch.tokens.policies[counted]) == {0}
+    assert set(batch.tokens.policies[~counted]) == {NOT_SAMPLED}
     assert values == {"agent/turns": 3}
 
 
