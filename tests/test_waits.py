@@ -63,11 +63,10 @@ ENDS_WITH = {
     "training/sampler_process.py: self._process.join()": KILLED,
     "training/phases.py: run.rollout_writer.wait()": WORK_OF_ITS_OWN,
     "training/shutdown.py: signal.sigwait({SAVE})": "the process: a thread that does nothing else",
+    "weight_sync/broadcast.py: part.result()": "a call to a server or a group, which have deadlines",
     "weight_sync/bucket.py: fcntl.flock(descriptor, fcntl.LOCK_EX)": "nothing: the file is new",
     "weight_sync/exchange.py: work.wait()": GROUP,
     "weight_sync/push.py: loading.result()": A_CALL,
-    "weight_sync/transport.py: asked.result()": A_CALL,
-    "weight_sync/transport.py: done.result()": GROUP,
 }
 """By file and call, what a wait without a deadline of its own ends with."""
 
