@@ -98,7 +98,7 @@ def test_a_server_of_others_that_never_answers_ends_the_start_with_its_address(t
     config = override(
         recipe("tiny_moe_cpu"),
         ['rollout.servers=["http://127.0.0.1:9"]', "rollout.ranks_per_engine=null", "sync.transport=disk",
-         "rollout.start_timeout_seconds=0.1"],
+         "rollout.start_timeout_seconds=0.1", "layout.data=1", "layout.expert=1"],
     )  # fmt: skip
     with pytest.raises(EngineError, match=r"server 0 of rollout\.servers \(http://127\.0\.0\.1:9\) did not"):
         wait_ready(config, tmp_path)

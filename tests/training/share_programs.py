@@ -23,7 +23,7 @@ from tests.actor.warm import serve
 
 Case = tuple[dict[str, int], int]
 """A layout, and on how many nodes."""
-ARRAYS = ("ids", "engine_log_probs", "versions", "counted", "routed_experts")
+ARRAYS = ("ids", "engine_log_probs", "policies", "counted", "routed_experts")
 
 
 def run(program: Callable[..., Any], arguments: dict[str, Any]) -> Any:
