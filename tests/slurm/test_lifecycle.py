@@ -149,18 +149,13 @@ def test_nodes_lost_in_an_update_and_in_a_save_are_replaced_and_the_run_goes_on_
     def saves() -> bool:
         return saved() > resumed and any(checkpoints.glob("*.partial"))
 
-    def replaced(lost: str) -> bool:
-        """A node that comes back while the job starts on it would have its steps killed."""
-        nodes = nodes_of(cluster, number)
-        return bool(nodes) and lost not in nodes
-
     for begun, what in ((updates, "an update"), (saves, "a save")):
         resumed = saved()
         cluster.wait(begun, what, "lost")
         lost = nodes_of(cluster, number)[1]
         cluster.lab("crash", lost)
         try:
-            cluster.wait(lambda: replaced(lost), f"another node than {lost}", "lost")  # noqa: B023
+            cluster.wait(lambda: lost not in nodes_of(cluster, number), f"another node than {lost}", "lost")  # noqa: B023
         finally:
             cluster.lab("start", lost)
     assert cluster.wait_for_end(number, "lost") == "COMPLETED", cluster.log("lost")
