@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import typer
 from scipy.optimize.elementwise import find_root
@@ -25,9 +25,7 @@ from scipy.special import expit
 
 from megatron_pmd.algorithm.baselines import BASELINES, Floats, advantages
 from megatron_pmd.algorithm.closed_form import log_partition, optimum_mean, optimum_partition
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tools.studies.pictures import save
 
 GROUPS = 4000
 SIZES = (2, 4, 8, 16, 32, 64, 128)
@@ -140,8 +138,7 @@ def draw(points: dict[tuple[str, float, int], Point], path: Path) -> None:
         axis.set_xlabel("K, responses in a group")
         axis.set_xticks(SIZES, [str(size) for size in SIZES], minor=False)
     axes[0][-1].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def table(points: dict[tuple[str, float, int], Point]) -> str:

@@ -6,7 +6,6 @@ A process takes one core most of the time: two, with runs of their own in folder
 from __future__ import annotations
 
 import os
-import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,8 +22,6 @@ from megatron_pmd.training.rollouts import Drawn, train_rollout
 from recipes import recipe
 
 if TYPE_CHECKING:
-    import matplotlib.pyplot as plt
-
     from megatron_pmd.actor.actor import Actor
     from megatron_pmd.data.problem_sets import ProblemSets
     from megatron_pmd.distributed import Control
@@ -145,12 +142,6 @@ def complete_summary(folder: Path) -> dict[str, Any] | None:
 def evaluations(run: Path) -> list[float]:
     """Share of the held-out problems' samples that are right, at each evaluation of a run."""
     return [line["mean_at_k"] for line in RunFolder.read(run).evaluations]
-
-
-def band(axis: plt.Axes, x: list[int], columns: list, colour: object, label: str) -> None:
-    """A curve of the mean of each column, and the range of its values."""
-    axis.plot(x, [statistics.mean(c) for c in columns], "o-", color=colour, label=label, markersize=3)
-    axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
 
 
 @contextmanager

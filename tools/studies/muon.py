@@ -17,16 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib
+import matplotlib.pyplot as plt
 import typer
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import DataError
-from tools.studies.harness import band, complete_summary, evaluations, laboratory, study_run
+from tools.studies.harness import complete_summary, evaluations, laboratory, study_run
+from tools.studies.pictures import band, save
 from tools.studies.staleness import COMMON, EVERY, ITERATIONS, SEEDS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 Name = Literal["adam", "muon"]
 COLOURS: dict[Name, str] = {"adam": "#1f5fa8", "muon": "#b5471d"}
@@ -123,8 +121,7 @@ def draw(found: Results, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set_ylim(0, 1)
         axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def table(found: Results) -> Iterator[str]:

@@ -20,15 +20,13 @@ import statistics
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import typer
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.observe.folder import RunFolder
 from tools.studies.harness import complete_summary, laboratory, study_run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tools.studies.pictures import save
 
 OBJECTIVES = {
     "pmd_mean": ["algorithm.objective=pmd", "algorithm.baseline=mean"],
@@ -97,8 +95,7 @@ def draw(found: dict[tuple[str, int], list[list[float]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean reward of the rollout")
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def table(found: dict[tuple[str, int], list[list[float]]]) -> str:

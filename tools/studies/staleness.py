@@ -24,16 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import typer
 
 from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
 from megatron_pmd.config import RunConfig
-from tools.studies.harness import band, complete_summary, evaluations, laboratory, study_run
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tools.studies.harness import complete_summary, evaluations, laboratory, study_run
+from tools.studies.pictures import band, save
 
 WAYS = {
     "pmd": ["algorithm.objective=pmd"],
@@ -133,8 +131,7 @@ def draw(found: Results, path: Path) -> None:
     for axis in (ends, exact, *curves):
         axis.grid(alpha=0.3)
         axis.set_ylim(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def table(found: Results) -> Iterator[str]:
