@@ -35,21 +35,37 @@ FP8_VARIANTS = {
         "actor.fp8.recipe=tensorwise", "actor.fp8.first_layers_bf16=1", "actor.fp8.last_layers_bf16=1",
     ],
 }  # fmt: skip
-CHECKS = ["log-probs against transformers", "gradient against transformers", "packed against alone"]
-CHECKS += ["step in bf16"]
-CHECKS += [f"step in fp8, {recipe}" for recipe in RECIPES]
-CHECKS += [f"step in fp8, {more}" for more in FP8_VARIANTS]
-CHECKS += ["step with bf16 moments", "step with the optimizer on the host", "offload and return"]
-CHECKS += ["offload and return in fp8, tensorwise"]
+STEP, ADAPTERS = "step in bf16", "step of adapters alone"
+LORA = ["actor.lora.rank=16", "actor.lora.alpha=32"]
+STEPS = {
+    STEP: [],
+    **{f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES},
+    **{f"step in fp8, {name}": settings for name, settings in FP8_VARIANTS.items()},
+    "step with bf16 moments": ["optimizer.moments=bf16"],
+    "step with the optimizer on the host": ["optimizer.offload=1"],
+    "step with Muon": ["optimizer.name=muon"],
+    ADAPTERS: LORA,
+    f"{ADAPTERS}, over fp8 tensorwise": [*LORA, "actor.fp8.recipe=tensorwise"],
+}
+"""Settings of each step. Those of adapters are compared with the step of adapters in bf16."""
+CHECKS = ["log-probs against transformers", "gradient against transformers", "packed against alone", *STEPS]
+CHECKS += ["offload and return", "offload and return in fp8, tensorwise"]
 RESUMES = {
     "bf16": [],
     "bf16 moments": ["optimizer.moments=bf16"],
     "the optimizer on the host": ["optimizer.offload=1"],
     "half of the optimizer on the host": ["optimizer.offload=0.5"],
     "fp8, blockwise parameters gathered": FP8_VARIANTS["blockwise parameters gathered"],
+    "Muon": ["optimizer.name=muon"],
+    "adapters alone": LORA,
 }
 CHECKS += [f"checkpoint and resume with {what}" for what in RESUMES]
-CHECKS += ["weights through a CUDA IPC handle", "two whole iterations with an engine"]
+CHECKS += ["weights through a CUDA IPC handle"]
+ITERATIONS = {
+    "two whole iterations with an engine": [],
+    "two whole iterations of adapters alone": LORA,
+}
+CHECKS += list(ITERATIONS)
 SKIPPED = "skipped"
 READER = """
 import json, sys, time
@@ -197,15 +213,10 @@ def check(name: str, folder: Path) -> dict[str, float]:
     """Run one of CHECKS in this process. Raises ConfigError where this machine cannot."""
     from megatron_pmd.errors import ConfigError
 
-    settings = {
-        "step in bf16": [],
-        "step with bf16 moments": ["optimizer.moments=bf16"],
-        "step with the optimizer on the host": ["optimizer.offload=1"],
-    }
-    settings |= {f"step in fp8, {recipe}": [f"actor.fp8.recipe={recipe}"] for recipe in RECIPES}
-    settings |= {f"step in fp8, {name}": variant for name, variant in FP8_VARIANTS.items()}
-    if name in settings:
-        return Trial(folder, *settings[name]).steps(5)
+    if name in STEPS:
+        return Trial(folder, *STEPS[name]).steps(5)
+    if name in ITERATIONS:
+        return whole_iterations(folder, *ITERATIONS[name])
     if (what := name.removeprefix("checkpoint and resume with ")) != name:
         return checkpoint_and_resume(folder, *RESUMES[what])
     of_cuda: dict[str, Callable[[Path], dict[str, float]]] = {
@@ -225,7 +236,6 @@ def check(name: str, folder: Path) -> dict[str, float]:
         "log-probs against transformers": against_transformers,
         "gradient against transformers": gradient_against_transformers,
         "packed against alone": packed_against_alone,
-        "two whole iterations with an engine": whole_iterations,
     }
     return actions[name](folder)
 
@@ -267,14 +277,20 @@ def run_check(name: str, folder: Path) -> dict[str, Any]:
 
 
 def relative_to_bf16(results: dict[str, dict[str, Any]]) -> None:
-    """Add, to each step, its loss, gradient norm and speed relative to the bf16 step's."""
-    base = results["step in bf16"].get("figures")
+    """Add, to each step, its loss, gradient norm and speed relative to the bf16 step's.
+
+    Adapters have a norm of their own, which is compared with that over weights in bf16.
+    """
     for name, result in results.items():
-        if base and name.startswith("step") and "figures" in result and name != "step in bf16":
-            own = result["figures"]
-            own["loss error"] = abs(own["loss"] / base["loss"] - 1)
+        of_adapters = name.startswith(f"{ADAPTERS},")
+        base = results[ADAPTERS if of_adapters else STEP].get("figures") if name in STEPS else None
+        if not base or "figures" not in result or name == STEP:
+            continue
+        own = result["figures"]
+        own["loss error"] = abs(own["loss"] / base["loss"] - 1)
+        if name != ADAPTERS:
             own["gradient norm error"] = abs(own["gradient norm"] / base["gradient norm"] - 1)
-            own["speed-up"] = base["seconds"] / own["seconds"]
+        own["speed-up"] = base["seconds"] / own["seconds"]
 
 
 def main(

@@ -1,10 +1,11 @@
-"""Two whole iterations with a real engine, as `megatron-pmd train` runs them: gpu_check's last check."""
+"""Two whole iterations with a real engine, as `megatron-pmd train` runs them: gpu_check's last checks."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
@@ -16,13 +17,13 @@ LIMIT_SECONDS = 900
 """An engine's first start on a device compiles its kernels."""
 
 
-def iterations(folder: Path) -> RunConfig:
+def iterations(folder: Path, *settings: str) -> RunConfig:
     """The trial's model under its engine: rollout, release, anchor, update, save, sync, and the same again.
 
     A random model spells nothing: a response is paid for its different characters, so that groups differ.
     """
     config = configuration(folder)
-    settings = [
+    own = [
         "name=gpu_check",
         "iterations=2",
         "batch.prompts_per_rollout=16",
@@ -36,7 +37,7 @@ def iterations(folder: Path) -> RunConfig:
         "rollout.max_total_tokens=65536",
         "actor.experts.replay_routing=true",
     ]
-    return override(config, settings)
+    return override(config, [*own, *settings])
 
 
 def different_characters(response: str, problem: Problem) -> float:
@@ -44,25 +45,25 @@ def different_characters(response: str, problem: Problem) -> float:
     return len(set(response)) / max(1, len(response))
 
 
-def whole_iterations(folder: Path) -> dict[str, float]:
+def whole_iterations(folder: Path, *settings: str) -> dict[str, float]:
     """Train two iterations in a process of its own; seconds of the second one's phases, and its differences.
 
     Raises PmdError with what the run said.
     """
-    file = folder / "iterations.json"
-    file.write_text(iterations(folder).model_dump_json())
+    file, runs = folder / "iterations.json", Path(mkdtemp(prefix="runs-", dir=folder))
+    file.write_text(iterations(folder, *settings).model_dump_json())
     # from this folder, where the reward function is found
-    words = ["-m", "megatron_pmd.cli.main", "train", str(file), "--runs", str(folder / "runs")]
+    words = ["-m", "megatron_pmd.cli.main", "train", str(file), "--runs", str(runs)]
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *words],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise PmdError(f"not at its end after {LIMIT_SECONDS} s: {folder}/runs/gpu_check") from None
+        raise PmdError(f"not at its end after {LIMIT_SECONDS} s: {runs}/gpu_check") from None
     if done.returncode:
         raise PmdError(f"exit code {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
-    return figures_of(folder / "runs" / "gpu_check")
+    return figures_of(runs / "gpu_check")
 
 
 def figures_of(run: Path) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Every check of tools/gpu_check.py runs on the emulated device, in small shapes, but for the engine's."""
+"""Every check of tools/gpu_check.py runs on the emulated device, in small shapes.
+
+But for the whole iterations: SGLang's kernels have no emulation.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from tools import gpu_check
 
 pytestmark = pytest.mark.long
 
-OF_AN_ENGINE = "two whole iterations with an engine"
-"""SGLang's kernels have no emulation."""
 FOR_BLACKWELL = "step in fp8, mxfp8"
 WEIGHTS = 1_000_000
 """The small model has more; in bf16 each takes 18 bytes with its gradient and its optimizer's."""
@@ -25,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """Of every check: the first in a process that imports for itself, as the tool does, the rest forked."""
     folder = tmp_path_factory.mktemp("gpu_check")
     gpu_check.make_model(folder, "small", "cpu")
-    first, *others = (name for name in gpu_check.CHECKS if name != OF_AN_ENGINE)
+    first, *others = (name for name in gpu_check.CHECKS if name not in gpu_check.ITERATIONS)
     done = {first: gpu_check.run_check(first, folder)}
     done |= {name: launch("gpu_check", name=name, folder=folder)[0] for name in others}
     gpu_check.relative_to_bf16(done)
@@ -46,9 +47,10 @@ def test_log_probs_and_gradients_are_transformers_and_packing_changes_nothing(re
 
 def test_steps_in_fp8_are_near_the_step_in_bf16(results):
     for name, result in results.items():
-        if name.startswith("step") and "figures" in result and name != "step in bf16":
+        if name in gpu_check.STEPS and "figures" in result and name != gpu_check.STEP:
             assert result["figures"]["loss error"] < 0.05, name
-            assert result["figures"]["gradient norm error"] < 0.1, name
+            if name != gpu_check.ADAPTERS:
+                assert result["figures"]["gradient norm error"] < 0.1, name
 
 
 def test_nothing_stays_on_the_device_and_a_checkpoint_gives_the_same_step(results):

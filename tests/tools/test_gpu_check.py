@@ -63,14 +63,22 @@ def test_what_this_machine_cannot_do_is_skipped_with_the_reason(folder):
     }
 
 
-def test_steps_are_related_to_the_bf16_step():
+def test_steps_are_related_to_the_bf16_step_and_those_of_adapters_to_their_own():
+    over_fp8 = f"{gpu_check.ADAPTERS}, over fp8 tensorwise"
     results: dict[str, dict[str, Any]] = {
         "step in bf16": {"figures": {"loss": 2.0, "gradient norm": 4.0, "seconds": 3.0}},
         "step in fp8, delayed": {"figures": {"loss": 2.1, "gradient norm": 3.0, "seconds": 1.5}},
         "step in fp8, mxfp8": {"status": "skipped", "why": "no Blackwell"},
+        gpu_check.ADAPTERS: {"figures": {"loss": 2.0, "gradient norm": 0.5, "seconds": 1.0}},
+        over_fp8: {"figures": {"loss": 1.0, "gradient norm": 0.4, "seconds": 0.5}},
     }
     gpu_check.relative_to_bf16(results)
     figures = results["step in fp8, delayed"]["figures"]
     assert figures["loss error"] == pytest.approx(0.05)
     assert figures["gradient norm error"] == 0.25 and figures["speed-up"] == 2.0
     assert "figures" not in results["step in fp8, mxfp8"]
+    adapters = results[gpu_check.ADAPTERS]["figures"]
+    assert adapters["loss error"] == 0 and adapters["speed-up"] == 3 and "gradient norm error" not in adapters
+    figures = results[over_fp8]["figures"]
+    assert figures["loss error"] == 0.5 and figures["speed-up"] == 2
+    assert figures["gradient norm error"] == pytest.approx(0.2)
