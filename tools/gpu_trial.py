@@ -174,6 +174,11 @@ class Trial:
         for sample, log_probs in zip(drawn, reference, strict=True):
             sample.engine_log_probs = np.array(log_probs, np.float32)
         self.batch = RolloutBatch.pack(drawn, 1.0)
+        self.loss_at_anchor = float(
+            np.mean(
+                [sample.advantage**2 / (2 * sample.tau * len(sample.response_tokens)) for sample in drawn]
+            )
+        )
         self.microbatches = self.actor.microbatches(self.batch, np.arange(16))
         self._anchor: Any = None
 
@@ -193,7 +198,8 @@ class Trial:
     def steps(self, count: int) -> dict[str, float]:
         """PMD steps at learning rate 0: loss and gradient norm of the last, seconds of the median one.
 
-        Of the last, since delayed scaling has no history in the first.
+        Of the last, since delayed scaling has no history in the first. At the anchor s = 0, and the loss is
+        the mean of A²/2τ|y|; it is more or less where the passes with and without gradient round differently.
         """
         self._anchor = self.log_probs(self.microbatches).log_probs
         seconds, reports = [], []
@@ -202,8 +208,10 @@ class Trial:
             reports.append(self.step(0.0))
             seconds.append(time.monotonic() - begin)
         last = reports[-1]
+        loss = last.loss_sum / last.loss_count
         return {
-            "loss": last.loss_sum / last.loss_count,
+            "loss": loss,
+            "loss off the closed form": loss / self.loss_at_anchor - 1,
             "gradient norm": last.gradient_norm,
             "seconds": float(np.median(seconds)),
         }

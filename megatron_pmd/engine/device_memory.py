@@ -9,6 +9,7 @@ from megatron_pmd.device import DeviceMemory, device_memory
 from megatron_pmd.engine.control import EngineControl, Tag
 from megatron_pmd.errors import EngineError
 from megatron_pmd.observe.subphases import SubphaseClock
+from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.05
 SLACK = 0.05
@@ -33,19 +34,24 @@ def wait_freed(
     Raises EngineError at the deadline, with both sides' memory.
     """
     limit = clock() + deadline_seconds
-    while True:
-        now = measure()
-        freed = now.free - before.free
-        if freed >= promised * (1 - SLACK):
-            return now
-        if clock() >= limit:
-            raise EngineError(
-                f"{what}: {freed / 1e9:.2f} of {promised / 1e9:.2f} GB were freed {deadline_seconds:g} s "
-                f"after the release. The device has {now.total / 1e9:.2f} GB: the actor holds "
-                f"{now.actor / 1e9:.2f}, the engine {now.others / 1e9:.2f} "
-                f"({before.others / 1e9:.2f} before), {now.free / 1e9:.2f} are free"
-            )
-        sleep(POLL_SECONDS)
+    # a process that is not the run's may take memory meanwhile, which looks as if the engine kept it
+    with waiting_for(
+        f"{promised / 1e9:.2f} GB of {what} to be free, which the engine has released", deadline_seconds,
+        remark="; is another process on the device?",
+    ):  # fmt: skip
+        while True:
+            now = measure()
+            freed = now.free - before.free
+            if freed >= promised * (1 - SLACK):
+                return now
+            if clock() >= limit:
+                raise EngineError(
+                    f"{what}: {freed / 1e9:.2f} of {promised / 1e9:.2f} GB were freed {deadline_seconds:g} s "
+                    f"after the release. The device has {now.total / 1e9:.2f} GB: the actor holds "
+                    f"{now.actor / 1e9:.2f}, the engine and what else runs there {now.others / 1e9:.2f} "
+                    f"({before.others / 1e9:.2f} before), {now.free / 1e9:.2f} are free"
+                )
+            sleep(POLL_SECONDS)
 
 
 class EngineMemory:

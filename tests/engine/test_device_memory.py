@@ -9,6 +9,7 @@ import pytest
 from megatron_pmd.device import DeviceMemory
 from megatron_pmd.engine.device_memory import wait_freed
 from megatron_pmd.errors import EngineError
+from megatron_pmd.waiting import Waits
 
 GB = 10**9
 BEFORE = DeviceMemory(free=5 * GB, actor=15 * GB, total=80 * GB)
@@ -49,7 +50,7 @@ def test_memory_that_does_not_come_is_an_error_with_both_sides():
         device.wait(40 * GB)
     assert str(error.value) == (
         "engine 3, kv_cache: 30.00 of 40.00 GB were freed 2 s after the release. The device has 80.00 GB: "
-        "the actor holds 15.00, the engine 30.00 (60.00 before), 35.00 are free"
+        "the actor holds 15.00, the engine and what else runs there 30.00 (60.00 before), 35.00 are free"
     )
     assert device.seconds == pytest.approx(2.0, abs=0.06)
 
@@ -57,3 +58,25 @@ def test_memory_that_does_not_come_is_an_error_with_both_sides():
 def test_a_release_that_frees_nothing_is_an_error_even_if_nothing_is_known_of_its_size():
     with pytest.raises(EngineError, match=r"0\.00 of 0\.00 GB"):
         Device(most=0).wait(1)
+
+
+def test_a_long_wait_says_what_for_and_that_another_process_may_be_the_reason(monkeypatch):
+    said: list[str] = []
+    device = Device(most=30 * GB)
+    waits = Waits(lambda: device.seconds, said.append, watched=False)
+    monkeypatch.setattr("megatron_pmd.engine.device_memory.waiting_for", waits.waiting_for)
+
+    def sleep_and_look(seconds: float) -> None:
+        device.sleep(seconds)
+        waits.tell()
+
+    with pytest.raises(EngineError):
+        wait_freed(
+            device.measure, BEFORE, 40 * GB, what="engine 3, kv_cache", deadline_seconds=12.0,
+            clock=lambda: device.seconds, sleep=sleep_and_look,
+        )  # fmt: skip
+    [words] = said
+    assert words.startswith(
+        "waiting for 40.00 GB of engine 3, kv_cache to be free, which the engine has released"
+    )
+    assert words.endswith("at most 12 s; is another process on the device?")

@@ -49,6 +49,8 @@ def test_steps_in_fp8_are_near_the_step_in_bf16(results):
     for name, result in results.items():
         if name in gpu_check.STEPS and "figures" in result and name != gpu_check.STEP:
             assert result["figures"]["loss error"] < 0.05, name
+            if name != "step in fp8, delayed":  # its scales move from pass to pass
+                assert abs(result["figures"]["loss off the closed form"]) < 1e-6, name
             if name != gpu_check.ADAPTERS:
                 assert result["figures"]["gradient norm error"] < 0.1, name
 
