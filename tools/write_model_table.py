@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
+from megatron_pmd.engine.families import NEEDS_GPUS
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
 from tests.actor.family_models import MODELS
 from tests.actor.tiny_models import FAMILIES
-from tests.engine.test_every_family import DIES, OTHERWISE, SERVED
+from tests.engine.test_every_family import OTHERWISE, SERVED
 from tools.write_proof_table import proofs, table, words
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -53,7 +54,8 @@ and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_
 """
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
-only, or for the reason beside it. "Whole loop": a test runs SGLang with such a model ([proofs](proofs.md)).
+only, or for the reason beside it. Where an engine would die at its start, the run is refused before one
+starts, with that reason (`megatron_pmd/engine/families.py`). "Whole loop": a test runs SGLang with such a model ([proofs](proofs.md)).
 "Served": an engine, given the weights, computes transformers' log-probabilities within 1e-4 in
 `tests/engine/test_every_family.py`, which is run by name, outside of the suite. "Engines not tried": SGLang
 has a class for the model, and no test has started it. **Nothing of this was run on a GPU.**
@@ -73,12 +75,14 @@ These settings are refused, although the family works:
 - OLMoE and MiniMax-M2 with `layout.tensor` above 1: their norm is over the heads of all ranks.
 - gpt-oss with `layout.tensor` above 1 and `layout.expert=1`: megatron-core does not divide experts that have
   biases. Set `layout.expert` above 1.
-- Qwen3-Next and the dense Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there:
+- Qwen3-Next and Qwen3.5 on CUDA, as long as flash-linear-attention is not installed there:
   megatron-core takes its kernels for linear attention. No constraint pins it, and nobody has run it here. On
   a CPU torch computes the same, slowly.
 - gpt-oss and Nemotron with other numbers than the published ones where Megatron-Bridge fixes them: gpt-oss's
   limits of the activation, rotary settings and order of windows; Nemotron's activation, and biases of its
   matrices.
+- Qwen3.5-MoE with its experts stacked in one tensor a layer. `save_pretrained` of transformers writes one for
+  each expert.
 - Gemma 2 and 3 with `layout.context` above 1: Transformer Engine computes no windows over several ranks. With
   `actor.lora`, name `linear_qkv`, `linear_fc1` or both: norms stand behind the other linear layers.
 - gpt-oss with `actor.lora` beside its experts: Megatron-Bridge cannot merge them. Name `linear_qkv`,
@@ -129,7 +133,7 @@ def on_a_cpu(kind: str) -> str:
         return "whole loop"
     if kind in SERVED:
         return "served"
-    reasons = OTHERWISE | {name: reason for name, (_, reason) in DIES.items()}
+    reasons = OTHERWISE | NEEDS_GPUS
     return f"replays: {reasons[kind]}" if kind in reasons else "replays; engines not tried"
 
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_pmd.config import Layout
 from megatron_pmd.errors import LayoutError, MissingPackage, ModelError
+from megatron_pmd.hugging_face import TensorFiles
 
 PROVEN: dict[str, str] = {
     "deepseek_v2": "DeepSeek-V2-Lite",
@@ -35,6 +36,7 @@ PROVEN: dict[str, str] = {
     "olmoe": "OLMoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen3": "Qwen3",
+    "qwen3_5_moe_text": "Qwen3.5-MoE without images",
     "qwen3_5_text": "Qwen3.5",
     "qwen3_moe": "Qwen3-MoE",
     "qwen3_next": "Qwen3-Next",
@@ -45,16 +47,15 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its attention chooses tokens by an indexer, which is not compared",
     "ernie4_5_moe": "its routers take a softmax and a bias, for which megatron-core 0.19.2 has no router; "
     "Megatron-Bridge 0.6.2 takes a sigmoid, which gives other logits",
-    "exaone4": "Megatron-Bridge 0.6.2 leaves out the norms of its queries and keys and the windows of its "
-    "layers, and its attention there refuses packed rows",
+    "exaone4": "exaone4_layer_spec of Megatron-Bridge 0.6.2 leaves out the norms of its queries and keys, and "
+    "its attention refuses packed rows; exaone4_bridge.py leaves out the windows of its layers, and an output "
+    "layer beside the embedding",
     "falcon_h1": "it has state-space layers, whose kernels need CUDA; they are not compared",
     "gemma4_text": "its layers of two kinds differ in the number and width of heads, and some take keys for "
     "values; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
-    "qwen3_5_moe_text": "Megatron-Bridge's mapping of its experts reads the names of the folder's tensors; "
-    "the config.json that is kept with a checkpoint has none beside it, so it cannot be converted back",
 }
 """model_type, and what the error says of it."""
 
@@ -62,7 +63,7 @@ LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "ki
 """SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
-LINEAR_ATTENTION = frozenset({"qwen3_5_text", "qwen3_next"})
+LINEAR_ATTENTION = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
 POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 """They have norms behind attention and feed-forward: post_norms.py."""
@@ -70,6 +71,9 @@ NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
 BIASED_EXPERTS = frozenset({"gpt_oss"})
 """megatron-core has biases of experts without tensor parallelism inside an expert alone."""
+
+STACKED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+"""How some folders of Qwen3.5-MoE end the names of their experts' tensors."""
 
 
 def _taken_for_granted(config: Any) -> dict[str, Any]:
@@ -111,6 +115,11 @@ def check_family(path: Path, bridge: Any) -> None:
             f"{path}: topk_method={config.topk_method} in config.json: it chooses groups of experts by their "
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
+        )
+    if kind == "qwen3_5_moe_text" and any(n.endswith(STACKED_EXPERTS) for n in TensorFiles(path).tensors):
+        raise ModelError(
+            f"{path}: its experts are stacked in one tensor a layer, where transformers writes a tensor for "
+            "each, as a conversion back would; load it with transformers, and save it with save_pretrained"
         )
     if kind in LINEAR_ATTENTION and torch.cuda.is_available() and find_spec("fla") is None:
         raise MissingPackage(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megatron_pmd.actor.cpu.modules import block_spec
 from megatron_pmd.actor.model import load_bridge, open_bridge, provider_of_family
 from megatron_pmd.actor.settings import CPU_FIELDS
 from megatron_pmd.errors import ModelError
+from megatron_pmd.hugging_face import shards_of
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ def model_of(path: Path, keys: Collection[str] | None = None) -> Model:
     config = get_model_config(module)
     family = bridge._model_bridge
     family.hf_pretrained = bridge.hf_pretrained  # as when it loads a model
+    if not shards_of(path)[0]:
+        # Some mappings look which tensors the folder has, and what is kept with a checkpoint has none: they
+        # are to take those that transformers writes
+        family.hf_pretrained = SimpleNamespace(config=bridge.hf_pretrained.config)
     registry = family.mapping_registry()
     modules = dict(module.named_modules())
     parameters = []

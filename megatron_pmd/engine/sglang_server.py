@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_pmd import network
 from megatron_pmd.config import Model, Rollout, RunConfig
+from megatron_pmd.engine.families import refuse_without_gpus
 from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, check_parsers, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
@@ -129,7 +130,8 @@ def log_of(run: Path, number: int, node: int = 0) -> Path:
 
 
 def engine_options(spec: EngineSpec) -> dict[str, Any]:
-    """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free."""
+    """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free,
+    ModelError for a model that needs GPUs where there are none."""
     check_options(spec.rollout.sglang, OUR_OPTIONS)
     check_parsers(spec.rollout.agent)
     options: dict[str, Any] = {
@@ -212,6 +214,7 @@ def _gpu_options(spec: EngineSpec) -> dict[str, Any]:
 
 
 def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
+    refuse_without_gpus(Path(spec.model.path))
     if spec.rollout.max_total_tokens is None:
         raise ConfigError(
             "rollout.max_total_tokens must be set on a CPU: SGLang would give the KV cache all free memory"
@@ -273,7 +276,7 @@ class EngineProcess(ServerProcess):
     def __init__(self, spec: EngineSpec) -> None:
         """Starts the engine and returns at once.
 
-        Before any start: ConfigError for a wrong option, MissingPackage for DeepEP.
+        Before any start: what engine_options() raises, MissingPackage for DeepEP.
         """
         options = engine_options(spec)
         if options.get("moe_a2a_backend") == "deepep" and importlib.util.find_spec("deep_ep") is None:

@@ -18,9 +18,9 @@ MODELS = Path(__file__).with_name("models.json")
 
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2",
-    "nemotron", "gpt_oss", "qwen3_next", "qwen3_5_text",
+    "nemotron", "gpt_oss", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 )  # fmt: skip
-WITH_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text")
+WITH_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Those of some layers whose attention is linear, and of the others gated."""
 
 
@@ -253,7 +253,7 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
     if not latent and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ModelError(f"{source}: layers without experts between layers with experts cannot be counted")
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    shared = config.get("shared_expert_intermediate_size") if family == "qwen3_next" else None
+    shared = config.get("shared_expert_intermediate_size") if family in WITH_LINEAR_ATTENTION else None
     biased, hidden, layers = family == "gpt_oss", config["hidden_size"], config["num_hidden_layers"]
     linear = _linear_layers(config) if family in WITH_LINEAR_ATTENTION else frozenset()
     return Shape(
@@ -267,7 +267,8 @@ def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
         layers=layers,
         attention=_latent_attention(config) if latent else _grouped_attention(family, config),
         feed_forward=FeedForward(
-            dense_intermediate=config["intermediate_size"],
+            # Qwen3.5-MoE has no dense layer, and says no width of one
+            dense_intermediate=config.get("intermediate_size", 0) if experts else config["intermediate_size"],
             dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
             experts=experts,
             experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,

@@ -121,6 +121,15 @@ MODELS: dict[str, Case] = {
     "qwen3_5_text": (
         "Qwen3_5Text", dict(LINEAR, head_dim=16, tie_word_embeddings=False), [dict(tensor=2)]
     ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        dict(
+            # of larger weights fp32 alone, in transformers too, is 1.4e-5 from float64
+            EXPERTS | LINEAR, num_experts=4, shared_expert_intermediate_size=32, tie_word_embeddings=False,
+            initializer_range=0.05,
+        ),
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
+    ),
     "kimi_k2": (
         "DeepseekV3",
         # matrices larger than a block of FP8

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
@@ -31,7 +31,7 @@ from tests.actor.family_models import (
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
-from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for
+from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
 from tools.write_model_table import PAGE, page
 from tools.write_proof_table import words
 
@@ -211,6 +211,7 @@ GATHERED = {
     "minimax_m2": r"[qk]_norm\.weight$",
     "qwen3_next": r"linear_attn|self_attn\.[qkv]_proj",
     "qwen3_5_text": r"linear_attn|self_attn\.[qkv]_proj",
+    "qwen3_5_moe_text": r"linear_attn|self_attn\.[qkv]_proj",
 }
 """The tensors that Megatron-Bridge alone can make, by family: all ranks gather them."""
 
@@ -244,10 +245,13 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def quantized(
     of_families: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, np.ndarray]]:
-    """Kimi-K2 as it is published, in FP8, and what its matrices stand for."""
-    folder = tmp_path_factory.mktemp("quantized") / "kimi_k2"
-    return folder, write_quantized(of_families / "kimi_k2", folder)
+) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
+    """By model_type: a model as it is published, in FP8, and what its matrices stand for."""
+    root = tmp_path_factory.mktemp("quantized")
+    widths = {name: MODELS["kimi_k2"][1][name] for name in ("intermediate_size", "moe_intermediate_size")}
+    write_model(root / "plain", "deepseek", num_hidden_layers=2, **widths)
+    sources = {"deepseek_v3": root / "plain", "kimi_k2": of_families / "kimi_k2"}
+    return {kind: (root / kind, write_quantized(source, root / kind)) for kind, source in sources.items()}
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +267,16 @@ def refused(
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
+    stacked = root / "qwen3_5_moe_text, stacked"
+    write_refused(stacked, "qwen3_5_moe_text", CLASSES["qwen3_5_moe_text"])
+    save_file({"model.layers.0.mlp.experts.down_proj": torch.zeros(1)}, stacked / "model.safetensors")
     whole = families.NORMS_OF_ALL_HEADS | families.BIASED_EXPERTS
     layouts = {f"{kind}, tensor=2": (of_families / kind, dict(tensor=2)) for kind in whole}
     layouts["qwen3_next, four ways"] = (of_families / "qwen3_next", dict(tensor=2, context=2, expert=2))
     layouts |= {f"{kind}, context=2": (of_families / kind, dict(context=2)) for kind in families.POST_NORMS}
     named = {folder.name: folder for folder in root.iterdir()}
     unread = {"gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0)}
-    read = {"kimi_k2": quantized[0], "gpt_oss": mxfp4[0]}
+    read = {kind: folder for kind, (folder, _) in quantized.items()} | {"gpt_oss": mxfp4[0]}
     return program("refusals", folders=named, layouts=layouts, quantized=read, unread=unread)[0]
 
 
@@ -291,10 +298,11 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
     assert [name for name, own in kinds.items() if own and not own & listed] == []
 
 
-def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(quantized, refused):
+@pytest.mark.parametrize("kind", sorted(families.READ_FROM_FP8))
+def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(kind, quantized, refused):
     """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is."""
-    folder, meant = quantized
-    files, held = TensorFiles(folder), refused["read"]["kimi_k2"]
+    folder, meant = quantized[kind]
+    files, held = TensorFiles(folder), refused["read"][kind]
     assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
     for name, tensor in held.items():
         if name not in meant:
@@ -335,6 +343,8 @@ def test_a_model_of_images_is_refused(refused):
 def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(refused):
     error, message = refused["said"]["deepseek_v2, groups"]
     assert error == "ModelError" and "topk_method=group_limited_greedy" in message
+    error, message = refused["said"]["qwen3_5_moe_text, stacked"]
+    assert error == "ModelError" and "experts are stacked in one tensor a layer" in message
     error, message = refused["said"]["gemma3_text, capped"]
     assert error == "ModelError" and "final_logit_softcapping=30.0 in config.json" in message
     for kind in families.NORMS_OF_ALL_HEADS:

@@ -50,6 +50,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32),
     "Nemotron": dict(model_type="nemotron", num_hidden_layers=3, num_key_value_heads=8),
     "Qwen3-Next-80B-A3B": dict(model_type="qwen3_next"),
+    "Qwen3.5-MoE": dict(model_type="qwen3_5_moe_text", num_hidden_layers=4),
     "Qwen3.5": dict(model_type="qwen3_5_text", num_hidden_layers=8),
 }
 """Of families that no recipe has: what differs from transformers' configuration."""
