@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_pmd.actor.families import LATENT_ATTENTION, PROVEN, REFUSED
-from megatron_pmd.engine.families import NEEDS_GPUS
+from megatron_pmd.actor.families import PROVEN, REFUSED
+from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
 from tests.actor.family_models import MODELS
@@ -53,12 +53,13 @@ and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_
 `tests/actor/test_routing_replay.py`. [LoRA](lora.md) has its own list.
 """
 REPLAYS = """\
-"Replays": on a CPU this model trains from replayed rollouts alone, as SGLang serves latent attention on GPUs
-only, or for the reason beside it. Where an engine would die at its start, the run is refused before one
-starts, with that reason (`megatron_pmd/engine/families.py`). "Whole loop": a test runs SGLang with such a model ([proofs](proofs.md)).
-"Served": an engine, given the weights, computes transformers' log-probabilities within 1e-4 in
-`tests/engine/test_every_family.py`, which is run by name, outside of the suite. "Engines not tried": SGLang
-has a class for the model, and no test has started it. **Nothing of this was run on a GPU.**
+"Replays": on a CPU this model trains from replayed rollouts alone, for the reason beside it. Where an engine
+would die at its start, the run is refused before one starts, with that reason
+(`megatron_pmd/engine/families.py`). Qwen3.5 is refused so on GPUs, too. "Whole loop": a test runs SGLang with
+such a model ([proofs](proofs.md)). "Served": an engine, given the weights, computes transformers'
+log-probabilities within 1e-4 in `tests/engine/test_every_family.py`, which is run by name, outside of the
+suite. "Engines not tried": SGLang has a class for the model, and no test has started it. **Nothing of this
+was run on a GPU.**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,
@@ -83,16 +84,20 @@ These settings are refused, although the family works:
   matrices.
 - Qwen3.5-MoE with its experts stacked in one tensor a layer. `save_pretrained` of transformers writes one for
   each expert.
-- Gemma 2 and 3 with `layout.context` above 1: Transformer Engine computes no windows over several ranks. With
-  `actor.lora`, name `linear_qkv`, `linear_fc1` or both: norms stand behind the other linear layers.
+- EXAONE 4.0 with windows, which the 32B model has, or with an output layer beside the embedding:
+  Megatron-Bridge leaves both out.
+- Gemma 2 and 3 with `layout.context` above 1: Transformer Engine computes no windows over several ranks.
+- Gemma 2 and 3 and EXAONE 4.0 with `actor.lora` beside all linear layers: norms stand behind some. Name
+  `linear_qkv`, `linear_fc1` or both.
 - gpt-oss with `actor.lora` beside its experts: Megatron-Bridge cannot merge them. Name `linear_qkv`,
   `linear_proj` or both.
 - gpt-oss with `optimizer.name=muon` and `layout.expert` above 1: megatron-core has no Adam beside Muon for
   biases of experts that ranks share out. Set `layout.expert=1` or `optimizer.name=adam`.
 - gpt-oss with `actor.experts.replay_routing` and engines on GPUs. SGLang takes kernels for it that choose the
   experts and record none. Set `rollout.sglang={{"moe_runner_backend": "triton"}}`.
-- `rope_parameters` of another type than `default`. Exceptions: `llama3` with Llama's own numbers, `yarn` of
-  DeepSeek and Kimi, gpt-oss's own, and `linear` of Gemma 3 on the layers that see all tokens.
+- `rope_parameters` of another type than `default`. Exceptions: `llama3` of Llama and EXAONE 4.0 with Llama's
+  own numbers, `yarn` of DeepSeek and Kimi, gpt-oss's own, and `linear` of Gemma 3 on the layers that see all
+  tokens.
 
 `plan` counts {counted} alone. Of linear attention it takes SGLang's share of memory for
 the states (`mamba_full_memory_ratio`), and not the number of requests that these states allow.
@@ -126,14 +131,12 @@ def compared(kind: str) -> str:
 
 def on_a_cpu(kind: str) -> str:
     """How a model of the family can be trained there, as far as a test shows it."""
-    if kind in LATENT_ATTENTION:
-        return "replays"
     (in_loops,) = (proof.families for proof in proofs() if proof.title == "SGLang")
     if in_loops & {*OF_FOUR_LAYERS.get(kind, ())}:
         return "whole loop"
     if kind in SERVED:
         return "served"
-    reasons = OTHERWISE | NEEDS_GPUS
+    reasons = OTHERWISE | NEEDS_GPUS | NO_ENGINE
     return f"replays: {reasons[kind]}" if kind in reasons else "replays; engines not tried"
 
 

@@ -20,6 +20,7 @@ from megatron_pmd.hugging_face import TensorFiles
 PROVEN: dict[str, str] = {
     "deepseek_v2": "DeepSeek-V2-Lite",
     "deepseek_v3": "DeepSeek-V3, Moonlight",
+    "exaone4": "EXAONE 4.0, 1.2B",
     "exaone_moe": "K-EXAONE",
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
@@ -47,9 +48,6 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its attention chooses tokens by an indexer, which is not compared",
     "ernie4_5_moe": "its routers take a softmax and a bias, for which megatron-core 0.19.2 has no router; "
     "Megatron-Bridge 0.6.2 takes a sigmoid, which gives other logits",
-    "exaone4": "exaone4_layer_spec of Megatron-Bridge 0.6.2 leaves out the norms of its queries and keys, and "
-    "its attention refuses packed rows; exaone4_bridge.py leaves out the windows of its layers, and an output "
-    "layer beside the embedding",
     "falcon_h1": "it has state-space layers, whose kernels need CUDA; they are not compared",
     "gemma4_text": "its layers of two kinds differ in the number and width of heads, and some take keys for "
     "values; neither is compared",
@@ -59,13 +57,11 @@ REFUSED: dict[str, str] = {
 }
 """model_type, and what the error says of it."""
 
-LATENT_ATTENTION = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"})
-"""SGLang serves these on GPUs only."""
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
 LINEAR_ATTENTION = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """On CUDA megatron-core computes these with flash-linear-attention, which no constraint pins."""
-POST_NORMS = frozenset({"gemma2", "gemma3_text"})
+POST_NORMS = frozenset({"exaone4", "gemma2", "gemma3_text"})
 """They have norms behind attention and feed-forward: post_norms.py."""
 NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 """They normalise the queries of all heads at once."""
@@ -78,6 +74,8 @@ STACKED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 def _taken_for_granted(config: Any) -> dict[str, Any]:
     """What Megatron-Bridge's provider of a family is fixed to, whatever config.json says."""
+    if config.model_type == "exaone4":
+        return dict(tie_word_embeddings=True, sliding_window=None)
     if config.model_type in POST_NORMS:
         taken = dict(tie_word_embeddings=True, use_bidirectional_attention=False, attention_bias=False)
         return taken if config.model_type == "gemma2" else taken | dict(final_logit_softcapping=None)
@@ -158,7 +156,7 @@ def check_layout(path: Path, config: Any, layout: Layout) -> None:
             "data instead"
         )
     # attn_forward_func_with_cp (context_parallel.py) asserts it, where keys are sent from rank to rank
-    if model_type in POST_NORMS and layout.context > 1:
+    if model_type in POST_NORMS and config.sliding_window and layout.context > 1:
         raise LayoutError(
             f"layout.context={layout.context}: {path} has layers whose attention sees a window, which "
             "Transformer Engine does not compute over several ranks; use context=1"

@@ -29,6 +29,7 @@ from megatron_pmd.fp8 import BLOCK, SCALE_SUFFIX, is_scale
 from megatron_pmd.hugging_face import StoredTensor, TensorFiles, shards_of
 
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+OF_LLAMA3 = ("llama", "exaone4")
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2")
@@ -104,7 +105,7 @@ def check_rope(path: Path, config: Any) -> None:
             return
     kind = rope.get("rope_type", "default")
     fixed = [rope.get(key) for key in LLAMA3_ROPE]
-    llama3 = config.model_type == "llama" and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
+    llama3 = config.model_type in OF_LLAMA3 and kind == "llama3" and fixed == list(LLAMA3_ROPE.values())
     yarn = config.model_type in (*DEEPSEEK_V3, "deepseek_v2") and kind == "yarn" and rope.keys() >= YARN_ROPE
     default = kind == "default"
     if config.model_type == "gpt_oss":
@@ -112,8 +113,9 @@ def check_rope(path: Path, config: Any) -> None:
     if "rope_theta" not in rope or not (default or llama3 or yarn):
         raise ModelError(
             f"{path}: rope_parameters {rope} of config.json would be read wrongly by Megatron-Bridge; "
-            f"what works is rope_type `default`, for Llama `llama3` with {LLAMA3_ROPE}, for the DeepSeek "
-            f"families `yarn` with {', '.join(sorted(YARN_ROPE))}, and for gpt-oss {GPT_OSS_ROPE} alone"
+            f"what works is rope_type `default`, for Llama and EXAONE 4.0 `llama3` with {LLAMA3_ROPE}, for "
+            f"the DeepSeek families `yarn` with {', '.join(sorted(YARN_ROPE))}, and for gpt-oss "
+            f"{GPT_OSS_ROPE} alone"
         )
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms behind attention and feed-forward, windows on some layers, scores with a cap.
+"""Gemma 2 and 3, EXAONE 4.0: norms behind attention and feed-forward, windows, scores with a cap.
 
 Megatron-Bridge has these layers. What it has wrong, or only for rows of one sequence, is replaced here.
 It can be imported only once model.open_bridge has prepared for it.
@@ -41,6 +41,8 @@ def configure(path: Path, provider: Any, config: Any) -> None:
     Raises ModelError for an order of the layers that the bridge cannot make.
     """
     provider.post_norms = True
+    if config.model_type == "exaone4":  # of the models without windows, which families.py lets through
+        return
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     provider.window_size = (config.sliding_window - 1, 0)
     provider.window_attn_skip_freq = [int(one) for one in sliding]
@@ -60,5 +62,7 @@ def layer_spec(config: Any, *, of_family: Callable[[Any], ModuleSpec]) -> Module
     spec = of_family(config)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     attention.core_attention = CappedAttention
+    if config.qk_layernorm:  # exaone4_layer_spec (exaone4_provider.py) leaves them out
+        attention.q_layernorm = attention.k_layernorm = TENorm
     attention.linear_proj = layer.mlp.submodules.linear_fc2 = TERowParallelLinearLayerNorm
     return spec

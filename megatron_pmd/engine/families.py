@@ -1,4 +1,4 @@
-"""The model families of which the pinned SGLang starts no engine where there is no GPU, and why."""
+"""The model families of which the pinned SGLang starts no engine, anywhere or without a GPU, and why."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from pathlib import Path
 from megatron_pmd.errors import ModelError
 from megatron_pmd.files import read_object
 
+NO_ENGINE: dict[str, str] = dict.fromkeys(
+    ("qwen3_5_moe_text", "qwen3_5_text"),
+    "SGLang serves it as a part of the model with images alone (EntryClass of its models/qwen3_5.py)",
+)
+_LATENT = "SGLang's attention for CPUs takes no latent attention"
 NEEDS_GPUS: dict[str, str] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "kimi_k2": _LATENT,
     "exaone_moe": "SGLang takes none of its attentions for CPUs for it",
     "gpt_oss": "SGLang's attention for CPUs has no sinks",
     "minimax_m2": "SGLang's norm of all its heads needs CUDA",
     "nemotron": "SGLang has no class for it, and cannot run transformers'",
-    "qwen3_5_text": "SGLang's class for it needs sgl-kernel's build for CPUs",
     "qwen3_next": "SGLang's linear attention needs sgl-kernel's build for CPUs",
 }
 """By model_type. tests/engine/test_every_family.py starts an engine of each, and fails where one lives."""
 
 
-def refuse_without_gpus(path: Path) -> None:
-    """ModelError for a model whose engine would die at its start, or at its first request, on a CPU."""
+def check_served(path: Path, *, cpu: bool) -> None:
+    """ModelError for a model whose engine would die at its start, or at its first request."""
     kind = (read_object(path / "config.json") or {}).get("model_type")
-    if kind in NEEDS_GPUS:
-        raise ModelError(
-            f"{path}: on a CPU no engine starts for models of type {kind}: {NEEDS_GPUS[kind]} (SGLang "
-            "0.5.23); train from replayed rollouts (--replay), or on GPUs"
-        )
+    if kind in NO_ENGINE:
+        where, reason, else_ = "", NO_ENGINE[kind], ""
+    elif kind in NEEDS_GPUS and cpu:
+        where, reason, else_ = " on a CPU", NEEDS_GPUS[kind], ", or on GPUs"
+    else:
+        return
+    raise ModelError(
+        f"{path}: no engine starts{where} for models of type {kind}: {reason}. SGLang is at 0.5.23; train "
+        f"from replayed rollouts (--replay){else_}"
+    )

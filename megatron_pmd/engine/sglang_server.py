@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_pmd import network
 from megatron_pmd.config import Model, Rollout, RunConfig
-from megatron_pmd.engine.families import refuse_without_gpus
+from megatron_pmd.engine.families import check_served
 from megatron_pmd.engine.first_start import ready_before
 from megatron_pmd.engine.installed_options import check_options, check_parsers, server_options
 from megatron_pmd.engine.keys import NO_KEYS, Keys
@@ -131,7 +131,8 @@ def log_of(run: Path, number: int, node: int = 0) -> Path:
 
 def engine_options(spec: EngineSpec) -> dict[str, Any]:
     """The engine's ServerArgs by field name; ConfigError for an option that does not exist or is not free,
-    ModelError for a model that needs GPUs where there are none."""
+    ModelError for a model of which SGLang starts no engine."""
+    check_served(Path(spec.model.path), cpu=spec.cpu)
     check_options(spec.rollout.sglang, OUR_OPTIONS)
     check_parsers(spec.rollout.agent)
     options: dict[str, Any] = {
@@ -214,7 +215,6 @@ def _gpu_options(spec: EngineSpec) -> dict[str, Any]:
 
 
 def _cpu_options(spec: EngineSpec) -> dict[str, Any]:
-    refuse_without_gpus(Path(spec.model.path))
     if spec.rollout.max_total_tokens is None:
         raise ConfigError(
             "rollout.max_total_tokens must be set on a CPU: SGLang would give the KV cache all free memory"

@@ -88,6 +88,14 @@ MODELS: dict[str, Case] = {
         ),
         [dict(expert=2, data=2)],
     ),
+    "exaone4": (
+        "Exaone4",
+        dict(
+            tie_word_embeddings=True, sliding_window=None, layer_types=["full_attention"] * 2,
+            rope_parameters=FAMILIES["llama3"][1]["rope_parameters"] | {"factor": 16.0},
+        ),
+        [dict(tensor=2), dict(pipeline=2)],
+    ),
     "exaone_moe": (
         "ExaoneMoe",
         dict(EXPERTS | WINDOW, num_experts=4, num_shared_experts=1),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import AgentProgram, Model, Rollout, override
-from megatron_pmd.engine.families import NEEDS_GPUS
+from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
 from megatron_pmd.engine.fleet import Fleet
 from megatron_pmd.engine.installed_options import check_options, check_parsers, sglang_source
 from megatron_pmd.engine.sglang_server import (
@@ -99,19 +99,23 @@ def test_a_pause_in_place_is_refused_where_nothing_runs_and_where_a_step_would_r
         override(recipe("tiny_moe_cpu"), settings)
 
 
-@pytest.mark.parametrize("kind", NEEDS_GPUS)
-def test_a_model_of_which_no_engine_starts_on_a_cpu_is_refused_before_a_start_with_the_reason(
+@pytest.mark.parametrize("kind", [*NEEDS_GPUS, *NO_ENGINE])
+def test_a_model_of_which_no_engine_starts_is_refused_before_a_start_with_the_reason(
     tmp_path: Path, kind: str
 ) -> None:
     """tests/engine/test_every_family.py shows how each of them would die."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     model, rollout, log = Model(path=str(tmp_path)), Rollout(max_total_tokens=8192), tmp_path / "engine.log"
     spec = EngineSpec(number=0, model=model, rollout=rollout, port=1, log=log, seed=0, cpu=True)
-    with pytest.raises(ModelError) as refusal:
-        EngineProcess(spec)
-    assert f"no engine starts for models of type {kind}: {NEEDS_GPUS[kind]}" in str(refusal.value)
+    for machine, reasons in {"a CPU": NEEDS_GPUS | NO_ENGINE, "GPUs": NO_ENGINE}.items():
+        here = replace(spec, cpu=machine == "a CPU")
+        if kind not in reasons:
+            assert engine_options(here)["model_path"] == str(tmp_path)
+            continue
+        with pytest.raises(ModelError) as refusal:
+            EngineProcess(here)
+        assert f"for models of type {kind}: {reasons[kind]}" in str(refusal.value)
     assert not [*tmp_path.glob("engine*")], "nothing was started, and nothing written"
-    assert engine_options(replace(spec, cpu=False))["model_path"] == str(tmp_path)
 
 
 SEPARATE = ["rollout.placement=separate", "rollout.partial=null", "layout.data=4", "layout.expert=4"]

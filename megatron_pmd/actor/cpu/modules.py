@@ -236,7 +236,6 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any, *, is_linear: bool = F
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = Norm
         _whole_norms(spec, of_family)
-        _post_norms(spec, of_family)
     if is_linear:
         layer.self_attention = ModuleSpec(
             module=GatedDeltaNet,
@@ -255,6 +254,7 @@ def layer_spec(config: Any, is_moe: bool, of_family: Any, *, is_linear: bool = F
     else:
         layer.pre_mlp_layernorm = IdentityOp
         layer.mlp.keywords["submodules"].linear_fc1 = TELayerNormColumnParallelLinear
+        _post_norms(spec, of_family)
     return spec
 
 
@@ -277,15 +277,18 @@ def _whole_norms(spec: ModuleSpec, of_family: Any) -> None:
 
 
 def _post_norms(spec: ModuleSpec, of_family: Any) -> None:
-    """The norms behind attention and feed-forward of Gemma 2 and 3, and Gemma 3's two rotary embeddings."""
+    """The norms behind attention and feed-forward of three families, before which EXAONE 4.0 has none; Gemma
+    3's two rotary embeddings."""
+    from megatron.bridge.models.exaone.exaone4.exaone4_provider import exaone4_layer_spec
     from megatron.bridge.models.gemma.gemma2_provider import gemma2_layer_spec
     from megatron.bridge.models.gemma.gemma3_provider import Gemma3SelfAttention, gemma3_layer_spec
 
-    if of_family not in (gemma2_layer_spec, gemma3_layer_spec):
+    if of_family not in (exaone4_layer_spec, gemma2_layer_spec, gemma3_layer_spec):
         return
-    layer, attention = spec.submodules, spec.submodules.self_attention
-    attention.submodules.linear_proj = TERowParallelLinearLayerNorm
-    layer.mlp.keywords["submodules"].linear_fc2 = TERowParallelLinearLayerNorm
+    attention, feed_forward = spec.submodules.self_attention, spec.submodules.mlp.keywords["submodules"]
+    attention.submodules.linear_proj = feed_forward.linear_fc2 = TERowParallelLinearLayerNorm
+    if of_family is exaone4_layer_spec:
+        attention.submodules.linear_qkv = feed_forward.linear_fc1 = ColumnParallelLinear
     if of_family is gemma3_layer_spec:
         attention.module = Gemma3SelfAttention
 
