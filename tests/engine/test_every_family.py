@@ -43,6 +43,7 @@ DIES_WITH = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "glm4_moe_lite": _LATENT,
+    "exaone4": "is required for Exaone4ForCausalLM",
     "exaone_moe": "is required for ExaoneMoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM requires one of",
     "minimax_m2": "assert x1.is_cuda",
@@ -53,7 +54,7 @@ DIES_WITH = {
 }
 """Families of which no engine starts: what its log ends with. engine/families.py has the reasons."""
 READ_BY_SGLANG: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"moe_layer_freq": 1},
+    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
     "deepseek_v3": FIXED["deepseek_v3"],
     "hy_v3": {"route_norm": True, "qk_norm": True},
     "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True},

@@ -1,7 +1,7 @@
 """Families that compute what no other does, on one device in fp32, against transformers in float64.
 
-Gemma: norms around its layers, soft caps. Nemotron: LayerNorm and squared ReLU. gpt-oss: sinks, biases of
-experts and a clamped SwiGLU.
+Gemma: norms around its layers, soft caps. EXAONE 4.0: norms behind its layers alone. Nemotron: LayerNorm and
+squared ReLU. gpt-oss: sinks, biases of experts and a clamped SwiGLU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.actor.tiny_models import config_for
 from tests.gpu_emulated.comparing import assert_resumes_bit_for_bit, assert_step_is_the_references
 from tests.gpu_emulated.launch import launch
 
-KINDS = ("gemma", "gemma2", "gemma3_text", "nemotron", "gpt_oss")
+KINDS = ("exaone4", "gemma", "gemma2", "gemma3_text", "nemotron", "gpt_oss")
 
 
 @pytest.fixture(scope="module")

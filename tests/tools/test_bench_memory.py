@@ -55,7 +55,7 @@ def launcher():
         [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout.readline() == "there\n"
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
         yield process
     finally:
         import psutil

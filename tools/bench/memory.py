@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,23 +103,23 @@ def table(sides: list[dict[str, Any]]) -> list[Row]:
     """Each figure of the first recipe, then the others' with their ratio to it."""
     rows: list[Row] = []
 
-    def compare(what: str, unit: str, figure: Callable[[dict[str, Any]], float]) -> None:
-        first, *others = (row(f"{what}, {side['recipe']}", [figure(side)], unit) for side in sides)
+    def compare(what: str, figures: list[float], unit: str) -> None:
+        first, *others = (
+            row(f"{what}, {side['recipe']}", [figure], unit)
+            for side, figure in zip(sides, figures, strict=True)
+        )
         rows.extend([first, *(other | {"ratio": other["value"] / first["value"]} for other in others)])
 
-    compare("all ranks, the most of the run", "GB", lambda side: max(map(_most, side["gigabytes"].values())))
-    for phase in sides[0]["gigabytes"]:
-        if all(phase in side["gigabytes"] for side in sides):  # a short one may not be seen
-            compare(f"in {phase}", "GB", lambda side, phase=phase: _most(side["gigabytes"][phase]))
+    peaks = [{phase: max(own.values()) for phase, own in side["gigabytes"].items()} for side in sides]
+    compare("all ranks, the most of the run", [max(own.values()) for own in peaks], "GB")
+    for phase in peaks[0]:
+        if all(phase in own for own in peaks):  # a short one may not be seen
+            compare(f"in {phase}", [own[phase] for own in peaks], "GB")
     if all(side["rewards"] for side in sides):
-        compare("held-out reward at the end", "", lambda side: side["rewards"][-1])
-    compare("processors", "s", lambda side: side["processor_seconds"])
-    compare("clock", "s", lambda side: side["seconds"])
+        compare("held-out reward at the end", [side["rewards"][-1] for side in sides], "")
+    compare("processors", [side["processor_seconds"] for side in sides], "s")
+    compare("clock", [side["seconds"] for side in sides], "s")
     return rows
-
-
-def _most(by_iteration: dict[int, float]) -> float:
-    return max(by_iteration.values())
 
 
 def main(
