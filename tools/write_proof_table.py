@@ -322,7 +322,7 @@ and about a hundred thousand random weights, on one to four CPU processes.
 LEGEND = """\
 ✓ a test runs it. – no test runs it. Empty: the model has no experts.
 
-SGLang serves latent attention on GPUs only, so the last two columns of those families wait for a GPU. On a
+SGLang has latent attention for GPUs only, so the last two columns of those families wait for a GPU. On a
 CPU such a model trains from replayed rollouts. `make demo` runs the whole loop on SmolLM2-135M, a Llama; no
 test does.
 """
