@@ -80,7 +80,14 @@ class Assumptions:
     cuda_context_bytes: float = 0.6e9
     """Of one process: the context and the kernels of its libraries; a rank and its engine have one each."""
     communicator_bytes: float = 0.3e9
-    """NCCL's buffers of one process group, 4 MiB and more a channel and neighbour; none is released."""
+    """NCCL's buffers of one process group on one device; none is released.
+
+    NCCL 2.30: a channel's ring keeps 10 MiB (its three protocols' 0.5, 4.7 and 4 MiB, in pages of 2 MiB) of
+    what comes from one neighbour, and 2 MiB towards the other, or 10 MiB if that is on another node. 16
+    channels, as between nodes of 8 H100, are 0.2 to 0.34 GB. Its source: computeBuffSizes in src/init.cc,
+    p2pRecvSetup in src/transport/p2p.cc, sendProxyConnect in src/transport/net.cc, ncclTopoPostset in
+    src/graph/connect.cc.
+    """
     fragment_bytes: float = 1.5e9
     """Of an actor rank: what is free inside blocks that torch's allocator cannot return."""
     expert_imbalance: float = 1.5

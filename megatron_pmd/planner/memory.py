@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import senders_of
 from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_static
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
@@ -222,6 +223,16 @@ def actor_left_over_bytes(config: RunConfig, assume: Assumptions) -> float:
     return assume.cuda_context_bytes + communicators + assume.fragment_bytes
 
 
+def update_groups(config: RunConfig, machines: Machines) -> int:
+    """Process groups in which a rank sends weights to engines elsewhere, and an engine takes them: one for
+    each rank that sends to a machine (weight_sync/broadcast.py)."""
+    if config.sync.transport != "broadcast":
+        return 0
+    per_node = machines.ranks_per_node(config)
+    nodes = [rank // per_node for rank in range(config.layout.ranks)]
+    return min(len(senders_of(rank, nodes, config)) for rank in range(config.layout.ranks))
+
+
 def _engine_processes_bytes(config: RunConfig, assume: Assumptions) -> float:
     """An engine's context and NCCL buffers on one device."""
     groups = ENGINE_COMMUNICATORS if config.rollout.tensor_parallel > 1 else 0
@@ -244,10 +255,13 @@ def device_phases(
     engine = engine_weight_bytes(shape, config)
     kv = cache(shape, config, machines, assume).bytes_per_device
     bucket = config.sync.bucket_megabytes * 2**20
+    groups = 0 if machines.shares_host_memory else update_groups(config, machines)
+    # made in the first update, and kept
+    to_engines: Owners = {"groups of weight updates": groups * assume.communicator_bytes} if groups else {}
 
     def weights(stage: Stage) -> Owners:
         copies = {"FP8 copies of weights": float(stage.fp8_copies_bytes)} if stage.in_fp8 else {}
-        return {"actor weights": stage.weight_bytes} | copies
+        return {"actor weights": stage.weight_bytes} | copies | to_engines
 
     def update(stage: Stage) -> Owners:
         return weights(stage) | {
@@ -270,7 +284,8 @@ def device_phases(
             "KV cache": kv,
             "engine graphs, activations": reserve,
             "left-overs": engine_left if separate else actor_left + engine_left,
-        },
+        }
+        | to_engines,
         "update": fullest,
         "save": max((save(stage) for stage in all_stages), key=lambda owners: sum(owners.values())),
         "sync": weights(heaviest)

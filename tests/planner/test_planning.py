@@ -12,7 +12,7 @@ from megatron_pmd.config import RunConfig, override
 from megatron_pmd.errors import LayoutError
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.planner import memory
-from megatron_pmd.planner.hardware import H100, Machines
+from megatron_pmd.planner.hardware import H100, Assumptions, Machines
 from megatron_pmd.planner.memory import microbatches_per_step
 from megatron_pmd.planner.planning import check, make_plan, nearest
 from megatron_pmd.planner.shapes import shape_of
@@ -129,6 +129,49 @@ def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_t
     assert sent.phases["sync"]["buckets"] - apart.phases["sync"]["buckets"] == 3 * bucket
     assert apart.host["save"]["weight buckets"] == 2 * bucket
     assert "weight buckets" not in sent.host["save"]
+
+
+GROUPS = "groups of weight updates"
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ([], 4),  # 16 ranks belong to the engines of four nodes
+        (["layout.engine_nodes=8"], 2),
+        (["layout.engine_nodes=2"], 8),
+        (["layout.engine_nodes=1"], 8),  # all 16, of which a node has 8
+    ],
+)
+def test_nccl_keeps_a_group_for_each_rank_that_sends_to_an_engine_node_on_both_sides(
+    settings: list[str], groups: int, h100: Machines
+) -> None:
+    plan = make_plan(override(recipe("qwen3_30b_a3b_overlap_48xh100"), settings), h100)
+    for phase in ("rollout", "update", "save", "sync"):
+        assert plan.phases[phase][GROUPS] == groups * plan.assumptions.communicator_bytes
+
+
+def test_engines_on_the_ranks_own_nodes_need_no_group_for_updates(h100: Machines) -> None:
+    config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), ["rollout.placement=separate"])
+    assert all(GROUPS not in owners for owners in make_plan(config, h100).phases.values())
+
+
+def test_the_groups_of_updates_are_room_that_an_engines_cache_cannot_have(h100: Machines) -> None:
+    """The cache is sized before the groups are made."""
+    config = recipe("qwen3_30b_a3b_overlap_48xh100")
+    greedy = make_plan(override(config, ["rollout.sglang.mem_fraction_static=0.76"]), h100)
+    with pytest.raises(LayoutError, match=r"set mem_fraction_static=0\.755"):
+        check(greedy)
+    assert sum(greedy.phases["rollout"].values()) - greedy.phases["rollout"][GROUPS] < 0.95 * H100.memory_bytes
+
+
+def test_the_assumed_buffers_of_a_communicator_lie_between_those_of_nccls_rings_in_and_out_of_a_node() -> None:
+    """16 channels. src/include/device.h of NCCL 2.30: 512 threads x 8 lines of 16 bytes x 8 steps for LL, 640 x
+    120 x 8 bytes x 8 for LL128; NCCL_BUFFSIZE of 4 MiB; each allocation in pages of 2 MiB."""
+    page = 2 * 2**20
+    receives = -(-(512 * 8 * 16 * 8 + 640 * 120 * 8 * 8 + 4 * 2**20) // page) * page
+    assert receives == 10_485_760  # as NVIDIA/nccl#1685 saw it, beside 2,097,152 of the sender's
+    assert 16 * (receives + page) <= Assumptions().communicator_bytes <= 16 * 2 * receives
 
 
 def test_an_engine_without_room_for_one_sample_is_refused(h100: Machines) -> None:

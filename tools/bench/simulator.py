@@ -122,6 +122,8 @@ class Measured:
     per_token: float
     release: float
     sync: float
+    sampling: float
+    """Of a rollout, were all slots of the engine in use all the time."""
 
 
 def real_run(folder: Path, name: str, url: str, iterations: int, more: list[str]) -> Measured:
@@ -145,11 +147,13 @@ def measured(run: Path, iterations: int) -> Measured:
         if line["phase"] not in ("start", "evaluate", "save"):
             phases[line["iteration"]][line["phase"]] = line["seconds"]
     counted = [phases[t] for t in range(WARM_UP, iterations)]
-    tokens = sum(
-        len(lengths) * prompt + sum(lengths)
+    groups = [
+        group
         for t in range(WARM_UP, iterations)
-        for prompt, lengths in read_lengths(run / "rollouts" / f"{t}.parquet")
-    )
+        for group in read_lengths(run / "rollouts" / f"{t}.parquet")
+    ]
+    responses = sum(sum(lengths) for _, lengths in groups)
+    tokens = responses + sum(len(lengths) * prompt for prompt, lengths in groups)
     whole = [sum(row.values()) for row in counted]
     return Measured(
         rollout=statistics.mean(row["rollout"] for row in counted),
@@ -158,6 +162,7 @@ def measured(run: Path, iterations: int) -> Measured:
         per_token=sum(row["anchor"] + row["update"] for row in counted) / tokens,
         release=statistics.mean(row["release"] for row in counted),
         sync=statistics.mean(row["sync"] + row["resume"] for row in counted),
+        sampling=responses / len(counted) / ENGINE["slots"] / ENGINE["tokens_per_second"],
     )
 
 
@@ -209,6 +214,8 @@ def _compared(name: str, real: Measured, played: Played) -> dict[str, Any]:
         "iteration, simulated": played.rollout_seconds,
         "difference": played.rollout_seconds / real.iteration - 1,
         "difference of rollouts": sampling / real.rollout - 1,
+        "sampling with all slots in use": real.sampling,
+        "iteration without waiting, real": real.iteration - real.rollout,
         "share of waiting, real": real.rollout / real.iteration,
         "share of waiting, simulated": sampling / played.rollout_seconds,
         "iterations": [round(seconds, 2) for seconds in real.iterations],
