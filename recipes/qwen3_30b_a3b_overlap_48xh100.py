@@ -9,8 +9,8 @@ from recipes.qwen3_30b_a3b_dapo_32xh100 import qwen3_30b_a3b_dapo_32xh100
 def qwen3_30b_a3b_overlap_48xh100() -> RunConfig:
     """Qwen3-30B-A3B-Base on DAPO-Math-17k: 2 nodes of 8 actor ranks, and 4 nodes with 2 engines each.
 
-    Batch, objective and τ are the paper's. Engines share their GPUs with the groups of weight updates alone, so
-    their cache may be larger.
+    Batch, objective and τ are the paper's. Engines share their GPUs with nothing but the groups of weight
+    updates, so their cache may be larger.
     """
     settings = [
         "name=qwen3_30b_a3b_overlap_48xh100",

@@ -156,7 +156,7 @@ def config_for(model: Path, layout: dict[str, int] | None = None, **changes: Any
         optimizer=changes.pop("optimizer", OPTIMIZER),
         # chunks shorter than a micro-batch's responses, so that their seams are tested
         actor=c.Actor(log_prob_chunk_tokens=16, **changes.pop("actor", {})),
-        rollout=c.Rollout(temperature=TEMPERATURE),
+        rollout=changes.pop("rollout", c.Rollout(temperature=TEMPERATURE)),
         data=c.Data(train=c.ReasoningGymSource(task="chain_sum", size=3)),
         reward=c.Reward(name="exact"),
         **changes,

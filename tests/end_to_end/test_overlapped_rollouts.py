@@ -1,4 +1,4 @@
-"""Rollouts sampled while others are trained on, by a real engine that is updated while it generates."""
+"""Rollouts sampled while others are trained on, by a real engine that is updated in place meanwhile."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 OVERLAP = [
     "rollout.placement=separate",
     "rollout.staleness=1",
+    # whole runs that pause with retraction are in tests/slurm/test_lifecycle.py
+    "rollout.pause=in_place",
     # slower than training: an update always meets running responses
     "rollout.max_running_requests=4",
     "batch.max_response_tokens=160",
@@ -44,8 +46,8 @@ OVERLAP = [
 def test_rollouts_go_on_through_updates_a_killed_sampler_a_killed_engine_and_the_signal_to_save(
     command_line: CommandLine,
 ) -> None:
-    """fp32: the actor's log-probability of every token sampled under its weights is the engine's to 1e-5, so
-    a response that met an update was computed again under the new weights, as it stood."""
+    """fp32: the actor's log-probability of every token sampled under its weights is the engine's to 1e-5, but
+    for those that are marked as standing on a cache of earlier weights."""
     training = command_line.start("overlap", *OVERLAP)
     try:
         _wait_for_update(0, command_line, training)
@@ -65,25 +67,29 @@ def test_rollouts_go_on_through_updates_a_killed_sampler_a_killed_engine_and_the
     saved = pq.read_table(checkpoint / "carried_over.parquet").to_pylist()
     command_line.run("overlap", *OVERLAP)
     _check_that_responses_go_on_from(saved, command_line)
-    _check_order_versions_and_log_probabilities(command_line)
+    _check_order_versions_marks_and_log_probabilities(command_line)
 
 
-def _check_order_versions_and_log_probabilities(command_line: CommandLine) -> None:
+def _check_order_versions_marks_and_log_probabilities(command_line: CommandLine) -> None:
     lines = [m for m in command_line.lines("overlap", "metrics.jsonl") if m["kind"] == "iteration"]
     assert [m["iteration"] for m in lines] == [0, 1, 2, 3, 4]
     given = json.loads((command_line.path("overlap") / "config.json").read_text())
     config = override(build(given), [f"model.path={command_line.folder / given['model']['path']}"])
     order = ProblemSets.load(config, load_tokenizer(config.model), print).train
-    mixed = 0
+    mixed, marked = 0, []
     for t, line in enumerate(lines):
         samples, _ = read_rollout(command_line.path("overlap") / "rollouts" / f"{t}.parquet")
         assert [s.problem for s in samples[::4]] == [p.index for p in order.take(8)]
         versions = [[g.weight_version for g in s.segments] for s in samples]
-        assert all(v == sorted(set(v)) and t - 1 <= v[0] and v[-1] <= t for v in versions)
-        mixed += sum(len(v) > 1 for v in versions)
-        assert line["staleness/mixed_responses"] == pytest.approx(
-            sum(len(v) > 1 for v in versions) / len(versions)
-        )
+        assert all(v == sorted(v) and t - 1 <= v[0] and v[-1] <= t for v in versions)
+        several = sum(len(set(v)) > 1 for v in versions)
+        mixed += several
+        assert line["staleness/mixed_responses"] == pytest.approx(several / len(versions))
+        segments = [g for s in samples for g in s.segments]
+        marked.append(sum(g.tokens for g in segments if g.stale_cache))
+        assert line["staleness/stale_cache"] == pytest.approx(marked[-1] / sum(g.tokens for g in segments))
+        compared = sum(g.tokens for g in segments if g.weight_version == t and not g.stale_cache)
+        assert line["sync/compared_tokens"] == compared
         for unit in ("responses", "tokens"):
             flow = {n: v for n, v in line.items() if n.startswith("ahead/") and n.endswith(unit)}
             came = sum(flow.get(f"ahead/{name}_{unit}", 0) for name in ("carried", "started"))
@@ -93,6 +99,8 @@ def _check_order_versions_and_log_probabilities(command_line: CommandLine) -> No
     steps = command_line.steps("overlap")
     assert len(steps) == 10 and all(0 < step["stale/effective_sample_size"] <= 1 for step in steps)
     assert mixed and sum(m["sync/compared_tokens"] for m in lines) > 0
+    # the first rollout met no update, and the last one met that behind the only iteration since the resume
+    assert marked[0] == 0 < marked[-1]
 
 
 def _check_that_responses_go_on_from(saved: list[dict[str, Any]], command_line: CommandLine) -> None:

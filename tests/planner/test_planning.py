@@ -162,12 +162,14 @@ def test_the_groups_of_updates_are_room_that_an_engines_cache_cannot_have(h100: 
     greedy = make_plan(override(config, ["rollout.sglang.mem_fraction_static=0.76"]), h100)
     with pytest.raises(LayoutError, match=r"set mem_fraction_static=0\.755"):
         check(greedy)
-    assert sum(greedy.phases["rollout"].values()) - greedy.phases["rollout"][GROUPS] < 0.95 * H100.memory_bytes
+    assert (
+        sum(greedy.phases["rollout"].values()) - greedy.phases["rollout"][GROUPS] < 0.95 * H100.memory_bytes
+    )
 
 
-def test_the_assumed_buffers_of_a_communicator_lie_between_those_of_nccls_rings_in_and_out_of_a_node() -> None:
-    """16 channels. src/include/device.h of NCCL 2.30: 512 threads x 8 lines of 16 bytes x 8 steps for LL, 640 x
-    120 x 8 bytes x 8 for LL128; NCCL_BUFFSIZE of 4 MiB; each allocation in pages of 2 MiB."""
+def test_the_assumed_buffers_of_a_communicator_are_between_those_of_rings_in_a_node_and_out_of_it() -> None:
+    """16 channels. NCCL 2.30, src/include/device.h: LL has 512 threads x 8 lines of 16 bytes x 8 steps, LL128
+    640 x 120 x 8 bytes x 8, Simple NCCL_BUFFSIZE = 4 MiB; each allocation is in pages of 2 MiB."""
     page = 2 * 2**20
     receives = -(-(512 * 8 * 16 * 8 + 640 * 120 * 8 * 8 + 4 * 2**20) // page) * page
     assert receives == 10_485_760  # as NVIDIA/nccl#1685 saw it, beside 2,097,152 of the sender's

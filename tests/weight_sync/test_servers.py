@@ -1,4 +1,4 @@
-"""Updates over the network from two nodes to two servers of others, which die and come back."""
+"""Updates over the network to servers of others and to an engine node, whose engines die and come back."""
 
 from __future__ import annotations
 
@@ -71,3 +71,29 @@ def test_it_is_said_who_is_left_out_and_who_is_taken_back(updates, ports):
     [said] = updates["all were dead for 2 s"]["said"]
     assert f"(http://127.0.0.1:{ports[0]}) does not answer; " + back in said
     assert said.endswith(left_out.format("0"))
+
+
+def test_an_engine_that_waits_for_a_dead_neighbour_is_started_again_with_it_and_others_get_the_update(
+    tmp_path,
+):
+    """It waits as over NCCL, which does not tell it. The node is megatron-pmd's own, engines are played."""
+    write_model(tmp_path / "model", "qwen3moe")
+    module = "tests.weight_sync.server_programs"
+    updates = launch(
+        "engine_that_waits", ranks=3, module=module, path=tmp_path / "model", folder=tmp_path / "run"
+    )[0]
+    before, meanwhile, after = updates.values()
+    urls = before["urls"]
+    assert meanwhile["urls"] == [urls[1]]
+    [said] = meanwhile["said"]
+    assert f"engine 0 on engine node 0 ({urls[0]}) does not answer" in said
+    assert f"engine 2 ({urls[2]}) did not answer within 1 s" in said
+    assert said.endswith("left out until they answer: engine 0, 2")
+    assert meanwhile["seconds"] < 20, "no deadline but the update's own 3 s, and 1 s for each question"
+    assert after["said"] == ["taken back, with the current weights: engine 0, 2"]
+    assert after["urls"][1] == urls[1] and not {urls[0], urls[2]} & {*after["urls"]}
+    for version, update in enumerate(updates.values(), 1):
+        assert len(update["servers"]) == len(update["urls"])
+        for server in update["servers"]:
+            assert server["digests"] == update["exported"]
+            assert server["version"] == str(version) and not server["paused"]

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -37,23 +38,27 @@ def digest(tensor: torch.Tensor) -> str:
 class Life:
     """One life of a server on a port of loopback. Made before this process has threads, begun later."""
 
-    def __init__(self, port: int) -> None:
-        self._begins = FORK.Event()
-        self._process = FORK.Process(target=self._live, args=(port, os.getpid()), daemon=True)
+    def __init__(self) -> None:
+        self._begins, self._port = FORK.Event(), FORK.Value("i", 0)
+        self._process = FORK.Process(target=self._live, args=(os.getpid(),), daemon=True)
         self._process.start()
 
-    def begin(self) -> None:
+    def begin(self, port: int) -> None:
+        self._port.value = port
         self._begins.set()
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
 
-    def _live(self, port: int, parent: int) -> None:
+    def _live(self, parent: int) -> None:
         while not self._begins.wait(0.5):
             if os.getppid() != parent:
                 return
-        _Server(port).serve_forever()
+        _Server(self._port.value).serve_forever()
 
 
 class _Server(ThreadingHTTPServer):
@@ -63,6 +68,9 @@ class _Server(ThreadingHTTPServer):
         self.weights: dict[str, torch.Tensor] = {}
         self.groups: dict[str, Any] = {}
         self.buckets = self.dies_at = self.received = 0
+        self.scheduler = threading.Lock()
+        """Held while it does what it is asked: an engine that waits for a message answers nothing else."""
+        self.waits_for_ever = False
 
     def join(self, order: dict[str, Any]) -> None:
         """As sglang.srt.utils.common.init_custom_process_group."""
@@ -87,7 +95,12 @@ class _Server(ThreadingHTTPServer):
         dtypes = [getattr(torch, name) for name in order["dtypes"]]
         empty = [torch.empty(shape, dtype=d) for shape, d in zip(order["shapes"], dtypes, strict=True)]
         message = torch.empty(sum(tensor.nbytes for tensor in empty), dtype=torch.uint8)
-        dist.broadcast(message, 0, group=self.groups[order["group_name"]])
+        try:
+            dist.broadcast(message, 0, group=self.groups[order["group_name"]])
+        except RuntimeError:  # gloo says that the one it waited for is gone; NCCL does not
+            if self.waits_for_ever:
+                threading.Event().wait()
+            raise
         self.received += message.nbytes
         parts = message.split([tensor.nbytes for tensor in empty])
         for name, tensor, part in zip(order["names"], empty, parts, strict=True):
@@ -98,10 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
+        if self.path == "/server_info":
+            with self.server.scheduler:
+                self._answer({"tp_size": 1})
+            return
         digests = {name: digest(tensor) for name, tensor in self.server.weights.items()}
         answers: dict[str, dict[str, Any]] = {
             "/model_info": {"weight_version": self.server.version},
-            "/server_info": {"tp_size": 1},
             "/state": {
                 "paused": self.server.paused,
                 "buckets": self.server.buckets,
@@ -113,7 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         order = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
-        success = True
+        with self.server.scheduler:
+            success = self._done(order)
+        self._answer({"success": success})
+
+    def _done(self, order: dict[str, Any]) -> bool:
+        """Whether it could be done."""
         match self.path.partition("?")[0]:
             case "/update_weight_version":
                 self.server.version = order["new_version"]
@@ -124,12 +145,14 @@ class _Handler(BaseHTTPRequestHandler):
             case "/init_weights_update_group":
                 self.server.join(order)
             case "/destroy_weights_update_group":
-                success = self.server.groups.pop(order["group_name"], None) is not None
+                return self.server.groups.pop(order["group_name"], None) is not None
             case "/update_weights_from_distributed":
                 self.server.take(order)
             case "/die_at":
                 self.server.dies_at = self.server.buckets + order["bucket"]
-        self._answer({"success": success})
+            case "/wait_for_ever":
+                self.server.waits_for_ever = True
+        return True
 
     def _answer(self, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()

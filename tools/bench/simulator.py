@@ -148,9 +148,7 @@ def measured(run: Path, iterations: int) -> Measured:
             phases[line["iteration"]][line["phase"]] = line["seconds"]
     counted = [phases[t] for t in range(WARM_UP, iterations)]
     groups = [
-        group
-        for t in range(WARM_UP, iterations)
-        for group in read_lengths(run / "rollouts" / f"{t}.parquet")
+        group for t in range(WARM_UP, iterations) for group in read_lengths(run / "rollouts" / f"{t}.parquet")
     ]
     responses = sum(sum(lengths) for _, lengths in groups)
     tokens = responses + sum(len(lengths) * prompt for prompt, lengths in groups)
