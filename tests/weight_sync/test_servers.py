@@ -87,9 +87,9 @@ def test_an_engine_that_waits_for_a_dead_neighbour_is_started_again_with_it_and_
     assert meanwhile["urls"] == [urls[1]]
     [said] = meanwhile["said"]
     assert f"engine 0 on engine node 0 ({urls[0]}) does not answer" in said
-    assert f"engine 2 ({urls[2]}) did not answer within 1 s" in said
+    assert f"engine 2 ({urls[2]}) did not answer within 2 s" in said
     assert said.endswith("left out until they answer: engine 0, 2")
-    assert meanwhile["seconds"] < 20, "no deadline but the update's own 3 s, and 1 s for each question"
+    assert meanwhile["seconds"] < 30, "no deadline but the update's own 5 s, and 2 s for each question"
     assert after["said"] == ["taken back, with the current weights: engine 0, 2"]
     assert after["urls"][1] == urls[1] and not {urls[0], urls[2]} & {*after["urls"]}
     for version, update in enumerate(updates.values(), 1):
