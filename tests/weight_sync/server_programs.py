@@ -78,8 +78,9 @@ class Trial:
         urls = list(self.engines.fleet.urls)
         states = self.control.on_driver(lambda: [_state(url) for url in urls])
         return {
-            "said": self.said[said:], "seconds": seconds, "exported": exported, "urls": urls, "servers": states,
-            "buckets": report.buckets, "bytes": report.bytes, "sent": self.control.all_gather(self.sent),
+            "said": self.said[said:], "seconds": seconds, "exported": exported, "urls": urls,
+            "servers": states, "buckets": report.buckets, "bytes": report.bytes,
+            "sent": self.control.all_gather(self.sent),
         }  # fmt: skip
 
     def on_driver(self, action: Callable[[], object]) -> None:
