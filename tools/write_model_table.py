@@ -55,11 +55,11 @@ and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, for the reason beside it. Where an engine
 would die at its start, the run is refused before one starts, with that reason
-(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are so on GPUs, too. "Whole loop": a test runs
+(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are refused on GPUs, too. "Whole loop": a test runs
 SGLang with such a model ([proofs](proofs.md)). "Served": an engine, given the weights, computes
 transformers' log-probabilities within 1e-4 in `tests/engine/test_every_family.py`, which is run by name,
 outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
-**Nothing of this was run on a GPU.**
+**On a GPU ran a small `qwen3_moe` and SmolLM2 (`llama`) alone ([gpu.md](gpu.md#results)).**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,

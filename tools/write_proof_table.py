@@ -317,7 +317,7 @@ Read a row like this: Qwen3 under `layout.tensor=2`, on CPU processes, takes the
 transformers in float64. Every mark is a test that `make test` runs. The models have the real architecture
 and about a hundred thousand random weights, on one to four CPU processes.
 
-**No mark is a run on a GPU.** What runs only on GPUs is written and not run: [On a GPU](gpu.md).
+**No mark is a run on a GPU.** What ran on one is in [On a GPU](gpu.md#results).
 """
 LEGEND = """\
 ✓ a test runs it. – no test runs it. Empty: the model has no experts.

@@ -45,6 +45,7 @@ def launch(
     ] = None,
 ) -> None:
     """Submit a run to a Slurm cluster; submitted again, it resumes."""
+    from megatron_pmd.engine.families import check_served
     from megatron_pmd.planner.planning import check, make_plan
 
     config = configuration(recipe, settings or [])
@@ -60,6 +61,9 @@ def launch(
     profile = load_cluster(cluster)
     made = make_plan(config, profile.machines)
     check(made)
+    if replay is None and not config.rollout.servers:
+        # before the job has queued
+        check_served(Path(config.model.path), cpu=profile.machines.shares_host_memory)
     # a relative `shared` is meant from here; an absolute one may exist on the cluster alone
     root = PurePosixPath(profile.shared)
     job = job_for(

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_pmd.errors import ModelError
 from megatron_pmd.files import read_object
 
-_WITH_IMAGES = "SGLang serves it as a part of the model with images alone (EntryClass of qwen3_5.py)"
+_WITH_IMAGES = "SGLang serves it only as a part of the model with images (EntryClass of qwen3_5.py)"
 NO_ENGINE: dict[str, str] = {
     "nemotron": "SGLang has no class for it, and transformers' NemotronDecoderLayer does not hand its "
     "attention what SGLang gives it",

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
+import transformers
 
 from megatron_pmd.cli import cluster as commands
 from megatron_pmd.cli import train as cli
 from megatron_pmd.config import override
-from megatron_pmd.errors import ConfigError, LaunchError, LayoutError
+from megatron_pmd.errors import ConfigError, LaunchError, LayoutError, ModelError
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.launch.history import append
 from megatron_pmd.launch.script import TEMPLATE, Job, body, job_for, render
@@ -236,6 +237,23 @@ def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pyte
     assert trained == []
     launch(dry_run=False, chain=1)
     assert trained == [("tiny_moe_cpu", ["iterations=3"], None)]
+
+
+def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.NemotronConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    ).save_pretrained(tmp_path / "model")
+    settings = [f"model.path={tmp_path}/model", "model.prepare=null", "layout.expert=1", "layout.data=8"]
+    settings += ["warm_start=null", "rollout.ranks_per_engine=1"]
+    launch = functools.partial(
+        commands.launch, "tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto"
+    )
+    with pytest.raises(ModelError, match="no engine starts for models of type nemotron"):
+        launch()
+    launch(replay=tmp_path)
+    assert "#SBATCH" in capsys.readouterr().out
 
 
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
