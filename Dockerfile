@@ -23,7 +23,7 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
 
 # without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run; bubblewrap is for reward.name=code
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates git python3 python3-dev python3-venv ninja-build \
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates git python3 python3-dev python3-venv \
         numactl ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
     && rm -rf /var/lib/apt/lists/*
 
@@ -55,7 +55,9 @@ RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
+# the contract and `megatron-pmd doctor` compare what is installed with constraints/: with PINS, those of this build
+RUN cp /opt/*.txt constraints/ \
+    && python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m venv /opt/nemo \
     && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
