@@ -39,8 +39,10 @@ RUN for pin in ${PINS}; do \
         sed -i "s/^${pin%%==*}==.*/${pin}/" constraints/stack.txt constraints/nemo.txt; \
     done; cp constraints/*.txt /opt/
 RUN python3 -m pip install --constraint /opt/stack.txt torch torchvision packaging wheel setuptools ninja
-# its torch half is compiled here; without FORCE_BUILD it first tries to download one
-RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
+# its torch half is compiled here; without FORCE_BUILD it first tries to download one. USE_NVIDIA_WHEELS: against the headers of torch's
+# own NCCL and cuDNN. A base image has others, and with those of NCCL 2.27 it does not compile. CPATH: what only the toolkit has
+RUN NVTE_BUILD_USE_NVIDIA_WHEELS=1 CPATH=${CUDA_HOME}/include MAX_JOBS=${MAX_JOBS} \
+    python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
     transformer-engine transformer-engine-cu13 transformer-engine-torch
 # of apex this one module, which adds a gradient up inside its matrix product: megatron-core asks for it by this name. The rest of
 # apex has no use beside Transformer Engine
