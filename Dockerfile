@@ -5,7 +5,7 @@
 # lines were run in a plain Ubuntu 24.04 (docs/slurm.md, "The image"). Build from the repository's root:
 #   docker build --tag megatron-pmd .
 #   enroot import --output megatron-pmd.sqsh dockerd://megatron-pmd
-# The base brings CUDA 13.0, nvcc and cuDNN; Ubuntu 24.04 brings Python 3.12, and torch its NCCL.
+# The base brings CUDA 13.0 and nvcc; Ubuntu 24.04 brings Python 3.12, and torch its NCCL and cuDNN.
 ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
