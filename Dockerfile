@@ -5,7 +5,7 @@
 # lines were run in a plain Ubuntu 24.04 (docs/slurm.md, "The image"). Build from the repository's root:
 #   docker build --tag megatron-pmd .
 #   enroot import --output megatron-pmd.sqsh dockerd://megatron-pmd
-# The base brings CUDA 13.0, nvcc and cuDNN; Ubuntu 24.04 brings Python 3.12, and torch its NCCL.
+# The base brings CUDA 13.0 and nvcc; Ubuntu 24.04 brings Python 3.12, and torch its NCCL and cuDNN.
 ARG BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
@@ -23,7 +23,7 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 \
 
 # without the InfiniBand libraries NCCL talks over sockets, and the pre-flight stops the run; bubblewrap is for reward.name=code
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates git python3 python3-dev python3-venv ninja-build \
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates git python3 python3-dev python3-venv \
         numactl ibverbs-providers libibverbs1 librdmacm1 bubblewrap \
     && rm -rf /var/lib/apt/lists/*
 
@@ -39,8 +39,10 @@ RUN for pin in ${PINS}; do \
         sed -i "s/^${pin%%==*}==.*/${pin}/" constraints/stack.txt constraints/nemo.txt; \
     done; cp constraints/*.txt /opt/
 RUN python3 -m pip install --constraint /opt/stack.txt torch torchvision packaging wheel setuptools ninja
-# its torch half is compiled here; without FORCE_BUILD it first tries to download one
-RUN MAX_JOBS=${MAX_JOBS} python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
+# its torch half is compiled here; without FORCE_BUILD it first tries to download one. USE_NVIDIA_WHEELS: against the headers of torch's
+# own NCCL and cuDNN. A base image has others, and with those of NCCL 2.27 it does not compile. CPATH: what only the toolkit has
+RUN NVTE_BUILD_USE_NVIDIA_WHEELS=1 CPATH=${CUDA_HOME}/include MAX_JOBS=${MAX_JOBS} \
+    python3 -m pip install --no-build-isolation --constraint /opt/stack.txt \
     transformer-engine transformer-engine-cu13 transformer-engine-torch
 # of apex this one module, which adds a gradient up inside its matrix product: megatron-core asks for it by this name. The rest of
 # apex has no use beside Transformer Engine
@@ -55,7 +57,9 @@ RUN python3 -m pip install --no-deps --constraint /opt/stack.txt megatron-bridge
     && python3 -m pip install --constraint /opt/stack.txt sglang sglang-router
 
 COPY . .
-RUN python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
+# the contract and `megatron-pmd doctor` compare what is installed with constraints/: with PINS, those of this build
+RUN cp /opt/*.txt constraints/ \
+    && python3 -m pip install --constraint /opt/stack.txt --editable '.[gpu]' pytest pytest-xdist hypothesis
 # nemo-run asks for other versions of the engines' libraries: it has an environment of its own, for launching from inside
 RUN python3 -m venv /opt/nemo \
     && /opt/nemo/bin/pip install --constraint /opt/nemo.txt --editable '.[nemo]'
