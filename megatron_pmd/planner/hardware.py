@@ -99,7 +99,7 @@ class Assumptions:
     core_copy_bytes_per_second: float = 1e9
     """Written by one core into memory that is new to its process: most of it is the kernel's work."""
     cores_per_rank: int = 4
-    """That copy at this speed, of a node with accelerators: what a rank's 16 cores reached, roughly, beside an H200
-    (docs/gpu.md); without accelerators a rank has one."""
+    """That copy at this speed, of a node with accelerators: what a rank's 16 cores reached, roughly, beside
+    an H200 (docs/gpu.md); without accelerators a rank has one."""
     safety: float = 0.95
     """Of a memory, the share a plan may fill."""
