@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -78,6 +78,12 @@ def senders_of(rank: int, nodes: Sequence[int], config: RunConfig) -> tuple[int,
     engines = engines_beside(rank // size, config)
     ranks = [number for engine in engines for number in range(engine * size, (engine + 1) * size)]
     return tuple(number for number in ranks if nodes[number] == nodes[ranks[0]])
+
+
+def groups_of(senders: Iterable[Sequence[int]]) -> int:
+    """Process groups towards a machine of engines elsewhere. Each begins at another of the senders, so there
+    are as many as the machine with the fewest has. senders: what senders_of() says of every rank."""
+    return min(len(ranks) for ranks in senders)
 
 
 def ranks_of_node(config: RunConfig, accelerators: int) -> int:

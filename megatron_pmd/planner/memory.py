@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import senders_of
+from megatron_pmd.engine.placement import groups_of, senders_of
 from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_static
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
@@ -224,13 +224,13 @@ def actor_left_over_bytes(config: RunConfig, assume: Assumptions) -> float:
 
 
 def update_groups(config: RunConfig, machines: Machines) -> int:
-    """Process groups in which a rank sends weights to engines elsewhere, and an engine takes them: one for
-    each rank that sends to a machine (weight_sync/broadcast.py)."""
+    """Process groups in which a rank sends weights to engines elsewhere, and an engine takes them
+    (weight_sync/broadcast.py)."""
     if config.sync.transport != "broadcast":
         return 0
     per_node = machines.ranks_per_node(config)
     nodes = [rank // per_node for rank in range(config.layout.ranks)]
-    return min(len(senders_of(rank, nodes, config)) for rank in range(config.layout.ranks))
+    return groups_of(senders_of(rank, nodes, config) for rank in range(config.layout.ranks))
 
 
 def _engine_processes_bytes(config: RunConfig, assume: Assumptions) -> float:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pmd.device import current_device
+from megatron_pmd.engine.placement import groups_of
 from megatron_pmd.errors import EngineError
 from megatron_pmd.network import address_towards
 from megatron_pmd.store import open_store
@@ -102,7 +103,7 @@ class Broadcast(Colocated):
             meeting = stores[own[0]]
             if meeting is not None:
                 before = sum(m.engine_ranks for rank, m in engines.items() if rank < self._control.rank)
-                self._join(meeting, min(len(member.senders) for member in told), before)
+                self._join(meeting, groups_of(member.senders for member in told), before)
 
     def _open(self) -> _Member:
         """The engine that this rank leads withdraws its version; one that was started again has forgotten its
