@@ -8,20 +8,25 @@ import pytest
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import DataError
-from tools.studies.muon import RATES, best_rate, configuration, run_all, start_of
+from tools.studies.muon import TASKS, best_rate, configuration, run_all, start_of
+
+RATES = TASKS["tiny"].rates
 
 
-def test_the_runs_of_both_optimizers_differ_in_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TASKS)
+def test_the_runs_of_both_optimizers_differ_in_nothing_else(name: str, tmp_path: Path) -> None:
+    task = TASKS[name]
+
     def without_optimizer(config: RunConfig) -> dict:
         found = config.model_dump()
-        assert found.pop("model")["path"] in ("models/tiny-moe", str(start_of(tmp_path)))
+        found["model"].pop("path")
         optimizer = found.pop("optimizer")
         assert optimizer.pop("name") in ("adam", "muon")
         return found | optimizer
 
-    adam, muon = (configuration(name, tmp_path, 4e-4, 1) for name in ("adam", "muon"))
+    adam, muon = (configuration(task, optimizer, tmp_path, 4e-4, 1) for optimizer in ("adam", "muon"))
     assert (adam.optimizer.name, muon.optimizer.name) == ("adam", "muon")
-    assert muon.model.path == str(start_of(tmp_path))
+    assert muon.model.path == (str(start_of(tmp_path)) if task.supervised else adam.model.path)
     assert without_optimizer(adam) == without_optimizer(muon)
 
 
@@ -39,4 +44,4 @@ def test_the_rate_is_the_best_of_the_first_seed_whatever_the_others_reach() -> N
 
 def test_muon_without_the_start_that_adam_writes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="run the study of adam first"):
-        run_all(tmp_path, "muon", RATES, [0])
+        run_all(TASKS["tiny"], tmp_path, "muon", RATES, [0])

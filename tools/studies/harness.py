@@ -1,4 +1,4 @@
-"""Many short runs of `tiny_moe_cpu`'s task in one process, with one engine and one supervised start for all.
+"""Many short runs of a recipe's task in one process, with one engine and one start for all.
 
 A process takes one core most of the time: two, with runs of their own in folders of their own, keep two busy.
 """
@@ -37,9 +37,13 @@ COMMON = [
 """Of all runs: one rank, and nothing on the disk that a study does not read."""
 
 
-def study_run(name: str, settings: Sequence[str]) -> RunConfig:
-    """A run of the task, which begins at the study's own start instead of with a supervised part."""
-    config = override(recipe("tiny_moe_cpu"), [*COMMON, f"name={name}", *settings])
+TINY = "tiny_moe_cpu"
+"""The recipe whose task most studies have."""
+
+
+def study_run(name: str, settings: Sequence[str], task: str = TINY) -> RunConfig:
+    """A run of a recipe's task, which begins at the study's own start instead of with a supervised part."""
+    config = override(recipe(task), [*COMMON, f"name={name}", *settings])
     return config.model_copy(update={"warm_start": None})
 
 
@@ -145,13 +149,13 @@ def evaluations(run: Path) -> list[float]:
 
 
 @contextmanager
-def laboratory(folder: Path, settings: Sequence[str]) -> Iterator[Laboratory]:
+def laboratory(folder: Path, settings: Sequence[str], task: str = TINY) -> Iterator[Laboratory]:
     """This process as the only actor rank, with an engine, and a model that has had its supervised start.
 
-    settings: of rollouts and batches, as all runs have them.
+    settings: of rollouts and batches, as all runs have them. task: the recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    base = override(recipe("tiny_moe_cpu"), [*COMMON, "name=warm_start", *settings])
+    base = override(recipe(task), [*COMMON, "name=warm_start", *settings])
     with ExitStack() as stack:
         control = stack.enter_context(_single_rank(base))
         from megatron_pmd.actor.actor import Actor
