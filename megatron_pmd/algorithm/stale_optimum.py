@@ -22,17 +22,20 @@ GRID = np.geomspace(1.0, 1e-14, 200)[:, None]
 
 
 def optimum_of_stale_samples(
-    rewards: ArrayLike, sampled: ArrayLike, anchor: ArrayLike, tau: float
+    rewards: ArrayLike, sampled: ArrayLike, anchor: ArrayLike, tau: float, *, baseline: float | None = None
 ) -> tuple[Floats, float]:
     """The minimiser of ½ E_b[(log ρ − A/τ)²] over all distributions, with A = r − E_b[r].
 
     rewards          [outcomes]  in reward units
     sampled, anchor  [outcomes]  probabilities of b and of a; each sum to 1, and none is 0
     tau              regularisation strength τ > 0, in reward units
+    baseline         in place of E_b[r], in reward units. Samples of b that are weighed by a/b count as those
+                     of a, and keep the mean reward of b's groups: sampled=a, baseline=E_b[r]
 
-    Returns log ρ* [outcomes] in nats, and ν = KL(b ‖ π*) − KL(b ‖ a) in nats: π* maximises
-    E_π[r] − τ KL(π ‖ a) − (ντ/2) χ²(π ‖ b). ν < 0 where b was the better policy. With b = a it is
-    `optimum_mean`, and ν its λ. Raises ValueError for values outside these ranges.
+    Returns log ρ* [outcomes] in nats, and ν in nats: π* maximises E_π[r] − τ KL(π ‖ a) − (ντ/2) χ²(π ‖ b).
+    ν = KL(b ‖ π*) − KL(b ‖ a) + E_b[A]/τ; the last is 0 unless a baseline is given. ν < 0 where b was the
+    better policy. With b = a it is `optimum_mean`, and ν its λ. Raises ValueError for values outside these
+    ranges.
 
     Stationarity, with w = a/b: log ρ + ν w ρ = A/τ, so ρ = W(ν w e^{A/τ}) / (ν w), and ν solves E_a[ρ] = 1.
     A minimum has at most one outcome on W's other branch. There may be several stationary points: of all,
@@ -42,7 +45,7 @@ def optimum_of_stale_samples(
     _, a = checked(rewards, anchor, tau)
     if b.min() <= 0 or a.min() <= 0:
         raise ValueError("an outcome of probability 0 has no ratio of the anchor to the policy that sampled")
-    target = (r - b @ r) / tau
+    target = (r - (b @ r if baseline is None else baseline)) / tau
     scale = np.log(a) - np.log(b) + target  # log(w e^{A/τ})
     return min(_stationary(target, scale, a), key=lambda point: float(b @ (point[0] - target) ** 2))
 

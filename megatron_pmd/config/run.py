@@ -344,7 +344,8 @@ class RunConfig(Frozen):
         if self.algorithm.anchor == "engine" and staleness:
             raise ConfigError(
                 f"algorithm.anchor=engine with rollout.staleness={staleness}: the engines' log-probabilities "
-                "of samples drawn ahead are of earlier weights, not of π_t; set algorithm.anchor=trainer"
+                "of samples drawn ahead are of earlier weights, not of π_t: an update would take back what "
+                "the last ones have learnt; set algorithm.anchor=trainer"
             )
         if self.algorithm.anchor == "engine" and partial and partial.count_earlier_segments:
             raise ConfigError(

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from megatron_pmd.algorithm.closed_form import optimum_mean
+from megatron_pmd.algorithm.closed_form import log_partition, optimum_mean, optimum_partition
+from megatron_pmd.algorithm.losses import LossInput
+from megatron_pmd.algorithm.mismatch import none, sequence_tis
 from megatron_pmd.algorithm.stale_optimum import optimum_of_stale_samples
+from tests.algorithm.evaluated import evaluated
 
-# (p under a, q under b, τ): ν, and the success probability after the update. Reward 1 or 0.
+# (p under a, q under b, τ): ν, and the success probability after the update, with the anchor at a, with fresh
+# samples of a, and with the anchor at b. Reward 1 or 0.
 REFERENCE = {
-    (0.3, 0.1, 0.1): (1.009068, 0.795295),
-    (0.3, 0.1, 1.0): (0.134749, 0.419352),
-    (0.1, 0.3, 0.1): (1.482709, 0.958925),
-    (0.5, 0.05, 0.1): (0.612606, 0.743043),
-    (0.6, 0.1, 0.5): (0.236463, 0.697526),
+    (0.3, 0.1, 0.1): (1.009068, 0.795295, 0.967918, 0.745888),
+    (0.3, 0.1, 1.0): (0.134749, 0.419352, 0.514192, 0.220253),
+    (0.1, 0.3, 0.1): (1.482709, 0.958925, 0.745888, 0.967918),
+    (0.5, 0.05, 0.1): (0.612606, 0.743043, 0.996679, 0.566578),
+    (0.6, 0.1, 0.5): (0.236463, 0.697526, 0.888424, 0.345269),
 }
 
 
@@ -36,8 +41,50 @@ taus = st.floats(-1, 1).map(lambda exponent: 10.0**exponent)
 
 @pytest.mark.parametrize(("p", "q", "tau"), REFERENCE)
 def test_a_binary_reward_gives_the_reference_values(p, q, tau):
-    log_rho, nu = optimum_of_stale_samples([1.0, 0.0], [q, 1 - q], [p, 1 - p], tau)
-    assert (nu, p * np.exp(log_rho[0])) == pytest.approx(REFERENCE[p, q, tau], abs=1e-6)
+    a, b = [p, 1 - p], [q, 1 - q]
+    nu = optimum_of_stale_samples([1.0, 0.0], b, a, tau)[1]
+    successes = [
+        anchor[0] * np.exp(optimum_of_stale_samples([1.0, 0.0], sampled, anchor, tau)[0][0])
+        for sampled, anchor in ((b, a), (a, a), (b, b))
+    ]
+    assert (nu, *successes) == pytest.approx(REFERENCE[p, q, tau], abs=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+@pytest.mark.parametrize("way", ["mean", "weighted", "weighted, baseline of a", "partition"])
+def test_a_softmax_that_minimises_the_pmd_loss_on_old_samples_reaches_the_optimum_of_each_way(way, tau):
+    """Six arms, each a response of one token, as often as b draws it; the engine's policy is b."""
+    rng = np.random.default_rng(7)
+    rewards, b, a = rng.normal(size=6), *(rng.dirichlet(np.full(6, 2.0)) for _ in range(2))
+    baseline, expected = {
+        "mean": (b @ rewards, optimum_of_stale_samples(rewards, b, a, tau)[0]),
+        "weighted": (b @ rewards, optimum_of_stale_samples(rewards, a, a, tau, baseline=b @ rewards)[0]),
+        "weighted, baseline of a": (a @ rewards, optimum_mean(rewards, a, tau)[0]),
+        # of the true Z; b does not matter
+        "partition": (log_partition(rewards, a, tau), optimum_partition(rewards, a, tau)),
+    }[way]
+    anchor, drawn = torch.tensor(np.log(a)), torch.tensor(b)
+
+    def weight(mismatch):
+        return drawn * (sequence_tis(mismatch, cap=1e9) if "weighted" in way else none(mismatch))
+
+    def loss(logits):
+        parameter = torch.tensor(logits, requires_grad=True)
+        x = LossInput(
+            log_probs=parameter.log_softmax(0),
+            anchor_log_probs=anchor,
+            engine_log_probs=drawn.log(),
+            mask=torch.ones(6),
+            sequence=torch.arange(6),
+            advantages=torch.tensor(rewards - baseline),
+            tau=torch.ones(6),
+        )
+        total = evaluated("pmd", x, tau=tau, mismatch=weight).sum
+        total.backward()
+        return total.item(), parameter.grad.numpy()
+
+    found = minimize(loss, np.log(a), jac=True, method="BFGS", options={"gtol": 1e-12, "maxiter": 5000}).x
+    np.testing.assert_allclose(log_softmax(found) - np.log(a), expected, atol=2e-5)
 
 
 @given(policies(), taus)
@@ -113,12 +160,24 @@ def test_an_outcome_that_one_of_the_policies_never_draws_is_refused():
         optimum_of_stale_samples([1.0, 0.0], [1.0, 0.0], [0.5, 0.5], 1.0)
 
 
-def test_iterations_with_a_lag_end_where_the_reference_does():
+@pytest.mark.parametrize(
+    ("way", "ends"),
+    [
+        ("anchor a", (0.934, 0.838, 0.723, 0.543, 0.493)),
+        ("anchor b", (0.934, 0.461, 0.257, 0.257, 0.120)),
+        # not of the reference, whose weighted samples have a weighted mean: docs/algorithm.md
+        ("weighted", (0.934, 0.896, 0.866, 0.837, 0.834)),
+    ],
+)
+def test_iterations_with_a_lag_end_where_the_reference_does(way, ends):
     """From p = 0.05 at τ = 1: success after 6 iterations on samples that are `lag` iterations old."""
-    for lag, expected in {0: 0.934, 1: 0.838, 2: 0.723, 4: 0.543, 8: 0.493}.items():
+    for lag, expected in zip((0, 1, 2, 4, 8), ends, strict=True):
         success = [0.05]
         for t in range(6):
             p, q = success[t], success[max(0, t - lag)]
-            log_rho, _ = optimum_of_stale_samples([1.0, 0.0], [q, 1 - q], [p, 1 - p], 1.0)
-            success.append(p * float(np.exp(log_rho[0])))
+            anchor, sampled = q if way == "anchor b" else p, p if way == "weighted" else q
+            log_rho, _ = optimum_of_stale_samples(
+                [1.0, 0.0], [sampled, 1 - sampled], [anchor, 1 - anchor], 1.0, baseline=q
+            )
+            success.append(anchor * float(np.exp(log_rho[0])))
         assert success[-1] == pytest.approx(expected, abs=6e-4), lag

@@ -13,7 +13,7 @@ from tools.studies.staleness import LAGS, WAYS, configuration, exact_curve
 
 AFTER_SIX = {
     "pmd": (0.934, 0.838, 0.723, 0.543, 0.493),
-    "pmd_weighted": (0.934,) * 5,
+    "pmd_weighted": (0.934, 0.896, 0.866, 0.837, 0.834),
     "pmd_anchor_engine": (0.934, 0.461, 0.257, 0.257, 0.120),
 }
 """docs/algorithm.md, "Samples of an older policy", and the derivation behind it; by lag 0, 1, 2, 4, 8."""

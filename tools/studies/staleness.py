@@ -91,7 +91,8 @@ def results(folder: Path) -> Results:
 def exact_curve(way: str, lag: int) -> list[float]:
     """Success of PMD-mean after each exact update, for a reward of 1 or 0; docs/algorithm.md, (8).
 
-    pmd: anchor π_t. pmd_weighted: as with fresh samples. pmd_anchor_engine: the anchor is what sampled.
+    pmd: anchor π_t. pmd_weighted: so weighed, samples are those of π_t, with the mean reward of older ones.
+    pmd_anchor_engine: the anchor is what sampled.
     """
     policies = [EXACT_START]
     for iteration in range(EXACT_ITERATIONS):
@@ -100,7 +101,9 @@ def exact_curve(way: str, lag: int) -> list[float]:
             "pmd": (old, now), "pmd_weighted": (now, now), "pmd_anchor_engine": (old, old),
         }[way]  # fmt: skip
         both = [np.array([p, 1 - p]) for p in (sampled, anchor)]
-        log_ratio, _ = optimum_of_stale_samples([1.0, 0.0], both[0], both[1], EXACT_TAU)
+        log_ratio, _ = optimum_of_stale_samples(
+            [1.0, 0.0], both[0], both[1], EXACT_TAU, baseline=old if way == "pmd_weighted" else None
+        )
         policies.append(float(anchor * np.exp(log_ratio[0])))
     return policies
 
