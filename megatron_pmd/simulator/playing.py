@@ -13,11 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_pmd.errors import ConfigError
 from megatron_pmd.simulator.accounts import Accounts, Played, Times
 from megatron_pmd.simulator.engines import Engines
 from megatron_pmd.simulator.groups import Group, Groups, Record, Response
 from megatron_pmd.simulator.lengths import Lengths
 from megatron_pmd.simulator.scenario import Scenario
+
+FUTILE_STARTS = 100
+"""From one iteration, without a checkpoint behind it: the run would never end."""
 
 
 class RunLost(Exception):
@@ -39,14 +43,21 @@ class _Checkpoint:
 
 
 def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_up: int = 0) -> Played:
-    """Play so many iterations; the first warm_up ones do not count in the times."""
+    """Play so many iterations; the first warm_up ones do not count in the times.
+
+    Raises ConfigError where the run fails so often that it does not come to its next checkpoint.
+    """
     run = _Run(scenario, lengths, seed)
     measured_from, ends = Times(), [0.0] * iterations
+    starts: Counter[int] = Counter()
     while run.completed < iterations:
         try:
             run.iterate()
         except RunLost:
             run.restart()
+            starts[run.completed] += 1
+            if starts[run.completed] == FUTILE_STARTS:
+                raise ConfigError(_futile(scenario, run.completed)) from None
             continue
         ends[run.completed - 1] = run.now
         if run.completed == warm_up:
@@ -60,6 +71,15 @@ def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_
         run.failures,
         run.engine_failures,
         run.engines.decoded,
+    )
+
+
+def _futile(scenario: Scenario, completed: int) -> str:
+    seconds = 1 / (scenario.failures.per_device_second * scenario.trainer.devices)
+    return (
+        f"the {scenario.mode} run fails every {seconds:,.0f} s on average, and was started "
+        f"{FUTILE_STARTS} times from iteration {completed} without coming to its next checkpoint: save "
+        "more often (checkpoint.every), or play failures that are rarer (--device-hours)"
     )
 
 

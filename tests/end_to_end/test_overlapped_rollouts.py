@@ -68,6 +68,27 @@ def test_rollouts_go_on_through_updates_a_killed_sampler_a_killed_engine_and_the
     command_line.run("overlap", *OVERLAP)
     _check_that_responses_go_on_from(saved, command_line)
     _check_order_versions_marks_and_log_probabilities(command_line)
+    rollouts = command_line.path("overlap") / "rollouts"
+    command_line.run("overlap-replayed", *OVERLAP, "--replay", str(rollouts))
+    assert command_line.steps("overlap-replayed") == command_line.steps("overlap"), "as without kills"
+
+
+def test_without_staleness_engines_of_an_engine_node_give_a_run_that_the_colocated_loop_repeats_bit_for_bit(
+    command_line: CommandLine,
+) -> None:
+    """The engine node is a process beside the rank, which sends the weights there over the network."""
+    own = ["iterations=2", "checkpoint.every=null", "checkpoint.hf_export=false"]
+    apart = ["rollout.placement=separate", "layout.engine_nodes=1", "sync.transport=broadcast"]
+    command_line.run("engine-node", *own, *apart)
+    lines = [m for m in command_line.lines("engine-node", "metrics.jsonl") if m["kind"] == "iteration"]
+    assert all(m["sync/max_abs_difference"] <= 1e-3 for m in lines)
+    rollouts = command_line.path("engine-node") / "rollouts"
+    for t in range(2):
+        samples, _ = read_rollout(rollouts / f"{t}.parquet")
+        assert {segment.weight_version for s in samples for segment in s.segments} == {t}
+    command_line.run("engine-node-colocated", *own, "--replay", str(rollouts))
+    assert len(command_line.steps("engine-node")) == 4
+    assert command_line.steps("engine-node-colocated") == command_line.steps("engine-node")
 
 
 def _check_order_versions_marks_and_log_probabilities(command_line: CommandLine) -> None:
@@ -96,6 +117,10 @@ def _check_order_versions_marks_and_log_probabilities(command_line: CommandLine)
             assert came == sum(flow.values()) - came and flow[f"ahead/trained_{unit}"] > 0
         if line["sync/compared_tokens"]:
             assert line["sync/mean_abs_difference"] <= 1e-5 and line["sync/max_abs_difference"] <= 1e-3
+        steps = [step for step in command_line.steps("overlap") if step["iteration"] == t]
+        if compared < sum(g.tokens for g in segments):
+            # the anchor is π_t, and not what the engine had when it sampled
+            assert max(step["mismatch/max_abs"] for step in steps) > 1e-3
     steps = command_line.steps("overlap")
     assert len(steps) == 10 and all(0 < step["stale/effective_sample_size"] <= 1 for step in steps)
     assert mixed and sum(m["sync/compared_tokens"] for m in lines) > 0

@@ -55,6 +55,21 @@ def test_all_runs_have_the_same_devices(runs: list[Played]) -> None:
     assert {played.scenario.devices for played in runs} == {8}
 
 
+def test_a_run_on_4096_devices_is_played_with_the_failures_that_so_many_have() -> None:
+    """A device fails once in 1,000 hours, so one of 4,096 every quarter of an hour."""
+    large = ["layout.data=128", "batch.prompts_per_rollout=512", "checkpoint.every=1"]
+    plan = make_plan(override(recipe("qwen3_235b_a22b_128xh100"), large), load_cluster("h100").machines)
+    failures = Failures(per_device_second=1 / (1_000 * 3600), restart_seconds=60)
+    runs = compare(plan, Play(planned_lengths(plan, 1.0), 8, 1, failures, [1], seed=0))
+    assert {(played.scenario.mode, played.scenario.devices) for played in runs} == {
+        ("colocated", 4096), ("partial", 4096), ("overlapped", 4096),
+    }  # fmt: skip
+    for played in runs:
+        expected = played.ends[-1] * 4096 * failures.per_device_second
+        assert 1 <= played.failures + played.engine_failures < 4 * expected
+        assert 0 < played.time_lost < 0.9
+
+
 def test_the_table_has_a_column_for_each_run_and_says_what_was_assumed(runs: list[Played], how: Play) -> None:
     text = StringIO()
     show("a run", runs, how, Console(file=text, width=100))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_pmd.actor.actor import StepReport
-from megatron_pmd.batch import RolloutBatch, Sample
+from megatron_pmd.batch import NOT_SAMPLED, RolloutBatch, Sample, Segment
 from megatron_pmd.config import override
+from megatron_pmd.rollout.metrics import staleness_values
 from megatron_pmd.training.metrics import step_values, throughput
 from megatron_pmd.training.subproblem import Subproblem
 from recipes import recipe
@@ -44,6 +45,24 @@ def test_tokens_per_second_are_of_what_each_phase_computed(settings, sampled, ex
     batch = RolloutBatch.describe([*responses, *examples], 1.0, examples=len(examples))
     found = throughput(batch, SECONDS, config, sampled)
     assert found == {f"{name}/tokens_per_second": value for name, value in expected.items()}
+
+
+def test_staleness_counts_tokens_by_the_age_of_their_weights_and_leaves_out_what_was_inserted():
+    """Under weights 5: 10 + 30 tokens of ages 2 and 0 with 7 inserted between, and 20 of age 1."""
+    mixed = [Segment(10, 3), Segment(7, NOT_SAMPLED, counted=False), Segment(30, 5, stale_cache=True)]
+    first, second = sample(0, 4, 47), sample(1, 4, 20)
+    first.segments, second.segments = mixed, [Segment(20, 4)]
+    assert staleness_values([first, second], 5) == pytest.approx(
+        {
+            "staleness/mean": (2 * 10 + 20) / 60,
+            "staleness/max": 2,
+            "staleness/mixed_responses": 0.5,
+            "staleness/stale_cache": 30 / 60,
+            "staleness/share_0": 30 / 60,
+            "staleness/share_1": 20 / 60,
+            "staleness/share_2": 10 / 60,
+        }
+    )
 
 
 def report(samples: np.ndarray, mismatch_sum: np.ndarray) -> StepReport:

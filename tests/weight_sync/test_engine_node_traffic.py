@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.weight_sync.plan import Region, expert_of
+from megatron_pmd.weight_sync.plan import PIECE_BYTES, Region, expert_of
 from tools.sync_plan import RANKS_PER_NODE, SEPARATE, held_by_ranks, last_hop_of, model_of, plan_of
 from tools.sync_traffic import Links, longest_path, seconds, traffic
 
@@ -93,6 +93,14 @@ def test_by_playing_all_messages_of_a_bucket_every_rank_has_what_it_sends_within
     assert longest <= math.ceil(math.log2(synced.run.layout.ranks // RANKS_PER_NODE)) + 1, (
         "over nodes, within"
     )
+
+
+def test_no_rank_sends_more_messages_than_trees_and_its_node_ask_for(synced):
+    """Before the broadcasts to engines: as in test_traffic.py."""
+    run, counted = synced.run, synced.counted
+    each = 3 * math.ceil(math.log2(run.layout.ranks // RANKS_PER_NODE)) + RANKS_PER_NODE
+    pieces = (counted.across_out + counted.within_out) / PIECE_BYTES
+    assert (counted.messages <= each * len(synced.plan.buckets) + pieces).all()
 
 
 def test_staging_is_less_than_a_bucket(synced):
