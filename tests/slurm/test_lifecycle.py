@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -169,6 +170,16 @@ def nodes_of(cluster: Cluster, number: str) -> list[str]:
     return slurm("scontrol", "show", "hostnames", cluster.job(number)["NodeList"]).split()
 
 
+def _join_as_engine_node_1(cluster: Cluster, name: str) -> str:
+    """The number of a job on n3, as a user would submit one."""
+    run = cluster.run(name)
+    command = [sys.executable, "-m", "megatron_pmd.cli.main", "engines", str(run), "--node", "1"]
+    return slurm(
+        "sbatch", "--parsable", "--nodelist=n3", f"--output={run}/logs/joining.out",
+        f"--wrap={shlex.join(command)}", environment={"PYTHONPATH": str(PROJECT)},
+    )  # fmt: skip
+
+
 def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_when_its_first_node_is_lost(
     cluster: Cluster,
 ) -> None:
@@ -177,8 +188,9 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
         "layout.data=2", "layout.expert=1", "rollout.ranks_per_engine=1", "layout.engine_nodes=2",
         "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "checkpoint.every=1",
         "rollout.start_timeout_seconds=120",
-        # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice
-        "iterations=18", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
+        # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice, and
+        # the engine that joins some thirty to start
+        "iterations=40", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
     )  # fmt: skip
     two_ranks = "gpus_per_node = 2"
     profile = Path(cluster.profile("engines"))
@@ -199,6 +211,16 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
         assert len(cluster.begun("engines")) == 1
     finally:
         cluster.lab("start", "n3")
+    # a node that joins: the same machine, in a job of its own, as a user would add another one
+    joining = _join_as_engine_node_1(cluster, "engines")
+    try:
+        back = "taken back, with the current weights: engine 1"
+        cluster.wait(lambda: back in " ".join(cluster.log("engines").split()), "n3 to join", "engines")
+        last = cluster.phases("engines")[-1][0]
+        cluster.wait(lambda: trained(last + 1), "an iteration with n3", "engines")
+        assert len(cluster.begun("engines")) == 1
+    finally:
+        slurm("scancel", joining)
     cluster.lab("crash", "n1")
     try:
         cluster.wait(lambda: cluster.job(number)["JobState"] == "PENDING", "the job's requeue", "engines")
