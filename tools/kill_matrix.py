@@ -1,12 +1,13 @@
 """Kills and stops processes of live runs, in every phase, and writes down what came of each.
 
-    python -m tools.kill_matrix OUT --trials 60 [--seed 0]
+    python -m tools.kill_matrix OUT --trials 60 [--seed 0] [--overlapped]
 
-One run of two ranks and an engine goes through all trials: a start that has ended is followed by the next,
-which goes on from the checkpoint. In the end all rollouts that the run drew are trained on once more by a run
-that nothing happens to; the metrics of every step must be equal. OUT gets a line for each trial in
-trials.jsonl, a table in trials.md, and the runs. What stays behind of a start that has ended, processes (and
-with them ports) or files in its TMPDIR and in /dev/shm, is an outcome of its trial, too.
+One run goes through all trials: of two ranks and an engine, or with --overlapped of two ranks and two engine
+nodes that sample ahead. A start that has ended is followed by the next, which goes on from the checkpoint. In
+the end all rollouts that the run drew are trained on once more by a run that nothing happens to; the metrics
+of every step must be equal. OUT gets a line for each trial in trials.jsonl, a table in trials.md, and all
+runs. What stays behind of a start that has ended, processes (and with them ports) or files in its TMPDIR and
+in /dev/shm, is an outcome of its trial, too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import typer
 from megatron_pmd.heartbeat import Beat
 from megatron_pmd.node.worker import PROCESS_TITLE
 from megatron_pmd.shared_memory import PREFIX, SHARED_MEMORY, shared_memory_key
+from megatron_pmd.training.sampler_process import TITLE
 
 PROJECT = Path(__file__).parents[1]
 NAME = "kill-matrix"
@@ -54,6 +56,14 @@ RUN = [
     "rollout.request_timeout_seconds=30",
     "sync.timeout_seconds=30",
 ]
+OVERLAPPED = [
+    "layout.expert=1",
+    "layout.engine_nodes=2",
+    "rollout.placement=separate",
+    "rollout.staleness=1",
+    "rollout.ranks_per_engine=1",
+    "sync.transport=broadcast",
+]
 KINDS: dict[str, Callable[[str], bool]] = {
     "launcher": lambda command: False,  # the process that was started: it is known
     "rank 0": lambda command: command == f"{PROCESS_TITLE} 0",
@@ -69,7 +79,13 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "checkpoint results": lambda command: command == "megatron-pmd checkpoint results",
     "resource tracker": lambda command: "resource_tracker" in command,
 }
+KINDS_OF_OVERLAPPED: dict[str, Callable[[str], bool]] = {
+    "sampler": lambda command: command == TITLE,
+    "engine node": lambda command: " engines " in command and " --node " in command,
+}
 PHASES = ("rollout", "release", "anchor", "update", "save", "sync", "resume")
+PHASES_OF_OVERLAPPED = ("rollout", "anchor", "update", "save", "sync")
+"""The others take no time."""
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 DEADLINE_SECONDS = 300.0
 """For a run to go on or to end after a signal: the longest deadline that applies, an engine's start."""
@@ -97,15 +113,16 @@ class Trial:
 class Run:
     """The run, started as often as it takes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.runs = folder, folder / "runs" / NAME
+    def __init__(self, folder: Path, settings: list[str]) -> None:
+        self.folder, self.runs, self._settings = folder, folder / "runs" / NAME, settings
         self.temporary, self._output = folder / "tmp", folder / "console.txt"
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self.launcher: psutil.Process | None = None
 
     def start(self, *words: str) -> None:
-        command = [sys.executable, "-m", "megatron_pmd.cli.main", "train", "tiny_moe_cpu", *RUN, *words]
+        command = [sys.executable, "-m", "megatron_pmd.cli.main", "train", "tiny_moe_cpu", *self._settings]
+        command += words
         self.temporary.mkdir(exist_ok=True)
         environment = os.environ | {
             "COLUMNS": "200", "PYTHONPATH": str(PROJECT), "TMPDIR": str(self.temporary),
@@ -188,23 +205,28 @@ def wait[T](condition: Callable[[], T], seconds: float) -> T | None:
     return None
 
 
-def plan(trials: int, seed: int) -> Iterator[tuple[str, signal.Signals, str]]:
-    """Every pair of a kind and a signal in turn, each in a phase that it was not sent in before."""
+def plan(trials: int, seed: int, overlapped: bool) -> Iterator[tuple[str, signal.Signals, str]]:
+    """Every pair of a kind and a signal in turn, each in a phase that it was not sent in before.
+
+    overlapped: with SIGKILL alone.
+    """
     chance = random.Random(seed)
     phases: dict[tuple[str, signal.Signals], list[str]] = {}
-    pairs = [(kind, number) for kind in KINDS for number in SIGNALS]
+    kinds = [*KINDS, *KINDS_OF_OVERLAPPED] if overlapped else [*KINDS]
+    known = PHASES_OF_OVERLAPPED if overlapped else PHASES
+    pairs = [(kind, number) for kind in kinds for number in (SIGNALS[:1] if overlapped else SIGNALS)]
     for number in range(trials):
         if number % len(pairs) == 0:
             chance.shuffle(pairs)
         pair = pairs[number % len(pairs)]
         if not phases.get(pair):
-            phases[pair] = chance.sample(PHASES, len(PHASES))
+            phases[pair] = chance.sample(known, len(known))
         yield *pair, phases[pair].pop()
 
 
 class Matrix:
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.run, self._chance = folder, Run(folder), random.Random(seed)
+    def __init__(self, folder: Path, seed: int, settings: list[str]) -> None:
+        self.folder, self.run, self._chance = folder, Run(folder, settings), random.Random(seed)
         self.trials: list[Trial] = []
         self._before: set[str] = set()
 
@@ -341,12 +363,13 @@ def main(
     out: Path,
     trials: Annotated[int, typer.Option(help="How many.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the moments, and of who gets which signal when.")] = 0,
+    overlapped: Annotated[bool, typer.Option(help="A run that samples ahead.")] = False,
 ) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    matrix = Matrix(out.resolve(), seed)
+    matrix = Matrix(out.resolve(), seed, [*RUN, *OVERLAPPED] if overlapped else RUN)
     try:
-        for kind, number, phase in plan(trials, seed):
+        for kind, number, phase in plan(trials, seed, overlapped):
             trial = matrix.one(kind, number, phase)
             print(
                 f"{trial.number:3} {kind:22} {trial.signal} in {trial.phase:8} {trial.outcome:12} "

@@ -35,6 +35,7 @@ ON_FOUR: dict[str, tuple[str, dict[str, int]]] = {
 FROM_TWO: dict[str, dict[str, int]] = {
     ONE_PROCESS: dict(tensor=2, expert=2, data=2),
     "moe, tensor=2": dict(pipeline=2, data=2),
+    "moe, expert=2, data=2": dict(pipeline=2, data=2),
 }
 """Case that saved on one rank or two -> layout of four that loads."""
 RESUMED = (ONE_PROCESS, "moe, expert=2, data=2")
@@ -64,8 +65,10 @@ def trained(one_process, models: Path, tmp_path_factory: pytest.TempPathFactory)
         name: (models / family, layout, folder / str(i))
         for i, (name, (family, layout)) in enumerate(LAYOUTS.items())
     }
-    steps = launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)[0]
-    return {ONE_PROCESS: one_process[0], **steps}
+    ranks = launch("train", ranks=2, module=MODULE, cases=two, resumed=RESUMED)
+    for name in two:
+        ranks[0][name]["bytes of all ranks"] = [rank[name]["bytes"]["optimizer"] for rank in ranks]
+    return {ONE_PROCESS: one_process[0], **ranks[0]}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,16 @@ def test_the_planner_counts_the_states_that_a_rank_holds(trained, models, name):
     assert (
         trained[name]["bytes"]["optimizer"] == stages(shape_of(config.model.path), config)[0].optimizer_bytes
     )
+
+
+def test_replicas_hold_different_matrices_and_together_the_states_of_one_copy(trained, models):
+    """Two ranks with the same attention, of which each has an expert more: no state is held twice."""
+    family, layout = LAYOUTS["moe, expert=2, data=2"]
+    config = config_for(models / family, layout, optimizer=MUON)
+    found = trained["moe, expert=2, data=2"]["bytes of all ranks"]
+    copy = trained[ONE_PROCESS]["bytes"]["optimizer"]
+    assert sum(found) == copy == 2 * stages(shape_of(config.model.path), config)[0].optimizer_bytes
+    assert max(found) < 0.75 * copy
 
 
 @pytest.mark.parametrize("name", RESUMED)

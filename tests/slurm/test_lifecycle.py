@@ -188,8 +188,8 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
         "layout.data=2", "layout.expert=1", "rollout.ranks_per_engine=1", "layout.engine_nodes=2",
         "rollout.placement=separate", "rollout.staleness=1", "sync.transport=broadcast", "checkpoint.every=1",
         "rollout.start_timeout_seconds=120",
-        # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice, and
-        # the engine that joins some thirty to start
+        # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice,
+        # and the engine that joins some thirty to start
         "iterations=40", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
     )  # fmt: skip
     two_ranks = "gpus_per_node = 2"
