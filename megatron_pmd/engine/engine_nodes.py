@@ -50,6 +50,8 @@ class Opening:
     """Address of the driver's node: engines listen on the interface towards it."""
     host: str = field(default_factory=socket.gethostname)
     """The driver's."""
+    folder: str = field(default_factory=os.getcwd)
+    """The driver's working directory: relative paths of the configuration begin there."""
     start: str = field(default_factory=lambda: this_start() or "")
     """See START."""
     software: dict[str, Any] = field(default_factory=dict)

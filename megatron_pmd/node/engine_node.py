@@ -43,6 +43,7 @@ def serve(run: Path, node: int) -> None:
     run's layout does not have, LaunchError for one that cannot take part, Interrupted when told to end.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    run = run.resolve()  # the working directory will be the driver's
     meeting, start = Meeting(run), this_start()
     with waiting_for(f"{run} to want engines", OPENING_SECONDS):
         limit = time.monotonic() + OPENING_SECONDS
@@ -84,6 +85,12 @@ class EngineNode:
                 f"{run} runs on {opening.host} alone, and listens where no other machine reaches it; launch "
                 "it on Slurm to give it further nodes"
             )
+        if not Path(opening.folder).is_dir():
+            raise LaunchError(
+                f"{run} was started in {opening.folder}, where paths of its configuration begin, and this machine "
+                f"({socket.gethostname()}) has no such folder; share it, as the run's folder is shared"
+            )
+        os.chdir(opening.folder)
         self._run, self._node, self._opening, self._config = run, node, opening, config
         self._meeting, self._name = Meeting(run, opening.start), secrets.token_hex(4)
         wanted = () if alone else os.environ.get("PMD_INTERFACES", "").split()

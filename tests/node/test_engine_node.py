@@ -176,6 +176,28 @@ def test_a_node_with_other_software_than_the_drivers_is_named(meeting, tmp_path)
         engine_node.serve(tmp_path, 0)
 
 
+def test_a_node_that_is_started_elsewhere_works_where_the_run_was_started(
+    meeting, tmp_path, monkeypatch
+) -> None:
+    """The model's folder is given relative to that."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    config = CONFIG.model_dump(mode="json")
+    absent = str(tmp_path / "absent")
+    meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", software=software(), folder=absent))
+    with pytest.raises(
+        LaunchError, match=r"absent, where paths of its configuration begin, and this machine"
+    ):
+        engine_node.serve(tmp_path, 0)
+    meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", software=software(), folder=str(tmp_path)))
+    served = Served(Path("..") / tmp_path.name / ".." / tmp_path.name, 0)
+    until(lambda: meeting.announced(0, 1))
+    assert Path.cwd() == tmp_path
+    meeting.close()
+    served.join(10)
+    assert served.error is None and not served.is_alive()
+
+
 def test_a_run_of_one_machine_takes_no_node_elsewhere(meeting, tmp_path) -> None:
     config = CONFIG.model_dump(mode="json")
     meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", host="elsewhere"))
