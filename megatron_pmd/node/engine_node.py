@@ -87,8 +87,8 @@ class EngineNode:
             )
         if not Path(opening.folder).is_dir():
             raise LaunchError(
-                f"{run} was started in {opening.folder}, where paths of its configuration begin, and this machine "
-                f"({socket.gethostname()}) has no such folder; share it, as the run's folder is shared"
+                f"{run} was started in {opening.folder}, where paths of its configuration begin, and this "
+                f"machine ({socket.gethostname()}) has no such folder; share it as the run's folder is shared"
             )
         os.chdir(opening.folder)
         self._run, self._node, self._opening, self._config = run, node, opening, config
