@@ -225,10 +225,10 @@ def main() -> None:
         print(_row(name, run, plan, figures, seconds(plan, counted, links).total, goal))
     print(
         "\n| recipe | model, GB | buckets | nodes: ranks + engines | into a card, GB | out of a card, GB "
-        "| over NVLink, GB | into an engine node, GB | of one engine each | messages of a rank "
+        "| over NVLink, GB | into an engine node, GB | messages of a rank "
         "| longest path | cards, s | write, s | load, s | sync, s | goal, s |"
     )
-    print("|---|" + "--:|" * 15)
+    print("|---|" + "--:|" * 14)
     for name, (run, goal) in SEPARATE.items():
         plan = plan_of(run, held_by_ranks(run, model_of(run)))
         counted, hop = traffic(plan, run.layout.ranks, links), last_hop_of(run, plan, links)
@@ -239,7 +239,6 @@ def main() -> None:
             f"{(counted.across_out + hop.out).max() / 1e9:.1f}",
             f"{(counted.within_out + hop.within_out).max() / 1e9:.1f}",
             f"{hop.into.max() / 1e9:,.0f}",
-            f"{hop.into.max() * run.engines_per_node / 1e9:,.0f}",
             f"{counted.messages.max() + hop.messages:,}",
             f"{longest_path(plan)} + {hop.chain}",
             f"{took.cards:.1f}",
