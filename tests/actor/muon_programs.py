@@ -65,13 +65,15 @@ def train_and_resume(
     return train(cases, resumed=()), resume(saved)
 
 
-def in_one_process(path: Path, latent: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def in_one_process(
+    path: Path, latent: Path, grouped: Path, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """See train_one and trials: one launch for both."""
     steps = train_one(config_for(path, optimizer=MUON), folder / "one", resume=True)
-    return steps, trials(latent, path, steps["checkpoint"], folder / "bf16")
+    return steps, trials(latent, grouped, path, steps["checkpoint"], folder / "bf16")
 
 
-def trials(latent: Path, dense: Path, saved: Path, folder: Path) -> dict[str, Any]:
+def trials(latent: Path, grouped: Path, dense: Path, saved: Path, folder: Path) -> dict[str, Any]:
     """What one process can tell beside the steps themselves; `saved` is a checkpoint of Muon's of `dense`."""
     adam = Trial(config_for(dense))
     fp32 = Trial(config_for(dense, optimizer=MUON))
@@ -83,6 +85,7 @@ def trials(latent: Path, dense: Path, saved: Path, folder: Path) -> dict[str, An
         "bf16 step": bf16_step(bf16),
         "bf16": third_step(bf16, folder, resume=True),
         "clipped": clipped(bf16),
+        "clipped groups": clipped(Trial(config_for(grouped, precision="bf16", optimizer=MUON))),
     }
 
 

@@ -239,6 +239,22 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         "ConfigError",
         ["optimizer.qk_clip_threshold=100", "caps its scores at 2 itself"],
     ),
+    "clipping queries that have biases": (
+        "qwen2",
+        dict(precision="bf16", optimizer=MUON.model_copy(update={"qk_clip_threshold": 100.0})),
+        "ConfigError",
+        ["optimizer.qk_clip_threshold=100", "has biases of queries and keys"],
+    ),
+    "clipping a part of fused queries and keys": (
+        "llama",
+        dict(
+            precision="bf16",
+            layout=dict(tensor=2),
+            optimizer=MUON.model_copy(update={"qk_clip_threshold": 100.0}),
+        ),
+        "ConfigError",
+        ["optimizer.qk_clip_threshold=100", "one tensor-parallel rank's rows", "set layout.tensor=1"],
+    ),
     "an adapter before a norm": (
         "gemma2",
         dict(actor={"lora": {"rank": 2, "alpha": 4}}),

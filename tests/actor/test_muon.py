@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.attention import SelfAttention
 
 from megatron_pmd.actor import muon
 from megatron_pmd.errors import ConfigError
@@ -48,7 +50,7 @@ def one_process(
     """programs.train_one of ONE_PROCESS, and programs.trials."""
     return launch(
         "in_one_process", module=MODULE, path=models / ONE_PROCESS, latent=models / "deepseek",
-        folder=tmp_path_factory.mktemp("muon-in-one-process"),
+        grouped=models / "llama", folder=tmp_path_factory.mktemp("muon-in-one-process"),
     )[0]  # fmt: skip
 
 
@@ -197,3 +199,29 @@ def test_qk_clip_scales_a_loud_heads_queries_and_keys_and_the_next_step_keeps_it
         torch.testing.assert_close(of, expected[name], rtol=0.01, atol=0)
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - ratio.keys())
     assert all(torch.equal(after[name], kept[name]) for name in after)
+
+
+def test_qk_clip_scales_the_queries_and_keys_of_a_loud_group(alone):
+    """Two queries to a key: with one of them 4 x too loud, both and their key get √(1/4)."""
+    before, after, kept = (alone["clipped groups"][name] for name in ("before", "after", "kept"))
+    names = {f"model.layers.0.self_attn.{of}_proj.weight": heads for of, heads in (("q", 4), ("k", 2))}
+    for name, heads in names.items():
+        ratio = (after[name].float() / before[name].float()).unflatten(0, (heads, -1))
+        expected = torch.ones_like(ratio)
+        expected[: heads // 2] = 0.5
+        torch.testing.assert_close(ratio, expected, rtol=0.01, atol=0)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - names.keys())
+    assert all(torch.equal(after[name], kept[name]) for name in after)
+
+
+def test_megatron_cores_qk_clip_still_gives_a_rank_a_matrix_of_the_shape_of_all_ranks():
+    """It copies it into the rank's weight. When it can, actor/settings.py refuses nothing under tensor
+    parallelism. One group of two ranks' two: two queries of one row, a key and a value.
+    """
+    rank: Any = SimpleNamespace(
+        num_query_groups_per_partition=1, query_projection_size=4, kv_projection_size=2,
+        qk_clip_balancing_eta=torch.full((1, 1, 1), 0.25), config=SimpleNamespace(qk_clip_alpha=0.5),
+    )  # fmt: skip
+    weight = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="must match"):
+        weight.copy_(SelfAttention._clip_linear_qkv(rank, weight))
