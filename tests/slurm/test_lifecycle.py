@@ -190,7 +190,7 @@ def test_a_run_with_engine_nodes_goes_on_without_one_and_comes_back_with_all_whe
         "rollout.start_timeout_seconds=120",
         # three seconds each, so that some are left when the first node is lost: Slurm needs ten to notice,
         # and the engine that joins some thirty to start
-        "iterations=40", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
+        "iterations=32", "reward.name=tests.end_to_end.rewards:letters_slowly", "reward.workers=1",
     )  # fmt: skip
     two_ranks = "gpus_per_node = 2"
     profile = Path(cluster.profile("engines"))
