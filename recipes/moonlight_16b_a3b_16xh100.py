@@ -23,6 +23,7 @@ def moonlight_16b_a3b_16xh100() -> RunConfig:
 
     Tensor 2 and expert 8 as in Megatron-Bridge's recipe. The model was
     made for 8k positions: 1k of prompt and 7k of response fill them.
+    The optimizer is Muon, as in the model's own training.
     """
     return RunConfig(
         name="moonlight_16b_a3b_16xh100",
@@ -38,7 +39,7 @@ def moonlight_16b_a3b_16xh100() -> RunConfig:
             max_response_tokens=7168,
         ),
         algorithm=Algorithm(objective=Pmd(normaliser="response"), baseline="mean", tau=0.1),
-        optimizer=Optimizer(learning_rate=1e-6),
+        optimizer=Optimizer(name="muon", learning_rate=1e-6),
         actor=Actor(
             recompute="full",
             timeout_seconds=3600,
