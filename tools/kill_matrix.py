@@ -168,7 +168,7 @@ class Run:
                 command = " ".join(process.cmdline()).strip()
             except psutil.NoSuchProcess:
                 continue
-            if KINDS[kind](command):
+            if (KINDS | KINDS_OF_OVERLAPPED)[kind](command):
                 found.append(process)
         return found
 
