@@ -44,8 +44,8 @@ class Adapted:
     gradient_norms: list[float]
     gradient: dict[str, torch.Tensor]
     """Of the first step, by the adapters' names."""
-    weights: dict[str, torch.Tensor]
-    """Adapters after two steps."""
+    weights: list[dict[str, torch.Tensor]]
+    """Adapters after each of three steps."""
 
 
 def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict[str, Any]) -> Adapted:
@@ -81,15 +81,15 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
     optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
     anchors = anchors_of(reference)
     log_probs = log_probs_of(model, reference.samples)
-    losses, norms, gradients = [], [], []
-    for indices in STEPS[:2]:
+    losses, norms, gradients, weights = [], [], [], []
+    for indices in STEPS:
         model.zero_grad()
         loss, _ = loss_of(model, reference.samples, anchors, indices)
         loss.backward()
         gradients.append({name: view(p.grad).clone() for name, (p, view) in places.items()})
         norms.append(optimizer.step())
         losses.append(float(loss.detach()))
-    weights = {name: view(p).detach().clone() for name, (p, view) in places.items()}
+        weights.append({name: view(p).detach().clone() for name, (p, view) in places.items()})
     return Adapted(log_probs, merged, losses, norms, gradients[0], weights)
 
 
