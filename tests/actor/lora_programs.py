@@ -67,8 +67,9 @@ def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
         if name.endswith("adapter.linear_out.weight"):
             parameter.data.normal_(std=0.1)
     trial.actor.optimizer.reload_model_params()
-    write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, folder / "adapters", trial.control)
-    return {"adapters": folder / "adapters", "merged": trial.weights()}
+    lora = Lora(**LORA, dropout=0.1)  # of which nothing is seen outside training
+    lost = write_adapters(trial.actor.export_adapters(), lora, path, folder / "adapters", trial.control)
+    return {"adapters": folder / "adapters", "lost": lost, "merged": trial.weights()}
 
 
 def layouts(cases: dict[str, tuple[Path, dict[str, int], list[str], list[Path]]]) -> dict[str, Any]:
@@ -172,6 +173,10 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         frozen.leave(cpu)
         frozen.come_back(cpu)
     result["steps between which the base left"] = steps
+
+    first = lora_trial(moe, targets=["linear_fc1"])
+    result["linear_fc1 alone"] = random_adapters(first, moe, folder / "linear_fc1")
+    result["linear_fc1 alone"]["log_probs"] = first.actor.log_probs(first.batch, [list(range(16))]).log_probs
 
     full = Trial(config_for(dense))
     result["errors"] = {

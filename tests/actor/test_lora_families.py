@@ -13,7 +13,7 @@ from megatron_pmd.actor.families import POST_NORMS
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
-from tests.actor.adapted_reference import Adapted, compute
+from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
 from tests.actor.family_models import MODELS
 from tests.actor.launch import launch
 from tests.actor.lora_programs import LORA
@@ -54,7 +54,7 @@ def results(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def on_two(of_families: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every rank's results, by ON_TWO, with the adapters of one process."""
-    cases = {
+    cases: dict[str, Any] = {
         name: (of_families / kind, LAYOUTS[kind], [], [results["measured"][kind]["saved"]])
         for name, kind in ON_TWO.items()
     }
@@ -125,6 +125,15 @@ def test_merged_weights_are_those_that_peft_merges(kind, results, of_peft):
     merged = {name: tensor for name, tensor in peft.merged.items() if name in found["merged"]}
     assert adapted <= merged.keys()
     assert largest(found["merged"], merged) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_the_adapters_folder(kind, of_families, results, of_peft):
+    found = results["measured"][kind]
+    assert not found["lost"]
+    samples = torch.load(of_families / kind / "reference.pt", weights_only=False).samples
+    read = folder_log_probs(of_families / kind, found["adapters"], samples)
+    torch.testing.assert_close(read, of_peft(kind).log_probs, rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in COUNTED])
