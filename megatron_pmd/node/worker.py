@@ -119,7 +119,10 @@ def prepare_model(config: RunConfig) -> None:
     path, prepare = Path(config.model.path), model_to_make(config)
     if prepare is None:
         return
+    import torch
+
     make = load(prepare, what="model.prepare")
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     partial = path.with_name(path.name + ".partial")
     with locked(
         path.with_name(f".{path.name}.lock"), f"{path} is being made",
@@ -127,7 +130,10 @@ def prepare_model(config: RunConfig) -> None:
     ):  # fmt: skip
         if not path.exists():  # another run of the same model may have made it meanwhile
             shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
+            # a recipe seeds torch for its weights: what this run draws next, as its adapters, must not depend
+            # on whether the folder was there
+            with torch.random.fork_rng(devices):
+                make(partial)
             partial.rename(path)
 
 

@@ -335,7 +335,8 @@ def export(run: Trainer, completed: int) -> None:
         )
     if lora := run.config.actor.lora:
         adapters = run.folder / "adapters" / folder.name
-        write_adapters(run.actor.export_adapters(), lora, model, adapters, run.control)
+        if lost := write_adapters(run.actor.export_adapters(), lora, model, adapters, run.control):
+            run.log.say(f"{adapters}: {lost}")
 
 
 def finish(run: Trainer) -> None:

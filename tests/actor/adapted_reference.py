@@ -44,8 +44,8 @@ class Adapted:
     gradient_norms: list[float]
     gradient: dict[str, torch.Tensor]
     """Of the first step, by the adapters' names."""
-    weights: dict[str, torch.Tensor]
-    """Adapters after two steps."""
+    weights: list[dict[str, torch.Tensor]]
+    """Adapters after each of three steps."""
 
 
 def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict[str, Any]) -> Adapted:
@@ -66,7 +66,7 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=modules,
         target_parameters=experts if any(".experts." in name for name in tensors) else None,
     )  # fmt: skip
-    # see folder_log_probs
+    # see peft_folder._beside_experts
     with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         model = get_peft_model(_base(model_folder), config).double()
     _tie(model)
@@ -81,25 +81,20 @@ def compute(model_folder: Path, adapters: Path, reference: Reference, lora: dict
     optimizer = AdamW(SimpleNamespace(parameters=lambda: trained))
     anchors = anchors_of(reference)
     log_probs = log_probs_of(model, reference.samples)
-    losses, norms, gradients = [], [], []
-    for indices in STEPS[:2]:
+    losses, norms, gradients, weights = [], [], [], []
+    for indices in STEPS:
         model.zero_grad()
         loss, _ = loss_of(model, reference.samples, anchors, indices)
         loss.backward()
         gradients.append({name: view(p.grad).clone() for name, (p, view) in places.items()})
         norms.append(optimizer.step())
         losses.append(float(loss.detach()))
-    weights = {name: view(p).detach().clone() for name, (p, view) in places.items()}
+        weights.append({name: view(p).detach().clone() for name, (p, view) in places.items()})
     return Adapted(log_probs, merged, losses, norms, gradients[0], weights)
 
 
 def folder_log_probs(model_folder: Path, adapters: Path, samples: list[Sample]) -> torch.Tensor:
-    """As Adapted.log_probs, of the folder as PeftModel.from_pretrained reads it.
-
-    peft 0.21.2 takes each target called gate_proj, up_proj or down_proj for one of experts where transformers
-    5 has the model's experts in one tensor (utils/transformers_weight_conversion.py): of the DeepSeek-V3
-    family it drops the adapters of dense layers and shared experts.
-    """
+    """As Adapted.log_probs, of the folder as PeftModel.from_pretrained reads it."""
     from peft import PeftModel
 
     return log_probs_of(PeftModel.from_pretrained(_base(model_folder), adapters).double(), samples)

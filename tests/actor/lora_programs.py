@@ -28,22 +28,22 @@ def lora_trial(path: Path, layout: dict[str, int] | None = None, **lora: Any) ->
     return Trial(config_for(path, layout, actor={"lora": LORA | lora}))
 
 
-def begin(paths: list[Path], folder: Path) -> dict[str, Any]:
-    """Of each model, in one process: random_adapters(), a checkpoint, measure(), and a step before and after
-    another checkpoint was loaded."""
+def begin(cases: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, Any]:
+    """Of each model with its targets, in one process: random_adapters(), a checkpoint, measure(), and a step
+    before and after another checkpoint was loaded."""
     results = {}
-    for path in paths:
-        trial, own = lora_trial(path), folder / path.name
+    for name, (path, targets) in cases.items():
+        trial, own = lora_trial(path, targets=targets), folder / name
         fresh = trial.actor.log_probs(trial.batch, [list(range(16))]).log_probs
         result: dict[str, Any] = {"fresh": fresh, **random_adapters(trial, path, own)}
         result["saved"] = trial.save(own, 1)
         result |= measure(trial)
         result["keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(result["saved"])))
-        later = trial.save(own, 2)
+        result["saved after two steps"] = trial.save(own, 2)
         result["third"] = [trial.step(STEPS[2]), adapters_of(trial)]
-        trial.actor.load(later)
+        trial.actor.load(result["saved after two steps"])
         result["third_resumed"] = [trial.step(STEPS[2]), adapters_of(trial)]
-        results[path.name] = result
+        results[name] = result
     return results
 
 
@@ -67,18 +67,23 @@ def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
         if name.endswith("adapter.linear_out.weight"):
             parameter.data.normal_(std=0.1)
     trial.actor.optimizer.reload_model_params()
-    write_adapters(trial.actor.export_adapters(), Lora(**LORA), path, folder / "adapters", trial.control)
-    return {"adapters": folder / "adapters", "merged": trial.weights()}
+    lora = Lora(**LORA, dropout=0.1)  # of which nothing is seen outside training
+    lost = write_adapters(trial.actor.export_adapters(), lora, path, folder / "adapters", trial.control)
+    return {"adapters": folder / "adapters", "lost": lost, "merged": trial.weights()}
 
 
-def layouts(cases: dict[str, tuple[Path, dict[str, int], Path]]) -> dict[str, Any]:
-    """measure() of each model under a layout, with the adapters of one process's checkpoint; and what loading
-    that says beside another base."""
+def layouts(cases: dict[str, tuple[Path, dict[str, int], list[str], list[Path]]]) -> dict[str, Any]:
+    """Of each model under a layout, with its targets: measure() with the adapters of one process's first
+    checkpoint, the third step from the other, if there is one, and what loading says beside another base.
+    """
     results = {}
-    for name, (path, layout, saved) in cases.items():
-        trial = lora_trial(path, layout)
+    for name, (path, layout, targets, (saved, *later)) in cases.items():
+        trial = lora_trial(path, layout, targets=targets)
         trial.actor.load(saved)
         results[name] = measure(trial)
+        for checkpoint in later:
+            trial.actor.load(checkpoint)
+            results[name]["third"] = [trial.step(STEPS[2]), adapters_of(trial)]
         results[name]["another base"] = message_of(partial(_on_another_base, trial, saved))
     return results
 
@@ -168,6 +173,10 @@ def variants(dense: Path, moe: Path, saved: Path, folder: Path) -> dict[str, Any
         frozen.leave(cpu)
         frozen.come_back(cpu)
     result["steps between which the base left"] = steps
+
+    first = lora_trial(moe, targets=["linear_fc1"])
+    result["linear_fc1 alone"] = random_adapters(first, moe, folder / "linear_fc1")
+    result["linear_fc1 alone"]["log_probs"] = first.actor.log_probs(first.batch, [list(range(16))]).log_probs
 
     full = Trial(config_for(dense))
     result["errors"] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from typing import Any
 
 import pytest
@@ -12,31 +14,28 @@ from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
-from tests.actor.conftest import LAYOUTS as ALL_LAYOUTS
-from tests.actor.conftest import ranks_of
+from tests.actor.conftest import LAYOUTS, ranks_of
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for
 
 pytestmark = pytest.mark.slow
 
 LORA = dict(rank=4, alpha=6)
-LATENT = ("moonlight", "deepseek")
-LAYOUTS = {
-    name: ALL_LAYOUTS[name]
-    for name in (
-        "dense, tensor=2",
-        "dense, pipeline=2",
-        "dense, pipeline=2, virtual_pipeline=2",
-        "moe, expert=2, data=2",
-        "moe, context=2, expert=2",
-        "latent, tensor=2, expert=2",
-        "dense, tensor=2, pipeline=2",
-        "moe, tensor=2, expert=2, data=2",
-        "moe, pipeline=2, expert=2, data=2",
-    )
+ATTENTION = "qwen3moe, attention"
+MODELS: dict[str, tuple[str, list[str]]] = {
+    **{family: (family, []) for family in FAMILIES},
+    ATTENTION: ("qwen3moe", ["linear_qkv", "linear_proj"]),
 }
-CASES = (*FAMILIES, *LAYOUTS)
+"""In one process: the family, and the targets; none: all."""
+ATTENTION_ALONE = ("moe, tensor=2", "moe, expert_tensor=2")
+"""Layouts that share out an expert, which can have no adapter then."""
+CASES = (*MODELS, *LAYOUTS)
 """Models in one process, then layouts."""
+
+
+def model_of(name: str) -> str:
+    """The one of MODELS that a layout computes."""
+    return ATTENTION if name in ATTENTION_ALONE else LAYOUTS[name][0]
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
@@ -45,8 +44,8 @@ def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def one_process(models, tmp_path_factory) -> dict[str, Any]:
-    paths = [models / family for family in FAMILIES]
-    return program("begin", paths=paths, folder=tmp_path_factory.mktemp("adapters"))[0]
+    cases = {name: (models / family, targets) for name, (family, targets) in MODELS.items()}
+    return program("begin", cases=cases, folder=tmp_path_factory.mktemp("adapters"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +57,13 @@ def ranks(models, one_process):
         count = ranks_of(name)
         if count not in done:
             cases = {
-                other: (models / family, layout, one_process[family]["saved"])
+                other: (
+                    models / family, layout, MODELS[model_of(other)][1],
+                    [one_process[model_of(other)][saved] for saved in ("saved", "saved after two steps")],
+                )
                 for other, (family, layout) in LAYOUTS.items()
                 if ranks_of(other) == count
-            }
+            }  # fmt: skip
             done[count] = program("layouts", ranks=count, cases=cases)
         return [rank[name] for rank in done[count]]
 
@@ -78,18 +80,20 @@ def variants(models, one_process, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(models, reference, one_process):
-    return functools.cache(
-        lambda family: compute(models / family, one_process[family]["adapters"], reference(family), LORA)
-    )
+    def of(name: str) -> Adapted:
+        family, _ = MODELS[name]
+        return compute(models / family, one_process[name]["adapters"], reference(family), LORA)
+
+    return functools.cache(of)
 
 
 @pytest.fixture(params=CASES)
 def case(request) -> tuple[list[dict[str, Any]], Adapted]:
     """Every rank's results, and peft's."""
     name, of = request.param, request.getfixturevalue
-    if name in FAMILIES:
+    if name in MODELS:
         return [of("one_process")[name]], of("expected")(name)
-    return of("ranks")(name), of("expected")(LAYOUTS[name][0])
+    return of("ranks")(name), of("expected")(model_of(name))
 
 
 def largest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -117,15 +121,26 @@ def test_whole_gradients_of_adapters_equal_pefts(case):
     assert max(errors.values()) < 1e-5, errors
 
 
+def assert_steps(ranks: list[tuple[float, int, float]], peft: Adapted, k: int) -> None:
+    """ranks: each one's loss sum, count and gradient norm of step k."""
+    loss, count = (sum(step[i] for step in ranks) for i in (0, 1))
+    assert count == len(STEPS[k]) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
+    assert len({norm for *_, norm in ranks}) == 1, "the ranks clip by different norms"
+    assert ranks[0][2] == pytest.approx(peft.gradient_norms[k], rel=1e-5)
+
+
 def test_losses_gradient_norms_and_adapters_after_two_steps_equal_pefts(case):
     found, peft = case
-    for k, samples in enumerate(STEPS[:2]):
-        steps = [rank["steps"][k] for rank in found]
-        loss, count = (sum(step[i] for step in steps) for i in (0, 1))
-        assert count == len(samples) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
-        assert len({norm for *_, norm in steps}) == 1, "the ranks clip by different norms"
-        assert steps[0][2] == pytest.approx(peft.gradient_norms[k], rel=1e-5)
-    assert largest(found[0]["weights"], peft.weights) < WEIGHT_TOLERANCE
+    for k in (0, 1):
+        assert_steps([rank["steps"][k] for rank in found], peft, k)
+    assert largest(found[0]["weights"], peft.weights[1]) < WEIGHT_TOLERANCE
+
+
+def test_the_third_step_after_loading_what_one_process_saved_is_pefts(case):
+    """It needs the adapters and the moments of two steps; of one process it is the step after the save."""
+    found, peft = case
+    assert_steps([rank["third"][0] for rank in found], peft, 2)
+    assert largest(found[0]["third"][1], peft.weights[2]) < WEIGHT_TOLERANCE
 
 
 def test_no_step_changes_the_base_and_gradients_are_held_of_adapters_alone(case):
@@ -149,36 +164,59 @@ def ranks_of_base(reference) -> torch.Tensor:
     return torch.tensor([value for part in parts for value in part])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merged_weights_are_those_that_peft_merges(family, one_process, expected):
-    merged, peft = one_process[family]["merged"], expected(family).merged
-    assert largest(merged, {name: peft[name] for name in merged}) < 1e-6
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_weights_are_those_that_peft_merges(name, one_process, expected):
+    merged, peft = one_process[name]["merged"], expected(name).merged
+    assert largest(merged, {key: peft[key] for key in merged}) < 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_the_adapters_folder_but_not_all_of_the_deepseek_familys(
-    family, models, reference, one_process, expected
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_reads_the_adapters_folder(name, models, reference, one_process, expected):
+    family, _ = MODELS[name]
+    found = one_process[name]
+    assert not found["lost"]
+    read = folder_log_probs(models / family, found["adapters"], reference(family).samples)
+    torch.testing.assert_close(read, expected(name).log_probs, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_of_experts_with_adapters_beside_their_first_layers_alone_the_export_says_that_peft_loses_them(
+    variants, models, reference
 ):
-    """Once peft reads the latter, docs/lora.md has a sentence too much."""
-    read = folder_log_probs(models / family, one_process[family]["adapters"], reference(family).samples)
-    difference = float((read - expected(family).log_probs).nan_to_num().abs().max())
-    assert difference < 1e-6 if family not in LATENT else difference > 1e-3
+    """When peft loses none, peft_folder.LOST is needed no more."""
+    found = variants["linear_fc1 alone"]
+    assert "it needs those of linear_fc2 beside those of linear_fc1" in found["lost"]
+    read = folder_log_probs(models / "qwen3moe", found["adapters"], reference("qwen3moe").samples)
+    assert (read - found["log_probs"]).nan_to_num().abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_holds_adapters_alone_and_the_step_after_loading_it_is_bit_equal(family, one_process):
-    result = one_process[family]
+def test_peft_still_drops_adapters_of_layers_that_are_called_as_those_of_experts(
+    models, reference, one_process, expected, tmp_path
+):
+    """When this fails, peft_folder._beside_experts is needed no more."""
+    folder = shutil.copytree(one_process["moonlight"]["adapters"], tmp_path / "adapters")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted({name.rpartition(".")[2] for name in settings["target_modules"]})
+    settings |= {"target_parameters": [], "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    read = folder_log_probs(models / "moonlight", folder, reference("moonlight").samples)
+    assert (read - expected("moonlight").log_probs).nan_to_num().abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_holds_adapters_alone_and_the_step_after_loading_it_is_bit_equal(name, one_process):
+    result = one_process[name]
     assert result["keys"] and all(".adapter." in key for key in result["keys"])
     (step, weights), (step_resumed, weights_resumed) = result["third"], result["third_resumed"]
     assert step == step_resumed and largest(weights, weights_resumed) == 0
 
 
 def test_a_plan_counts_what_the_ranks_hold(models, one_process, ranks):
-    for name in (*FAMILIES, *LAYOUTS):
-        family, layout = LAYOUTS.get(name, (name, {}))
-        config = config_for(models / family, layout, actor={"lora": LORA})
+    for name in CASES:
+        model, layout = (name, {}) if name in MODELS else (model_of(name), LAYOUTS[name][1])
+        family, targets = MODELS[model]
+        config = config_for(models / family, layout, actor={"lora": LORA | {"targets": targets}})
         planned = stages(shape_of(config.model.path), config)
-        found = [one_process[name]] if name in FAMILIES else ranks(name)
+        found = [one_process[name]] if name in MODELS else ranks(name)
         each = len(found) // len(planned)
         for stage in planned:
             own = found[stage.number * each :][:each]
@@ -187,7 +225,7 @@ def test_a_plan_counts_what_the_ranks_hold(models, one_process, ranks):
                 assert 4 * rank["gradients"] == stage.gradient_bytes
             assert 8 * sum(rank["states"] for rank in own) == len(own) * stage.optimizer_bytes
         # fp32 weights and 12 bytes of states
-        assert checkpoint_bytes(shape_of(config.model.path), config) == 16 * one_process[family]["trained"]
+        assert checkpoint_bytes(shape_of(config.model.path), config) == 16 * one_process[model]["trained"]
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])

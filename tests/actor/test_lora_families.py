@@ -13,7 +13,7 @@ from megatron_pmd.actor.families import POST_NORMS
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
-from tests.actor.adapted_reference import Adapted, compute
+from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
 from tests.actor.family_models import MODELS
 from tests.actor.launch import launch
 from tests.actor.lora_programs import LORA
@@ -54,8 +54,8 @@ def results(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def on_two(of_families: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every rank's results, by ON_TWO, with the adapters of one process."""
-    cases = {
-        name: (of_families / kind, LAYOUTS[kind], results["measured"][kind]["saved"])
+    cases: dict[str, Any] = {
+        name: (of_families / kind, LAYOUTS[kind], [], [results["measured"][kind]["saved"]])
         for name, kind in ON_TWO.items()
     }
     return launch("layouts", ranks=2, module="tests.actor.lora_programs", cases=cases)
@@ -109,8 +109,8 @@ def test_losses_and_adapters_after_two_steps_equal_pefts_and_the_base_stays(case
         assert count == len(samples) and loss / count == pytest.approx(peft.losses[k], rel=1e-5)
         for rank in found:
             assert rank["steps"][k][2] == pytest.approx(peft.gradient_norms[k], rel=1e-5)
-    assert found[0]["weights"].keys() == peft.weights.keys()
-    assert largest(found[0]["weights"], peft.weights) < WEIGHT_TOLERANCE
+    assert found[0]["weights"].keys() == peft.weights[1].keys()
+    assert largest(found[0]["weights"], peft.weights[1]) < WEIGHT_TOLERANCE
     assert all(rank["base is as loaded"] for rank in found)
 
 
@@ -121,10 +121,19 @@ def test_the_engines_get_the_merged_weights(case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_are_those_that_peft_merges(kind, results, of_peft):
     found, peft = results["measured"][kind], of_peft(kind)
-    adapted = {name.split(".lora_")[0] + ".weight" for name in peft.weights}
+    adapted = {name.split(".lora_")[0] + ".weight" for name in peft.gradient}
     merged = {name: tensor for name, tensor in peft.merged.items() if name in found["merged"]}
     assert adapted <= merged.keys()
     assert largest(found["merged"], merged) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_the_adapters_folder(kind, of_families, results, of_peft):
+    found = results["measured"][kind]
+    assert not found["lost"]
+    samples = torch.load(of_families / kind / "reference.pt", weights_only=False).samples
+    read = folder_log_probs(of_families / kind, found["adapters"], samples)
+    torch.testing.assert_close(read, of_peft(kind).log_probs, rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in COUNTED])

@@ -147,23 +147,52 @@ class OneProduct:
         return self.parts[i]
 
 
-def experts_forward(name: str, experts: Any, recipe: Recipe) -> Callable[..., Tensor]:
-    """Each expert's two products; the router's weights come in before the second, as in the actor."""
+class ExpertLayer(torch.nn.Module):
+    """A linear layer of one expert, whose weight is a part of the tensor that holds those of all."""
 
-    def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        result = torch.zeros_like(hidden)
-        for i in range(experts.num_experts):
-            tokens, place = torch.where(chosen == i)
-            if len(tokens) == 0:
-                continue
-            first = Product.apply(hidden[tokens], experts.gate_up_proj[i], recipe, f"{name}.{i}.gate_up")
-            gate, up = first.chunk(2, -1)
-            inner = silu(gate) * up * weights[tokens, place, None]
-            second = Product.apply(inner, experts.down_proj[i], recipe, f"{name}.{i}.down")
-            result = result.index_add(0, tokens, second)
-        return result
+    def __init__(self, part: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.part = part
 
-    return forward
+    @property
+    def weight(self) -> Tensor:
+        return self.part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+def _weight_of(experts: Any, i: int, k: int) -> Tensor:
+    """The i-th expert's gate, up-projection or down-projection."""
+    return experts.down_proj[i] if k == 2 else experts.gate_up_proj[i].chunk(2)[k]
+
+
+def split(experts: Any) -> list[Any]:
+    """Let each expert compute by three layers of its own, which are called as in files."""
+    numbers = [str(i) for i in range(experts.num_experts)]
+    if hasattr(experts, "0"):
+        return [experts.get_submodule(number) for number in numbers]
+    for i, number in enumerate(numbers):
+        expert = torch.nn.Module()
+        for k, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+            setattr(expert, name, ExpertLayer(partial(_weight_of, experts, i, k)))
+        experts.add_module(number, expert)
+    experts.forward = partial(experts_forward, experts)
+    return [experts.get_submodule(number) for number in numbers]
+
+
+def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The router's weights come in before the second product, as in the actor."""
+    result = torch.zeros_like(hidden)
+    for i in range(experts.num_experts):
+        tokens, place = torch.where(chosen == i)
+        if len(tokens) == 0:
+            continue
+        expert, own = experts.get_submodule(str(i)), hidden[tokens]
+        gate, up = expert.gate_proj(own), expert.up_proj(own)
+        inner = silu(gate) * up * weights[tokens, place, None].to(up.dtype)
+        result = result.index_add(0, tokens, expert.down_proj(inner))
+    return result
 
 
 def take_recipe(model: Any, recipe: Recipe, layers: Iterable[int], *, fused: bool = True) -> None:
@@ -174,10 +203,8 @@ def take_recipe(model: Any, recipe: Recipe, layers: Iterable[int], *, fused: boo
     for i in layers:
         attention, mlp = model.model.layers[i].self_attn, model.model.layers[i].mlp
         groups = [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
-        if hasattr(mlp, "experts"):
-            mlp.experts.forward = experts_forward(f"{i}.experts", mlp.experts, recipe)
-        else:
-            groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        for part in split(mlp.experts) if hasattr(mlp, "experts") else [mlp]:
+            groups += [[part.gate_proj, part.up_proj], [part.down_proj]]
         if not fused:
             groups = [[layer] for group in groups for layer in group]
         for k, group in enumerate(groups):
@@ -190,6 +217,9 @@ def take_adapters(model: Any, adapters: dict[str, Tensor], scale: float) -> None
     adapters: matrices by peft's names. Layers that take the same input have one A, as in the actor. A and B
     become parameters of their layers, lora_A and lora_B.
     """
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            split(layer.mlp.experts)
     for name in sorted({name.rpartition(".lora_")[0] for name in adapters}):
         layer = model.get_submodule(name.removeprefix("base_model.model."))
         group, _, last = name.rpartition(".")

@@ -41,25 +41,31 @@ def measured(models, tmp_path_factory) -> tuple[dict[Any, Any], str]:
     return launch("number_programs.adapters", cases=cases, folder=tmp_path_factory.mktemp("adapters"))[0]
 
 
-@pytest.fixture(scope="module")
-def dense(measured) -> dict[str, dict[str, Any]]:
-    return {setting: measured[0][DENSE, setting] for setting in ("bf16", *RECIPES)}
+@pytest.fixture(scope="module", params=RANK)
+def model(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def computed(models, reference, dense):
+def by_setting(measured, model) -> dict[str, dict[str, Any]]:
+    return {setting: measured[0][model, setting] for setting in ("bf16", *RECIPES)}
+
+
+@pytest.fixture(scope="module")
+def computed(models, reference, by_setting, model):
     """What transformers computes on the actor's rows with the same adapters, the base's products with a
     recipe's roundings."""
+    bf16 = by_setting["bf16"]
 
     def numbers(recipe: Recipe | None = None, dtype: torch.dtype = torch.float64) -> Numbers:
-        rows = Rows(models / DENSE, reference(DENSE), dense["bf16"]["rows"], dtype)
+        rows = Rows(models / model, reference(model), bf16["rows"], dtype)
         if recipe:
             take_recipe(rows.model, recipe, range(4))
-        adapters = load_file(dense["bf16"]["adapters"] / "adapter_model.safetensors")
-        take_adapters(rows.model, adapters, LORA["alpha"] / LORA["rank"])
-        found = rows.step()
-        found.gradient = {f"{name}.weight": g for name, g in found.gradient.items() if ".lora_" in name}
-        return found
+        adapters = load_file(bf16["adapters"] / "adapter_model.safetensors")
+        take_adapters(rows.model, adapters, LORA["alpha"] / RANK[model])
+        step = rows.step()
+        step.gradient = {f"{name}.weight": g for name, g in step.gradient.items() if ".lora_" in name}
+        return step
 
     return numbers
 
@@ -70,8 +76,8 @@ def distance(found: Any, expected: Any) -> float:
     return sum(squares) ** 0.5
 
 
-def test_in_bf16_they_are_as_near_float64_as_transformers_in_bf16(dense, computed):
-    found, exact, theirs = dense["bf16"], computed(), computed(dtype=torch.bfloat16)
+def test_in_bf16_they_are_as_near_float64_as_transformers_in_bf16(by_setting, computed):
+    found, exact, theirs = by_setting["bf16"], computed(), computed(dtype=torch.bfloat16)
     own = distance(found["gradient"], exact.gradient)
     norm = sum(float(g.square().sum()) for g in exact.gradient.values()) ** 0.5
     assert own < min(0.05 * norm, 1.5 * distance(theirs.gradient, exact.gradient))
@@ -82,11 +88,11 @@ def test_in_bf16_they_are_as_near_float64_as_transformers_in_bf16(dense, compute
 
 @pytest.mark.parametrize("setting", RECIPES)
 def test_fp8_moves_log_probs_and_whole_gradients_of_adapters_as_far_as_its_format_explains(
-    dense, computed, setting
+    by_setting, computed, setting
 ):
     """From those of bf16, as far as the recipe's roundings move float64. Adapters multiply in bf16, and are
     exact there."""
-    bf16, found = dense["bf16"], dense[setting]
+    bf16, found = by_setting["bf16"], by_setting[setting]
     exact, expected = computed(), computed(RECIPES[setting]())
     moved = {name: found["gradient"][name] for name in exact.gradient}
     ratio = distance(bf16["gradient"], moved) / distance(expected.gradient, exact.gradient)
