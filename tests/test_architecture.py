@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "algorithm": LEAVES,
     "config": LEAVES | {"algorithm"},
     "objectives": LEAVES | {"algorithm", "config"},
-    "simulator": {"config", "observe", "planner", "rollout_file"},
+    "simulator": {"config", "errors", "observe", "planner", "rollout_file"},
 }
 """The mathematics stands on the ground; the configuration names its types, the objectives join the two. The
 simulator plays what the planner costs, and touches nothing that runs."""

@@ -343,9 +343,8 @@ class RunConfig(Frozen):
         partial, staleness = self.rollout.partial, self.rollout.staleness
         if self.algorithm.anchor == "engine" and staleness:
             raise ConfigError(
-                f"algorithm.anchor=engine with rollout.staleness={staleness}: the engines' log-probabilities "
-                "of samples drawn ahead are of earlier weights, not of π_t: an update would take back what "
-                "the last ones have learnt; set algorithm.anchor=trainer"
+                f"algorithm.anchor=engine with rollout.staleness={staleness}: an anchor older than π_t takes "
+                "back what was learnt since; set algorithm.anchor=trainer"
             )
         if self.algorithm.anchor == "engine" and partial and partial.count_earlier_segments:
             raise ConfigError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -56,9 +58,10 @@ def test_a_softmax_that_minimises_the_pmd_loss_on_old_samples_reaches_the_optimu
     """Six arms, each a response of one token, as often as b draws it; the engine's policy is b."""
     rng = np.random.default_rng(7)
     rewards, b, a = rng.normal(size=6), *(rng.dirichlet(np.full(6, 2.0)) for _ in range(2))
+    of_b = float(b @ rewards)
     baseline, expected = {
-        "mean": (b @ rewards, optimum_of_stale_samples(rewards, b, a, tau)[0]),
-        "weighted": (b @ rewards, optimum_of_stale_samples(rewards, a, a, tau, baseline=b @ rewards)[0]),
+        "mean": (of_b, optimum_of_stale_samples(rewards, b, a, tau)[0]),
+        "weighted": (of_b, optimum_of_stale_samples(rewards, a, a, tau, baseline=of_b)[0]),
         "weighted, baseline of a": (a @ rewards, optimum_mean(rewards, a, tau)[0]),
         # of the true Z; b does not matter
         "partition": (log_partition(rewards, a, tau), optimum_partition(rewards, a, tau)),
@@ -69,7 +72,7 @@ def test_a_softmax_that_minimises_the_pmd_loss_on_old_samples_reaches_the_optimu
         return drawn * (sequence_tis(mismatch, cap=1e9) if "weighted" in way else none(mismatch))
 
     def loss(logits):
-        parameter = torch.tensor(logits, requires_grad=True)
+        parameter: Any = torch.tensor(logits, requires_grad=True)
         x = LossInput(
             log_probs=parameter.log_softmax(0),
             anchor_log_probs=anchor,
