@@ -7,6 +7,7 @@ without an error, and its logits are wrong.
 from __future__ import annotations
 
 import functools
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 BIASED_EXPERTS = frozenset({"gpt_oss"})
 """megatron-core has biases of experts without tensor parallelism inside an expert alone."""
 
-STACKED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""How some folders of Qwen3.5-MoE end the names of their experts' tensors."""
+STACKED_EXPERTS = re.compile(r"model\..*\.mlp\.experts\.(gate_up|down)_proj")
+"""How some folders of Qwen3.5-MoE name their experts' tensors; those of `mtp` are not the policy's."""
 
 
 def _taken_for_granted(config: Any) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def check_family(path: Path, bridge: Any) -> None:
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
         )
-    if kind == "qwen3_5_moe_text" and any(n.endswith(STACKED_EXPERTS) for n in TensorFiles(path).tensors):
+    if kind == "qwen3_5_moe_text" and any(map(STACKED_EXPERTS.fullmatch, TensorFiles(path).tensors)):
         raise ModelError(
             f"{path}: its experts are stacked in one tensor a layer, where transformers writes a tensor for "
             "each, as a conversion back would; load it with transformers, and save it with save_pretrained"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.actor.further_tokens import FURTHER_TOKENS, add_layer
 from tests.actor.reference import compute
 from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
 
@@ -155,8 +156,10 @@ def write_model_of(folder: Path, kind: str, **changes: Any) -> None:
 
 
 def write_family(folder: Path, kind: str) -> None:
-    """The model, and what transformers computes with it."""
+    """The model, with its layer that predicts further tokens, and what transformers computes with it."""
     write_model_of(folder, kind)
+    if kind in FURTHER_TOKENS:
+        add_layer(folder, kind)
     torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
     if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
         config = json.loads((folder / "config.json").read_text())

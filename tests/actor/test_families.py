@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_pmd.actor import families
@@ -28,6 +29,7 @@ from tests.actor.family_models import (
     write_refused,
     write_rope,
 )
+from tests.actor.further_tokens import FILE, FURTHER_TOKENS, NAMED_MTP
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
@@ -205,6 +207,23 @@ def test_a_conversion_there_and_back_keeps_every_byte(kind, of_families, convert
     before, after = (TensorFiles(folder) for folder in (of_families / kind, converted / kind / "hf"))
     assert before.tensors.keys() == after.tensors.keys()
     assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
+
+
+@pytest.mark.parametrize("kind", FURTHER_TOKENS)
+def test_layers_that_predict_further_tokens_are_carried_and_no_part_of_the_policy(
+    kind, of_families, results, converted
+):
+    """Byte for byte, as all of a folder's tensors; of `mtp`, transformers leaves out the same."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    further = load_file(of_families / kind / FILE).keys()
+    assert not further & results[f"{kind}, one process"][0]["exported"].keys()
+    for folder in ("megatron", "hf"):
+        manifest = json.loads((converted / kind / folder / "conversion.json").read_text())
+        assert manifest["untrained"].keys() == further
+    if kind in NAMED_MTP:
+        patterns = getattr(transformers, CLASSES[kind])._keys_to_ignore_on_load_unexpected
+        assert all(any(re.search(pattern, name) for pattern in patterns) for name in further)
 
 
 GATHERED = {
