@@ -55,10 +55,12 @@ and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, for the reason beside it. Where an engine
 would die at its start, the run is refused before one starts, with that reason
-(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are refused on GPUs, too. "Whole loop": a test runs
-SGLang with such a model ([proofs](proofs.md)). "Served": an engine, given the weights, computes
-transformers' log-probabilities within 1e-4 in `tests/engine/test_every_family.py`, which is run by name,
-outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
+(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are refused on GPUs, too. "Whole loop": a test of
+the suite trains such a model with live engines. "Served in the suite": an engine of its tests, given the
+weights, computes transformers' log-probabilities within 1e-4, or its greedy text (`llama`).
+[Proofs](proofs.md) names the tests of both. "Served": `tests/engine/test_every_family.py` compares the same
+log-probabilities; it is run by name, outside of the suite. "Engines not tried": SGLang has a class for the
+model, and no test has started it.
 **On a GPU ran a small `qwen3_moe` and SmolLM2 (`llama`) alone ([gpu.md](gpu.md#results)).**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
@@ -102,8 +104,8 @@ These settings are refused, although the family works:
 `plan` counts {counted} alone. Of linear attention it takes SGLang's share of memory for
 the states (`mamba_full_memory_ratio`), and not the number of requests that these states allow.
 
-Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
-trained. Conversions and exports carry them
+Layers that predict further tokens (`model.layers.N` behind the last, or `mtp`) are no part of the policy:
+they are not trained. Conversions and exports carry them
 ([conversion.md](conversion.md#layers-that-predict-further-tokens)).
 """
 NOT = """\
@@ -131,9 +133,11 @@ def compared(kind: str) -> str:
 
 def on_a_cpu(kind: str) -> str:
     """How a model of the family can be trained there, as far as a test shows it."""
-    (in_loops,) = (proof.families for proof in proofs() if proof.title == "SGLang")
-    if in_loops & {*OF_FOUR_LAYERS.get(kind, ())}:
+    shown, own = {proof.title: proof.families for proof in proofs()}, {*OF_FOUR_LAYERS.get(kind, ())}
+    if shown["whole loop"] & own:
         return "whole loop"
+    if shown["SGLang"] & own:
+        return "served in the suite"
     if kind in SERVED:
         return "served"
     reasons = OTHERWISE | NEEDS_GPUS | NO_ENGINE
