@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_pmd.actor.families import PROVEN, REFUSED
+from megatron_pmd.actor.families import PROVEN, REFUSED, UNMAPPED
 from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
@@ -114,9 +114,13 @@ NOT = """\
 Megatron-Bridge maps these too. The actor refuses them with a `ModelError`, `models of type … are refused`,
 and the reason. Some would load without an error and compute other logits.
 """
+NOT_KNOWN = """\
+Megatron-Bridge 0.6.2 does not know these. The `ModelError` is `Megatron-Bridge cannot map this model`, with
+the architectures that it knows.
+"""
 OTHERS = """\
-Multimodal models are refused too. A family of your own, which you register with Megatron-Bridge, is not
-refused: `CONTRIBUTING.md`, "A model family", says how.
+Multimodal models are refused too, and so is every family that this page does not name. A family of your own,
+which you register with Megatron-Bridge, is not refused: `CONTRIBUTING.md`, "A model family", says how.
 """
 
 
@@ -153,6 +157,8 @@ def page() -> str:
         REPLAYS.format(counted=", ".join(f"`{kind}`" for kind in COUNTED)),
         NOT,
         table(["model_type", "why"], [[f"`{kind}`", reason] for kind, reason in REFUSED.items()]),
+        NOT_KNOWN,
+        table(["model_type", "models"], [[f"`{kind}`", names] for kind, names in UNMAPPED.items()]),
         OTHERS,
     ]
     return "\n".join(parts)

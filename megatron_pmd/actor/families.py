@@ -54,9 +54,21 @@ REFUSED: dict[str, str] = {
     "values; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
+    "mistral3": "it takes images, which is not compared; its text part alone, `ministral3`, Megatron-Bridge "
+    "0.6.2 does not map",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
 }
 """model_type, and what the error says of it."""
+
+UNMAPPED: dict[str, str] = {
+    "deepseek_v32": "DeepSeek-V3.2",
+    "glm": "GLM-4, 9B (`glm-4-9b-hf`)",
+    "glm4": "GLM-4-0414, GLM-Z1",
+    "minimax": "MiniMax-Text-01",
+    "ministral": "Ministral, 8B",
+    "ministral3": "Ministral 3 without images",
+}
+"""model_type, and whose it is, of families that one may look for and Megatron-Bridge does not know."""
 
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""

@@ -280,11 +280,11 @@ def refused(
     of_families: Path, quantized: Any, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES
 
     root = tmp_path_factory.mktemp("refused")
-    for kind in families.REFUSED:
-        write_refused(root / kind, kind, CLASSES[kind])
-    write_refused(root / "qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")
+    for kind in (*families.REFUSED, *families.UNMAPPED, "qwen2_5_vl"):
+        write_refused(root / kind, kind, CLASSES.get(kind) or OF_IMAGES[kind])
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
@@ -299,6 +299,17 @@ def refused(
     unread = {"gpt_oss, rope": write_rope(of_families / "gpt_oss", root / "rope", factor=16.0)}
     read = {kind: folder for kind, (folder, _) in quantized.items()} | {"gpt_oss": mxfp4[0]}
     return program("refusals", folders=named, layouts=layouts, quantized=read, unread=unread)[0]
+
+
+@pytest.mark.parametrize("kind", families.UNMAPPED)
+def test_of_a_family_that_megatron_bridge_does_not_know_the_error_says_so(kind, refused):
+    """When this fails for one, Megatron-Bridge maps it, and it belongs to another list."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    error, message = refused["said"][kind]
+    assert error == "ModelError" and "Megatron-Bridge cannot map this model" in message
+    assert f"'{CLASSES[kind]}' is not yet supported" in message
+    assert CLASSES[kind] not in refused["known"]
 
 
 @pytest.mark.parametrize("kind", families.REFUSED)
