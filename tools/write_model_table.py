@@ -43,7 +43,8 @@ Of each of these a tiny random model is compared with transformers in float64. L
 1e-5. The whole gradient of each tensor is within 1e-5 of its norm; that of linear attention's `A_log` and
 `dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and
 from a conversion there and back. The third column has the layouts that are compared on two or more CPU
-processes. Other layouts of a family are not compared.
+processes: tensor and pipeline parallelism of each, and expert parallelism of each mixture, but for what is
+refused below. Other layouts of a family are not compared.
 
 In the same cases one step of Muon (`optimizer.name=muon`) equals a float64 computation on whole matrices:
 every weight within 1e-6. Of each mixture, log-probabilities, loss and the norm of the gradient equal those of
@@ -59,15 +60,15 @@ would die at its start, the run is refused before one starts, with that reason
 the suite trains such a model with live engines. "Served in the suite": an engine of its tests, given the
 weights, computes transformers' log-probabilities within 1e-4, or its greedy text (`llama`).
 [Proofs](proofs.md) names the tests of both. "Served": `tests/engine/test_every_family.py` compares the same
-log-probabilities; it is run by name, outside of the suite. "Engines not tried": SGLang has a class for the
-model, and no test has started it.
+log-probabilities, once of weights that are sent and once of an export of ours that SGLang reads; it is run by
+name, outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
 **On a GPU ran a small `qwen3_moe` and SmolLM2 (`llama`) alone ([gpu.md](gpu.md#results)).**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,
 3e-4 with one of 50; `gemma` 4e-4. An engine with Gemma 2 needs `hidden_act` in config.json, which
-transformers 5 does not write. So it is with `route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2
-and `full_attention_interval` of Qwen3-Next, which the test adds.
+transformers 5 does not write, and one with Qwen3-Next `full_attention_interval`. What transformers' code
+fixes (`route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2) conversions and exports write.
 
 Transformer Engine has a cap in flash-attn 2 alone, which `constraints/stack.txt` does not bring. Without it,
 Gemma 2 gets an attention that holds the scores of whole sequences in memory.
@@ -124,15 +125,13 @@ which you register with Megatron-Bridge, is not refused: `CONTRIBUTING.md`, "A m
 """
 
 
-def compared(kind: str) -> str:
-    """The layouts on which a family is compared, in words."""
-    if kind in OF_FOUR_LAYERS:
-        own = OF_FOUR_LAYERS[kind]
-        assert set(own) <= FAMILIES.keys()
-        layouts = [layout for family, layout in LAYOUTS.values() if family in own]
-    else:
-        layouts = MODELS[kind][2]
-    return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
+def layouts_of(kind: str) -> list[dict[str, int]]:
+    """The layouts on which a family is compared, beside one process."""
+    if kind not in OF_FOUR_LAYERS:
+        return MODELS[kind][2]
+    own = OF_FOUR_LAYERS[kind]
+    assert set(own) <= FAMILIES.keys()
+    return [layout for family, layout in LAYOUTS.values() if family in own]
 
 
 def on_a_cpu(kind: str) -> str:
@@ -150,7 +149,8 @@ def on_a_cpu(kind: str) -> str:
 
 def page() -> str:
     """docs/models.md."""
-    works = [[f"`{kind}`", names, compared(kind), on_a_cpu(kind)] for kind, names in PROVEN.items()]
+    compared = {kind: "; ".join(dict.fromkeys(map(words, layouts_of(kind)))) for kind in PROVEN}
+    works = [[f"`{kind}`", names, compared[kind], on_a_cpu(kind)] for kind, names in PROVEN.items()]
     parts = [
         HEAD,
         table(["model_type", "models", "layouts compared, beside one process", "on a CPU"], works),

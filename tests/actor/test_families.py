@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
+from megatron_pmd.convert.untrained import untrained
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
@@ -29,12 +30,12 @@ from tests.actor.family_models import (
     write_refused,
     write_rope,
 )
-from tests.actor.further_tokens import FILE, FURTHER_TOKENS, NAMED_MTP
+from tests.actor.further_tokens import FILE, FURTHER_TOKENS, NAMED_MTP, add_layer
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
 from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
-from tools.write_model_table import PAGE, page
+from tools.write_model_table import OF_FOUR_LAYERS, PAGE, layouts_of, page
 from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
@@ -271,6 +272,7 @@ def quantized(
     root = tmp_path_factory.mktemp("quantized")
     widths = {name: MODELS["kimi_k2"][1][name] for name in ("intermediate_size", "moe_intermediate_size")}
     write_model(root / "plain", "deepseek", num_hidden_layers=2, **widths)
+    add_layer(root / "plain", "deepseek")
     sources = {"deepseek_v3": root / "plain", "kimi_k2": of_families / "kimi_k2"}
     return {kind: (root / kind, write_quantized(source, root / kind)) for kind, source in sources.items()}
 
@@ -332,15 +334,23 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
 
 @pytest.mark.parametrize("kind", sorted(families.READ_FROM_FP8))
 def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(kind, quantized, refused):
-    """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is."""
+    """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is.
+
+    DeepSeek-V3's has a layer that predicts further tokens, which a conversion alone reads.
+    """
     folder, meant = quantized[kind]
     files, held = TensorFiles(folder), refused["read"][kind]
-    assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
-    for name, tensor in held.items():
+    carried = {tensor.name: tensor.read() for tensor in untrained(files)}
+    assert bool(carried.keys() & meant.keys()) == (kind == "deepseek_v3")
+    assert not carried.keys() & held.keys()
+    present = {n for n in files.tensors if not n.endswith("_scale_inv")}
+    assert len(meant) > 20 and held.keys() | carried.keys() == present
+    for name in present:
+        reads = [carried[name]] if name in carried else [held[name], precision.plain(name, files)]
         if name not in meant:
-            assert torch.equal(tensor, files.get(name))
+            assert all(torch.equal(read, files.get(name)) for read in reads)
             continue
-        for read in (tensor, precision.plain(name, files)):
+        for read in reads:
             error = np.abs(read.double().numpy() - meant[name])
             assert (error <= 2.0**-8 * 1.0001 * np.abs(meant[name])).all(), name
 
@@ -401,10 +411,17 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
 
 
 def test_every_family_that_works_is_compared_here_or_with_four_layers():
-    from tools.write_model_table import OF_FOUR_LAYERS
-
     assert MODELS.keys() | OF_FOUR_LAYERS.keys() == families.PROVEN.keys()
     assert {family for own in OF_FOUR_LAYERS.values() for family in own} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("kind", families.PROVEN)
+def test_each_family_is_compared_under_tensor_and_pipeline_and_each_mixture_under_expert_parallelism(kind):
+    """OLMoE and MiniMax-M2 refuse tensor parallelism."""
+    settings = [MODELS[kind][1]] if kind in MODELS else [FAMILIES[own][1] for own in OF_FOUR_LAYERS[kind]]
+    wanted = {"pipeline"} if kind in families.NORMS_OF_ALL_HEADS else {"tensor", "pipeline"}
+    wanted |= {"expert"} if "num_experts_per_tok" in settings[0] else set()
+    assert wanted <= {key for layout in layouts_of(kind) for key in layout}
 
 
 def test_the_page_is_the_one_that_these_lists_make():
