@@ -180,7 +180,7 @@ def check_layout(path: Path, config: Any, layout: Layout) -> None:
 def know_kimi() -> None:
     """Let transformers read config.json of Kimi-K2 without the code beside it: it is a DeepSeek-V3.
 
-    transformers 5.19 has no `kimi_k2`; tests/actor/test_families.py fails when it does.
+    transformers 5.19 has no `kimi_k2`; tests/actor/test_family_lists.py fails when it does.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 

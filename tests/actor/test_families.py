@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES
 
 from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
@@ -34,8 +36,7 @@ from tests.actor.further_tokens import FILE, FURTHER_TOKENS, NAMED_MTP, add_laye
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
-from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
-from tools.write_model_table import OF_FOUR_LAYERS, PAGE, layouts_of, page
+from tests.actor.tiny_models import MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
 from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
@@ -215,8 +216,6 @@ def test_layers_that_predict_further_tokens_are_carried_and_no_part_of_the_polic
     kind, of_families, results, converted
 ):
     """Byte for byte, as all of a folder's tensors; of `mtp`, transformers leaves out the same."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     further = load_file(of_families / kind / FILE).keys()
     assert not further & results[f"{kind}, one process"][0]["exported"].keys()
     for folder in ("megatron", "hf"):
@@ -281,9 +280,6 @@ def quantized(
 def refused(
     of_families: Path, quantized: Any, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES
-
     root = tmp_path_factory.mktemp("refused")
     for kind in (*families.REFUSED, *families.UNMAPPED, "qwen2_5_vl"):
         write_refused(root / kind, kind, CLASSES.get(kind) or OF_IMAGES[kind])
@@ -306,8 +302,6 @@ def refused(
 @pytest.mark.parametrize("kind", families.UNMAPPED)
 def test_of_a_family_that_megatron_bridge_does_not_know_the_error_says_so(kind, refused):
     """When this fails for one, Megatron-Bridge maps it, and it belongs to another list."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     error, message = refused["said"][kind]
     assert error == "ModelError" and "Megatron-Bridge cannot map this model" in message
     assert f"'{CLASSES[kind]}' is not yet supported" in message
@@ -322,8 +316,6 @@ def test_a_family_that_is_not_compared_is_refused_with_the_reason(kind, refused)
 
 
 def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_in_one_of_the_lists(refused):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     listed = families.PROVEN.keys() | families.REFUSED.keys()
     assert not families.PROVEN.keys() & families.REFUSED.keys()
     text = [name for name in refused["known"] if name.endswith("ForCausalLM")]
@@ -370,13 +362,6 @@ def test_the_actor_and_a_conversion_read_published_mxfp4_as_exactly_what_it_stan
     assert "quantization_config" not in json.loads((again / "config.json").read_text())
 
 
-def test_transformers_does_not_know_kimi_k2():
-    """When this fails, families.know_kimi is no longer needed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    assert "kimi_k2" not in CONFIG_MAPPING_NAMES
-
-
 def test_a_model_of_images_is_refused(refused):
     error, message = refused["said"]["qwen2_5_vl"]
     assert error == "ModelError" and "nobody has compared its logits" in message
@@ -408,21 +393,3 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     for kind in WINDOWS_BEHIND_NORMS:
         error, message = refused["said"][f"{kind}, context=2"]
         assert error == "LayoutError" and "layers whose attention sees a window" in message
-
-
-def test_every_family_that_works_is_compared_here_or_with_four_layers():
-    assert MODELS.keys() | OF_FOUR_LAYERS.keys() == families.PROVEN.keys()
-    assert {family for own in OF_FOUR_LAYERS.values() for family in own} == FAMILIES.keys()
-
-
-@pytest.mark.parametrize("kind", families.PROVEN)
-def test_each_family_is_compared_under_tensor_and_pipeline_and_each_mixture_under_expert_parallelism(kind):
-    """OLMoE and MiniMax-M2 refuse tensor parallelism."""
-    settings = [MODELS[kind][1]] if kind in MODELS else [FAMILIES[own][1] for own in OF_FOUR_LAYERS[kind]]
-    wanted = {"pipeline"} if kind in families.NORMS_OF_ALL_HEADS else {"tensor", "pipeline"}
-    wanted |= {"expert"} if "num_experts_per_tok" in settings[0] else set()
-    assert wanted <= {key for layout in layouts_of(kind) for key in layout}
-
-
-def test_the_page_is_the_one_that_these_lists_make():
-    assert PAGE.read_text() == page(), "run `make docs`"
