@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_pmd.actor.families import PROVEN, REFUSED
+from megatron_pmd.actor.families import PROVEN, REFUSED, UNMAPPED
 from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
@@ -43,7 +43,8 @@ Of each of these a tiny random model is compared with transformers in float64. L
 1e-5. The whole gradient of each tensor is within 1e-5 of its norm; that of linear attention's `A_log` and
 `dt_bias` within 1e-4. Every tensor comes back bit for bit: from the actor, as it goes to the engines, and
 from a conversion there and back. The third column has the layouts that are compared on two or more CPU
-processes. Other layouts of a family are not compared.
+processes: tensor and pipeline parallelism of each, and expert parallelism of each mixture, but for what is
+refused below. Other layouts of a family are not compared.
 
 In the same cases one step of Muon (`optimizer.name=muon`) equals a float64 computation on whole matrices:
 every weight within 1e-6. Of each mixture, log-probabilities, loss and the norm of the gradient equal those of
@@ -55,17 +56,19 @@ and `deepseek_v3` these two are compared under the layouts of `tests/actor/test_
 REPLAYS = """\
 "Replays": on a CPU this model trains from replayed rollouts alone, for the reason beside it. Where an engine
 would die at its start, the run is refused before one starts, with that reason
-(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are refused on GPUs, too. "Whole loop": a test runs
-SGLang with such a model ([proofs](proofs.md)). "Served": an engine, given the weights, computes
-transformers' log-probabilities within 1e-4 in `tests/engine/test_every_family.py`, which is run by name,
-outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
+(`megatron_pmd/engine/families.py`). Nemotron and Qwen3.5 are refused on GPUs, too. "Whole loop": a test of
+the suite trains such a model with live engines. "Served in the suite": an engine of its tests, given the
+weights, computes transformers' log-probabilities within 1e-4, or its greedy text (`llama`).
+[Proofs](proofs.md) names the tests of both. "Served": `tests/engine/test_every_family.py` compares the same
+log-probabilities, once of weights that are sent and once of an export of ours that SGLang reads; it is run by
+name, outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
 **On a GPU ran a small `qwen3_moe` and SmolLM2 (`llama`) alone ([gpu.md](gpu.md#results)).**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,
 3e-4 with one of 50; `gemma` 4e-4. An engine with Gemma 2 needs `hidden_act` in config.json, which
-transformers 5 does not write. So it is with `route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2
-and `full_attention_interval` of Qwen3-Next, which the test adds.
+transformers 5 does not write, and one with Qwen3-Next `full_attention_interval`. What transformers' code
+fixes (`route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2) conversions and exports write.
 
 Transformer Engine has a cap in flash-attn 2 alone, which `constraints/stack.txt` does not bring. Without it,
 Gemma 2 gets an attention that holds the scores of whole sequences in memory.
@@ -102,8 +105,8 @@ These settings are refused, although the family works:
 `plan` counts {counted} alone. Of linear attention it takes SGLang's share of memory for
 the states (`mamba_full_memory_ratio`), and not the number of requests that these states allow.
 
-Layers that predict further tokens (`num_nextn_predict_layers`) are no part of the policy: they are not
-trained. Conversions and exports carry them
+Layers that predict further tokens (`model.layers.N` behind the last, or `mtp`) are no part of the policy:
+they are not trained. Conversions and exports carry them
 ([conversion.md](conversion.md#layers-that-predict-further-tokens)).
 """
 NOT = """\
@@ -112,28 +115,32 @@ NOT = """\
 Megatron-Bridge maps these too. The actor refuses them with a `ModelError`, `models of type … are refused`,
 and the reason. Some would load without an error and compute other logits.
 """
+NOT_KNOWN = """\
+Megatron-Bridge 0.6.2 does not know these. The `ModelError` is `Megatron-Bridge cannot map this model`, with
+the architectures that it knows.
+"""
 OTHERS = """\
-Multimodal models are refused too. A family of your own, which you register with Megatron-Bridge, is not
-refused: `CONTRIBUTING.md`, "A model family", says how.
+Multimodal models are refused too, and so is every family that this page does not name. A family of your own,
+which you register with Megatron-Bridge, is not refused: `CONTRIBUTING.md`, "A model family", says how.
 """
 
 
-def compared(kind: str) -> str:
-    """The layouts on which a family is compared, in words."""
-    if kind in OF_FOUR_LAYERS:
-        own = OF_FOUR_LAYERS[kind]
-        assert set(own) <= FAMILIES.keys()
-        layouts = [layout for family, layout in LAYOUTS.values() if family in own]
-    else:
-        layouts = MODELS[kind][2]
-    return "; ".join(dict.fromkeys(words(layout) for layout in layouts))
+def layouts_of(kind: str) -> list[dict[str, int]]:
+    """The layouts on which a family is compared, beside one process."""
+    if kind not in OF_FOUR_LAYERS:
+        return MODELS[kind][2]
+    own = OF_FOUR_LAYERS[kind]
+    assert set(own) <= FAMILIES.keys()
+    return [layout for family, layout in LAYOUTS.values() if family in own]
 
 
 def on_a_cpu(kind: str) -> str:
     """How a model of the family can be trained there, as far as a test shows it."""
-    (in_loops,) = (proof.families for proof in proofs() if proof.title == "SGLang")
-    if in_loops & {*OF_FOUR_LAYERS.get(kind, ())}:
+    shown, own = {proof.title: proof.families for proof in proofs()}, {*OF_FOUR_LAYERS.get(kind, ())}
+    if shown["whole loop"] & own:
         return "whole loop"
+    if shown["SGLang"] & own:
+        return "served in the suite"
     if kind in SERVED:
         return "served"
     reasons = OTHERWISE | NEEDS_GPUS | NO_ENGINE
@@ -142,13 +149,16 @@ def on_a_cpu(kind: str) -> str:
 
 def page() -> str:
     """docs/models.md."""
-    works = [[f"`{kind}`", names, compared(kind), on_a_cpu(kind)] for kind, names in PROVEN.items()]
+    compared = {kind: "; ".join(dict.fromkeys(map(words, layouts_of(kind)))) for kind in PROVEN}
+    works = [[f"`{kind}`", names, compared[kind], on_a_cpu(kind)] for kind, names in PROVEN.items()]
     parts = [
         HEAD,
         table(["model_type", "models", "layouts compared, beside one process", "on a CPU"], works),
         REPLAYS.format(counted=", ".join(f"`{kind}`" for kind in COUNTED)),
         NOT,
         table(["model_type", "why"], [[f"`{kind}`", reason] for kind, reason in REFUSED.items()]),
+        NOT_KNOWN,
+        table(["model_type", "models"], [[f"`{kind}`", names] for kind, names in UNMAPPED.items()]),
         OTHERS,
     ]
     return "\n".join(parts)

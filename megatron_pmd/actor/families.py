@@ -7,6 +7,7 @@ without an error, and its logits are wrong.
 from __future__ import annotations
 
 import functools
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,21 @@ REFUSED: dict[str, str] = {
     "values; neither is compared",
     "glm_moe_dsa": "its attention chooses tokens by an indexer, which is not compared",
     "mimo_v2_flash": "its layers have two rotary embeddings and attention of two widths; neither is compared",
+    "mistral3": "it takes images, which is not compared; its text part alone, `ministral3`, Megatron-Bridge "
+    "0.6.2 does not map",
     "nemotron_h": "it has state-space layers, whose kernels need CUDA; they are not compared",
 }
 """model_type, and what the error says of it."""
+
+UNMAPPED: dict[str, str] = {
+    "deepseek_v32": "DeepSeek-V3.2",
+    "glm": "GLM-4, 9B (`glm-4-9b-hf`)",
+    "glm4": "GLM-4-0414, GLM-Z1",
+    "minimax": "MiniMax-Text-01",
+    "ministral": "Ministral, 8B",
+    "ministral3": "Ministral 3 without images",
+}
+"""model_type, and whose it is, of families that one may look for and Megatron-Bridge does not know."""
 
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
@@ -68,8 +81,8 @@ NORMS_OF_ALL_HEADS = frozenset({"minimax_m2", "olmoe"})
 BIASED_EXPERTS = frozenset({"gpt_oss"})
 """megatron-core has biases of experts without tensor parallelism inside an expert alone."""
 
-STACKED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""How some folders of Qwen3.5-MoE end the names of their experts' tensors."""
+STACKED_EXPERTS = re.compile(r"model\..*\.mlp\.experts\.(gate_up|down)_proj")
+"""How some folders of Qwen3.5-MoE name their experts' tensors; those of `mtp` are not the policy's."""
 
 
 def _taken_for_granted(config: Any) -> dict[str, Any]:
@@ -114,7 +127,7 @@ def check_family(path: Path, bridge: Any) -> None:
             "best one, megatron-core by the sum of several; of DeepSeek-V2, models with topk_method=greedy "
             "(V2-Lite) are trained"
         )
-    if kind == "qwen3_5_moe_text" and any(n.endswith(STACKED_EXPERTS) for n in TensorFiles(path).tensors):
+    if kind == "qwen3_5_moe_text" and any(map(STACKED_EXPERTS.fullmatch, TensorFiles(path).tensors)):
         raise ModelError(
             f"{path}: its experts are stacked in one tensor a layer, where transformers writes a tensor for "
             "each, as a conversion back would; load it with transformers, and save it with save_pretrained"
@@ -167,7 +180,7 @@ def check_layout(path: Path, config: Any, layout: Layout) -> None:
 def know_kimi() -> None:
     """Let transformers read config.json of Kimi-K2 without the code beside it: it is a DeepSeek-V3.
 
-    transformers 5.19 has no `kimi_k2`; tests/actor/test_families.py fails when it does.
+    transformers 5.19 has no `kimi_k2`; tests/actor/test_family_lists.py fails when it does.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 

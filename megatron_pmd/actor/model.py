@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_posit
 OF_LLAMA3 = ("llama", "exaone4")
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+MTP = "mtp."
+"""How names of the layer that predicts further tokens begin in folders of Qwen and K-EXAONE."""
 DEEPSEEK_V3 = ("deepseek_v3", "kimi_k2")
 UNROUNDED = "get_high_precision_init_val"
 """The method of Transformer Engine's FP8 parameters that gives what they were before they were rounded."""
@@ -87,6 +90,9 @@ def open_bridge(path: Path, *, trust_remote_code: bool = False) -> Any:
     if "partial_rotary_factor" in rope:
         # transformers computes with this one; the bridge reads the other, which may be a default of its own
         config.partial_rotary_factor = rope["partial_rotary_factor"]
+    if getattr(config, "num_nextn_predict_layers", None):
+        # no part of the policy, of which the bridge of GLM-4.7-Flash would export tensors all the same
+        config.num_nextn_predict_layers = 0
     return bridge
 
 
@@ -236,12 +242,19 @@ def expert_biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: bias for name, bias in chunk.named_buffers() if name.endswith(".expert_bias")}
 
 
+def predicts_further_tokens(name: str, layers: int, further: int = sys.maxsize) -> bool:
+    """Whether a folder's tensor is of a layer that predicts further tokens.
+
+    layers: of the policy. further: how many layers behind them may be such.
+    """
+    found = LAYER.match(name)
+    return name.startswith(MTP) or (found is not None and layers <= int(found[1]) < layers + further)
+
+
 def tensors_of_policy(path: Path, layers: int) -> dict[str, list[int]]:
-    """As tensors_in, but for those of DeepSeek's layers that predict further tokens."""
+    """As tensors_in, but for those of layers that predict further tokens."""
     return {
-        name: shape
-        for name, shape in tensors_in(path).items()
-        if not ((found := LAYER.match(name)) and int(found[1]) >= layers)
+        name: shape for name, shape in tensors_in(path).items() if not predicts_further_tokens(name, layers)
     }
 
 
@@ -321,9 +334,8 @@ def check_shapes(path: Path, present: dict[str, list[int]], *, trust: bool = Fal
     for name, shape in present.items():
         if name in expected:
             right = list(expected[name].shape)
-        elif (
-            ".mlp.experts." in name
-        ):  # transformers 5 keeps a layer's experts in one tensor, files have one each
+        # transformers 5 keeps a layer's experts in one tensor, files have one each; for `mtp` there are both
+        elif ".mlp.experts." in name and not name.startswith(MTP):
             right = experts[name.split(".")[-2]]
         else:
             continue

@@ -15,7 +15,10 @@ from megatron_pmd.hugging_face import WEIGHTS
 SKIPPED = (".index.json", "conversion.json")
 """Files that tell of one folder's weights alone."""
 FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
     "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "hy_v3": {"qk_norm": True, "route_norm": True},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
 }
 """By model_type, what transformers' code of the family fixes and does not write; SGLang reads it."""
 

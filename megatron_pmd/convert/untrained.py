@@ -1,20 +1,23 @@
-"""Layers that predict further tokens (DeepSeek's, GLM's): no part of the policy, but part of its folder.
+"""Layers that predict further tokens: no part of the policy, but part of its folder.
+
+DeepSeek, GLM and Hy3 number them behind the policy's layers, Qwen and K-EXAONE name them `mtp`.
 
 A conversion and a run's export carry them from folder to folder as they are. They are never trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_pmd.actor.model import LAYER
+from megatron_pmd.actor.model import predicts_further_tokens
 from megatron_pmd.convert import precision
 from megatron_pmd.files import read_object
 from megatron_pmd.fp8 import is_scale
-from megatron_pmd.hugging_face import ShardWriter, TensorFiles
+from megatron_pmd.hugging_face import INDEX, ShardWriter, TensorFiles
 
 FILE = "untrained.safetensors"
 """Beside the configuration in a converted checkpoint."""
@@ -44,26 +47,25 @@ class Untrained:
         return precision.plain(self.name, self.files)
 
 
-def untrained_layers(folder: Path) -> range:
-    """Their numbers, behind those of the policy's: what config.json counts as num_nextn_predict_layers."""
+def _names(names: Iterable[str], folder: Path) -> list[str]:
+    """Those of these layers. Numbered ones are as many as config.json says: a tensor behind is a mistake."""
     described = read_object(folder / "config.json") or {}
-    first = described.get("num_hidden_layers") or 0
-    return range(first, first + (described.get("num_nextn_predict_layers") or 0))
+    layers, further = (described.get(key) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    return sorted(name for name in names if predicts_further_tokens(name, layers, further))
 
 
 def untrained(files: TensorFiles) -> list[Untrained]:
     """A folder's tensors of these layers."""
-    layers = untrained_layers(files.folder)
-    return [
-        Untrained(name, files)
-        for name in sorted(files.tensors)
-        if (found := LAYER.match(name)) and int(found[1]) in layers and not is_scale(name, files.tensors)
-    ]
+    own = _names(files.tensors, files.folder)
+    return [Untrained(name, files) for name in own if not is_scale(name, files.tensors)]
 
 
 def untrained_of(folder: Path) -> list[Untrained]:
-    """The same of a folder that may lack weights: they are looked at where config.json has such layers."""
-    return untrained(TensorFiles(folder)) if untrained_layers(folder) else []
+    """The same of a folder that may lack weights: they are looked at unless its index names none of these."""
+    index = read_object(folder / INDEX)
+    if index is not None and not _names(index.get("weight_map") or (), folder):
+        return []
+    return untrained(TensorFiles(folder))
 
 
 def write_untrained(tensors: list[Untrained], folder: Path) -> None:

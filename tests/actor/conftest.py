@@ -19,6 +19,7 @@ from tests.actor.tiny_models import FAMILIES
 LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "dense, tensor=2": ("qwen2", dict(tensor=2)),
     "dense, pipeline=2": ("qwen3", dict(pipeline=2)),
+    "dense with biases, pipeline=2": ("qwen2", dict(pipeline=2)),
     "dense, data=2": ("llama", dict(data=2)),
     "dense, context=2": ("qwen2", dict(context=2)),
     "dense, pipeline=2, virtual_pipeline=2": ("qwen3", dict(pipeline=2, virtual_pipeline=2)),

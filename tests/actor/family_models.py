@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.actor.further_tokens import FURTHER_TOKENS, add_layer
 from tests.actor.reference import compute
 from tests.actor.tiny_models import FAMILIES, LATENT, STEPS, write
 
@@ -29,8 +30,8 @@ YARN = dict(
 Case = tuple[str, dict[str, Any], list[dict[str, int]]]
 """What transformers calls its configuration, settings beside tiny_models.COMMON, the layouts on two ranks."""
 MODELS: dict[str, Case] = {
-    "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2)]),
-    "gemma": ("Gemma", dict(head_dim=16), [dict(pipeline=2)]),
+    "mistral": ("Mistral", dict(sliding_window=8), [dict(tensor=2), dict(pipeline=2)]),
+    "gemma": ("Gemma", dict(head_dim=16), [dict(tensor=2), dict(pipeline=2)]),
     # caps that bend: the scores and logits of random weights are larger than these
     "gemma2": (
         "Gemma2",
@@ -57,12 +58,12 @@ MODELS: dict[str, Case] = {
             EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
             norm_topk_prob=True, routed_scaling_factor=2.5, use_qk_norm=True, attention_bias=True,
         ),
-        [dict(tensor=2, expert=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         dict(LATENT, q_lora_rank=32, n_shared_experts=1),
-        [dict(tensor=2, expert=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
     "deepseek_v2": (
         "DeepseekV2",
@@ -70,7 +71,7 @@ MODELS: dict[str, Case] = {
             LATENT, q_lora_rank=None, n_shared_experts=2, topk_method="greedy", norm_topk_prob=False,
             routed_scaling_factor=1.0, rope_parameters=YARN,
         ),
-        [dict(tensor=2, expert=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
     "olmoe": (
         "Olmoe",
@@ -79,14 +80,14 @@ MODELS: dict[str, Case] = {
             num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, intermediate_size=32,
             pad_token_id=None,
         ),
-        [dict(expert=2, data=2)],
+        [dict(expert=2, data=2), dict(pipeline=2)],
     ),
     "minimax_m2": (
         "MiniMaxM2",
         dict(
             head_dim=16, rotary_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32
         ),
-        [dict(expert=2, data=2)],
+        [dict(expert=2, data=2), dict(pipeline=2)],
     ),
     "exaone4": (
         "Exaone4",
@@ -99,12 +100,12 @@ MODELS: dict[str, Case] = {
     "exaone_moe": (
         "ExaoneMoe",
         dict(EXPERTS | WINDOW, num_experts=4, num_shared_experts=1),
-        [dict(pipeline=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
     "hy_v3": (
         "HYV3",
         dict(EXPERTS, num_experts=4, num_shared_experts=1, first_k_dense_replace=1),
-        [dict(tensor=2, expert=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
     "nemotron": (
         "Nemotron",
@@ -127,7 +128,9 @@ MODELS: dict[str, Case] = {
         [dict(tensor=2, expert=2), dict(pipeline=2), dict(context=2, expert=2)],
     ),
     "qwen3_5_text": (
-        "Qwen3_5Text", dict(LINEAR, head_dim=16, tie_word_embeddings=False), [dict(tensor=2)]
+        "Qwen3_5Text",
+        dict(LINEAR, head_dim=16, tie_word_embeddings=False),
+        [dict(tensor=2), dict(pipeline=2)],
     ),
     "qwen3_5_moe_text": (
         "Qwen3_5MoeText",
@@ -142,7 +145,7 @@ MODELS: dict[str, Case] = {
         "DeepseekV3",
         # matrices larger than a block of FP8
         dict(FAMILIES["deepseek"][1], n_group=1, intermediate_size=160, moe_intermediate_size=144),
-        [dict(tensor=2, expert=2)],
+        [dict(tensor=2, expert=2), dict(pipeline=2)],
     ),
 }  # fmt: skip
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
@@ -155,8 +158,10 @@ def write_model_of(folder: Path, kind: str, **changes: Any) -> None:
 
 
 def write_family(folder: Path, kind: str) -> None:
-    """The model, and what transformers computes with it."""
+    """The model, with its layer that predicts further tokens, and what transformers computes with it."""
     write_model_of(folder, kind)
+    if kind in FURTHER_TOKENS:
+        add_layer(folder, kind)
     torch.save(compute(folder, STEPS[:1]), folder / "reference.pt")
     if kind == "kimi_k2":  # published under this name, which transformers does not know, with code to read it
         config = json.loads((folder / "config.json").read_text())
@@ -172,9 +177,9 @@ def write_quantized(source: Path, folder: Path) -> dict[str, np.ndarray]:
     codes = np.arange(127)  # 127 is NaN; those above are negative
     exponent, mantissa = codes >> 3, codes & 7
     numbers = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
-    shutil.copytree(source, folder)
-    held, meant = load_file(folder / "model.safetensors"), {}
-    for name in [n for n in held if re.search(r"(_proj|_mqa)\.weight$", n)]:
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    held, meant = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}, {}
+    for name in [n for n in held if re.search(r"(_proj|_mqa)(?<!eh_proj)\.weight$", n)]:
         weight = held[name].double().numpy()
         scales = np.empty([-(-size // 128) for size in weight.shape], dtype=np.float32)
         code, values = np.empty(weight.shape, dtype=np.uint8), np.empty_like(weight)

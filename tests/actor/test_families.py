@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES
 
 from megatron_pmd.actor import families
 from megatron_pmd.config import Layout
 from megatron_pmd.convert import precision
+from megatron_pmd.convert.untrained import untrained
 from megatron_pmd.hugging_face import TensorFiles, bytes_of
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
@@ -28,11 +32,11 @@ from tests.actor.family_models import (
     write_refused,
     write_rope,
 )
+from tests.actor.further_tokens import FILE, FURTHER_TOKENS, NAMED_MTP, add_layer
 from tests.actor.launch import launch
 from tests.actor.muon_definition import Definition, difference, matrices_of
 from tests.actor.reference import Reference, replay
-from tests.actor.tiny_models import FAMILIES, MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
-from tools.write_model_table import PAGE, page
+from tests.actor.tiny_models import MUON, OPTIMIZER, WEIGHT_TOLERANCE, config_for, write_model
 from tools.write_proof_table import words
 
 pytestmark = pytest.mark.slow
@@ -207,6 +211,21 @@ def test_a_conversion_there_and_back_keeps_every_byte(kind, of_families, convert
     assert all(bytes_of(before.get(name)) == bytes_of(after.get(name)) for name in before.tensors)
 
 
+@pytest.mark.parametrize("kind", FURTHER_TOKENS)
+def test_layers_that_predict_further_tokens_are_carried_and_no_part_of_the_policy(
+    kind, of_families, results, converted
+):
+    """Byte for byte, as all of a folder's tensors; of `mtp`, transformers leaves out the same."""
+    further = load_file(of_families / kind / FILE).keys()
+    assert not further & results[f"{kind}, one process"][0]["exported"].keys()
+    for folder in ("megatron", "hf"):
+        manifest = json.loads((converted / kind / folder / "conversion.json").read_text())
+        assert manifest["untrained"].keys() == further
+    if kind in NAMED_MTP:
+        patterns = getattr(transformers, CLASSES[kind])._keys_to_ignore_on_load_unexpected
+        assert all(any(re.search(pattern, name) for pattern in patterns) for name in further)
+
+
 GATHERED = {
     "glm4_moe_lite": r".*",
     "minimax_m2": r"[qk]_norm\.weight$",
@@ -252,6 +271,7 @@ def quantized(
     root = tmp_path_factory.mktemp("quantized")
     widths = {name: MODELS["kimi_k2"][1][name] for name in ("intermediate_size", "moe_intermediate_size")}
     write_model(root / "plain", "deepseek", num_hidden_layers=2, **widths)
+    add_layer(root / "plain", "deepseek")
     sources = {"deepseek_v3": root / "plain", "kimi_k2": of_families / "kimi_k2"}
     return {kind: (root / kind, write_quantized(source, root / kind)) for kind, source in sources.items()}
 
@@ -260,12 +280,9 @@ def quantized(
 def refused(
     of_families: Path, quantized: Any, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     root = tmp_path_factory.mktemp("refused")
-    for kind in families.REFUSED:
-        write_refused(root / kind, kind, CLASSES[kind])
-    write_refused(root / "qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")
+    for kind in (*families.REFUSED, *families.UNMAPPED, "qwen2_5_vl"):
+        write_refused(root / kind, kind, CLASSES.get(kind) or OF_IMAGES[kind])
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
         write_refused(root / name, kind, CLASSES[kind], **changes)
@@ -282,6 +299,15 @@ def refused(
     return program("refusals", folders=named, layouts=layouts, quantized=read, unread=unread)[0]
 
 
+@pytest.mark.parametrize("kind", families.UNMAPPED)
+def test_of_a_family_that_megatron_bridge_does_not_know_the_error_says_so(kind, refused):
+    """When this fails for one, Megatron-Bridge maps it, and it belongs to another list."""
+    error, message = refused["said"][kind]
+    assert error == "ModelError" and "Megatron-Bridge cannot map this model" in message
+    assert f"'{CLASSES[kind]}' is not yet supported" in message
+    assert CLASSES[kind] not in refused["known"]
+
+
 @pytest.mark.parametrize("kind", families.REFUSED)
 def test_a_family_that_is_not_compared_is_refused_with_the_reason(kind, refused):
     error, message = refused["said"][kind]
@@ -290,8 +316,6 @@ def test_a_family_that_is_not_compared_is_refused_with_the_reason(kind, refused)
 
 
 def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_in_one_of_the_lists(refused):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     listed = families.PROVEN.keys() | families.REFUSED.keys()
     assert not families.PROVEN.keys() & families.REFUSED.keys()
     text = [name for name in refused["known"] if name.endswith("ForCausalLM")]
@@ -302,15 +326,23 @@ def test_every_text_family_that_megatron_bridge_maps_and_transformers_knows_is_i
 
 @pytest.mark.parametrize("kind", sorted(families.READ_FROM_FP8))
 def test_the_actor_and_a_conversion_read_published_fp8_within_the_rounding_of_bf16(kind, quantized, refused):
-    """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is."""
+    """bf16 has 7 bits behind the leading one: half a step is 2^-8. What is not FP8 stays as it is.
+
+    DeepSeek-V3's has a layer that predicts further tokens, which a conversion alone reads.
+    """
     folder, meant = quantized[kind]
     files, held = TensorFiles(folder), refused["read"][kind]
-    assert len(meant) > 20 and held.keys() == {n for n in files.tensors if not n.endswith("_scale_inv")}
-    for name, tensor in held.items():
+    carried = {tensor.name: tensor.read() for tensor in untrained(files)}
+    assert bool(carried.keys() & meant.keys()) == (kind == "deepseek_v3")
+    assert not carried.keys() & held.keys()
+    present = {n for n in files.tensors if not n.endswith("_scale_inv")}
+    assert len(meant) > 20 and held.keys() | carried.keys() == present
+    for name in present:
+        reads = [carried[name]] if name in carried else [held[name], precision.plain(name, files)]
         if name not in meant:
-            assert torch.equal(tensor, files.get(name))
+            assert all(torch.equal(read, files.get(name)) for read in reads)
             continue
-        for read in (tensor, precision.plain(name, files)):
+        for read in reads:
             error = np.abs(read.double().numpy() - meant[name])
             assert (error <= 2.0**-8 * 1.0001 * np.abs(meant[name])).all(), name
 
@@ -328,13 +360,6 @@ def test_the_actor_and_a_conversion_read_published_mxfp4_as_exactly_what_it_stan
             expected = torch.from_numpy(meant[name]) if name in meant else files.get(name)
             assert torch.equal(read.double(), expected.double()), name
     assert "quantization_config" not in json.loads((again / "config.json").read_text())
-
-
-def test_transformers_does_not_know_kimi_k2():
-    """When this fails, families.know_kimi is no longer needed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    assert "kimi_k2" not in CONFIG_MAPPING_NAMES
 
 
 def test_a_model_of_images_is_refused(refused):
@@ -368,14 +393,3 @@ def test_settings_under_which_a_family_would_be_computed_wrongly_are_refused(ref
     for kind in WINDOWS_BEHIND_NORMS:
         error, message = refused["said"][f"{kind}, context=2"]
         assert error == "LayoutError" and "layers whose attention sees a window" in message
-
-
-def test_every_family_that_works_is_compared_here_or_with_four_layers():
-    from tools.write_model_table import OF_FOUR_LAYERS
-
-    assert MODELS.keys() | OF_FOUR_LAYERS.keys() == families.PROVEN.keys()
-    assert {family for own in OF_FOUR_LAYERS.values() for family in own} == FAMILIES.keys()
-
-
-def test_the_page_is_the_one_that_these_lists_make():
-    assert PAGE.read_text() == page(), "run `make docs`"

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from megatron_pmd.actor.model import LAYER
-from megatron_pmd.hugging_face import bytes_of, write_index
 from tests.actor.family_models import MODELS
+from tests.actor.further_tokens import add_layer
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, write
 
@@ -25,10 +22,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3moe, an odd vocabulary": ("qwen3moe", dict(vocab_size=509)),
     "deepseek, further tokens": ("deepseek", dict(num_nextn_predict_layers=1)),
     "glm, further tokens": ("glm4_moe", dict(num_nextn_predict_layers=1)),
+    "qwen3_next, further tokens": ("qwen3_next", dict(num_hidden_layers=2)),
 }
 """Names of models: (family, what differs from it): biases, qk-norm, tied and untied, dense and MoE."""
 FURTHER = [name for name in VARIANTS if name.endswith("further tokens")]
-"""With a layer behind the last that predicts further tokens."""
+"""With a layer that predicts further tokens."""
 VERIFIED = [*FAMILIES, "kimi", "bf16"]
 """On the way back also by the logits of both models; some on the way there, too: each takes a process."""
 VERIFIED_THERE = ["qwen3", "deepseek", "bf16"]
@@ -41,31 +39,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind, settings = FAMILIES.get(family) or MODELS[family][:2]
         write(folder / name, kind, {**settings, **changes})
         if name in FURTHER:
-            add_further_layer(folder / name)
+            add_layer(folder / name, family)
     return folder
-
-
-def add_further_layer(folder: Path) -> None:
-    """A layer as the last, with what DeepSeek and GLM have around it, in a file of its own; all random."""
-    file = folder / "model.safetensors"
-    held = load_file(file)
-    last = max(int(found[1]) for name in held if (found := LAYER.match(name)))
-    prefix = f"model.layers.{last + 1}."
-    width = held["model.norm.weight"].shape[0]
-    shapes = {
-        prefix + name.removeprefix(f"model.layers.{last}."): tensor.shape
-        for name, tensor in held.items()
-        if name.startswith(f"model.layers.{last}.")
-    }
-    shapes |= {prefix + name: torch.Size([width]) for name in ("enorm.weight", "hnorm.weight")}
-    shapes |= {prefix + "eh_proj.weight": torch.Size([width, 2 * width])}
-    shapes |= {prefix + "shared_head.norm.weight": torch.Size([width])}
-    rows = held["lm_head.weight"].shape
-    shapes |= {prefix + name: rows for name in ("embed_tokens.weight", "shared_head.head.weight")}
-    further = {name: torch.randn(shape) for name, shape in shapes.items()}
-    save_file(further, folder / "further.safetensors", metadata={"format": "pt"})
-    places = {**dict.fromkeys(held, file.name), **dict.fromkeys(further, "further.safetensors")}
-    write_index(folder, places, sum(len(bytes_of(t)) for t in (held | further).values()))
 
 
 @pytest.fixture(scope="session")

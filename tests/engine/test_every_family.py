@@ -1,4 +1,6 @@
-"""An engine on the CPU for each family that no test of the default suite serves: it takes 20 s a family.
+"""An engine on the CPU for each family that no test of the default suite serves: it takes 30 s a family.
+
+Each model is converted there and back first: the engine reads a folder that this project wrote.
 
 Run by name alone: `pytest tests/engine/test_every_family.py`. docs/models.md is written from the lists below.
 """
@@ -12,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from megatron_pmd.convert.side_files import FIXED
+from megatron_pmd.convert.side_files import in_both_words
 from megatron_pmd.engine import sglang_server
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
@@ -23,7 +24,10 @@ from megatron_pmd.engine.sglang_server import EngineProcess
 from megatron_pmd.errors import EngineError
 from megatron_pmd.weight_sync.bucket import SharedBucket
 from tests.actor.family_models import MODELS, write_model_of
+from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, write_model
+from tests.convert.command_line import tensors
+from tests.convert.conftest import PROGRAMS
 from tests.engine.live_engine import ADMIN_KEY, KEY, generate, largest_difference, spec_for
 from tests.weight_sync.filling import fill
 
@@ -53,14 +57,8 @@ DIES_WITH = {
     "qwen3_next": "No module named 'sgl_kernel.mamba'",
 }
 """Families of which no engine starts: what its log ends with. engine/families.py has the reasons."""
-READ_BY_SGLANG: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
-    "deepseek_v3": FIXED["deepseek_v3"],
-    "hy_v3": {"route_norm": True, "qk_norm": True},
-    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True},
-    "qwen3_next": {"full_attention_interval": 2},
-}
-"""What SGLang reads in config.json of a family, and transformers 5 does not write."""
+READ_BY_SGLANG: dict[str, dict[str, Any]] = {"qwen3_next": {"full_attention_interval": 2}}
+"""What SGLang reads in config.json of a family, and neither transformers 5 nor a conversion writes."""
 START_SECONDS = 600.0
 
 
@@ -80,9 +78,13 @@ def written(kind: str, folder: Path) -> Path:
         write_model(folder, four_layers, num_hidden_layers=2)
     else:
         write_model_of(folder, kind)
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | READ_BY_SGLANG.get(kind, {})))
     return folder
+
+
+def exported(model: Path, folder: Path) -> Path:
+    """The model as a checkpoint, and as a folder again."""
+    launch("round_trips", module=PROGRAMS, cases=[(model, folder, None)], verified=([], []))
+    return folder / "hf"
 
 
 @pytest.mark.parametrize("kind", sorted([*SERVED, *OTHERWISE]))
@@ -93,26 +95,39 @@ def test_an_engine_computes_what_transformers_does_or_is_known_not_to(kind, tmp_
     theirs = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, experts_implementation="eager"
     ).eval()
-    engine, bucket = started(tmp_path, model), SharedBucket(f"family-{os.getpid()}", 1 << 23)
+    export = exported(model, tmp_path / "converted")
+    engine, bucket = started(tmp_path, export), SharedBucket(f"family-{os.getpid()}", 1 << 23)
+
+    def update(factor: float) -> None:
+        weights = {name: tensor * factor for name, tensor in tensors(export).items()}
+        control.begin_update()
+        control.load_bucket([fill(bucket, weights)])
+        control.end_update(1)
+        control.flush_cache()
+
     try:
         with EngineControl(engine.spec, timeout_seconds=60) as control:
-            control.begin_update()
-            control.load_bucket([fill(bucket, load_file(model / "model.safetensors"))])
-            control.end_update(1)
+            update(1.0)
+            pushed = largest_difference(theirs, generate(engine.spec.url))
+            update(0.5)  # so that what comes from disk shows
+            control.load_from_disk(export)
             control.flush_cache()
-        difference = largest_difference(theirs, generate(engine.spec.url))
+            read = largest_difference(theirs, generate(engine.spec.url))
     finally:
         engine.stop()
         bucket.close()
-    assert (difference < 1e-4) == (kind in SERVED)
+    assert [difference < 1e-4 for difference in (pushed, read)] == [kind in SERVED] * 2, (pushed, read)
 
 
 @pytest.mark.parametrize("kind", DIES_WITH)
 def test_an_engine_of_a_family_that_is_refused_would_die_at_its_start(kind, tmp_path, monkeypatch):
     """When one starts, it is refused no more: it belongs to another list."""
     monkeypatch.setattr(sglang_server, "check_served", lambda path, cpu: None)
+    model = written(kind, tmp_path / "model")
+    config = in_both_words(json.loads((model / "config.json").read_text()))
+    (model / "config.json").write_text(json.dumps(config | READ_BY_SGLANG.get(kind, {})))
     with pytest.raises(EngineError) as failure:
-        started(tmp_path, written(kind, tmp_path / "model"))
+        started(tmp_path, model)
     assert DIES_WITH[kind] in str(failure.value) + (tmp_path / "logs" / "engine-3.log").read_text()
 
 
