@@ -59,13 +59,14 @@ def test_a_softmax_that_minimises_the_pmd_loss_on_old_samples_reaches_the_optimu
     rng = np.random.default_rng(7)
     rewards, b, a = rng.normal(size=6), *(rng.dirichlet(np.full(6, 2.0)) for _ in range(2))
     of_b = float(b @ rewards)
-    baseline, expected = {
+    ways: dict[str, tuple[float, Any]] = {
         "mean": (of_b, optimum_of_stale_samples(rewards, b, a, tau)[0]),
         "weighted": (of_b, optimum_of_stale_samples(rewards, a, a, tau, baseline=of_b)[0]),
-        "weighted, baseline of a": (a @ rewards, optimum_mean(rewards, a, tau)[0]),
+        "weighted, baseline of a": (float(a @ rewards), optimum_mean(rewards, a, tau)[0]),
         # of the true Z; b does not matter
         "partition": (log_partition(rewards, a, tau), optimum_partition(rewards, a, tau)),
-    }[way]
+    }
+    baseline, expected = ways[way]
     anchor, drawn = torch.tensor(np.log(a)), torch.tensor(b)
 
     def weight(mismatch):
