@@ -78,11 +78,11 @@ KINDS: dict[str, Callable[[str], bool]] = {
     "checkpoint writer": lambda command: command == "megatron-pmd checkpoint writer",
     "checkpoint results": lambda command: command == "megatron-pmd checkpoint results",
     "resource tracker": lambda command: "resource_tracker" in command,
-}
-KINDS_OF_OVERLAPPED: dict[str, Callable[[str], bool]] = {
     "sampler": lambda command: command == TITLE,
     "engine node": lambda command: " engines " in command and " --node " in command,
 }
+OF_OVERLAPPED = {"sampler", "engine node"}
+"""Kinds that no other run has."""
 PHASES = ("rollout", "release", "anchor", "update", "save", "sync", "resume")
 PHASES_OF_OVERLAPPED = ("rollout", "anchor", "update", "save", "sync")
 """The others take no time."""
@@ -168,7 +168,7 @@ class Run:
                 command = " ".join(process.cmdline()).strip()
             except psutil.NoSuchProcess:
                 continue
-            if (KINDS | KINDS_OF_OVERLAPPED)[kind](command):
+            if KINDS[kind](command):
                 found.append(process)
         return found
 
@@ -212,7 +212,7 @@ def plan(trials: int, seed: int, overlapped: bool) -> Iterator[tuple[str, signal
     """
     chance = random.Random(seed)
     phases: dict[tuple[str, signal.Signals], list[str]] = {}
-    kinds = [*KINDS, *KINDS_OF_OVERLAPPED] if overlapped else [*KINDS]
+    kinds = [kind for kind in KINDS if overlapped or kind not in OF_OVERLAPPED]
     known = PHASES_OF_OVERLAPPED if overlapped else PHASES
     pairs = [(kind, number) for kind in kinds for number in (SIGNALS[:1] if overlapped else SIGNALS)]
     for number in range(trials):

@@ -66,9 +66,9 @@ name, outside of the suite. "Engines not tried": SGLang has a class for the mode
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's
 log-probability from transformers': `gemma2` 1e-6 without a cap on attention scores, 0.16 with a cap of 2,
-3e-4 with one of 50; `gemma` 4e-4. An engine with Gemma 2 needs `hidden_act` in config.json, which
-transformers 5 does not write, and one with Qwen3-Next `full_attention_interval`. What transformers' code
-fixes (`route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2) conversions and exports write.
+3e-4 with one of 50; `gemma` 4e-4. Conversions and exports write into config.json what SGLang reads there and
+transformers 5 does not write: `hidden_act` of Gemma 2, `full_attention_interval` of Qwen3-Next, and what
+transformers' code fixes (`route_norm` and `qk_norm` of Hy3, `scoring_func` of MiniMax-M2).
 
 Transformer Engine has a cap in flash-attn 2 alone, which `constraints/stack.txt` does not bring. Without it,
 Gemma 2 gets an attention that holds the scores of whole sequences in memory.

@@ -358,7 +358,7 @@ def check_model(provider: Any, config: RunConfig) -> None:
     if threshold := config.optimizer.qk_clip_threshold:
         obstacle = _obstacle_to_qk_clip(provider, layout.tensor, latent)
         if obstacle:
-            raise ConfigError(f"optimizer.qk_clip_threshold={threshold:g}: {path} {obstacle}")
+            raise ConfigError(f"optimizer.qk_clip_threshold={threshold:g}: {path} {obstacle}; leave it unset")
     for module in actor.recompute_modules:
         there = {"moe": provider.num_moe_experts, "moe_act": provider.num_moe_experts, "mla_up_proj": latent}
         there["shared_experts"] = provider.moe_shared_expert_intermediate_size
@@ -369,20 +369,17 @@ def check_model(provider: Any, config: RunConfig) -> None:
 def _obstacle_to_qk_clip(provider: Any, tensor: int, latent: bool) -> str | None:
     """What keeps megatron-core's QK-clip from bringing a score down to the threshold; None: nothing."""
     if cap := getattr(provider, "attn_logit_softcapping", None):
-        return f"caps its scores at {cap:g} itself; leave it unset"
+        return f"caps its scores at {cap:g} itself"
     if latent:
         return None
     if provider.qk_layernorm:
-        return (
-            "normalises queries and keys behind the weights that QK-clip scales, which undoes it; "
-            "leave it unset"
-        )
+        return "normalises queries and keys behind the weights that QK-clip scales, which undoes it"
     if provider.add_qkv_bias or provider.add_bias_linear:
-        return "has biases of queries and keys, which megatron-core's QK-clip does not scale; leave it unset"
+        return "has biases of queries and keys, which megatron-core's QK-clip does not scale"
     if tensor > 1:
         # SelfAttention._clip_linear_qkv of megatron-core 0.19.2: its result has the shape of all ranks' rows
         return (
             "has fused queries, keys and values, of which megatron-core's QK-clip cannot scale one "
-            "tensor-parallel rank's rows; set layout.tensor=1, or leave it unset"
+            "tensor-parallel rank's rows: it needs layout.tensor=1"
         )
     return None

@@ -53,8 +53,19 @@ def in_both_words(config: dict[str, Any]) -> dict[str, Any]:
 
     Either version takes a missing setting for its default, without a word: rope_theta 10,000, 128 experts.
     """
-    fixed = FIXED.get(config.get("model_type", ""), {})
-    return _rotary_in_both_words(fixed | config | _aliases(config))
+    kind = config.get("model_type", "")
+    named_anew = _aliases(config) | (_interval(config) if kind == "qwen3_next" else {})
+    if kind == "gemma2" and "hidden_activation" in config:
+        named_anew["hidden_act"] = config["hidden_activation"]
+    return _rotary_in_both_words(FIXED.get(kind, {}) | named_anew | config)
+
+
+def _interval(config: dict[str, Any]) -> dict[str, Any]:
+    """Of Qwen3-Next: the last of so many layers has full attention. transformers 5 lists all types instead."""
+    types = config.get("layer_types") or []
+    if "full_attention" not in types:
+        return {}
+    return {"full_attention_interval": types.index("full_attention") + 1}
 
 
 def _aliases(config: dict[str, Any]) -> dict[str, Any]:

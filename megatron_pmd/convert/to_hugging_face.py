@@ -48,7 +48,7 @@ def megatron_to_hf(
     """Convert a checkpoint of any layout into the model folder `out`; returns its manifest. Collective.
 
     model_folder: where config.json, tokenizer and chat template come from, and the layers that are not
-    trained; its other weights are not looked at.
+    trained; the values of its other weights are not looked at.
     dtype: of the tensors written; None: as in the checkpoint. shard_bytes: the largest size of a shard.
     verified: compare before publishing.
 

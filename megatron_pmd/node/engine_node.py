@@ -52,6 +52,7 @@ def serve(run: Path, node: int) -> None:
                 raise EngineError(f"{run} did not want engines within {OPENING_SECONDS:g} s; was it started?")
             time.sleep(LOOK_SECONDS)
     while opening is not None:
+        _enter(run, opening)
         serving = EngineNode(run, node, opening)
         try:
             serving.keep()
@@ -63,6 +64,22 @@ def serve(run: Path, node: int) -> None:
         opening = meeting.opening(start)
 
 
+def _enter(run: Path, opening: Opening) -> None:
+    """Work where the driver does: paths of the configuration may be relative. LaunchError if it cannot."""
+    here = socket.gethostname()
+    if opening.driver == network.LOOPBACK and opening.host != here:
+        raise LaunchError(
+            f"{run} runs on {opening.host} alone, and listens where no other machine reaches it; launch "
+            "it on Slurm to give it further nodes"
+        )
+    if not Path(opening.folder).is_dir():
+        raise LaunchError(
+            f"{run} was started in {opening.folder}, where paths of its configuration begin, and this "
+            f"machine ({here}) has no such folder; share it as the run's folder is shared"
+        )
+    os.chdir(opening.folder)
+
+
 def _interrupt(*_: object) -> None:
     raise Interrupted("received SIGTERM")
 
@@ -71,8 +88,8 @@ class EngineNode:
     """The engines of one node, for one start of the run."""
 
     def __init__(self, run: Path, node: int, opening: Opening) -> None:
-        """Starts nothing yet. Raises LayoutError for a node that the run's layout does not have, LaunchError
-        for one that cannot take part.
+        """Starts nothing yet; where _enter has been. Raises LayoutError for a node that the run's layout does
+        not have, LaunchError for one that cannot take part.
         """
         config = build(opening.config)
         if not 0 <= node < config.layout.engine_nodes:
@@ -80,17 +97,6 @@ class EngineNode:
                 f"--node {node}: {run} has layout.engine_nodes={config.layout.engine_nodes}, counted from 0"
             )
         alone = opening.driver == network.LOOPBACK
-        if alone and opening.host != socket.gethostname():
-            raise LaunchError(
-                f"{run} runs on {opening.host} alone, and listens where no other machine reaches it; launch "
-                "it on Slurm to give it further nodes"
-            )
-        if not Path(opening.folder).is_dir():
-            raise LaunchError(
-                f"{run} was started in {opening.folder}, where paths of its configuration begin, and this "
-                f"machine ({socket.gethostname()}) has no such folder; share it as the run's folder is shared"
-            )
-        os.chdir(opening.folder)
         self._run, self._node, self._opening, self._config = run, node, opening, config
         self._meeting, self._name = Meeting(run, opening.start), secrets.token_hex(4)
         wanted = () if alone else os.environ.get("PMD_INTERFACES", "").split()

@@ -21,7 +21,7 @@ from megatron_pmd.simulator.lengths import Lengths
 from megatron_pmd.simulator.scenario import Scenario
 
 FUTILE_STARTS = 100
-"""From one iteration, without a checkpoint behind it: the run would never end."""
+"""From one iteration, without a checkpoint behind it: hardly any later start would come to one."""
 
 
 class RunLost(Exception):

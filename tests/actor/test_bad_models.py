@@ -253,7 +253,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
             optimizer=MUON.model_copy(update={"qk_clip_threshold": 100.0}),
         ),
         "ConfigError",
-        ["optimizer.qk_clip_threshold=100", "one tensor-parallel rank's rows", "set layout.tensor=1"],
+        ["optimizer.qk_clip_threshold=100", "one tensor-parallel rank's rows", "needs layout.tensor=1"],
     ),
     "an adapter before a norm": (
         "gemma2",

@@ -111,3 +111,25 @@ def test_what_a_source_says_of_its_scores_stays(tmp_path: Path) -> None:
     file = tmp_path / "source" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scoring_func": "softmax"}))
     assert exported(tmp_path / "source", tmp_path / "out")["scoring_func"] == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("Gemma2", dict(hidden_activation="gelu_pytorch_tanh"), {"hidden_act": "gelu_pytorch_tanh"}),
+        # as published: each fourth layer has full attention
+        ("Qwen3Next", dict(num_hidden_layers=8), {"full_attention_interval": 4}),
+    ],
+)
+def test_what_sglang_reads_and_transformers_5_does_not_write_is_written(
+    tmp_path: Path, name: str, settings: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    getattr(transformers, f"{name}Config")(**settings).save_pretrained(tmp_path / "source")
+    source = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert not expected.keys() & source.keys(), "it is written: side_files.py needs not write it"
+    config = exported(tmp_path / "source", tmp_path / "out")
+    assert {key: config[key] for key in expected} == expected
+    same(
+        transformers.AutoConfig.from_pretrained(tmp_path / "out"),
+        transformers.AutoConfig.from_pretrained(tmp_path / "source"),
+    )

@@ -97,7 +97,7 @@ def _check_order_versions_marks_and_log_probabilities(command_line: CommandLine)
     given = json.loads((command_line.path("overlap") / "config.json").read_text())
     config = override(build(given), [f"model.path={command_line.folder / given['model']['path']}"])
     order = ProblemSets.load(config, load_tokenizer(config.model), print).train
-    mixed, marked = 0, []
+    mixed, marked, steps = 0, [], command_line.steps("overlap")
     for t, line in enumerate(lines):
         samples, _ = read_rollout(command_line.path("overlap") / "rollouts" / f"{t}.parquet")
         assert [s.problem for s in samples[::4]] == [p.index for p in order.take(8)]
@@ -117,11 +117,9 @@ def _check_order_versions_marks_and_log_probabilities(command_line: CommandLine)
             assert came == sum(flow.values()) - came and flow[f"ahead/trained_{unit}"] > 0
         if line["sync/compared_tokens"]:
             assert line["sync/mean_abs_difference"] <= 1e-5 and line["sync/max_abs_difference"] <= 1e-3
-        steps = [step for step in command_line.steps("overlap") if step["iteration"] == t]
         if compared < sum(g.tokens for g in segments):
             # the anchor is π_t, and not what the engine had when it sampled
-            assert max(step["mismatch/max_abs"] for step in steps) > 1e-3
-    steps = command_line.steps("overlap")
+            assert max(step["mismatch/max_abs"] for step in steps if step["iteration"] == t) > 1e-3
     assert len(steps) == 10 and all(0 < step["stale/effective_sample_size"] <= 1 for step in steps)
     assert mixed and sum(m["sync/compared_tokens"] for m in lines) > 0
     # the first rollout met no update, and the last one met that behind the only iteration since the resume

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -57,8 +56,6 @@ DIES_WITH = {
     "qwen3_next": "No module named 'sgl_kernel.mamba'",
 }
 """Families of which no engine starts: what its log ends with. engine/families.py has the reasons."""
-READ_BY_SGLANG: dict[str, dict[str, Any]] = {"qwen3_next": {"full_attention_interval": 2}}
-"""What SGLang reads in config.json of a family, and neither transformers 5 nor a conversion writes."""
 START_SECONDS = 600.0
 
 
@@ -125,7 +122,7 @@ def test_an_engine_of_a_family_that_is_refused_would_die_at_its_start(kind, tmp_
     monkeypatch.setattr(sglang_server, "check_served", lambda path, cpu: None)
     model = written(kind, tmp_path / "model")
     config = in_both_words(json.loads((model / "config.json").read_text()))
-    (model / "config.json").write_text(json.dumps(config | READ_BY_SGLANG.get(kind, {})))
+    (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(EngineError) as failure:
         started(tmp_path, model)
     assert DIES_WITH[kind] in str(failure.value) + (tmp_path / "logs" / "engine-3.log").read_text()

@@ -179,10 +179,12 @@ def test_a_node_with_other_software_than_the_drivers_is_named(meeting, tmp_path)
 def test_a_node_that_is_started_elsewhere_works_where_the_run_was_started(
     meeting, tmp_path, monkeypatch
 ) -> None:
-    """The model's folder is given relative to that."""
+    """Files of the configuration are given relative to that."""
     (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def right(response, problem):\n    return 1.0\n")
+    config = override(CONFIG, ["reward.name=rewards.py:right"]).model_dump(mode="json")
     monkeypatch.chdir(tmp_path / "home")
-    config = CONFIG.model_dump(mode="json")
     absent = str(tmp_path / "absent")
     meeting.open(Opening(config, Keys("key", "key"), "127.0.0.1", software=software(), folder=absent))
     with pytest.raises(

@@ -66,7 +66,7 @@ def test_a_run_on_4096_devices_is_played_with_the_failures_that_so_many_have() -
     }  # fmt: skip
     for played in runs:
         expected = played.ends[-1] * 4096 * failures.per_device_second
-        assert 1 <= played.failures + played.engine_failures < 4 * expected
+        assert expected / 4 < played.failures + played.engine_failures < 4 * expected
         assert 0 < played.time_lost < 0.9
 
 

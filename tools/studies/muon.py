@@ -1,6 +1,6 @@
 """Muon beside Adam: one task, one start, equal samples, each optimizer at its best of five learning rates.
 
-    python -m tools.studies.muon adam [--task demo] [--folder runs/muon] [--rate 1e-4 …] [--seed 0 …]
+    python -m tools.studies.muon adam [--task demo] [--folder runs/muon-demo] [--rate 1e-4 …]
     python -m tools.studies.muon muon …
 
 --task: `tiny` is that of `tiny_moe_cpu`, with the runs of staleness.py without lag; `demo` is that of
@@ -23,12 +23,12 @@ from typing import Annotated, Literal
 import matplotlib.pyplot as plt
 import typer
 
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, override
 from megatron_pmd.errors import DataError
 from recipes import recipe
 from tools.studies.harness import TINY, complete_summary, evaluations, laboratory, study_run
 from tools.studies.pictures import band, save
-from tools.studies.staleness import COMMON, EVERY, SEEDS
+from tools.studies.staleness import COMMON, SEEDS
 
 Name = Literal["adam", "muon"]
 COLOURS: dict[Name, str] = {"adam": "#1f5fa8", "muon": "#b5471d"}
@@ -47,8 +47,13 @@ class Task:
     """Of all runs."""
     rates: list[float]
     """Of both: Muon's update of a matrix is scaled to the size of Adam's (megatron_pmd/actor/muon.py)."""
-    every: int
-    """Iterations between evaluations."""
+
+    @property
+    def every(self) -> int:
+        """Iterations between evaluations."""
+        every = override(recipe(self.recipe), self.settings).evaluation.every
+        assert every is not None, "the settings say it"
+        return every
 
     @property
     def supervised(self) -> bool:
@@ -57,13 +62,12 @@ class Task:
 
 
 TASKS = {
-    "tiny": Task(TINY, COMMON, [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3], EVERY),
+    "tiny": Task(TINY, COMMON, [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]),
     # the second of the rates is the demo's own
     "demo": Task(
         "smollm2_135m_cpu",
         ["iterations=6", "evaluation.every=3", "evaluation.samples_per_prompt=4"],
         [1.5e-5, 3e-5, 6e-5, 1.2e-4, 2.4e-4],
-        3,
     ),
 }
 
@@ -177,13 +181,13 @@ def table(task: Task, found: Results) -> Iterator[str]:
 def main(
     optimizer: Annotated[Name, typer.Argument(help="whose runs are made; all that --folder holds are drawn")],
     name: Annotated[Literal["tiny", "demo"], typer.Option("--task", help="what is trained")] = "tiny",
-    folder: Annotated[Path, typer.Option(help="runs of the study")] = Path("runs/muon"),
+    folder: Annotated[Path | None, typer.Option(help="runs of the study; else runs/muon-TASK")] = None,
     picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_muon.png"),
     rate: Annotated[list[float] | None, typer.Option(help="rates for the first seed; else all five")] = None,
     seed: Annotated[list[int], typer.Option(help="seeds to run")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
-    task = TASKS[name]
+    task, folder = TASKS[name], folder or Path(f"runs/muon-{name}")
     run_all(task, folder, optimizer, rate or task.rates, seed)
     found = results(task, folder)
     draw(task, found, picture)
