@@ -61,7 +61,7 @@ def in_both_words(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _interval(config: dict[str, Any]) -> dict[str, Any]:
-    """Of Qwen3-Next: the last of so many layers has full attention. transformers 5 lists all types instead."""
+    """Of Qwen3-Next: the last of so many layers has full attention. transformers 5 lists all types."""
     types = config.get("layer_types") or []
     if "full_attention" not in types:
         return {}
