@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_pmd.actor.families import PROVEN, REFUSED, UNMAPPED
+from megatron_pmd.actor.families import PROVEN, REFUSED
 from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
 from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from tests.actor.conftest import LAYOUTS
-from tests.actor.family_models import MODELS
+from tests.actor.family_models import MODELS, UNMAPPED
 from tests.actor.tiny_models import FAMILIES
 from tests.engine.test_every_family import OTHERWISE, SERVED
 from tools.write_proof_table import proofs, table, words

@@ -60,16 +60,6 @@ REFUSED: dict[str, str] = {
 }
 """model_type, and what the error says of it."""
 
-UNMAPPED: dict[str, str] = {
-    "deepseek_v32": "DeepSeek-V3.2",
-    "glm": "GLM-4, 9B (`glm-4-9b-hf`)",
-    "glm4": "GLM-4-0414, GLM-Z1",
-    "minimax": "MiniMax-Text-01",
-    "ministral": "Ministral, 8B",
-    "ministral3": "Ministral 3 without images",
-}
-"""model_type, and whose it is, of families that one may look for and Megatron-Bridge does not know."""
-
 READ_FROM_FP8 = frozenset({"deepseek_v3", "kimi_k2"})
 """Megatron-Bridge turns the blocks of their published folders into bf16 when it reads them."""
 LINEAR_ATTENTION = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})

@@ -98,7 +98,7 @@ class Objective(Frozen):
 
         Pure, in float64, neither weighted nor averaged; what is not counted may have any loss.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each objective has its own
 
     def advantages(self, values: Floats, groups: list[int]) -> Floats:
         """The advantages as the loss takes them.

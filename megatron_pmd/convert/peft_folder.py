@@ -61,14 +61,16 @@ def _write(tensors: dict[str, torch.Tensor], lora: Lora, model_folder: Path, out
         HFWeightTuple(name, tensor) for name, tensor in tensors.items()
     )
     adapted = {name.partition(".lora_")[0] for name in modules}
+    experts = {name for name in adapted if EXPERT in name}
+    layers = {name.rpartition(".")[2] for name in experts}
     # peft has no dropout beside experts, and would refuse to load them with it
-    dropout = 0.0 if any(EXPERT in name for name in adapted) else lora.dropout
+    dropout = 0.0 if experts else lora.dropout
     settings = peft_bridge.build_adapter_config_dict(
         SimpleNamespace(dim=lora.rank, alpha=lora.alpha, dropout=dropout),
         target_modules=peft_bridge.infer_target_modules_from_adapter_weights(modules),
         target_parameters=parameters,
         base_model_name_or_path=str(model_folder.resolve()),
-    ) | _beside_experts(adapted, lora)
+    ) | _beside_experts(adapted - experts, experts, layers, lora)
     partial = out.with_name(out.name + ".partial")
     with writing(out.parent, "the run can be resumed"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,18 +81,14 @@ def _write(tensors: dict[str, torch.Tensor], lora: Lora, model_folder: Path, out
         write_whole(partial / "adapter_config.json", json.dumps(settings, indent=1) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-    return LOST if _first_alone(adapted) else ""
+    return LOST if layers and layers.isdisjoint({"down_proj", "w2"}) else ""
 
 
-def _first_alone(adapted: set[str]) -> bool:
-    """Whether experts have adapters beside their first layers and none beside the last."""
-    layers = {name.rpartition(".")[2] for name in adapted if EXPERT in name}
-    return bool(layers) and layers.isdisjoint({"down_proj", "w2"})
+def _beside_experts(adapted: set[str], experts: set[str], layers: set[str], lora: Lora) -> dict[str, Any]:
+    """Settings by which peft loads all adapters of a model whose experts are not its only feed-forward parts.
+    Empty for any other model.
 
-
-def _beside_experts(adapted: set[str], lora: Lora) -> dict[str, Any]:
-    """Settings by which peft loads all adapters of a model whose experts are not its only feed-forward parts;
-    of another none.
+    experts: names of their adapted layers, which end in `layers`. adapted: of all else.
 
     peft 0.21.2 (utils/transformers_weight_conversion.py) takes every target module with the name of an
     expert's layer, as gate_proj, for one of experts where transformers 5 has these in one tensor: adapters of
@@ -98,9 +96,7 @@ def _beside_experts(adapted: set[str], lora: Lora) -> dict[str, Any]:
     are not in its list it drops those of the experts, unless their tensors are named.
     tests/actor/test_lora.py fails when this is needed no more.
     """
-    experts = {name for name in adapted if EXPERT in name}
-    layers = {name.rpartition(".")[2] for name in experts}
-    others = {tuple(name.split(".")[-2:]) for name in adapted - experts}
+    others = {tuple(name.split(".")[-2:]) for name in adapted}
     like_experts = {(SHARED.get(part, part), layer) for part, layer in others if layer in layers}
     if not like_experts:
         return {}

@@ -53,19 +53,18 @@ def in_both_words(config: dict[str, Any]) -> dict[str, Any]:
 
     Either version takes a missing setting for its default, without a word: rope_theta 10,000, 128 experts.
     """
-    kind = config.get("model_type", "")
-    named_anew = _aliases(config) | (_interval(config) if kind == "qwen3_next" else {})
+    fixed = FIXED.get(config.get("model_type", ""), {})
+    return _rotary_in_both_words(fixed | _aliases(config) | _read_by_sglang(config) | config)
+
+
+def _read_by_sglang(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 writes in words that SGLang does not read, in those that it reads."""
+    kind, types = config.get("model_type"), config.get("layer_types") or []
     if kind == "gemma2" and "hidden_activation" in config:
-        named_anew["hidden_act"] = config["hidden_activation"]
-    return _rotary_in_both_words(FIXED.get(kind, {}) | named_anew | config)
-
-
-def _interval(config: dict[str, Any]) -> dict[str, Any]:
-    """Of Qwen3-Next: the last of so many layers has full attention. transformers 5 lists all types."""
-    types = config.get("layer_types") or []
-    if "full_attention" not in types:
-        return {}
-    return {"full_attention_interval": types.index("full_attention") + 1}
+        return {"hidden_act": config["hidden_activation"]}
+    if kind == "qwen3_next" and "full_attention" in types:
+        return {"full_attention_interval": types.index("full_attention") + 1}
+    return {}
 
 
 def _aliases(config: dict[str, Any]) -> dict[str, Any]:

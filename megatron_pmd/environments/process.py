@@ -108,11 +108,11 @@ class EnvironmentProcess:
 
     def _send(self, words: dict[str, Any]) -> None:
         with self._lock, contextlib.suppress(OSError):  # a process that has ended: _listen says so
-            self._process.stdin.write(json.dumps(words) + "\n")  # type: ignore[union-attr]
-            self._process.stdin.flush()  # type: ignore[union-attr]
+            self._process.stdin.write(json.dumps(words) + "\n")  # type: ignore[union-attr]  # a pipe
+            self._process.stdin.flush()  # type: ignore[union-attr]  # a pipe
 
     def _listen(self) -> None:
-        for line in self._process.stdout:  # type: ignore[union-attr]
+        for line in self._process.stdout:  # type: ignore[union-attr]  # a pipe
             answer = json.loads(line)
             waiting = self._waiting.pop(answer["number"], None)
             if waiting is None or not waiting.set_running_or_notify_cancel():

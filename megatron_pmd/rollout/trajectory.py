@@ -32,7 +32,7 @@ class Turn:
     """False: sampled, and left out of the loss."""
 
     @classmethod
-    def insertion(cls, tokens: Sequence[int]) -> Turn:
+    def insertion(cls, tokens: Sequence[int] | np.ndarray) -> Turn:
         zeros = np.zeros(len(tokens), np.float32)
         return cls(np.array(tokens, np.int32), zeros, [Segment(len(tokens), NOT_SAMPLED)], INSERTED)
 

@@ -151,6 +151,17 @@ MODELS: dict[str, Case] = {
 """By model_type; those of tiny_models.FAMILIES are compared, with four layers, in test_logits.py."""
 
 
+UNMAPPED: dict[str, str] = {
+    "deepseek_v32": "DeepSeek-V3.2",
+    "glm": "GLM-4, 9B (`glm-4-9b-hf`)",
+    "glm4": "GLM-4-0414, GLM-Z1",
+    "minimax": "MiniMax-Text-01",
+    "ministral": "Ministral, 8B",
+    "ministral3": "Ministral 3 without images",
+}
+"""model_type, and whose it is, of families that one may look for and Megatron-Bridge does not know."""
+
+
 def write_model_of(folder: Path, kind: str, **changes: Any) -> None:
     """The model of a family; changes: of its settings."""
     name, settings, _ = MODELS[kind]

@@ -26,6 +26,7 @@ from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.family_models import (
     MODELS,
+    UNMAPPED,
     write_model_of,
     write_mxfp4,
     write_quantized,
@@ -281,7 +282,7 @@ def refused(
     of_families: Path, quantized: Any, mxfp4: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("refused")
-    for kind in (*families.REFUSED, *families.UNMAPPED, "qwen2_5_vl"):
+    for kind in (*families.REFUSED, *UNMAPPED, "qwen2_5_vl"):
         write_refused(root / kind, kind, CLASSES.get(kind) or OF_IMAGES[kind])
     for name, changes in OTHERS.items():
         kind = name.partition(",")[0]
@@ -299,7 +300,7 @@ def refused(
     return program("refusals", folders=named, layouts=layouts, quantized=read, unread=unread)[0]
 
 
-@pytest.mark.parametrize("kind", families.UNMAPPED)
+@pytest.mark.parametrize("kind", UNMAPPED)
 def test_of_a_family_that_megatron_bridge_does_not_know_the_error_says_so(kind, refused):
     """When this fails for one, Megatron-Bridge maps it, and it belongs to another list."""
     error, message = refused["said"][kind]

@@ -32,8 +32,6 @@ from tools.studies.staleness import COMMON, SEEDS
 
 Name = Literal["adam", "muon"]
 COLOURS: dict[Name, str] = {"adam": "#1f5fa8", "muon": "#b5471d"}
-
-
 STILL = ["warm_start.steps=1", "warm_start.learning_rate=1e-30", "warm_start.problems_per_step=1"]
 """A step too small to move a weight: the start's checkpoint then has the states that each run resets."""
 

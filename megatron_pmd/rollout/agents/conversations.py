@@ -302,4 +302,4 @@ def _head(request: ChatRequest) -> Any:
 
 def _as_context(turns: Sequence[Turn]) -> list[Turn]:
     """The same tokens, turn by turn, in a trajectory that does not count them: another one has them."""
-    return [Turn.insertion(turn.tokens) for turn in turns]  # type: ignore[arg-type]
+    return [Turn.insertion(turn.tokens) for turn in turns]

@@ -12,6 +12,7 @@ from typing import Self
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.protocol import MODEL, ChatRequest, RequestError
@@ -115,7 +116,7 @@ async def _streamed(
 
 
 @web.middleware
-async def _answering_errors(request: web.Request, handler: web.Handler) -> web.StreamResponse:  # type: ignore[name-defined]
+async def _answering_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Errors in OpenAI's form, which its clients show whole."""
     try:
         response: web.StreamResponse = await handler(request)
