@@ -82,6 +82,7 @@ def config() -> RunConfig:
         ("data.train.kind=csv", "data.train.kind must be file or reasoning_gym or verifiers (got 'csv')"),
         ("data.train.kind=file", "data.train.path is not set and has no default: give it"),
         ("model=x", "model is a group of settings, not a value (got 'x'): set model.path, …"),
+        ("rollout.partial=true", "rollout.partial is a group of settings, not a value (got True): set "),
         ("rollout.servers=http://a:1", "rollout.servers: Input should be a JSON list"),
         ("=3", "'=3' is not of the form dotted.key=value"),
         ("iterations=true", "iterations: true and false are no numbers and no text (got True)"),

@@ -30,7 +30,9 @@ class Frozen(BaseModel):
             if not isinstance(values, dict) or name not in values:
                 continue
             value, annotation = values[name], field.annotation
-            if isinstance(value, bool) and not {bool, Any} & {annotation, *get_args(annotation)}:
+            kinds = {annotation, *get_args(annotation)}
+            group = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+            if isinstance(value, bool) and not group and not {bool, Any} & kinds:
                 raise WrongValue(name, value, "true and false are no numbers and no text")
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise WrongValue(name, value, "the number has too many digits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -269,8 +270,8 @@ class RunConfig(Frozen):
         if self.engines % nodes:
             raise LayoutError(
                 f"layout.engine_nodes={nodes} cannot have equal shares of {self.engines} engines "
-                f"({self.layout.ranks} actor ranks, each {self.ranks_per_engine} lead one); change "
-                "rollout.ranks_per_engine"
+                f"({self.layout.ranks} actor ranks, one engine for each {self.ranks_per_engine}); set "
+                f"layout.engine_nodes={math.gcd(self.engines, nodes)}, or other rollout.ranks_per_engine"
             )
 
     def _check_lengths(self) -> None:
@@ -283,7 +284,6 @@ class RunConfig(Frozen):
                 + (f" shared by layout.context={context} ranks" if context > 1 else "")
                 + f"; raise it to {-(-longest // context)}"
             )
-
         for source in self.all_sources:
             for limit in ("max_prompt_tokens", "max_response_tokens"):
                 own, most = getattr(source, limit), getattr(batch, limit)

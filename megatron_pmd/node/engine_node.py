@@ -28,6 +28,8 @@ from megatron_pmd.engine.server import free_port
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec, log_of
 from megatron_pmd.errors import EngineError, Interrupted, LaunchError, LayoutError
 from megatron_pmd.node.preflight import check_engine_node
+from megatron_pmd.observe.summary import SUMMARY
+from megatron_pmd.outcome import RunOutcome, Status
 from megatron_pmd.processes import die_with_parent
 from megatron_pmd.waiting import waiting_for
 
@@ -45,6 +47,8 @@ def serve(run: Path, node: int) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     run = run.resolve()  # the working directory will be the driver's
     meeting, start = Meeting(run), this_start()
+    if start is None and meeting.opening() is None:
+        _check_goes_on(run)
     with waiting_for(f"{run} to want engines", OPENING_SECONDS):
         limit = time.monotonic() + OPENING_SECONDS
         while (opening := meeting.opening(start)) is None:
@@ -62,6 +66,16 @@ def serve(run: Path, node: int) -> None:
             print(f"another process keeps the engines of node {node} now", flush=True)
             return
         opening = meeting.opening(start)
+
+
+def _check_goes_on(run: Path) -> None:
+    """Raises LaunchError for a run that is complete: this node would wait for a start that nobody means."""
+    outcome = RunOutcome.read(run / SUMMARY)
+    if outcome is not None and outcome.status is Status.COMPLETE:
+        raise LaunchError(
+            f"{run} is complete and wants no engines. To train further, start it with more iterations first, "
+            "and then this node"
+        )
 
 
 def _enter(run: Path, opening: Opening) -> None:

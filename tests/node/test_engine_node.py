@@ -18,6 +18,7 @@ from megatron_pmd.engine.sglang_server import EngineSpec
 from megatron_pmd.errors import EngineError, LaunchError, LayoutError, PmdError
 from megatron_pmd.node import engine_node
 from megatron_pmd.observe.versions import software
+from megatron_pmd.outcome import RunOutcome, Status
 from recipes import recipe
 
 CONFIG = override(
@@ -216,4 +217,7 @@ def test_a_node_that_the_layout_does_not_have_and_a_run_that_wants_none_are_name
     meeting.close()
     monkeypatch.setattr(engine_node, "OPENING_SECONDS", 0.05)
     with pytest.raises(EngineError, match=r"did not want engines within 0.05 s; was it started"):
+        engine_node.serve(tmp_path, 0)
+    RunOutcome(Status.COMPLETE).write(tmp_path / "summary.json")
+    with pytest.raises(LaunchError, match=r"is complete and wants no engines"):
         engine_node.serve(tmp_path, 0)
