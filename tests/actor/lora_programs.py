@@ -72,19 +72,36 @@ def random_adapters(trial: Trial, path: Path, folder: Path) -> dict[str, Any]:
     return {"adapters": folder / "adapters", "lost": lost, "merged": trial.weights()}
 
 
-def layouts(cases: dict[str, tuple[Path, dict[str, int], list[str], list[Path]]]) -> dict[str, Any]:
+def layouts(
+    cases: dict[str, tuple[Path, dict[str, int], list[str], list[Path]]], folder: Path | None = None
+) -> dict[str, Any]:
     """Of each model under a layout, with its targets: measure() with the adapters of one process's first
     checkpoint, the third step from the other, if there is one, and what loading says beside another base.
+
+    folder: for a checkpoint behind the two steps of measure(); None: without.
     """
     results = {}
     for name, (path, layout, targets, (saved, *later)) in cases.items():
         trial = lora_trial(path, layout, targets=targets)
         trial.actor.load(saved)
         results[name] = measure(trial)
+        if folder is not None:
+            results[name]["saved"] = trial.save(folder / name)
         for checkpoint in later:
             trial.actor.load(checkpoint)
             results[name]["third"] = [trial.step(STEPS[2]), adapters_of(trial)]
         results[name]["another base"] = message_of(partial(_on_another_base, trial, saved))
+    return results
+
+
+def go_on(cases: dict[str, tuple[Path, list[str], Path]]) -> dict[str, Any]:
+    """Of each model with its targets, in one process: what it reads from a checkpoint, and the third step."""
+    results = {}
+    for name, (path, targets, saved) in cases.items():
+        trial = lora_trial(path, targets=targets)
+        trial.actor.load(saved)
+        read = adapters_of(trial)
+        results[name] = {"read": read, "third": [trial.step(STEPS[2]), adapters_of(trial)]}
     return results
 
 

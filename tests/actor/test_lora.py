@@ -49,7 +49,7 @@ def one_process(models, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(models, one_process):
+def ranks(models, one_process, tmp_path_factory):
     """Every rank's results under one of LAYOUTS; one launch for all of as many ranks."""
     done: dict[int, list[dict[str, Any]]] = {}
 
@@ -64,10 +64,21 @@ def ranks(models, one_process):
                 for other, (family, layout) in LAYOUTS.items()
                 if ranks_of(other) == count
             }  # fmt: skip
-            done[count] = program("layouts", ranks=count, cases=cases)
+            folder = tmp_path_factory.mktemp("of_layouts")
+            done[count] = program("layouts", ranks=count, cases=cases, folder=folder)
         return [rank[name] for rank in done[count]]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def behind_layouts(models, ranks) -> dict[str, Any]:
+    """What one process makes of each layout's checkpoint."""
+    cases = {
+        name: (models / family, MODELS[model_of(name)][1], ranks(name)[0]["saved"])
+        for name, (family, _) in LAYOUTS.items()
+    }
+    return program("go_on", cases=cases)[0]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +152,17 @@ def test_the_third_step_after_loading_what_one_process_saved_is_pefts(case):
     found, peft = case
     assert_steps([rank["third"][0] for rank in found], peft, 2)
     assert largest(found[0]["third"][1], peft.weights[2]) < WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_third_step_of_one_process_after_loading_what_a_layout_saved_is_pefts(
+    name, ranks, behind_layouts, expected
+):
+    found, peft = behind_layouts[name], expected(model_of(name))
+    assert largest(found["read"], ranks(name)[0]["weights"]) == 0
+    step, weights = found["third"]
+    assert_steps([step], peft, 2)
+    assert largest(weights, peft.weights[2]) < WEIGHT_TOLERANCE
 
 
 def test_no_step_changes_the_base_and_gradients_are_held_of_adapters_alone(case):
