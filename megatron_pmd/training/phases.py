@@ -291,7 +291,7 @@ def checkpoint_is_due(run: Trainer, completed: int) -> bool:
 def save(run: Trainer) -> None:
     """Begin a checkpoint of the run as it stands, with what is sampled ahead by now."""
     run.rollouts.refresh()
-    run.remember(run.state.carried_over)
+    run.remember_ahead()
     run.checkpoints.begin(run.state)
 
 

@@ -69,6 +69,13 @@ class Trainer:
         self.state.prompts = self.problem_sets.state() if self.problem_sets else {}
         self.state.carried_over, self.state.ahead = groups, self.rollouts.ahead()
 
+    def remember_ahead(self) -> None:
+        """Note what is sampled ahead by now. What else an unfinished iteration has drawn, as demonstrations,
+        stays as it was noted before: a start from here draws it again."""
+        self.state.ahead = self.rollouts.ahead()
+        if self.state.ahead:
+            self.state.prompts = {**self.state.prompts, "prompts": self.problems.train.state()}
+
     def complete(self, iteration: Iteration) -> None:
         """All optimizer steps of an iteration are taken: the run stands behind it."""
         self.state.completed = iteration.number + 1
