@@ -39,8 +39,8 @@ class Control:
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         """Around a collective; on the driver it is told. The others wait for the driver in every rollout."""
-        others = f"the other {self.world - 1} ranks, in {self.heartbeat.place}"
-        told = waiting_for(others, self._timeout_seconds) if self.is_driver else nullcontext()
+        others, place = f"the other {self.world - 1} ranks", f", in {self.heartbeat.place}"
+        told = waiting_for(others, self._timeout_seconds, remark=place) if self.is_driver else nullcontext()
         with self.heartbeat.waiting(), told:
             yield
 

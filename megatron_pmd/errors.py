@@ -44,6 +44,18 @@ class EngineRefused(EngineError):
     refuses = True
 
 
+class EnginesLost(EngineError):
+    """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
+
+
+class RequestRefused(EngineError):
+    """An engine will not answer this request, however often it is asked; others it answers."""
+
+
+class SamplerLost(PmdError):
+    """The process that samples ahead has ended; another one can go on from what is known of it."""
+
+
 class RolloutError(PmdError):
     """A rollout function failed, or responses were lost or counted twice between two iterations."""
 

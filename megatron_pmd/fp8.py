@@ -6,9 +6,7 @@ and `x.weight_scale_inv` with weight ≈ value * scale_inv, block by block.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,16 +123,6 @@ def quantized(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str
         values, scales = quantize(tensor)
         yield name, values
         yield name + SCALE_SUFFIX, scales
-
-
-def names_in(folder: Path) -> list[str]:
-    """Names of the tensors in a Hugging Face folder's safetensors, from their headers."""
-    names: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        names.update(header.keys() - {"__metadata__"})
-    return sorted(names)
 
 
 def quantization_config(names: Iterable[str]) -> dict[str, Any]:

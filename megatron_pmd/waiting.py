@@ -31,6 +31,11 @@ class _Wait:
     deadline_seconds: Optional[float]  # noqa: UP045
     remark: str
 
+    @property
+    def subject(self) -> Union[str, int]:  # noqa: UP007
+        """Equal for those that are told of together."""
+        return self.what if isinstance(self.what, str) else id(self)
+
     def words(self, now: float) -> str:
         what = self.what if isinstance(self.what, str) else self.what()
         limit = "" if self.deadline_seconds is None else f", at most {self.deadline_seconds:.0f} s"
@@ -60,7 +65,7 @@ class Waits:
         # a signal's handler may wait, too, in the midst of another wait's beginning
         self._door = threading.RLock()
         self._waits: list[_Wait] = []
-        self._told: dict[str, float] = {}
+        self._told: dict[Union[str, int], float] = {}  # noqa: UP007
         """When something was last told, by what is waited for: many threads may wait for one thing."""
         self._thread: Optional[threading.Thread] = None  # noqa: UP045
 
@@ -93,9 +98,9 @@ class Waits:
         """Say what has been waited for too long, unless the same was said a short time ago."""
         now = self._clock()
         with self._door:  # no wait ends meanwhile, and takes with it what its words are read from
-            due = [wait.words(now) for wait in self._waits if now - wait.begun > PATIENCE_SECONDS]
-        for words in due:
-            subject = words.partition(",")[0]
+            late = [wait for wait in self._waits if now - wait.begun > PATIENCE_SECONDS]
+            due = [(wait.subject, wait.words(now)) for wait in late]
+        for subject, words in due:
             if now - self._told.get(subject, -REPEAT_SECONDS) >= REPEAT_SECONDS:
                 self._told[subject] = now
                 self._say(words)

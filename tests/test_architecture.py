@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from megatron_pmd import errors
+
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "megatron_pmd"
 OTHERS_NAMES = ("engine/cpu", "engine/contained", "engine/plugins")
@@ -192,3 +194,16 @@ def test_no_function_is_longer_than_a_screen() -> None:
     functions = [*_definitions(ast.FunctionDef), *_definitions(ast.AsyncFunctionDef)]
     assert len(functions) > 1000
     assert [where for where, node in functions if node.end_lineno - node.lineno >= 60] == []
+
+
+def test_every_kind_of_failure_is_where_node_ranks_looks_for_it() -> None:
+    """A failure that errors.py does not know is told as that of one rank (node/ranks.py)."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    failures = [
+        where
+        for where, node in _definitions(ast.ClassDef)
+        if any(isinstance(base, ast.Name) and base.id in kinds for base in node.bases)
+    ]
+    elsewhere = [where for where in failures if not where.startswith("megatron_pmd/errors.py")]
+    # a reward worker's own, caught where it calls the sandbox
+    assert failures and elsewhere == ["megatron_pmd/rewards/sandbox.py: SandboxDied"]

@@ -109,7 +109,8 @@ def test_other_ranks_of_which_the_driver_alone_tells(
     for control.rank in (0, 1):
         with control._waiting():
             time.sleep(0.2)
-    assert said(capsys) == ["waiting for the other 3 ranks, in update of iteration 3, 0"]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == "waiting for the other 3 ranks, 0 s so far, at most 600 s, in update of iteration 3"
 
 
 def test_nodes_that_do_not_come_to_the_rendezvous(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,17 @@ def test_a_thousand_threads_that_wait_for_one_thing_are_told_of_once(clock: Cloc
     assert said == [f"waiting for the {what}, 11 s so far" for what in ("reward service", "disk")]
 
 
+def test_two_things_that_begin_alike_are_both_told(clock: Clock) -> None:
+    said = []
+    for call in ("release", "update"):
+        with clock.waits.waiting_for(f"engine 3 (10.0.0.2, port 30007) to answer /{call}"):
+            said += clock.pass_(30)
+    assert [line.partition(" to answer ")[2] for line in said] == [
+        "/release, 11 s so far",
+        "/update, 11 s so far",
+    ]
+
+
 def test_what_is_waited_for_may_change_meanwhile(clock: Clock) -> None:
     absent = ["n1", "n2"]
     with clock.waits.waiting_for(lambda: ", ".join(absent)):

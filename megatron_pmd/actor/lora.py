@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_pmd.actor.settings import lora_targets
 from megatron_pmd.config import RunConfig
+from megatron_pmd.errors import LayoutError
 
 ADAPTER = ".adapter."
 """In the name of each parameter, and of each tensor of a checkpoint, that belongs to an adapter."""
@@ -20,7 +21,7 @@ ADAPTER = ".adapter."
 def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
     """Freeze the modules' weights and give every target its adapter: A random, B zero.
 
-    Collective: replicas start from the same A.
+    Collective: replicas start from the same A. Raises LayoutError for a chunk that gets none.
     """
     # can be imported only once model.load_bridge has prepared for it
     from megatron.bridge.peft import utils
@@ -42,6 +43,7 @@ def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
     )
     lora(chunks)
     for chunk in chunks:
+        _check_trains(chunk, lora.target_modules)
         for parameter in chunk.parameters():
             if parameter.requires_grad:
                 _same_on_replicas(parameter)
@@ -49,6 +51,18 @@ def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
             # A module that is computed again gets its gradient only if its input asks for one, and the output
             # of a frozen embedding does not. For whole layers Megatron-Bridge sees to it (peft/recompute.py).
             chunk.embedding.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+
+
+def _check_trains(chunk: Any, targets: list[str]) -> None:
+    """Raises LayoutError unless something of the chunk is trained: megatron-core's pipeline passes gradients
+    through all chunks, and its optimizer cannot be saved where it has nothing."""
+    if not any(parameter.requires_grad for parameter in chunk.parameters()):
+        numbers = [layer.layer_number for layer in chunk.decoder.layers]  # from 1
+        raise LayoutError(
+            f"layout: no layer of {min(numbers)} to {max(numbers)}, which are one stage of the pipeline, has "
+            f"{' or '.join(targets)} for actor.lora; set a smaller layout.pipeline, or name linear_fc1 or "
+            "linear_fc2 in actor.lora.targets"
+        )
 
 
 def _same_on_replicas(parameter: torch.nn.Parameter) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_pmd.actor import muon
 from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import Optimizer, RunConfig
 
 
-def build(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
+def build(chunks: list[Any], config: RunConfig) -> ChainedOptimizer:
     """megatron-core's distributed Adam, or Muon beside it: fp32 main parameters and states, shared by the
     data-parallel ranks.
 
@@ -21,6 +22,10 @@ def build(chunks: list[Any], config: RunConfig) -> MegatronOptimizer:
     settings = OptimizerConfig(**optimizer_fields(config))
     make = muon.build if config.optimizer.name == "muon" else get_megatron_optimizer
     optimizer = make(settings, chunks)
+    # megatron-core makes a part for dense layers although only experts have adapters, and cannot save it
+    optimizer.chained_optimizers = [
+        part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)
+    ]
     # megatron-core leaves this to its learning-rate scheduler: without it every parameter decays, norms too
     for group in optimizer.param_groups:
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
@@ -34,14 +39,14 @@ def learning_rate(settings: Optimizer, step: int) -> float:
     return settings.learning_rate
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
+def set_learning_rate(optimizer: ChainedOptimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
-def reset_state(optimizer: MegatronOptimizer) -> None:
+def reset_state(optimizer: ChainedOptimizer) -> None:
     """Moments, momentum and step counts back to zero, as if no step had been taken."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             # the precision-aware and the host's Adam keep the fp32 parameters there, too
             for name in state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}:

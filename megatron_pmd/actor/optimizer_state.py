@@ -18,7 +18,7 @@ def own_memory(optimizer: Any) -> None:
     moment of the whole parameter, as read from the checkpoint.
     """
     for part in optimizer.chained_optimizers:
-        for state in () if part.is_stub_optimizer else part.optimizer.state.values():
+        for state in part.optimizer.state.values():
             for name, value in state.items():
                 if torch.is_tensor(value) and value.untyped_storage().nbytes() > value.nbytes:
                     state[name] = value.clone()
@@ -50,7 +50,9 @@ def regrouped(saved: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
     parts = optimizer.chained_optimizers
     for i, part in _layer_wise(optimizer):
         saved[i]["optimizer"]["param_groups"] = part.optimizer.state_dict()["param_groups"]
-    if len(_parts(saved)) == len(parts):
+    if [_for_experts(part["param_groups"]) for part in _parts(saved)] == [
+        _for_experts(part.param_groups) for part in parts
+    ]:
         return saved
     # the settings of dense and expert parameters differ in nothing but weight decay
     groups = {group["wd_mult"]: group for group in groups_of(saved)}
@@ -92,6 +94,10 @@ def _parts(states: dict[Any, Any]) -> list[dict[str, Any]]:
     """The settings of each of the optimizers, from their state as megatron-core writes it."""
     several = [states[key] for key in sorted(key for key in states if isinstance(key, int))]
     return [state["optimizer"] for state in (states, *several) if "optimizer" in state]
+
+
+def _for_experts(groups: list[dict[str, Any]]) -> set[bool]:
+    return {group["is_expert_parallel"] for group in groups}
 
 
 def groups_of(states: dict[Any, Any]) -> list[dict[str, Any]]:

@@ -67,9 +67,7 @@ class OptimizerStates:
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Callable[[torch.Tensor], None]]]:
         """A key for each tensor, the tensor, and how to put another in its place."""
         models = {buffer.param_data.untyped_storage().data_ptr() for buffer in _buffers(self._chunks)}
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            if getattr(part, "is_stub_optimizer", False):
-                continue
+        for part in self._optimizer.chained_optimizers:
             # the optimizer of which a share is on the host consists of others, which hold the fp32 parameters
             for inner in getattr(part.optimizer, "sub_optimizers", [part.optimizer]):
                 found = [

@@ -294,6 +294,8 @@ class ProblemSource:
     """How its problems are asked: system prompt, suffix, template arguments."""
     reward: Reward
     max_prompt_tokens: int
+    limited_by: str = "batch.max_prompt_tokens"
+    """The setting that max_prompt_tokens is of."""
     max_response_tokens: int | None = None
     """None: the run's."""
     weight: float = 1.0
@@ -316,6 +318,7 @@ class ProblemSource:
             data.model_copy(update=asked),
             given.reward or reward,
             given.max_prompt_tokens or max_prompt_tokens,
+            f"{key}.max_prompt_tokens" if given.max_prompt_tokens else cls.limited_by,
             given.max_response_tokens,
             weight=mixed.weight if mixed else 1.0,
             tau=mixed.tau if mixed else None,

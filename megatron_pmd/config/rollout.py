@@ -145,7 +145,7 @@ class Rollout(Frozen):
     request_timeout_seconds: PositiveFloat = 600.0
     """From sending a request to its last token, retries not counted."""
     retries: NonNegativeInt = 5
-    """Times one request is sent again after an engine failed it."""
+    """Times one request is sent again after an engine failed it; also a rollout, after all engines did."""
     health_interval_seconds: PositiveFloat = 30.0
     """Between two health checks of an engine while it generates; each has it produce a token."""
     health_timeout_seconds: PositiveFloat = 120.0

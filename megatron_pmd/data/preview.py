@@ -51,8 +51,7 @@ def describe(given: ProblemSource, tokenizer: Any, first: int) -> Iterator[str]:
             tokenized, _ = tokenize(problems, tokenizer, sys.maxsize)
         limit = given.max_prompt_tokens
         shown = [problem for problem in tokenized if len(problem.tokens) <= limit]
-        own = f"{given.key}.max_prompt_tokens" if given.name else "batch.max_prompt_tokens"
-        yield from _dropped(tokenized, limit, own)
+        yield from _dropped(tokenized, limit, given.limited_by)
         yield f"kept: {len(shown):,} problems"
         yield f"tokens of a prompt: {_lengths([len(p.tokens) for p in shown])}"
         answers = [len(tokenizer.encode(p.answer, add_special_tokens=False)) for p in shown]

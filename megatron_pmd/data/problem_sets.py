@@ -35,7 +35,7 @@ class ProblemSets:
             what = f"{what} prompts of {given.name}" if given.name else f"{what} prompts"
             problems, limit = problems_of(given), given.max_prompt_tokens
             with named(given):
-                result, dropped = tokenize(problems, tokenizer, limit)
+                result, dropped = tokenize(problems, tokenizer, limit, given.limited_by)
                 if dropped:
                     say(f"{dropped} of {len(problems)} {what} are over {limit} tokens: dropped")
                 if not trained_on:

@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) -> tuple[list[Problem], int]:
+def tokenize(
+    problems: list[Problem],
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    limited_by: str = "batch.max_prompt_tokens",
+) -> tuple[list[Problem], int]:
     """Render each problem's chat, ready for generation, and drop the ones longer than max_prompt_tokens.
+
+    limited_by: the setting that this limit is of, for the message.
 
     Returns the kept problems with their tokens, and how many were dropped. Raises DataError if none is left,
     if the tokenizer (a Hugging Face one) has no chat template, or if that refuses a problem's messages or
@@ -51,7 +58,7 @@ def tokenize(problems: list[Problem], tokenizer: Any, max_prompt_tokens: int) ->
             kept.append(dataclasses.replace(problem, tokens=tuple(tokens)))
     if not kept:
         raise DataError(
-            f"all {len(problems)} prompts are longer than batch.max_prompt_tokens={max_prompt_tokens}; "
+            f"all {len(problems)} prompts are longer than {limited_by}={max_prompt_tokens}; "
             f"the shortest has {min(lengths)} tokens, the longest {max(lengths)}: raise it"
             if problems
             else "no problems to tokenise"
@@ -144,11 +151,6 @@ class PromptSource(PromptOrder):
     def __len__(self) -> int:
         """Problems in one epoch."""
         return len(self._problems)
-
-    @property
-    def epoch(self) -> int:
-        """Complete passes over the problems so far."""
-        return self._epoch
 
     def take(self, n: int) -> list[Problem]:
         """The next n problems; goes on into the next epoch where this one ends."""
@@ -244,11 +246,6 @@ class PrioritisedPrompts(PromptSource):
         self._draws = 0
         self._place = {p.key: place for place, p in enumerate(self._problems)}
         self._success = [0.0] * len(self._problems)
-
-    @property
-    def epoch(self) -> int:
-        """Draws over the number of problems: there are no passes."""
-        return self._draws // len(self._problems)
 
     def take(self, n: int) -> list[Problem]:
         """n problems, none twice while others with weight are left; the solved ones only when all are."""

@@ -205,10 +205,6 @@ class EngineControl:
         version = self._call("GET", "/model_info").json()["weight_version"]
         return int(version) if version.isdecimal() else None
 
-    def health(self) -> bool:
-        """Whether the engine's HTTP server answers; a hung scheduler shows only in responds()."""
-        return self._answers("/health", CONNECT_SECONDS)
-
     def responds(self, seconds: float) -> bool:
         """Whether the scheduler, too, answers within this time; touches no memory that may be released."""
         return self._answers("/server_info", seconds)

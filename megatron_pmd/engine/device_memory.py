@@ -36,7 +36,7 @@ def wait_freed(
     limit = clock() + deadline_seconds
     # a process that is not the run's may take memory meanwhile, which looks as if the engine kept it
     with waiting_for(
-        f"{promised / 1e9:.2f} GB that {what.replace(', ', '/')} has released to be free", deadline_seconds,
+        f"{promised / 1e9:.2f} GB that {what} has released to be free", deadline_seconds,
         remark="; is another process on the device?",
     ):  # fmt: skip
         while True:

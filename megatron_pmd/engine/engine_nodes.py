@@ -99,7 +99,7 @@ class Meeting:
     def announced(self, node: int, engine: int) -> str | None:
         """Where the engine is; None: nowhere, or it was lost there."""
         url: str | None = self._told(node).get("urls", {}).get(str(engine))
-        return url if url is None or url != self.lost(engine) else None
+        return None if url == self.lost(engine) else url
 
     def failure(self, node: int, engine: int) -> str | None:
         """Why the engine does not come up; None: it still may."""

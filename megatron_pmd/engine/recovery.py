@@ -170,7 +170,7 @@ class Recovery:
                 time.sleep(POLL_SECONDS)
                 back |= (found := self._answering_again())
                 fleet.left_out -= found
-        said = [f"{_first_lines(reasons.values())}"] if reasons else []
+        said = [_first_lines(reasons.values())] if reasons else []
         if back:
             said.append(f"taken back, with the current weights: {_numbers(back)}")
         if fleet.left_out:

@@ -22,7 +22,8 @@ from megatron_pmd.engine.keys import NO_KEYS, Keys
 from megatron_pmd.engine.server import LOOPBACK, ServerProcess, inherited_environment, write_arguments
 from megatron_pmd.errors import ConfigError, MissingPackage
 from megatron_pmd.files import read_object
-from megatron_pmd.fp8 import names_in, quantization_config
+from megatron_pmd.fp8 import quantization_config
+from megatron_pmd.hugging_face import TensorFiles
 
 LOADER = "megatron_pmd.weight_sync.loader.load_bucket"
 READY_PATH = "/ready"
@@ -206,7 +207,7 @@ def _check_recording(spec: EngineSpec) -> None:
 def _fp8_config(spec: EngineSpec) -> dict[str, Any]:
     if spec.cpu:
         raise ConfigError("rollout.fp8 needs CUDA: SGLang has no FP8 matrices on a CPU")
-    return quantization_config(names_in(Path(spec.model.path)))
+    return quantization_config(TensorFiles(Path(spec.model.path)).tensors)
 
 
 def _gpu_options(spec: EngineSpec) -> dict[str, Any]:

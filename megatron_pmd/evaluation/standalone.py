@@ -36,14 +36,14 @@ from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import free_port, tail
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
-from megatron_pmd.errors import ConfigError, EngineError, ModelError
+from megatron_pmd.errors import ConfigError, EngineError, EnginesLost, ModelError
 from megatron_pmd.evaluation.estimates import Evaluation, evaluate
 from megatron_pmd.files import read_object, write_whole
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
 from megatron_pmd.rewards.grading import grading
-from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
 from megatron_pmd.rollout.sampler import Limits, Sampler, maker_of, stop_tokens
 from megatron_pmd.rollout_file import write_rollout
@@ -242,7 +242,7 @@ def run(task: Task, console: Console) -> Evaluation:
     for source in task.sources:
         problems, limit = problems_of(source)[: task.limit], source.max_prompt_tokens
         with named(source):
-            fitting, too_long = tokenize(problems, tokenizer, limit)
+            fitting, too_long = tokenize(problems, tokenizer, limit, source.limited_by)
         if too_long:
             console.say(f"{too_long} of {len(problems)} prompts are over {limit} tokens: dropped")
         kept, dropped = kept + fitting, dropped + too_long

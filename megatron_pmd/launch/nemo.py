@@ -19,8 +19,8 @@ OWN = {
     "gres",
     "exclusive",
     "mem",
+    "time",
 }
-OWN |= {"time"}
 """Options that SlurmExecutor takes by parameters of its own; the others go in as they are."""
 
 

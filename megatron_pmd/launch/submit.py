@@ -66,11 +66,21 @@ def _submit(job: Job, folder: Path, chain: int, through: Through) -> list[str]:
         numbers = [submit_with_nemo_run(job)]
     else:
         numbers = [_sbatch(script)]
-    for link in range(1, chain):
-        numbers.append(_sbatch(script, after=numbers[-1], link=link))
-    (folder / "jobs").write_text("".join(f"{number}\n" for number in numbers))
+    _note_jobs(folder, numbers)
     (folder / "log").write_text(f"{job.run}/logs/log-slurm-{numbers[0]}.out\n")
+    for link in range(1, chain):
+        try:
+            numbers.append(_sbatch(script, after=numbers[-1], link=link))
+        except LaunchError as error:
+            raise LaunchError(
+                f"{link} of {chain} jobs are submitted ({', '.join(numbers)}), and not the next: {error}"
+            ) from error
+        _note_jobs(folder, numbers)
     return numbers
+
+
+def _note_jobs(folder: Path, numbers: list[str]) -> None:
+    (folder / "jobs").write_text("".join(f"{number}\n" for number in numbers))
 
 
 def forget_the_callers_environment() -> None:
@@ -118,7 +128,8 @@ def job_ids(run: Path) -> list[str]:
 
 def is_queued(number: str) -> bool:
     """Whether a job waits or runs. Raises LaunchError when Slurm does not say."""
-    return any(state in queue(number, "%T") for state in LIVING)
+    state = queue(number, "%T")
+    return any(living in state for living in LIVING)
 
 
 def cancel(run: Path) -> list[str]:

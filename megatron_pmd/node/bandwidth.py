@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import LaunchError
 from megatron_pmd.launch.cluster import Preflight
+from megatron_pmd.node.allocation import host_name
 
 REPETITIONS = 5
 SLOW_SHARE = 0.5
@@ -57,7 +58,7 @@ def slow_nodes(bandwidths: Mapping[str, float]) -> list[str]:
 
 def _by_node(control: Control) -> dict[str, float]:
     """Each other node's bandwidth with the first, between the first rank of each."""
-    own = (os.environ.get("SLURMD_NODENAME", ""), int(os.environ.get("LOCAL_RANK", "0")))
+    own = (host_name(), int(os.environ.get("LOCAL_RANK", "0")))
     leaders = [(rank, host) for rank, (host, local) in enumerate(control.all_gather(own)) if local == 0]
     found = {}
     for rank, host in leaders[1:]:

@@ -294,7 +294,7 @@ def _rollouts(
     from megatron_pmd.training.separate_engines import SeparateEngines
 
     config, control, problems = start.config, start.control, inputs.problems
-    ahead_goes_on = start.samples and not start.spec.replay and config.rollout.placement == "separate"
+    ahead_goes_on = start.samples and config.rollout.placement == "separate"
     if control.is_driver and not (ahead_goes_on and state.resumed):
         GroupJournal.discard(start.folder)  # of weights that this start does not have
     if start.spec.replay:

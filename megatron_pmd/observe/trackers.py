@@ -98,11 +98,10 @@ class TrackerSet:
             for key, value in line.items()
             if key not in PLACES and isinstance(value, (int, float))
         }
-        table = self._table(kind, place)
         for setting, tracker in list(self._opened.items()):
             with self._spared(setting):
                 tracker.log(kind, place, values)
-                if table:
+                if table := self._table(kind, place):
                     tracker.show(kind, place, table)
 
     @contextmanager

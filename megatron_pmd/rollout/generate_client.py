@@ -12,7 +12,7 @@ from typing import Any, Self
 import aiohttp
 import orjson
 
-from megatron_pmd.errors import EngineError
+from megatron_pmd.errors import EngineError, EnginesLost, RequestRefused
 from megatron_pmd.processes import connections_possible
 from megatron_pmd.rollout.engine_answer import EngineAnswer, parse_answer
 
@@ -25,16 +25,8 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 """Requests of one key go to one engine under the router's policy `manual`; others do not look at it."""
 
 
-class EnginesLost(EngineError):
-    """No engine answers any more; what was sampled before is kept and the rest can be asked for again."""
-
-
 class _Failed(Exception):
     """One attempt at a request, which another may mend."""
-
-
-class RequestRefused(EngineError):
-    """An engine will not answer this request, however often it is asked; others it answers."""
 
 
 class ResponseStopped(BaseException):

@@ -14,13 +14,13 @@ import uvloop
 
 from megatron_pmd.config import Repetition, Rollout, RunConfig
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import PmdError, RolloutError
+from megatron_pmd.errors import PmdError, RequestRefused, RolloutError
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.program import Agent
 from megatron_pmd.rollout.agents.server import AgentServer
 from megatron_pmd.rollout.episode import Episode, RolloutFunction, rollout_function, single_turn
-from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.teacher import TeacherClient, endpoint_of
 from megatron_pmd.rollout.trajectory import Trajectory

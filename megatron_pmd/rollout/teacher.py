@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 
 from megatron_pmd.config import Teacher
-from megatron_pmd.errors import ConfigError, EngineError, PmdError
+from megatron_pmd.errors import ConfigError, EngineError, PmdError, RequestRefused
 from megatron_pmd.rewards.service import read_key
-from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
 from megatron_pmd.waiting import waiting_for
 
 DECODED_TOGETHER = 4096

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_pmd.config import Repetition
-from megatron_pmd.errors import StaleWeights
+from megatron_pmd.errors import RequestRefused, StaleWeights
 from megatron_pmd.rollout.engine_answer import EngineAnswer, recorded_experts
-from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import Trajectory, Turn, repeats
 

@@ -19,13 +19,13 @@ from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.recovery import Recovery
 from megatron_pmd.engine.router import Router
 from megatron_pmd.engine.sglang_server import expert_parallel
-from megatron_pmd.errors import EngineError, PmdError, StaleWeights
+from megatron_pmd.errors import EngineError, EnginesLost, PmdError, StaleWeights
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.processes import connections_possible
 from megatron_pmd.rewards.pool import RewardPool
 from megatron_pmd.rewards.threaded import ThreadedReward
-from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.sampler import Sampler
 from megatron_pmd.shared_memory import shared_memory_key
@@ -115,16 +115,16 @@ class LiveEngines:
 
         version: of the actor's weights; the driver's word.
         """
-        for _ in range(self._config.rollout.retries + 1):
+        for attempt in itertools.count():
             failure = self._control.from_driver(_failure_of(draw) if self._control.is_driver else None)
             if failure is None:
                 return
             # an engine elsewhere that came back by itself has forgotten the weights it was given
             forgotten = isinstance(failure, StaleWeights) and self._config.engines_elsewhere
-            if not (forgotten or isinstance(failure, EnginesLost)):
+            mended = forgotten or isinstance(failure, EnginesLost)
+            if not mended or attempt == self._config.rollout.retries:
                 raise failure
             self.revive(actor, self._control.from_driver(version), forgotten=forgotten)
-        raise failure
 
     def _draw(self, rollout: RolloutGroups, title: str, routing_width: int) -> None:
         self._tell_of_few_files(rollout)

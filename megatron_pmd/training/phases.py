@@ -367,11 +367,14 @@ def _check_final_weights(run: Trainer, final: int) -> None:
     samples = run.rollouts.draw(rollout, run.actor, "check of the final weights")
     samples = [sample for sample in samples if len(sample.response_tokens)]  # the others were refused
     _end_if_cut(run, rollout, "check of the final weights")
+    run.rollouts.release()
+    run.actor.wake()
+    if not run.control.from_driver(bool(samples)):
+        run.log.say("the final weights are not checked: no response to a prompt could be begun")
+        return
     temperature = Subproblem(run.config, final).temperature
     described = RolloutBatch.describe(samples, temperature) if samples else None
     batch = distribute(described, samples, run.actor.share_of_all, run.control, say=run.log.say)
-    run.rollouts.release()
-    run.actor.wake()
     everything = [run.actor.microbatches(batch, np.arange(len(batch)))]
     anchor(run, Iteration(final, left_over=[]), batch, everything)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.data.prompts import PromptOrder
-from megatron_pmd.errors import StaleWeights
-from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.errors import EnginesLost, StaleWeights
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.group_journal import GroupJournal
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import success_rates

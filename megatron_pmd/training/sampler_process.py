@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import EngineError, PmdError, RolloutError
+from megatron_pmd.errors import EngineError, PmdError, RolloutError, SamplerLost
 from megatron_pmd.processes import allow_many_files, become_helper, connections_possible, quiet
 from megatron_pmd.rollout.generate_client import Endpoint
 
@@ -41,10 +41,6 @@ START_SECONDS = 300.0
 ENDING_SECONDS = 10.0
 READY = "ready"
 INTERRUPT = "interrupt"
-
-
-class SamplerLost(PmdError):
-    """The process has ended; another one can go on from what is known of it."""
 
 
 @dataclass(frozen=True)

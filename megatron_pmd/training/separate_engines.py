@@ -15,12 +15,13 @@ from megatron_pmd.distributed import Control
 from megatron_pmd.engine.handover import Handover, Pauses
 from megatron_pmd.engine.recovery import Restarts
 from megatron_pmd.engine.router import reaches
+from megatron_pmd.errors import SamplerLost
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.training.flow import Flow
 from megatron_pmd.training.live_engines import LiveEngines
 from megatron_pmd.training.production import Ahead
 from megatron_pmd.training.rollouts import Drawn
-from megatron_pmd.training.sampler_process import SamplerLost, SamplerProcess, Setup
+from megatron_pmd.training.sampler_process import SamplerProcess, Setup
 from megatron_pmd.weight_sync.push import PushReport
 
 T = TypeVar("T")

@@ -47,11 +47,11 @@ def begin(cases: dict[str, tuple[Path, list[str]]], folder: Path) -> dict[str, A
     return results
 
 
-def families(paths: dict[Path, list[str]], refused: list[Path], folder: Path) -> dict[str, Any]:
+def families(paths: dict[Path, list[str]], refused: dict[Path, list[str]], folder: Path) -> dict[str, Any]:
     """Of each model, in one process, with its targets: random_adapters(), a checkpoint, measure(); and what
-    is said of adapters beside every linear layer of those in `refused`."""
+    is said of the targets in `refused`."""
     results: dict[str, Any] = {
-        path.name: message_of(partial(lora_trial, path, targets=[])) for path in refused
+        path.name: message_of(partial(lora_trial, path, targets=targets)) for path, targets in refused.items()
     }
     found = {}
     for path, targets in paths.items():

@@ -10,32 +10,41 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.config.layout import Layout
 from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
-from tests.actor.conftest import LAYOUTS, ranks_of
+from tests.actor.conftest import LAYOUTS as OF_MODELS
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for
 
 pytestmark = pytest.mark.slow
 
 LORA = dict(rank=4, alpha=6)
-ATTENTION = "qwen3moe, attention"
+ATTENTION, EXPERTS = "qwen3moe, attention", "qwen3moe, experts"
 MODELS: dict[str, tuple[str, list[str]]] = {
     **{family: (family, []) for family in FAMILIES},
     ATTENTION: ("qwen3moe", ["linear_qkv", "linear_proj"]),
+    EXPERTS: ("qwen3moe", ["linear_fc1", "linear_fc2"]),
 }
 """In one process: the family, and the targets; none: all."""
-ATTENTION_ALONE = ("moe, tensor=2", "moe, expert_tensor=2")
-"""Layouts that share out an expert, which can have no adapter then."""
+EXPERTS_ALONE = "moe, expert=2, data=2, experts"
+"""Under which no rank trains anything that it does not share out as experts."""
+LAYOUTS = {**OF_MODELS, EXPERTS_ALONE: OF_MODELS["moe, expert=2, data=2"]}
+NOT_ALL = {"moe, tensor=2": ATTENTION, "moe, expert_tensor=2": ATTENTION, EXPERTS_ALONE: EXPERTS}
+"""Layouts under which some layers have no adapter. The first two share out an expert, which can have none."""
 CASES = (*MODELS, *LAYOUTS)
 """Models in one process, then layouts."""
 
 
 def model_of(name: str) -> str:
     """The one of MODELS that a layout computes."""
-    return ATTENTION if name in ATTENTION_ALONE else LAYOUTS[name][0]
+    return NOT_ALL.get(name, LAYOUTS[name][0])
+
+
+def ranks_of(name: str) -> int:
+    return Layout(**LAYOUTS[name][1]).ranks
 
 
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from megatron_pmd.planner.shapes import FAMILIES as COUNTED
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
-from tests.actor.family_models import MODELS
+from tests.actor.family_models import MODELS, write_model_of
 from tests.actor.launch import launch
 from tests.actor.lora_programs import LORA
 from tests.actor.tiny_models import STEPS, WEIGHT_TOLERANCE, config_for
@@ -38,6 +38,8 @@ LAYOUTS = {
     "minimax_m2": dict(expert=2, data=2),
     "qwen3_next": dict(tensor=2, expert=2),
 }
+WITHOUT_TARGET = "linear attention alone"
+"""A model that is what a stage of a long pipeline is of Qwen3-Next."""
 ON_TWO = {f"{kind}, {words(layout)}": kind for kind, layout in LAYOUTS.items()}
 """Those that are compared on two ranks as well."""
 
@@ -45,10 +47,13 @@ ON_TWO = {f"{kind}, {words(layout)}": kind for kind, layout in LAYOUTS.items()}
 @pytest.fixture(scope="module")
 def results(of_families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     targets = {of_families / kind: REFUSED[kind][1] if kind in REFUSED else [] for kind in KINDS}
-    arguments = dict(
-        refused=[of_families / kind for kind in REFUSED], folder=tmp_path_factory.mktemp("adapters")
-    )
-    return launch("families", ranks=1, module="tests.actor.lora_programs", paths=targets, **arguments)[0]
+    folder = tmp_path_factory.mktemp("adapters")
+    refused: dict[Path, list[str]] = {of_families / kind: [] for kind in REFUSED}
+    without = folder / WITHOUT_TARGET
+    write_model_of(without, "qwen3_next", layer_types=["linear_attention"] * 2)
+    refused[without] = ["linear_qkv", "linear_proj"]
+    arguments = dict(paths=targets, refused=refused, folder=folder)
+    return launch("families", ranks=1, module="tests.actor.lora_programs", **arguments)[0]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,9 @@ def test_an_adapter_that_would_stand_wrongly_is_refused_with_the_layers_that_can
     reason, targets = REFUSED[kind]
     assert error == "ConfigError" and reason in message
     assert all(target in message.partition("; name ")[2] for target in targets), message
+
+
+def test_a_stage_of_a_pipeline_that_would_train_nothing_is_refused(results):
+    error, message = results["refused"][WITHOUT_TARGET]
+    assert error == "LayoutError"
+    assert "no layer of 1 to 2, which are one stage of the pipeline, has linear_qkv or linear_proj" in message

@@ -134,7 +134,9 @@ def test_a_prompt_over_its_sources_limit_is_dropped_with_the_sources_name(tmp_pa
     config = mixed(tmp_path, max_prompt_tokens=12, prompt_suffix="!!")
     ProblemSets.load(config, Letters(), said.append)
     assert said == []
-    with pytest.raises(DataError, match=r"data\.train\.1 \(b\): all 3 prompts are longer"):
+    with pytest.raises(
+        DataError, match=r"data\.train\.1 \(b\): all 3 prompts are longer than data\.train\.1\."
+    ):
         ProblemSets.load(mixed(tmp_path, max_prompt_tokens=12, prompt_suffix="!!!"), Letters(), said.append)
 
 

@@ -112,7 +112,7 @@ def test_epochs_and_seeds_differ():
 def test_without_shuffling_the_order_of_the_file_repeats():
     source = PromptSource(problems_of(3), seed=0, sampling="in_order")
     assert indices(source, 7) == [0, 1, 2, 0, 1, 2, 0]
-    assert (source.epoch, source.state()["cursor"]) == (2, 1)
+    assert (source.state()["epoch"], source.state()["cursor"]) == (2, 1)
 
 
 def test_a_curriculum_begins_with_the_easiest_and_is_uniform_from_the_second_epoch_on():

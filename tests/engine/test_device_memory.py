@@ -76,5 +76,5 @@ def test_a_long_wait_says_what_for_and_that_another_process_may_be_the_reason(mo
             clock=lambda: device.seconds, sleep=sleep_and_look,
         )  # fmt: skip
     [words] = said
-    assert words.startswith("waiting for 40.00 GB that engine 3/kv_cache has released to be free")
+    assert words.startswith("waiting for 40.00 GB that engine 3, kv_cache has released to be free")
     assert words.endswith("at most 12 s; is another process on the device?")

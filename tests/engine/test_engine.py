@@ -117,7 +117,7 @@ def test_fp8_tells_the_engine_what_keeps_its_precision_and_is_refused_on_a_cpu(f
 def test_a_call_to_nobody_names_engine_call_and_port(folder):
     spec = spec_for(folder, folder)
     with EngineControl(spec, 5) as control:
-        assert not control.health()
+        assert not control.responds(5)
         with pytest.raises(EngineError, match=rf"engine 3 .*port {spec.port}\) failed in /model_info"):
             control.weight_version()
 
@@ -181,7 +181,7 @@ def test_a_trainer_killed_while_its_engine_starts_leaves_no_process(starting, mo
 
 
 def test_a_new_engine_serves_no_version(control):
-    assert control.health() and control.responds(30) and control.generates(30)
+    assert control.responds(30) and control.generates(30)
     assert control.weight_version() is None
 
 

@@ -111,3 +111,21 @@ def test_a_job_inherits_no_credentials_and_nothing_of_an_outer_allocation(play: 
     allowed |= {"SLURM_CONF", "LC_ALL", "MODULEPATH"}
     assert set(given) - functions - own <= allowed
     assert given["SLURM_CONF"] == "/etc/slurm/slurm.conf" and given["MODULEPATH"] == "/modules"
+
+
+def test_what_is_submitted_of_a_chain_is_known_when_slurm_refuses_the_rest(play: Play, run: Path) -> None:
+    play("squeue", UNKNOWN)
+    count = f"echo x >> {run}/asked; number=$(wc -l < {run}/asked)"
+    refuse = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+    answer = f"[ $number -gt 2 ] && {{ {refuse}; }}\necho $((6 + number))"
+    play("sbatch", f"[[ $* == *--test-only* ]] && exit\n{count}\n{answer}")
+    job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
+    with pytest.raises(LaunchError, match=r"2 of 4 jobs are submitted \(7, 8\), and not the next: .*QOSMax"):
+        submit(job, chain=4, through="sbatch")
+    assert (run / "launch" / "jobs").read_text().split() == ["7", "8"]
+    assert (run / "launch" / "log").read_text() == f"{run}/logs/log-slurm-7.out\n"
+
+
+def test_slurm_is_asked_once_whether_a_job_is_queued(play: Play, run: Path) -> None:
+    play("squeue", f"echo x >> {run}/asked; echo COMPLETED")
+    assert not is_queued("5") and (run / "asked").read_text() == "x\n"

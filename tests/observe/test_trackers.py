@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_pmd.config import Trackers, override
-from megatron_pmd.errors import Interrupted, MissingPackage, PmdError
+from megatron_pmd.errors import DataError, Interrupted, MissingPackage, PmdError
 from megatron_pmd.observe import trackers
 from megatron_pmd.observe.journal import Journal
 from megatron_pmd.observe.trackers import Tracker, check_trackers
@@ -185,6 +185,18 @@ def test_a_tracker_that_fails_is_turned_off_and_the_run_and_the_others_go_on(
     assert noted == [(lines, Status.COMPLETE, True)] and bool(lines) == bool(iterations)
     [told] = said
     assert f"trackers.wandb has failed and is off until the next start of this run: {failure}" in told
+
+
+def test_samples_that_cannot_be_read_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: Any) -> None:
+        raise DataError("0.parquet: not a rollout file")
+
+    said = list[str]()
+    monkeypatch.setattr(trackers.TrackerSet, "_table", torn)
+    journal = Journal.open(tmp_path / "run", make_config(trackers={"tensorboard": True}), 0, say=said.append)
+    run_iterations(journal, 0, 1)
+    journal.finish(RunOutcome(Status.COMPLETE))
+    assert "trackers.tensorboard has failed" in said[0] and "not a rollout file" in said[0]
 
 
 def test_the_signal_that_ends_a_run_is_no_failure_of_a_tracker(

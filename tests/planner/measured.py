@@ -31,7 +31,7 @@ def measure(actor: Actor) -> dict[str, int]:
     actor.optimizer.step()  # Adam makes its moments in the first step
     own = {p.untyped_storage().data_ptr() for p in parameters}
     states: list[torch.Tensor] = []
-    parts: list[Any] = getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+    parts: list[Any] = actor.optimizer.chained_optimizers
     for part in parts:
         for group in part.optimizer.param_groups:
             states += [p for p in group["params"] if p.untyped_storage().data_ptr() not in own]

@@ -17,10 +17,10 @@ from aiohttp import web
 
 from megatron_pmd.config import GroupFilter, PartialRollouts, Repetition
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import ConfigError, EngineError, RolloutError, StaleWeights
+from megatron_pmd.errors import ConfigError, EngineError, EnginesLost, RolloutError, StaleWeights
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.episode import Episode, rollout_function
-from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import ALL_GROUPS, DrawSettings, EndRules, RolloutGroups, graders_rewards
 from megatron_pmd.rollout.metrics import account_values, rollout_values
 from megatron_pmd.rollout.sampler import Limits, Sampler

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_pmd.config import override
 from megatron_pmd.device import SharedDevice
 from megatron_pmd.engine.handover import Handover
 from megatron_pmd.engine.recovery import Recovery
-from megatron_pmd.errors import EngineError
+from megatron_pmd.errors import EngineError, EnginesLost
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.subphases import SubphaseClock
 from megatron_pmd.training.live_engines import LiveEngines
@@ -117,3 +118,20 @@ def test_what_a_program_failed_of_is_told_and_not_said_of_the_engines(engines, c
         "0 requests were refused; 4 responses were dropped in whole groups that could not be begun. "
         "The first reason: the agent failed: no sandbox"
     )
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_rollout_that_loses_all_engines_again_and_again_ends_before_they_are_started_in_vain(
+    engines, retries
+):
+    engines._config = override(engines._config, [f"rollout.retries={retries}"])
+    done: list[str] = []
+
+    def draw() -> None:
+        done.append("drawn")
+        raise EnginesLost("no engine answers any more")
+
+    engines.revive = lambda *_, **__: done.append("revived")
+    with pytest.raises(EnginesLost):
+        engines._with_engines(draw, Actor(engines.fleet.device), 1)
+    assert done == ["drawn", *["revived", "drawn"] * retries]

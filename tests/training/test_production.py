@@ -15,10 +15,10 @@ import pytest
 from megatron_pmd.config import GroupFilter, RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import StaleWeights
+from megatron_pmd.errors import EnginesLost, StaleWeights
 from megatron_pmd.rollout import sampler as sampling
 from megatron_pmd.rollout.carried_over_file import read_carried_over, write_carried_over
-from megatron_pmd.rollout.generate_client import Endpoint, EnginesLost
+from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.group_journal import GroupJournal
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import staleness_values

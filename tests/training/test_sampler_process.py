@@ -11,10 +11,10 @@ import pytest
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
-from megatron_pmd.errors import ConfigError
+from megatron_pmd.errors import ConfigError, SamplerLost
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.training.production import Ahead
-from megatron_pmd.training.sampler_process import SamplerLost, SamplerProcess, Setup
+from megatron_pmd.training.sampler_process import SamplerProcess, Setup
 from recipes import recipe
 from recipes.tiny_moe_cpu import make_model, make_tokenizer
 from tools.bench.stub_engine import STOP_TOKEN, StubEngine, serving

@@ -17,9 +17,9 @@ from aiohttp import web
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import PromptSource
+from megatron_pmd.errors import SamplerLost
 from megatron_pmd.observe.console import Console
 from megatron_pmd.training.production import Ahead
-from megatron_pmd.training.sampler_process import SamplerLost
 from megatron_pmd.training.separate_engines import SeparateEngines
 from recipes import recipe
 from recipes.tiny_moe_cpu import make_model, make_tokenizer

@@ -32,7 +32,7 @@ def test_a_save_within_an_iteration_notes_what_is_ahead_and_takes_back_what_it_d
     ahead: list[Any], tmp_path: Path
 ) -> None:
     problems, saved = Drawn(), []
-    rollouts = SimpleNamespace(ahead=lambda: [], refresh=lambda: None)
+    rollouts = SimpleNamespace(ahead=list, refresh=lambda: None)
     parts: dict[str, Any] = dict.fromkeys(("control", "actor", "log", "tokenizer", "shutdown"), Mock())
     run = Trainer(
         recipe("tiny_moe_cpu"), tmp_path, rollouts=rollouts, problem_sets=problems, state=RunState(), **parts

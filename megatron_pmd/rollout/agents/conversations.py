@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_pmd.data.prompts import sample_seed
+from megatron_pmd.errors import RequestRefused
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.protocol import ChatAnswer, ChatRequest, Message, RequestError
 from megatron_pmd.rollout.agents.rendering import Renderer
-from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
 from megatron_pmd.rollout.groups import Accounts
 from megatron_pmd.rollout.trajectory import INSERTED, Trajectory, Turn
 from megatron_pmd.rollout.turn_sampler import Sampling, TurnSampler

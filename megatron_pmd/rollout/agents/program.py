@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from megatron_pmd.config import AgentProgram
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import PmdError, RolloutError
+from megatron_pmd.errors import ConfigError, PmdError, RequestRefused, RolloutError
 from megatron_pmd.plugins import load
 from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.protocol import MODEL
 from megatron_pmd.rollout.agents.server import Address
-from megatron_pmd.rollout.generate_client import GenerateClient, RequestRefused, ResponseStopped
+from megatron_pmd.rollout.generate_client import GenerateClient, ResponseStopped
 
 ENDING_SECONDS = 10.0
 """For what a program does when it is ended: close its files, its containers, its environment."""
@@ -66,7 +67,7 @@ class Agent:
         before it.
         """
         task = AgentTask(problem, address.base_url, address.api_key, self.timeout_seconds)
-        program = asyncio.ensure_future(self.function(task))
+        program = asyncio.ensure_future(self._called(task))
         watched = [asyncio.ensure_future(episode.failed.wait()), asyncio.ensure_future(client.stopped.wait())]
         try:
             await asyncio.wait(
@@ -97,6 +98,16 @@ class Agent:
         if failure is not None:
             return None, f"the agent failed: {type(failure).__name__}: {failure}"
         return program.result(), None
+
+    async def _called(self, task: AgentTask) -> Any:
+        """What the function returns. ConfigError for one that is not `async`: it would hold up all others."""
+        answer = self.function(task)
+        if not inspect.isawaitable(answer):
+            raise ConfigError(
+                f"rollout.agent.function returned a {type(answer).__name__} at once: make it `async def`, "
+                "and await what it asks the model"
+            )
+        return await answer
 
     def check(self, problem: Problem, asked: bool, graded: Any, error: str | None) -> None:
         """What run() gave, of a program that got an answer of the model or did not.

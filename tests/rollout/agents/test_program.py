@@ -11,11 +11,17 @@ import openai
 import pytest
 from aiohttp import web
 
-from megatron_pmd.errors import EngineError, RolloutError, StaleWeights
+from megatron_pmd.errors import (
+    ConfigError,
+    EngineError,
+    EnginesLost,
+    RequestRefused,
+    RolloutError,
+    StaleWeights,
+)
 from megatron_pmd.rollout.agents.model_output import OutputReader
 from megatron_pmd.rollout.agents.program import AgentTask
 from megatron_pmd.rollout.carried_over_file import read_carried_over, write_carried_over
-from megatron_pmd.rollout.generate_client import EnginesLost, RequestRefused
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values
 from tests.rollout.agents.talking_engine import (
@@ -249,3 +255,14 @@ def test_what_is_left_over_keeps_its_branches_and_what_was_masked(tmp_path) -> N
     for one, other in zip(before, after, strict=True):
         assert (one.branch, one.number, one.segments) == (other.branch, other.number, other.segments)
         assert one.tokens.tolist() == other.tokens.tolist() and one.prompt == other.prompt
+
+
+def test_a_function_that_is_not_async_is_refused_by_name() -> None:
+    def program(task: AgentTask) -> str:
+        return "4"
+
+    with (
+        serving(Talking()) as url,
+        pytest.raises(ConfigError, match="returned a str at once: make it `async def`"),
+    ):
+        draw(url, program)
