@@ -34,6 +34,10 @@ class ModelError(PmdError):
     refuses = True
 
 
+class UncountedModel(ModelError):
+    """The planner cannot count a model of this family; it may be trained all the same."""
+
+
 class EngineError(PmdError):
     """A rollout engine did not start, died, or missed a deadline; carries its log's last lines."""
 

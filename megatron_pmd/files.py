@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,12 @@ def read_records(path: Path) -> list[JsonObject]:
             raise DataError(f"{path}, line {number}: not a JSON object")
         records.append(record)
     return records
+
+
+def iterations_in(folder: Path) -> dict[int, Path]:
+    """The folders iteration-N in it by N, in their order; not iteration-N.partial, nor a copy of a user."""
+    found = ((re.fullmatch(r"iteration-(\d+)", path.name), path) for path in folder.glob("iteration-*"))
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir()))
 
 
 @contextmanager

@@ -328,7 +328,7 @@ class Actor:
         """The policy's tensors under their Hugging Face names, whole, on every rank; all iterate together.
 
         Adapters are merged into what they belong to, in fp32.
-        Megatron-Bridge's way, for who needs them so; engines get shards() through buckets.
+        Megatron-Bridge's way, for who needs them so; engines get ShardExport's shards, through buckets.
 
         Raises ModelError when a tensor of the model folder does not come, or one comes twice.
         """

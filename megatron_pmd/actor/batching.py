@@ -57,7 +57,8 @@ def pack(
     """
     if len(lengths) and lengths.max() > max_tokens:
         raise ConfigError(
-            f"a sample of {lengths.max()} tokens does not fit batch.max_tokens_per_microbatch={max_tokens}"
+            f"a sample of {lengths.max()} tokens does not fit a pass of {max_tokens}; raise "
+            "batch.max_tokens_per_microbatch"
         )
     least = max(1, math.ceil(lengths.sum() / (ranks * max_tokens * multiple))) * multiple
     bins = next(

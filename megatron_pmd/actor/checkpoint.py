@@ -88,11 +88,7 @@ class Saver:
         self.publish(wait=True)
         final = folder / f"iteration-{iteration}"
         partial = final.with_suffix(".partial")
-        if self._control.is_driver:
-            for stale in folder.glob("*.partial"):
-                shutil.rmtree(stale)
-            partial.mkdir(parents=True)
-        self._control.barrier()
+        self._control.on_driver(lambda: _made(partial))
         serve_results()
         self._writer = None
         # the replicas hold the same tensors: each writes its share of them
@@ -160,12 +156,12 @@ class Saver:
     def _rename(self, partial: Path, final: Path, run_state: dict[str, Any]) -> None:
         try:
             write_whole(partial / STATE_FILE, json.dumps(run_state | {FILES: sizes(partial)}))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
         except OSError as error:
             raise _not_written(partial, error) from error
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
         for old in complete(final.parent)[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of one goes with the next save
 
 
 @contextlib.contextmanager
@@ -182,6 +178,16 @@ def _all_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _made(partial: Path) -> None:
+    """An empty folder, without those that starts before have left."""
+    try:
+        for stale in partial.parent.glob("*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _not_written(partial, error) from error
 
 
 def _written(partial: Path, write_more: Callable[[Path], None]) -> None:
@@ -315,7 +321,7 @@ def _sharded_state(
             "rank",
             {
                 "random": _random_state(),
-                "digest": digest(chunks),
+                "digest": None if is_loading else digest(chunks),
             },
             (world,),
             (rank,),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.errors import CheckpointLost, DamagedCheckpoint
+from megatron_pmd.files import iterations_in
 
 STATE_FILE = "run_state.json"
 FILES = "files"
@@ -20,8 +21,7 @@ def complete(folder: Path) -> list[Path]:
 
     One that is still being written has the suffix .partial, one that was set aside .damaged.
     """
-    found = [path for path in folder.glob("iteration-*") if not path.suffix and (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return [path for path in iterations_in(folder).values() if (path / STATE_FILE).is_file()]
 
 
 def latest(folder: Path) -> Path | None:

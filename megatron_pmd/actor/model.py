@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,8 @@ def check_files(path: Path) -> None:
         raise ModelError(f"{path}: no *.safetensors; the folder has a configuration but no weights")
 
 
-def tensors_in(path: Path) -> dict[str, list[int]]:
-    """Name and shape of every tensor that a Hugging Face folder stands for, by the files' headers.
-
-    Raises ModelError for a truncated file, or one that the index names and the folder lacks.
-    """
-    files = TensorFiles(path).tensors
+def shapes_of(files: Mapping[str, StoredTensor]) -> dict[str, list[int]]:
+    """By name, of every tensor that these of a Hugging Face folder stand for."""
     return {name: tensor.shape for name, tensor in files.items() if not is_scale(name, files)}
 
 
@@ -252,10 +249,12 @@ def predicts_further_tokens(name: str, layers: int, further: int = sys.maxsize) 
 
 
 def tensors_of_policy(path: Path, layers: int) -> dict[str, list[int]]:
-    """As tensors_in, but for those of layers that predict further tokens."""
-    return {
-        name: shape for name, shape in tensors_in(path).items() if not predicts_further_tokens(name, layers)
-    }
+    """Name and shape of every tensor of a folder, but for those of layers that predict further tokens.
+
+    Raises ModelError for a truncated file, or one that the index names and the folder lacks.
+    """
+    shapes = shapes_of(TensorFiles(path).tensors)
+    return {name: shape for name, shape in shapes.items() if not predicts_further_tokens(name, layers)}
 
 
 def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None:
@@ -270,7 +269,7 @@ def load_weights(bridge: Any, chunks: list[torch.nn.Module], path: Path) -> None
         raise ModelError(f"{path}: tensor {missing[0]} is missing ({len(missing)} missing in all)")
     check_fp8(path, files, bridge.hf_pretrained.config)
     trust = bool(getattr(bridge.hf_pretrained, "trust_remote_code", False))
-    check_shapes(path, tensors_in(path), trust=trust)
+    check_shapes(path, shapes_of(files), trust=trust)
     quantized = any(hasattr(p, UNROUNDED) for chunk in chunks for p in chunk.parameters())
     if not quantized:
         bridge.load_hf_weights(chunks)

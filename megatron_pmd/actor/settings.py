@@ -54,12 +54,21 @@ DECIDED_BY = {
     "recompute_granularity": "actor.recompute",
     "recompute_modules": "actor.recompute_modules",
     "recompute_num_layers": "actor.recompute_layers",
+    "recompute_method": "actor.recompute_layers",
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
     "moe_enable_routing_replay": "actor.experts.replay_routing",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
     "qk_clip": "optimizer.qk_clip_threshold",
     "qk_clip_threshold": "optimizer.qk_clip_threshold",
 }
+
+
+FIXED = {
+    "calculate_per_token_loss": "losses are summed over a step's tokens, and gradients divided once",
+    "variable_seq_lengths": "rows differ in length",
+    "mtp_num_layers": "layers that predict further tokens are no part of the policy",
+}
+"""Fields that stay as they are, and why."""
 
 
 def work(provider: Any) -> dict[str, Any]:
@@ -136,6 +145,8 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
     for name in config.actor.megatron:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")
+        if name in FIXED:
+            raise ConfigError(f"actor.megatron.{name} cannot be set: {FIXED[name]}; remove it")
     _check_router_losses(config.actor.megatron)
     _check_graphs(config.actor.megatron)
     return fields | config.actor.megatron

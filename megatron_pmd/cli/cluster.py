@@ -10,7 +10,7 @@ import typer
 
 from megatron_pmd.cli.train import Recipe, Settings
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import LaunchError
+from megatron_pmd.errors import LaunchError, UncountedModel
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.launch.script import Job, job_for, render
 from megatron_pmd.launch.submit import Through
@@ -59,8 +59,10 @@ def launch(
 
         return train(recipe, settings, replay=replay)
     profile = load_cluster(cluster)
-    made = make_plan(config, profile.machines)
-    check(made)
+    try:
+        check(make_plan(config, profile.machines))
+    except UncountedModel as error:
+        typer.echo(f"memory and disk not compared with a plan: {error}", err=True)
     if replay is None and not config.rollout.servers:
         # before the job has queued
         check_served(Path(config.model.path), cpu=profile.machines.shares_host_memory)

@@ -10,6 +10,7 @@ import typer
 from megatron_pmd.cli.extras import needs
 from megatron_pmd.cli.numbers import finite
 from megatron_pmd.errors import CheckpointError, ConfigError
+from megatron_pmd.files import iterations_in
 
 app = typer.Typer(help="Convert checkpoints, with proof; under torchrun, each rank converts its part.")
 
@@ -123,11 +124,8 @@ def locate(path: Path, iteration: int | None, model: Path | None, *, needed: boo
 
 def _of_run(run: Path, iteration: int | None) -> Path:
     """A run's checkpoint of this iteration, or its newest."""
-    complete = {
-        int(folder.name.removeprefix("iteration-")): folder
-        for folder in (run / "checkpoints").glob("iteration-*")
-        if (folder / ".metadata").is_file() and not folder.suffix
-    }
+    found = iterations_in(run / "checkpoints").items()
+    complete = {number: folder for number, folder in found if (folder / ".metadata").is_file()}
     if not complete:
         raise CheckpointError(f"{run / 'checkpoints'}: no complete checkpoint")
     if iteration is not None and iteration not in complete:

@@ -59,7 +59,8 @@ def _write(
         of_file[files.tensors[name].file.name].append(name)
     entries: dict[str, dict[str, Any]] = {}
     hasher = Hasher()
-    with writing(out.parent, "the run can be resumed"), ExitStack() as cleanup:
+    # another rank's end, or a full device, is told as what it is
+    with writing(out.parent, "the run can be resumed", (OSError,)), ExitStack() as cleanup:
         cleanup.callback(hasher.close)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

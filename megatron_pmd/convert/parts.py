@@ -117,6 +117,8 @@ class ConversionJob:
             self._lock.enter_context(
                 locked(self.folder / LOCK, f"{self.out} is being made", way_out="wait for it, or end it")
             )
+        with writing(self.folder):
+            self.records.mkdir(parents=True, exist_ok=True)
         path = self.folder / ORDER
         if path.is_file():
             left = json.loads(path.read_text())
@@ -128,7 +130,6 @@ class ConversionJob:
                 )
             return
         with writing(self.folder):
-            self.records.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(order))
 
     def work[Content](
@@ -185,11 +186,18 @@ class ConversionJob:
 
 
 @contextmanager
-def writing(folder: Path, then: str = "the same command goes on where this one stopped") -> Iterator[None]:
-    """Turn the system's and torch's refusals to write into a CheckpointError that says how to go on."""
+def writing(
+    folder: Path,
+    then: str = "the same command goes on where this one stopped",
+    refusals: tuple[type[Exception], ...] = (OSError, RuntimeError),
+) -> Iterator[None]:
+    """Turn the system's and torch's refusals to write into a CheckpointError that says how to go on.
+
+    refusals: torch's writers raise RuntimeError; so does its arithmetic, where the block has some.
+    """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except refusals as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder}: could not be written (is the disk full?): {reason}; {then}"

@@ -33,9 +33,9 @@ def ranks() -> Iterator[Any]:
     from megatron_pmd.config import Layout
     from megatron_pmd.distributed import Control
 
-    world = int(os.environ["WORLD_SIZE"])
+    world, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     try:
         yield Control(TIMEOUT_SECONDS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_pmd.actor.model import check_files, check_shapes
+from megatron_pmd.actor.model import check_files, check_shapes, shapes_of
 from megatron_pmd.actor.parameters import Model, Parameter, model_of
 from megatron_pmd.convert import SIDE_FILES, precision, sharded
 from megatron_pmd.convert.parts import (
@@ -100,8 +100,7 @@ def _checked(source: Path) -> tuple[TensorFiles, Model, list[Untrained], dict[st
     files, model = TensorFiles(source), model_of(source)
     carried = untrained(files)
     left_out = unused(files, {*model.by_tensor(), *(tensor.name for tensor in carried)}, tied=model.tied)
-    shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    check_shapes(source, {name: s for name, s in shapes.items() if not is_scale(name, files.tensors)})
+    check_shapes(source, shapes_of(files.tensors))
     return files, model, carried, left_out
 
 

@@ -54,10 +54,11 @@ def compare_tensors(
     mine = model.parameters[control.rank :: control.world]
 
     def compare_share() -> None:
-        with progress("verifying", sum(p.elements for p in mine), shown=control.is_driver) as advance:
-            for parameter in mine:
+        sizes = [parameter.elements * reader.dtype(parameter).itemsize for parameter in mine]
+        with progress("verifying", sum(sizes), shown=control.is_driver) as advance:
+            for parameter, size in zip(mine, sizes, strict=True):
                 _compare(parameter, files, reader, dtype)
-                advance(parameter.elements)
+                advance(size)
 
     control.on_all(compare_share)
     return model

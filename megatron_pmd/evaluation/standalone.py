@@ -38,7 +38,7 @@ from megatron_pmd.engine.server import free_port, tail
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
 from megatron_pmd.errors import ConfigError, EngineError, EnginesLost, ModelError
 from megatron_pmd.evaluation.estimates import Evaluation, evaluate
-from megatron_pmd.files import read_object, write_whole
+from megatron_pmd.files import iterations_in, read_object, write_whole
 from megatron_pmd.observe.console import Console
 from megatron_pmd.observe.quantities import number, percent
 from megatron_pmd.observe.versions import versions
@@ -109,11 +109,7 @@ def task(request: EvaluationRequest) -> Task:
 def _of_run(request: EvaluationRequest) -> Task:
     """The run's newest exported model, under its own evaluation settings."""
     config = override(load(request.target / "config.json"), list(request.settings))
-    exports = {
-        int(p.name.split("-")[1]): p
-        for p in (request.target / "hf").glob("iteration-*")
-        if p.is_dir() and not p.suffix
-    }
+    exports = iterations_in(request.target / "hf")
     if not exports:
         raise ModelError(
             f"{request.target} holds no exported model (hf/iteration-N): train it to the end with "

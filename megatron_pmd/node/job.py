@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_pmd.errors import ConfigError, DataError, LaunchError, PmdError
+from megatron_pmd.files import iterations_in
 from megatron_pmd.launch.history import Attempt, History, append
 from megatron_pmd.launch.slurm import slurm
 from megatron_pmd.node.restarts import Action, Limits, after_end, before_start, is_restart, judge
@@ -85,8 +86,8 @@ class Job:
 
     def newest_checkpoint(self) -> str | None:
         """Name of it: iteration-N. One that is still being written has a suffix."""
-        found = [re.fullmatch(r"iteration-(\d+)", path.name) for path in self.run.glob("checkpoints/*")]
-        return max(((int(name[1]), name[0]) for name in found if name), default=(0, None))[1]
+        found = [path.name for path in iterations_in(self.run / "checkpoints").values()]
+        return found[-1] if found else None
 
     def outcome(self) -> RunOutcome | None:
         """What the attempt's nodes wrote; None: nothing that can be read."""

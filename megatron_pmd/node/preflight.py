@@ -25,6 +25,7 @@ from megatron_pmd import network
 from megatron_pmd.config import RunConfig
 from megatron_pmd.engine.placement import devices_of_node
 from megatron_pmd.errors import LaunchError, ModelError
+from megatron_pmd.files import iterations_in
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.network import Interface
 from megatron_pmd.node.allocation import Allocation, host_name
@@ -212,7 +213,7 @@ def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> li
     if need > free:
         found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
     # one is written before the oldest goes
-    there = len([path for path in (folder / "checkpoints").glob("iteration-*") if not path.suffix])
+    there = len(iterations_in(folder / "checkpoints"))
     missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
     room = shutil.disk_usage(folder).free
     if missing > room:

@@ -14,10 +14,11 @@ from megatron_pmd.planner.memory import (
     mean_length,
     mean_response,
     microbatches_per_step,
+    transferred_bytes,
 )
 from megatron_pmd.planner.saving import save_of
 from megatron_pmd.planner.shapes import Shape
-from megatron_pmd.planner.sharding import BYTES, Stage
+from megatron_pmd.planner.sharding import Stage
 
 CHECKPOINT = ("save", "write")
 """While training stands still, and to the disk: beside the phases that follow, if checkpoint.asynchronous."""
@@ -89,7 +90,7 @@ def cost(
 
 def transfer_seconds(shape: Shape, config: RunConfig, assume: Assumptions) -> float:
     """In which all weights pass from the actors to the engines, without what else moves in a sync."""
-    return shape.total * BYTES[config.model.precision] / assume.sync_bytes_per_second
+    return transferred_bytes(shape, config) / assume.sync_bytes_per_second
 
 
 def decode_step_seconds(
@@ -105,9 +106,8 @@ def decode_step_seconds(
     device = machines.device
     read = (engine_weight_bytes(shape, config) + cached) / assume.decode_bandwidth_share
     flops = 2 * shape.active * running / config.rollout.tensor_parallel
-    return (
-        max(read / device.memory_bytes_per_second, flops / device.bf16_flops) + assume.decode_overhead_seconds
-    )
+    peak = device.fp8_flops if config.rollout.fp8 else device.bf16_flops
+    return max(read / device.memory_bytes_per_second, flops / peak) + assume.decode_overhead_seconds
 
 
 def rollout_seconds(

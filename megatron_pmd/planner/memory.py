@@ -136,17 +136,24 @@ def engine_weight_bytes(shape: Shape, config: RunConfig) -> float:
     shared = shared if options.get("moe_a2a_backend") == "deepep" else 0
     divided = shape.total - attention - dense - shared
     values = divided / size + attention / attention_ranks(config) + dense + shared
-    return values * (1 if engine_is_fp8(config) else BYTES[config.model.precision])
+    return _bytes_in_engines(values, shape.ends / size, config)
 
 
-def engine_is_fp8(config: RunConfig) -> bool:
-    """Whether the engines hold FP8 weights, in blocks of 128 x 128."""
-    return config.rollout.fp8
+def transferred_bytes(shape: Shape, config: RunConfig) -> float:
+    """Of all weights, as they pass from the actors to the engines."""
+    return _bytes_in_engines(shape.total, shape.ends, config)
+
+
+def _bytes_in_engines(values: float, ends: float, config: RunConfig) -> float:
+    """ends: how many of the values are of the embedding and the output layer, which FP8 engines keep as they
+    are (fp8.QUANTIZED)."""
+    width = BYTES[config.model.precision]
+    return (values - ends) * (1 if config.rollout.fp8 else width) + ends * width
 
 
 def unaligned_widths(shape: Shape, config: RunConfig) -> list[str]:
     """Matrices whose part on one device of an FP8 engine is not made of whole blocks: SGLang refuses them."""
-    if not engine_is_fp8(config):
+    if not config.rollout.fp8:
         return []
     options, size = config.rollout.sglang, config.rollout.tensor_parallel
     widths = []

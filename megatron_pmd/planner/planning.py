@@ -46,7 +46,7 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """Why this cannot run; empty when it fits."""
-        return [*self.layout_problems, *self._sizing_problems()]
+        return [*self.layout_problems, *self._sizing_problems(), *self._length_problems()]
 
     @property
     def layout_problems(self) -> list[str]:
@@ -67,11 +67,9 @@ class Plan:
             owners = self.phases[phase]
             need = sum(owners.values())
             if need > room:
-                greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
-                parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
                 found.append(
                     f"{phase} needs {gigabytes(need)} on the fullest {device.name}, "
-                    f"which has {gigabytes(room)} to give ({parts})"
+                    f"which has {gigabytes(room)} to give ({_greatest(owners)})"
                 )
         return found
 
@@ -119,11 +117,9 @@ class Plan:
         for phase, owners in self.host.items():
             need = sum(owners.values())
             if need > room:
-                greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
-                parts = ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
                 found.append(
                     f"{phase}: {gigabytes(need)} of a node's host memory needed, {gigabytes(room)} to give "
-                    f"({parts})"
+                    f"({_greatest(owners)})"
                 )
         ranks, per_node = config.layout.ranks, machines.ranks_per_node(config)
         if ranks % per_node:
@@ -140,12 +136,19 @@ class Plan:
             check_parts(ranks, per_node, config.ranks_per_engine, config.devices_per_engine)
         except LayoutError as error:
             found.append(str(error))
-        longest = config.batch.max_prompt_tokens + config.batch.max_response_tokens
-        if longest > self.shape.context_limit > 0:
-            found.append(
-                f"samples of {longest:,} tokens: {self.shape.name} has {self.shape.context_limit:,} positions"
-            )
         return found
+
+    def _length_problems(self) -> list[str]:
+        batch, limit = self.config.batch, self.shape.context_limit
+        longest = batch.max_prompt_tokens + batch.max_response_tokens
+        if longest <= limit or not limit:
+            return []
+        return [f"samples of {longest:,} tokens: {self.shape.name} has {limit:,} positions"]
+
+
+def _greatest(owners: memory.Owners) -> str:
+    greatest = sorted(owners.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{owner} {gigabytes(size)}" for owner, size in greatest)
 
 
 def gigabytes(size: float) -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.errors import ModelError
+from megatron_pmd.errors import ModelError, UncountedModel
 from megatron_pmd.files import read_object
 
 MODELS = Path(__file__).with_name("models.json")
 
 FAMILIES = (
-    "gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "kimi_k2",
-    "nemotron", "gpt_oss", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3",
+    "kimi_k2", "nemotron", "gpt_oss", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
 )  # fmt: skip
 WITH_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Those of some layers whose attention is linear, and of the others gated."""
@@ -185,6 +185,11 @@ class Shape:
         return self.attention_of(layer).replicated_vectors + router + self.norms.in_layer * self.norms.each
 
     @property
+    def ends(self) -> int:
+        """Parameters of the embedding and of the output layer, once where they are tied."""
+        return self.embedding * (1 if self.embeddings.tied else 2)
+
+    @property
     def embedding(self) -> int:
         return self.vocabulary * self.hidden
 
@@ -201,13 +206,13 @@ class Shape:
     @property
     def total(self) -> int:
         """Parameters as a checkpoint has them: tied embeddings once, no expert-bias buffers."""
-        ends = self.embedding * (1 if self.embeddings.tied else 2) + self.norms.each
+        ends = self.ends + self.norms.each
         return ends + sum(sum(self.layer(number)) for number in range(self.layers))
 
     @property
     def outside_matrices(self) -> int:
         """Parameters that Muon leaves to Adam: embeddings, output layer, norms and biases."""
-        ends = self.embedding * (1 if self.embeddings.tied else 2) + self.norms.each
+        ends = self.ends + self.norms.each
         sparse = self.layers - self.feed_forward.dense_layers
         vectors = sum(self.replicated_vectors(layer) for layer in range(self.layers))
         vectors += sum(self.attention_of(layer).split_vectors for layer in range(self.layers))
@@ -242,10 +247,10 @@ def shape_of(path: str) -> Shape:
 
 
 def from_config(name: str, source: str, config: dict[str, Any]) -> Shape:
-    """Read the fields of a Hugging Face config.json. Raises ModelError for a family it cannot count."""
+    """Read the fields of a Hugging Face config.json. Raises UncountedModel for another family."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ModelError(f"{source}: cannot count a model of type {family}; known: {', '.join(FAMILIES)}")
+        raise UncountedModel(f"{source}: cannot count a model of type {family}; known: {', '.join(FAMILIES)}")
     latent = family in ("deepseek_v3", "kimi_k2")
     # transformers 5 writes num_local_experts where the published files of Qwen say num_experts
     names = ("n_routed_experts", "num_experts", "num_local_experts")

@@ -128,14 +128,15 @@ class SharedBucket(Bucket):
         descriptor = self._create(folder) if owner else self._open()
         try:
             self._map = mmap.mmap(descriptor, self.capacity)
-            # Takes the pages now: a first touch costs more than ten times a copy.
-            self._map.madvise(MADV_POPULATE_WRITE)
         except (OSError, ValueError) as error:
             self.close()
             raise ModelError(f"weight bucket {self.path}: cannot be mapped: {error}") from None
         finally:
             if not owner:
                 os.close(descriptor)
+        with contextlib.suppress(OSError):  # Linux before 5.14 has no such advice
+            # Takes the pages now: a first touch costs more than ten times a copy.
+            self._map.madvise(MADV_POPULATE_WRITE)
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def _create(self, folder: Path) -> int:
@@ -158,9 +159,12 @@ class SharedBucket(Bucket):
                 f"no memory for a weight bucket of {self.capacity:,} bytes: the machine has {free:,} bytes "
                 "free; lower sync.bucket_megabytes, or use a machine with more memory"
             )
-        descriptor = memory_file(self.path.name)
-        os.posix_fallocate(descriptor, 0, self.capacity)
-        self.path.symlink_to(path_to(descriptor))
+        try:
+            descriptor = memory_file(self.path.name)
+            os.posix_fallocate(descriptor, 0, self.capacity)
+            self.path.symlink_to(path_to(descriptor))
+        except OSError as error:
+            raise ModelError(f"weight bucket {self.path}: cannot be made: {error}") from None
         return descriptor
 
     def _open(self) -> int:

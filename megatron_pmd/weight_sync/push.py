@@ -28,7 +28,7 @@ from megatron_pmd.weight_sync.plan import (
 )
 from megatron_pmd.weight_sync.readers import Readers, only_the_driver, readers_of, senders_readers
 
-if TYPE_CHECKING:  # importing Megatron takes seconds, and the launcher needs only shared_memory_key
+if TYPE_CHECKING:
     from megatron_pmd.distributed import Control
     from megatron_pmd.observe.subphases import SubphaseClock
     from megatron_pmd.weight_sync.shards import ShardExport

@@ -144,7 +144,7 @@ class ShardExport:
 def _only_renames(bridge: Any) -> bool:
     """Whether what the mappings give is what the family's files hold.
 
-    Some bridges change tensors after their mapping; DeepSeek's only adds CONSTANTS.
+    Some bridges change tensors after their mapping; DeepSeek's and Llama's only add CONSTANTS.
     """
     change = type(bridge._model_bridge).maybe_modify_converted_hf_weight
     return change.__qualname__.split(".")[0] in ("MegatronModelBridge", "DeepSeekV3Bridge", "LlamaBridge")

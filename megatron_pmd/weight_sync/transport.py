@@ -112,13 +112,14 @@ class Disk(Colocated):
     def begin(self) -> None:
         if self._control.is_driver:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         if self._fleet.leads:
             self._fleet.calls.withdraw_version()
 
     def load(self, bucket: Bucket | None, descriptions: Sequence[dict[str, Any]]) -> None:
         if not self._control.is_driver:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         assert bucket is not None, "the driver's node has a bucket"
@@ -126,7 +127,7 @@ class Disk(Colocated):
         tensors = {name: bucket.tensor(entry) for name, entry in bucket.layout.entries.items()}
         try:
             save_file(tensors, self._folder / f"model-{number:05d}.safetensors")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter where the system refuses to write
             raise EngineError(f"{self._folder}: weights for the engines cannot be written: {error}") from None
 
     def end(self, version: int) -> None:

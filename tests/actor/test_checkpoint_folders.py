@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,9 @@ def test_two_ranks_that_find_the_same_damage_set_it_aside_once(folder: Path) -> 
             raise DamagedCheckpoint(f"{newest}: rank 1 does not hold the weights it saved")
     assert (folder / "iteration-10.damaged-2" / STATE_FILE).exists()
     assert [path.name for path in complete(folder)] == ["iteration-2", "iteration-9"]
+
+
+def test_a_users_copy_is_no_checkpoint_of_the_run(folder: Path) -> None:
+    for name in ("iteration-10-keep", "iteration-best", "iteration-12.damaged"):
+        shutil.copytree(folder / "iteration-10", folder / name)
+    assert [path.name for path in complete(folder)] == ["iteration-2", "iteration-9", "iteration-10"]

@@ -38,7 +38,7 @@ def test_every_field_that_we_set_is_one_of_megatron_core() -> None:
     # Megatron-Bridge's provider has autocast_dtype, the fused cross entropy, and what is left of GPTModel
     beyond = {"cross_entropy_loss_fusion"}
     assert settings.transformer_fields(full).keys() - names(TransformerConfig) <= beyond
-    assert settings.DECIDED_BY.keys() <= names(TransformerConfig)
+    assert settings.DECIDED_BY.keys() | settings.FIXED.keys() <= names(TransformerConfig)
     assert settings.optimizer_fields(full).keys() <= names(OptimizerConfig)
     muon = configured("model.precision=bf16", "optimizer.name=muon", "optimizer.qk_clip_threshold=100")
     assert settings.optimizer_fields(muon).keys() <= names(OptimizerConfig)
@@ -61,6 +61,10 @@ def test_megatron_core_accepts_the_fp8_settings_that_we_let_through() -> None:
 def test_a_field_that_a_setting_of_ours_decides_is_refused_beside_it() -> None:
     with pytest.raises(ConfigError, match=r"decided by layout\.tensor: set that"):
         settings.transformer_fields(configured('actor.megatron={"tensor_model_parallel_size": 2}'))
+    with pytest.raises(ConfigError, match="recompute_method is decided by actor"):
+        settings.transformer_fields(configured('actor.megatron={"recompute_method": "block"}'))
+    with pytest.raises(ConfigError, match="mtp_num_layers cannot be set: layers that predict further tokens"):
+        settings.transformer_fields(configured('actor.megatron={"mtp_num_layers": 1}'))
 
 
 @pytest.mark.parametrize(

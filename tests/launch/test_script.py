@@ -256,6 +256,20 @@ def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_rep
     assert "#SBATCH" in capsys.readouterr().out
 
 
+def test_a_family_that_the_planner_cannot_count_is_launched_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.OlmoeConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    ).save_pretrained(tmp_path / "model")
+    settings = [f"model.path={tmp_path}/model", "model.prepare=null", "warm_start=null", "layout.data=8"]
+    settings += ["layout.expert=1", "rollout.ranks_per_engine=1"]
+    commands.launch("tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto")
+    said = capsys.readouterr()
+    assert "#SBATCH" in said.out
+    assert "memory and disk not compared with a plan" in said.err and "a model of type olmoe" in said.err
+
+
 def test_a_dry_run_needs_neither_slurm_nor_torch(tmp_path: Path) -> None:
     program = (
         "import sys\n"

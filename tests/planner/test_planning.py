@@ -201,7 +201,7 @@ def test_of_an_engine_with_deepep_every_rank_has_whole_experts_whatever_ep_size_
     config = override(recipe("kimi_k2_lora_64xh100"), ["rollout.tensor_parallel=32"])
     assert config.rollout.sglang["ep_size"] == 64
     assert memory.unaligned_widths(shape_of(config.model.path), config) == []
-    with pytest.raises(LayoutError, match=r"sync needs .* \(engine weights 37"):
+    with pytest.raises(LayoutError, match=r"sync needs .* \(engine weights 38"):
         check(make_plan(config, h100))
 
 
@@ -224,7 +224,10 @@ def test_recorded_routing_is_counted_on_the_drivers_node(h100: Machines) -> None
 
 def test_samples_longer_than_the_models_positions_are_refused(h100: Machines) -> None:
     config = override(recipe("moonlight_16b_a3b_16xh100"), ["batch.max_response_tokens=8192"])
-    assert any("8,192 positions" in problem for problem in make_plan(config, h100).problems)
+    plan = make_plan(config, h100)
+    with pytest.raises(LayoutError, match=r"(?s)8,192 positions.*the layout fits"):
+        check(plan)
+    assert plan.trainer_problems == []
 
 
 def test_nodes_that_are_not_filled_are_refused(h100: Machines) -> None:

@@ -31,7 +31,8 @@ class Drawn:
 def test_a_save_within_an_iteration_notes_what_is_ahead_and_takes_back_what_it_draws_again(
     ahead: list[Any], tmp_path: Path
 ) -> None:
-    problems, saved = Drawn(), []
+    saved: list[RunState] = []
+    problems: Any = Drawn()
     rollouts = SimpleNamespace(ahead=list, refresh=lambda: None)
     parts: dict[str, Any] = dict.fromkeys(("control", "actor", "log", "tokenizer", "shutdown"), Mock())
     run = Trainer(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_pmd.errors import ModelError
+from megatron_pmd.weight_sync import bucket as bucket_module
 from megatron_pmd.weight_sync.bucket import SharedBucket, sweep
 
 
@@ -36,3 +37,11 @@ def test_a_bucket_that_no_memory_is_left_for_says_how_much_it_needs(tmp_path, mo
     with pytest.raises(ModelError, match=r"weight bucket of 1,125,899,906,842,624 bytes: .*1,000"):
         SharedBucket("large", 2**50, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_that_cannot_take_pages_in_advance_makes_a_bucket_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_module, "MADV_POPULATE_WRITE", 9999)  # as Linux before 5.14 answers 23
+    made = SharedBucket("old-kernel", 1 << 16, tmp_path)
+    made.data.fill_(7)
+    assert int(made.data.sum()) == 7 << 16
+    made.close()

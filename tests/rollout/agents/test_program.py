@@ -258,9 +258,7 @@ def test_what_is_left_over_keeps_its_branches_and_what_was_masked(tmp_path) -> N
 
 
 def test_a_function_that_is_not_async_is_refused_by_name() -> None:
-    def program(task: AgentTask) -> str:
-        return "4"
-
+    program: Any = lambda task: "4"  # noqa: E731  # not what the type asks for
     with (
         serving(Talking()) as url,
         pytest.raises(ConfigError, match="returned a str at once: make it `async def`"),
