@@ -102,8 +102,10 @@ These settings are refused, although the family works:
   own numbers, `yarn` of DeepSeek and Kimi, gpt-oss's own, and `linear` of Gemma 3 on the layers that see all
   tokens.
 
-`plan` counts {counted} alone. Of linear attention it takes SGLang's share of memory for
-the states (`mamba_full_memory_ratio`), and not the number of requests that these states allow.
+`plan` counts {counted} alone.
+`launch` submits runs of the others, too, and says that it has not compared their memory. Of linear attention
+`plan` takes SGLang's share of memory for the states (`mamba_full_memory_ratio`), and not the number of
+requests that these states allow.
 
 Layers that predict further tokens (`model.layers.N` behind the last, or `mtp`) are no part of the policy:
 they are not trained. Conversions and exports carry them
