@@ -56,12 +56,12 @@ def qwen3_0_6b_gsm8k_1xh100() -> RunConfig:
     )
 
 
-def score(response: str, problem: Problem) -> float:
-    """1 if the response's last expression equals what the published solution has behind ####, else 0."""
+def score(response: str, problem: Problem, truncated: bool = False) -> float:
+    """1 if the answer that the response states equals what the published solution has behind ####, else 0."""
     from megatron_pmd.rewards import mathematics
 
     answer = problem.answer.rpartition("####")[2].strip().replace(",", "")
-    return mathematics.score(response, replace(problem, answer=answer))
+    return mathematics.score(response, replace(problem, answer=answer), truncated=truncated)
 
 
 def _published(split: str) -> FileSource:

@@ -82,6 +82,16 @@ def config() -> RunConfig:
         ("data.train.kind=csv", "data.train.kind must be file or reasoning_gym or verifiers (got 'csv')"),
         ("data.train.kind=file", "data.train.path is not set and has no default: give it"),
         ("model=x", "model is a group of settings, not a value (got 'x'): set model.path, …"),
+        (
+            'rollout.group_filter={"max_dropped": 4, "mean_reward_above": 0.8, "mean_reward_below": 0.2}',
+            "rollout.group_filter: no mean reward is above 0.8 and below 0.2",
+        ),
+        (
+            'rollout.group_filter={"max_dropped": 4, "drop_equal_rewards": false}',
+            "rollout.group_filter drops no group: set",
+        ),
+        ('algorithm.objective={"name": "cispo", "ratio_low": 9}', "ratio_low=9.0 is over ratio_high=5.0"),
+        ("algorithm.mismatch.lowest=2", "algorithm.mismatch.lowest: Input should be less than or equal to 1"),
         ("rollout.partial=true", "rollout.partial is a group of settings, not a value (got True): set "),
         ("rollout.servers=http://a:1", "rollout.servers: Input should be a JSON list"),
         ("=3", "'=3' is not of the form dotted.key=value"),

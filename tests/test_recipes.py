@@ -103,3 +103,5 @@ def test_gsm8k_is_graded_by_what_its_solution_has_behind_the_hashes(response: st
 
     solution = "He sells 12 bags.\nThat is 12*100=$<<12*100=1200>>1200.\n#### 1,200"
     assert score(response, Problem(0, (), solution)) == reward
+    assert score("Answer: 1200", Problem(0, (), solution)) == 1
+    assert score("Answer: 1200", Problem(0, (), solution), truncated=True) == 0, "more digits may follow"

@@ -5,7 +5,7 @@
 Reads Parquet and JSON lines; a row has its question under `prompt` (text, or chat messages), `problem` or
 `question`, and its answer under `answer` or `reward_model.ground_truth`. The published DAPO file repeats its
 problems a hundred times, the AIME one 32 times: each problem is kept once. A question with two answers cannot
-be graded and is dropped. Left out: nothing is downloaded.
+be graded and is dropped. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def question(row: dict[str, Any], where: str) -> str | list[dict[str, str]]:
 
 def answer(row: dict[str, Any], where: str) -> str:
     """The reference answer as text; AIME files have it as a number, too."""
-    value = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))
+    value = row.get("answer")
+    if value is None:
+        value = (row.get("reward_model") or {}).get("ground_truth")
     if value is None or str(value).strip() == "":
         raise DataError(f"{where}: no answer under answer or reward_model.ground_truth")
     return str(value).strip()

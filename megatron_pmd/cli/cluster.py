@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -16,7 +16,8 @@ from megatron_pmd.launch.script import Job, job_for, render
 from megatron_pmd.launch.submit import Through
 from recipes import configuration
 
-Profile = Annotated[str, typer.Option(help="a profile in slurm/clusters, or a .toml file")]
+PROFILE = "a profile in slurm/clusters, or a .toml file"
+Profile = Annotated[str, typer.Option(help=PROFILE)]
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder, runs/NAME")]
 
 
@@ -33,7 +34,7 @@ def plan(recipe: Recipe, settings: Settings = None, cluster: Profile = "h100") -
 def launch(
     recipe: Recipe,
     settings: Settings = None,
-    cluster: Profile = "h100",
+    cluster: Annotated[Optional[str], typer.Option(help=f"{PROFILE}; else h100")] = None,  # noqa: UP045
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what would be submitted; needs no Slurm")
     ] = False,
@@ -50,15 +51,15 @@ def launch(
 
     config = configuration(recipe, settings or [])
     if local:
-        if dry_run or chain > 1:
+        if dry_run or chain > 1 or cluster is not None or through != "auto":
             raise LaunchError(
-                "--local trains here at once: --dry-run and --chain are for a cluster; "
+                "--local trains here at once: --cluster, --dry-run, --chain and --through are for a cluster; "
                 "`megatron-pmd plan` says whether the run fits"
             )
         from megatron_pmd.cli.train import train
 
         return train(recipe, settings, replay=replay)
-    profile = load_cluster(cluster)
+    profile = load_cluster(cluster or "h100")
     try:
         check(make_plan(config, profile.machines))
     except UncountedModel as error:

@@ -59,7 +59,7 @@ class MismatchWeight(Frozen):
     low: PositiveFloat = 0.5
     """Of sequence_mis and token_mis, as a ratio."""
     high: PositiveFloat = 2.0
-    lowest: PositiveFloat = 1e-4
+    lowest: float = Field(1e-4, gt=0, le=1)
     """Of token_veto, as a ratio."""
 
     @property

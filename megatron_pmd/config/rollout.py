@@ -41,6 +41,20 @@ class GroupFilter(Frozen):
     max_dropped: NonNegativeInt
     """Groups dropped in one rollout at most; from then on all are taken as they come."""
 
+    @model_validator(mode="after")
+    def _drops_some_and_keeps_some(self) -> Self:
+        above, below = self.mean_reward_above, self.mean_reward_below
+        if above is not None and below is not None and above >= below:
+            raise ConfigError(
+                f"rollout.group_filter: no mean reward is above {above} and below {below}; change either"
+            )
+        if not self.drop_equal_rewards and above is None and below is None:
+            raise ConfigError(
+                "rollout.group_filter drops no group: set drop_equal_rewards, mean_reward_above or "
+                "mean_reward_below"
+            )
+        return self
+
 
 class PartialRollouts(Frozen):
     """Unfinished responses are stopped, kept, and continued first in the next iteration."""

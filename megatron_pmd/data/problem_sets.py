@@ -64,13 +64,20 @@ class ProblemSets:
                 ]
             )
 
+        def held_out() -> list[Problem]:
+            sources = config.problem_sources("evaluation")
+            if sources and config.algorithm.objective.supervised:
+                say(
+                    "data.evaluation: this run has no engines, and samples no held-out problems; "
+                    "`megatron-pmd evaluate` does, of its model"
+                )
+                return []
+            found = [kept(given, "evaluation", trained_on=False) for given in sources]
+            return [problem for problems in found for problem in problems[: config.evaluation.prompts]]
+
         return cls(
             train=train(),
-            held_out=[
-                problem
-                for given in config.problem_sources("evaluation")
-                for problem in kept(given, "evaluation", trained_on=False)[: config.evaluation.prompts]
-            ],
+            held_out=held_out(),
             supervised=None
             if ptx is None
             else prompt_source(kept(ptx, "supervised", trained_on=True), config.seed, "uniform"),

@@ -43,6 +43,7 @@ def load_tokenizer(model: Model) -> Any:
             f"{folder}: no tokenizer there; copy tokenizer.json and tokenizer_config.json of the model that "
             "it was made from into it"
         )
+    _check_own_code(folder, trusted=model.trust_remote_code)
     from transformers import AutoTokenizer  # it takes seconds
 
     try:
@@ -52,3 +53,17 @@ def load_tokenizer(model: Model) -> Any:
             f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}; copy its files from "
             "the model that it was made from again"
         ) from error
+
+
+def _check_own_code(folder: Path, *, trusted: bool) -> None:
+    """ModelError for a tokenizer that is code of the folder, which is not trusted.
+
+    transformers 5 would make one of the vocabulary instead, which can cut text otherwise
+    (models/auto/tokenization_auto.py).
+    """
+    code = (read_object(folder / "tokenizer_config.json") or {}).get("auto_map", {})
+    if "AutoTokenizer" in code and not trusted and not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder}: its tokenizer is Python code of this folder (auto_map in tokenizer_config.json): "
+            "read that, then set model.trust_remote_code=true"
+        )

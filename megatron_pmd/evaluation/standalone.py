@@ -28,6 +28,7 @@ from megatron_pmd.config import (
     load,
     override,
 )
+from megatron_pmd.config.data import ASKED
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.data.prompts import tokenize
 from megatron_pmd.data.sources import named, problems_of
@@ -190,9 +191,12 @@ def _as_asked(request: EvaluationRequest, source: ProblemSource) -> ProblemSourc
     changes = {"name": request.reward, "answer": request.answer}
     given = {key: value for key, value in changes.items() if value is not None}
     own_limit = source.max_response_tokens if request.max_response_tokens is None else None
+    own = source.reward.model_dump()
+    if request.reward not in (None, source.reward.name):  # what another reward is given means nothing to it
+        own |= dict.fromkeys(("remote", "judge", "model", "tests_key"))
     return replace(
         source,
-        reward=Reward.model_validate(source.reward.model_dump() | given),
+        reward=Reward.model_validate(own | given),
         max_response_tokens=own_limit,
     )
 
@@ -338,6 +342,7 @@ def _record(task: Task, samples: list[Sample], dropped: int) -> Evaluation:
             "reward": source.reward.model_dump(mode="json"),
             "max_prompt_tokens": source.max_prompt_tokens,
             "max_response_tokens": source.max_response_tokens,
+            **{key: getattr(source.data, key) for key in ASKED},
         }
         for source in task.sources
     ]

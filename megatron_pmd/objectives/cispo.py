@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
 from megatron_pmd.algorithm.ratios import ratio
 from megatron_pmd.config.algorithm import Counts, Objective
+from megatron_pmd.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,14 @@ class Cispo(Objective):
     """ρ is clipped at this from below."""
     ratio_high: PositiveFloat = 5.0
     """ρ is clipped at this from above."""
+
+    @model_validator(mode="after")
+    def _is_interval(self) -> Self:
+        if self.ratio_low > self.ratio_high:
+            raise ConfigError(
+                f"algorithm.objective: ratio_low={self.ratio_low} is over ratio_high={self.ratio_high}"
+            )
+        return self
 
     def loss(self, x: LossInput, constants: Constants) -> Tensor:
         """[tokens]"""

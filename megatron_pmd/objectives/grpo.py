@@ -32,7 +32,7 @@ class Grpo(Objective):
     kl_coefficient: NonNegativeFloat = 0.0
     """β of the k3 estimate of KL(π_θ ‖ π_t)."""
     divide_by_deviation: bool = False
-    """Advantages over the standard deviation of their group's rewards."""
+    """Advantages over the standard deviation of their group's."""
 
     def loss(self, x: LossInput, constants: Constants) -> Tensor:
         """[tokens]"""

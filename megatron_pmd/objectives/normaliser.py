@@ -1,4 +1,4 @@
-"""What pmd and reinforce divide a sequence's loss by."""
+"""What pmd, reinforce and distillation divide a sequence's loss by."""
 
 from __future__ import annotations
 

@@ -222,6 +222,7 @@ class RewardPool:
             case BrokenProcessPool():
                 return  # not this sample's doing: the keeper gives it to a new pool
             case pebble.ProcessExpired(exitcode=int(code)) if code == _FULL:
+                job.attempts -= 1  # no pool broke, and the next worker may be as full
                 self._incoming.put(job)
                 return
             case TimeoutError():

@@ -69,6 +69,8 @@ class Played:
     """After the iterations that fill the run."""
     ends: tuple[float, ...]
     """Of each iteration, seconds since the start."""
+    trained: tuple[int, ...]
+    """Samples, by then."""
     staleness: Counter[int] = field(default_factory=Counter)
     """Responses trained on, by how many updates after their first token."""
     failures: int = 0

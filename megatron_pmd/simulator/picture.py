@@ -36,18 +36,13 @@ def figure(title: str, runs: Sequence[Played]) -> go.Figure:
     for played, name, colour in zip(runs, names, _colours(len(runs)), strict=True):
         made.add_scatter(
             x=[end / 3600 for end in played.ends],
-            y=[(number + 1) * _samples(played) for number in range(len(played.ends))],
+            y=played.trained,
             name=f"{name}: {played.samples_per_second:,.2f} samples/s", line_color=colour, row=1, col=2,
         )  # fmt: skip
     made.update_layout(title=title, barmode="stack", template="plotly_white")
     made.update_yaxes(tickformat=".0%", row=1, col=1)
     made.update_xaxes(title="hours", row=1, col=2)
     return made
-
-
-def _samples(played: Played) -> int:
-    rules = played.scenario.rules
-    return rules.prompts_per_rollout * rules.samples_per_prompt
 
 
 def _colours(count: int) -> list[str]:

@@ -48,7 +48,7 @@ def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_
     Raises ConfigError where the run fails so often that it does not come to its next checkpoint.
     """
     run = _Run(scenario, lengths, seed)
-    measured_from, ends = Times(), [0.0] * iterations
+    measured_from, ends, trained = Times(), [0.0] * iterations, [0] * iterations
     starts: Counter[int] = Counter()
     while run.completed < iterations:
         try:
@@ -59,7 +59,7 @@ def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_
             if starts[run.completed] == FUTILE_STARTS:
                 raise ConfigError(_futile(scenario, run.completed)) from None
             continue
-        ends[run.completed - 1] = run.now
+        ends[run.completed - 1], trained[run.completed - 1] = run.now, run.times_now().samples
         if run.completed == warm_up:
             measured_from = run.times_now()
     return Played(
@@ -67,6 +67,7 @@ def play(scenario: Scenario, lengths: Lengths, iterations: int, seed: int, warm_
         run.accounts_now(),
         run.times_now() - measured_from,
         tuple(ends),
+        tuple(trained),
         run.staleness,
         run.failures,
         run.engine_failures,

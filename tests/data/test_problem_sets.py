@@ -145,3 +145,17 @@ def test_a_mixtures_saved_order_goes_on_in_a_new_start(tmp_path):
     first.train.take(5)
     second.load_state(json.loads(json.dumps(first.state())))
     assert [p.key for p in second.train.take(6)] == [p.key for p in first.train.take(6)]
+
+
+def test_held_out_problems_that_nothing_would_sample_are_told_and_not_read(tmp_path):
+    said: list[str] = []
+    held_out = json.dumps({"kind": "file", "path": str(tmp_path / "absent.jsonl")})
+    config = config_of(
+        tmp_path / "problems.jsonl", [3, 3], f"data.evaluation={held_out}", "algorithm.objective=sft",
+        "batch.samples_per_prompt=1", "warm_start=null",
+    )  # fmt: skip
+    assert ProblemSets.load(config, Letters(), said.append).held_out == []
+    assert said == [
+        "data.evaluation: this run has no engines, and samples no held-out problems; "
+        "`megatron-pmd evaluate` does, of its model"
+    ]

@@ -73,6 +73,15 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(run_folder):
     assert (work.temperature, work.samples_per_prompt) == (config.evaluation.temperature, 32)
 
 
+def test_another_reward_is_not_given_what_the_runs_own_has(run_folder):
+    judge = 'reward={"name": "judge", "judge": {"url": "http://127.0.0.1:9", "model": "x"}}'
+    own, other = (
+        task(EvaluationRequest(run_folder, reward=reward, settings=(judge,))).sources[0].reward
+        for reward in ("judge", "exact")
+    )
+    assert own.judge is not None and (other.name, other.judge) == ("exact", None)
+
+
 def test_what_is_asked_for_wins_over_what_the_run_says(run_folder):
     request = EvaluationRequest(
         run_folder, data=Path("other.jsonl"), reward="exact", answer="last_line", max_response_tokens=99,

@@ -228,12 +228,10 @@ def test_nodes_that_failed_before_are_left_out() -> None:
 def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[object, ...]] = []
     monkeypatch.setattr(cli, "train", lambda *words, replay: trained.append((*words, replay)))
-    launch = functools.partial(
-        commands.launch, "tiny_moe_cpu", ["iterations=3"], cluster="h100", through="auto", local=True
-    )
-    for dry_run, chain in ((True, 1), (False, 2)):
-        with pytest.raises(LaunchError, match="--dry-run and --chain are for a cluster"):
-            launch(dry_run=dry_run, chain=chain)
+    launch = functools.partial(commands.launch, "tiny_moe_cpu", ["iterations=3"], through="auto", local=True)
+    for dry_run, chain, cluster in ((True, 1, None), (False, 2, None), (False, 1, "h100")):
+        with pytest.raises(LaunchError, match="--dry-run, --chain and --through are for a cluster"):
+            launch(dry_run=dry_run, chain=chain, cluster=cluster)
     assert trained == []
     launch(dry_run=False, chain=1)
     assert trained == [("tiny_moe_cpu", ["iterations=3"], None)]

@@ -6,15 +6,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
-from typing import Any
+from concurrent.futures import CancelledError, Future
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pebble
 import pytest
 
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, PmdError
-from megatron_pmd.rewards.pool import RewardPool, Verdict
+from megatron_pmd.rewards.pool import _FULL, ATTEMPTS, RewardPool, Verdict, _Job
 
 PROBLEM = Problem(0, ({"role": "user", "content": "?"},), "1")
 
@@ -107,6 +109,18 @@ def test_a_worker_that_earlier_samples_have_filled_is_replaced(pool):
     worker = verdict(pool, "pid").reward
     assert verdict(pool, "hoard") == Verdict(1.0)
     assert verdict(pool, "pid").reward not in (0.0, worker)
+
+
+def test_workers_that_are_full_one_after_another_cost_a_sample_none_of_its_attempts():
+    grading, workers = RewardPool(reward(workers=4)), cast("pebble.ProcessPool", SimpleNamespace())
+    grading._pool = workers
+    job = _Job(len, ("",), seconds=None)
+    for _ in range(2 * ATTEMPTS):
+        job.attempts += 1  # as _schedule does
+        ended: Future[Verdict] = Future()
+        ended.set_exception(pebble.ProcessExpired("full", code=_FULL))
+        grading._settle(workers, job, ended)
+    assert job.attempts == 0 and not job.verdict.done()
 
 
 def test_verdicts_come_in_the_order_of_the_samples(pool):
