@@ -23,7 +23,8 @@ Written by `make docs` from the docstrings in `megatron_pmd/config/`; edit those
 A recipe returns this tree; `megatron-pmd train RECIPE key=value …` changes it, with the dotted keys below.
 A value is read as JSON where it is JSON, else as a string. `0` in a key is the first of a list, `1` the
 second. An unknown key is an error. The resolved tree is written to the run's `config.json`, which can be
-given in place of a recipe.
+given in place of a recipe. In a group that is off unless one of its keys is set, as `actor.lora` or
+`reward.remote`, `required` means: needed as soon as another key of the group is set.
 """
 NUMBERS = {"Gt": ">", "Ge": "≥", "Lt": "<", "Le": "≤"}
 
@@ -48,8 +49,13 @@ def section(name: str, model: type[BaseModel]) -> str:
     )
 
 
-def rows(prefix: str, model: type[BaseModel], note: str = "") -> list[tuple[str, ...]]:
-    """One line a key; the alternatives of a union follow one another, each marked with its tag."""
+def rows(
+    prefix: str, model: type[BaseModel], note: str = "", given: BaseModel | None = None
+) -> list[tuple[str, ...]]:
+    """One line a key; the alternatives of a union follow one another, each marked with its tag.
+
+    given: the group as it is where nobody sets it.
+    """
     found = []
     for name, field in model.model_fields.items():
         key, inner = f"{prefix}.{name}", models_in(field.annotation)
@@ -57,10 +63,13 @@ def rows(prefix: str, model: type[BaseModel], note: str = "") -> list[tuple[str,
             found += rows_of_objectives(key, field)
             continue
         if not inner:
-            found.append(row(key, field, note))
+            found.append(row(key, field, note, given))
         for alternative in inner:
             kind = alternative.model_fields.get("kind")
-            found += rows(key, alternative, f" (kind `{kind.default}`)" if kind and len(inner) > 1 else note)
+            mark = f" (kind `{kind.default}`)" if kind and len(inner) > 1 else note
+            found += rows(
+                key, alternative, mark, field.default if isinstance(field.default, alternative) else None
+            )
         for entry in listed_in(field.annotation):
             found += rows_of_list(key, entry)
     return found
@@ -88,9 +97,12 @@ def rows_of_objectives(key: str, field: FieldInfo) -> list[tuple[str, ...]]:
     return found
 
 
-def row(key: str, field: FieldInfo, note: str = "") -> tuple[str, ...]:
+def row(key: str, field: FieldInfo, note: str = "", given: BaseModel | None = None) -> tuple[str, ...]:
+    if given is None and field.is_required():
+        return f"`{key}`{note}", kind(field), "required", meaning(field)
+    value = field.default if given is None else given.model_dump(mode="json")[key.rpartition(".")[2]]
     # written as the command line takes it
-    default = "required" if field.is_required() else f"`{json.dumps(field.default, ensure_ascii=False)}`"
+    default = f"`{json.dumps(value, ensure_ascii=False)}`"
     return f"`{key}`{note}", kind(field), default, meaning(field)
 
 

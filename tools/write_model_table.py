@@ -61,7 +61,7 @@ the suite trains such a model with live engines. "Served in the suite": an engin
 weights, computes transformers' log-probabilities within 1e-4, or its greedy text (`llama`).
 [Proofs](proofs.md) names the tests of both. "Served": `tests/engine/test_every_family.py` compares the same
 log-probabilities, once of weights that are sent and once of an export of ours that SGLang reads; it is run by
-name, outside of the suite. "Engines not tried": SGLang has a class for the model, and no test has started it.
+name, outside of the suite.
 **On a GPU ran a small `qwen3_moe` and SmolLM2 (`llama`) alone ([gpu.md](gpu.md#results)).**
 
 By hand, SGLang 0.5.23 in fp32 on a CPU with the tiny models, the largest difference of a sampled token's

@@ -108,6 +108,8 @@ class Teacher(Service):
     url: str = Field(pattern=r"^https?://")
     """Of the SGLang server, as `http://HOST:PORT`: it gets a POST to url/generate for each response. It must
     have the model's own vocabulary."""
+    retries: NonNegativeInt = 6
+    """Times a request is sent again when the server fails, waiting 1 s, 2 s, 4 s, …"""
     weight: PositiveFloat = 1.0
     """β: with a reward, r + τ β log π_T/π_t of a response takes the place of its reward r."""
     timeout_seconds: PositiveFloat = 600.0
