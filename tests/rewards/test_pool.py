@@ -114,7 +114,7 @@ def test_a_worker_that_earlier_samples_have_filled_is_replaced(pool):
 def test_workers_that_are_full_one_after_another_cost_a_sample_none_of_its_attempts():
     grading, workers = RewardPool(reward(workers=4)), cast("pebble.ProcessPool", SimpleNamespace())
     grading._pool = workers
-    job = _Job(len, ("",), seconds=None)
+    job = _Job(lambda: Verdict(1.0), (), seconds=None)
     for _ in range(2 * ATTEMPTS):
         job.attempts += 1  # as _schedule does
         ended: Future[Verdict] = Future()

@@ -1,4 +1,4 @@
-"""Muon beside Adam: one task, one start, equal samples, each optimizer at its best of five learning rates.
+"""Muon beside Adam: one task, one start, equal samples, each optimizer at its best learning rate.
 
     python -m tools.studies.muon adam [--task demo] [--folder runs/muon-demo] [--rate 1e-4 …]
     python -m tools.studies.muon muon …
@@ -65,7 +65,7 @@ TASKS = {
     "demo": Task(
         "smollm2_135m_cpu",
         ["iterations=6", "evaluation.every=3", "evaluation.samples_per_prompt=4"],
-        [1.5e-5, 3e-5, 6e-5, 1.2e-4, 2.4e-4],
+        [1.5e-5, 3e-5, 6e-5, 1.2e-4, 2.4e-4, 4.8e-4],
     ),
 }
 
@@ -181,7 +181,9 @@ def main(
     name: Annotated[Literal["tiny", "demo"], typer.Option("--task", help="what is trained")] = "tiny",
     folder: Annotated[Path | None, typer.Option(help="runs of the study; else runs/muon-TASK")] = None,
     picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_muon.png"),
-    rate: Annotated[list[float] | None, typer.Option(help="rates for the first seed; else all five")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="rates for the first seed; else all of the task's")
+    ] = None,
     seed: Annotated[list[int], typer.Option(help="seeds to run")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
