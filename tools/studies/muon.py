@@ -181,9 +181,7 @@ def main(
     name: Annotated[Literal["tiny", "demo"], typer.Option("--task", help="what is trained")] = "tiny",
     folder: Annotated[Path | None, typer.Option(help="runs of the study; else runs/muon-TASK")] = None,
     picture: Annotated[Path, typer.Option("--draw", help="the picture")] = Path("study_muon.png"),
-    rate: Annotated[
-        list[float] | None, typer.Option(help="rates for the first seed; else all of the task's")
-    ] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="rates for the first seed; else all")] = None,
     seed: Annotated[list[int], typer.Option(help="seeds to run")] = SEEDS,
 ) -> None:
     """Run what is missing, then draw and print the table."""
