@@ -78,7 +78,7 @@ def test_few_equal_samples_are_spread_over_the_ranks():
 
 
 def test_a_sample_over_the_limit_names_the_setting_to_raise():
-    with pytest.raises(ConfigError, match=r"101 tokens does not fit batch\.max_tokens_per_microbatch=100"):
+    with pytest.raises(ConfigError, match=r"101 tokens does not fit a pass of 100; raise batch\.max_tokens"):
         packed([3, 101], ranks=2)
 
 

@@ -90,6 +90,7 @@ def test_of_an_optimizer_made_of_others_the_states_of_those_leave():
     )
     whole = SimpleNamespace(param_groups=[{"params": [model]}], state={}, sub_optimizers=[part])
     chunk = SimpleNamespace(buffers=[], expert_parallel_buffers=[])
-    states = OptimizerStates([chunk], SimpleNamespace(optimizer=whole))
+    chain = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=whole)])
+    states = OptimizerStates([chunk], chain)
     found = [(name, tensor.data_ptr()) for (_, name), tensor, _ in states._tensors()]
     assert found == [("", main.data_ptr()), ("exp_avg", part.state[main]["exp_avg"].data_ptr())]

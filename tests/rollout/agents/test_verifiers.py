@@ -93,8 +93,8 @@ def test_an_environment_is_played_by_its_name_and_its_reward_is_the_samples(fold
     problems = problems_of(taskset="spell_backward", parameters={"words": ["sun", "moon", "star"]}, size=2)
     assert [p.messages[0]["content"] for p in problems] == ["Spell backward: sun", "Spell backward: moon"]
     samples = played(problems, lambda prompt: "nus" if "sun" in prompt else "sun")
+    assert [sample.reward_error for sample in samples] == [None, None]
     assert [(sample.response, sample.reward) for sample in samples] == [("nus", 1.0), ("sun", 0.0)]
-    assert all(sample.reward_error is None for sample in samples)
     assert [sample.prompt for sample in samples] == [tokenizer().decode(p.tokens) for p in problems]
 
 
