@@ -32,9 +32,9 @@ class _Wait:
     remark: str
 
     @property
-    def subject(self) -> Union[str, int]:  # noqa: UP007
+    def subject(self) -> object:
         """Equal for those that are told of together."""
-        return self.what if isinstance(self.what, str) else id(self)
+        return self.what if isinstance(self.what, str) else self
 
     def words(self, now: float) -> str:
         what = self.what if isinstance(self.what, str) else self.what()
@@ -65,7 +65,7 @@ class Waits:
         # a signal's handler may wait, too, in the midst of another wait's beginning
         self._door = threading.RLock()
         self._waits: list[_Wait] = []
-        self._told: dict[Union[str, int], float] = {}  # noqa: UP007
+        self._told: dict[object, float] = {}
         """When something was last told, by what is waited for: many threads may wait for one thing."""
         self._thread: Optional[threading.Thread] = None  # noqa: UP045
 
