@@ -137,3 +137,8 @@ def tree_bytes(pid: int) -> int:
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def cores_of_rank() -> int:
+    """This rank's share of the cores that its node's ranks may use, as torchrun counts them; at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

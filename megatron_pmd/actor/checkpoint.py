@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import random
 import shutil
@@ -48,6 +47,7 @@ from megatron_pmd.actor.optimizer_state import (
 from megatron_pmd.distributed import Control
 from megatron_pmd.errors import CheckpointError, DamagedCheckpoint
 from megatron_pmd.files import write_whole
+from megatron_pmd.processes import cores_of_rank
 from megatron_pmd.waiting import waiting_for
 
 # torch reports what failed in its readers and writers, a full disk too, by an exception that is no Exception
@@ -172,8 +172,7 @@ def _all_threads() -> Iterator[None]:
     ranks 230 GB are written to a rank's memory (planner/saving.py), which takes one core a minute.
     """
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(before, cores))
+    torch.set_num_threads(max(before, cores_of_rank()))
     try:
         yield
     finally:

@@ -30,15 +30,21 @@ class Frozen(BaseModel):
             if not isinstance(values, dict) or name not in values:
                 continue
             value, annotation = values[name], field.annotation
-            kinds = {annotation, *get_args(annotation)}
-            group = any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
-            if isinstance(value, bool) and not group and not {bool, Any} & kinds:
+            if isinstance(value, bool) and not _may_be_bool(annotation):
                 raise WrongValue(name, value, "true and false are no numbers and no text")
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise WrongValue(name, value, "the number has too many digits")
             if get_origin(annotation) is dict and not _is_finite(value):
                 raise WrongValue(name, value, "every number in it must be finite")
         return values
+
+
+def _may_be_bool(annotation: Any) -> bool:
+    """Of a field; of a group of settings pydantic says what it is."""
+    kinds = {annotation, *get_args(annotation)}
+    return bool({bool, Any} & kinds) or any(
+        isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds
+    )
 
 
 def _is_finite(value: Any) -> bool:

@@ -117,7 +117,6 @@ class ConversionJob:
             self._lock.enter_context(
                 locked(self.folder / LOCK, f"{self.out} is being made", way_out="wait for it, or end it")
             )
-        with writing(self.folder):
             self.records.mkdir(parents=True, exist_ok=True)
         path = self.folder / ORDER
         if path.is_file():

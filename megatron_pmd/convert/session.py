@@ -18,7 +18,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "
 @contextmanager
 def ranks() -> Iterator[Any]:
     """Join the other ranks; yields their Control. No rank holds a part of another's parameters."""
-    from megatron_pmd.processes import quiet
+    from megatron_pmd.processes import cores_of_rank, quiet
 
     quiet()
     # RANK and WORLD_SIZE alone may be left of another program, and the ranks that they speak of exist no more
@@ -33,9 +33,9 @@ def ranks() -> Iterator[Any]:
     from megatron_pmd.config import Layout
     from megatron_pmd.distributed import Control
 
-    world, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = int(os.environ["WORLD_SIZE"])
     if world > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(cores_of_rank())
     parallel.initialize(Layout(data=world), seed=0, timeout_seconds=TIMEOUT_SECONDS)
     try:
         yield Control(TIMEOUT_SECONDS)

@@ -98,10 +98,12 @@ class TrackerSet:
             for key, value in line.items()
             if key not in PLACES and isinstance(value, (int, float))
         }
+        table: Table | None = None
         for setting, tracker in list(self._opened.items()):
             with self._spared(setting):
                 tracker.log(kind, place, values)
-                if table := self._table(kind, place):
+                table = table or self._table(kind, place)
+                if table:
                     tracker.show(kind, place, table)
 
     @contextmanager

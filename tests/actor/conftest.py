@@ -48,8 +48,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def ranks_of(name: str) -> int:
-    return Layout(**LAYOUTS[name][1]).ranks
+def ranks_of(name: str, layouts: dict[str, tuple[str, dict[str, int]]] = LAYOUTS) -> int:
+    return Layout(**layouts[name][1]).ranks
 
 
 @pytest.fixture(scope="session")

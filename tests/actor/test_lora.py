@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_pmd.config.layout import Layout
 from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
 from tests.actor.adapted_reference import Adapted, compute, folder_log_probs
 from tests.actor.conftest import LAYOUTS as OF_MODELS
+from tests.actor.conftest import ranks_of
 from tests.actor.launch import launch
 from tests.actor.tiny_models import FAMILIES, STEPS, WEIGHT_TOLERANCE, config_for
 
@@ -43,10 +43,6 @@ def model_of(name: str) -> str:
     return NOT_ALL.get(name, LAYOUTS[name][0])
 
 
-def ranks_of(name: str) -> int:
-    return Layout(**LAYOUTS[name][1]).ranks
-
-
 def program(name: str, ranks: int = 1, **arguments: Any) -> list[Any]:
     return launch(name, ranks=ranks, module="tests.actor.lora_programs", **arguments)
 
@@ -63,7 +59,7 @@ def ranks(models, one_process, tmp_path_factory):
     done: dict[int, list[dict[str, Any]]] = {}
 
     def of(name: str) -> list[dict[str, Any]]:
-        count = ranks_of(name)
+        count = ranks_of(name, LAYOUTS)
         if count not in done:
             cases = {
                 other: (
@@ -71,7 +67,7 @@ def ranks(models, one_process, tmp_path_factory):
                     [one_process[model_of(other)][saved] for saved in ("saved", "saved after two steps")],
                 )
                 for other, (family, layout) in LAYOUTS.items()
-                if ranks_of(other) == count
+                if ranks_of(other, LAYOUTS) == count
             }  # fmt: skip
             folder = tmp_path_factory.mktemp("of_layouts")
             done[count] = program("layouts", ranks=count, cases=cases, folder=folder)

@@ -237,17 +237,22 @@ def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pyte
     assert trained == [("tiny_moe_cpu", ["iterations=3"], None)]
 
 
+def dry_run_of(kind: type[transformers.PretrainedConfig], model: Path) -> Callable[..., None]:
+    """A launch for eight H100 of a tiny model of this kind, which is printed and not submitted."""
+    kind(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    ).save_pretrained(model)
+    settings = [f"model.path={model}", "model.prepare=null", "layout.expert=1", "layout.data=8"]
+    settings += ["warm_start=null", "rollout.ranks_per_engine=1"]
+    return functools.partial(
+        commands.launch, "tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto"
+    )
+
+
 def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_replay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    transformers.NemotronConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-    ).save_pretrained(tmp_path / "model")
-    settings = [f"model.path={tmp_path}/model", "model.prepare=null", "layout.expert=1", "layout.data=8"]
-    settings += ["warm_start=null", "rollout.ranks_per_engine=1"]
-    launch = functools.partial(
-        commands.launch, "tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto"
-    )
+    launch = dry_run_of(transformers.NemotronConfig, tmp_path / "model")
     with pytest.raises(ModelError, match="no engine starts for models of type nemotron"):
         launch()
     launch(replay=tmp_path)
@@ -257,12 +262,7 @@ def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_rep
 def test_a_family_that_the_planner_cannot_count_is_launched_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    transformers.OlmoeConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-    ).save_pretrained(tmp_path / "model")
-    settings = [f"model.path={tmp_path}/model", "model.prepare=null", "warm_start=null", "layout.data=8"]
-    settings += ["layout.expert=1", "rollout.ranks_per_engine=1"]
-    commands.launch("tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto")
+    dry_run_of(transformers.OlmoeConfig, tmp_path / "model")()
     said = capsys.readouterr()
     assert "#SBATCH" in said.out
     assert "memory and disk not compared with a plan" in said.err and "a model of type olmoe" in said.err
