@@ -147,14 +147,19 @@ class Cluster:
         shown = slurm("scontrol", "show", "job", number, "--oneliner")
         return dict(word.partition("=")[::2] for word in shown.split())
 
-    def wait(self, condition: Callable[[], Any], what: str, name: str) -> None:
-        """Poll until the condition holds, starting requeued jobs soon; shows the log at the deadline."""
+    def wait(self, condition: Callable[[], Any], what: str, name: str, hasten: bool = True) -> None:
+        """Poll until the condition holds; shows the log at the deadline.
+
+        `hasten` starts requeued jobs at once, where Slurm waits two minutes. Without it a job that lost its
+        first node starts on it again after Slurm's second try to end it there, a minute after the first: it
+        would end the new start.
+        """
         limit, asked = time.monotonic() + DEADLINE_SECONDS, 0.0
         while not condition():
             assert time.monotonic() < limit, (
                 f"not in time: {what}\n{slurm('squeue')}\n{self.log(name)[-6000:]}"
             )
-            if time.monotonic() > asked + 2:
+            if hasten and time.monotonic() > asked + 2:
                 asked = time.monotonic()
                 hasten_requeued_jobs()
             time.sleep(0.05)

@@ -222,15 +222,16 @@ def test_a_run_with_engine_nodes_goes_on_without_one_takes_another_and_comes_bac
         slurm("scancel", joining)
     cluster.lab("crash", "n1")
     try:
-        cluster.wait(lambda: cluster.job(number)["JobState"] == "PENDING", "the job's requeue", "engines")
+        cluster.wait(
+            lambda: cluster.job(number)["JobState"] == "PENDING", "its requeue", "engines", hasten=False
+        )
     finally:
         cluster.lab("start", "n1")
-    cluster.wait(lambda: len(cluster.begun("engines")) == 2, "the second start", "engines")
+    cluster.wait(lambda: len(cluster.begun("engines")) == 2, "the second start", "engines", hasten=False)
     saved = int(cluster.begun("engines")[1]["checkpoint"].removeprefix("iteration-"))
     # more than the first start can have begun behind its newest checkpoint
     cluster.wait(lambda: trained(saved + 2), "iterations of the second start", "engines")
     assert [event["nodes"] for event in cluster.begun("engines")] == ["n[1-3]", "n[1-3]"]
-    # not to its end: Slurm sends a lost node's kill once more, a minute after the requeue
     slurm("scancel", number)
     assert cluster.wait_for_end(number, "engines") == "CANCELLED"
 
