@@ -133,7 +133,7 @@ def _of_run(request: EvaluationRequest) -> Task:
         iteration=iteration,
         sources=tuple(_as_asked(request, source) for source in sources),
         limit=request.limit or limit,
-        rollout=_engine(config.rollout, longest_prompt + response),
+        rollout=config.rollout,
         samples_per_prompt=request.samples_per_prompt,
         temperature=config.evaluation.temperature if request.temperature is None else request.temperature,
         top_p=config.evaluation.top_p,
@@ -160,8 +160,9 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
     name = f"{request.target.resolve().name}-{request.data.stem}-k{request.samples_per_prompt}"
     data = data_of_file(str(request.data), list(request.settings))
     reward = Reward(name=request.reward)
+    limit = "max_position_embeddings less --max-response-tokens"
     sources = [
-        ProblemSource.of(key, given, data, reward, context - response)
+        replace(ProblemSource.of(key, given, data, reward, context - response), limited_by=limit)
         for key, given in data.sources_of("train").items()
     ]
     return Task(
@@ -169,7 +170,7 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
         iteration=0,
         sources=tuple(_as_asked(request, source) for source in sources),
         limit=request.limit,
-        rollout=_engine(Rollout(), response + 1),
+        rollout=Rollout(),
         samples_per_prompt=request.samples_per_prompt,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0,
@@ -209,8 +210,14 @@ def _precision(folder: Path, description: dict[str, Any]) -> Precision:
     return names[dtype]
 
 
-def _engine(rollout: Rollout, longest: int) -> Rollout:
+def _engine(task: Task, problems: list[Problem]) -> Rollout:
     """The one engine has this machine's cores to itself, and room for the longest sample."""
+    rollout = task.rollout
+    if rollout.agent:  # its program writes prompts of its own
+        longest_prompt = max(source.max_prompt_tokens for source in task.sources)
+    else:
+        longest_prompt = max(len(problem.tokens) for problem in problems)
+    longest = longest_prompt + task.max_response_tokens
     cache = max(rollout.max_total_tokens or CPU_CACHE_TOKENS, longest) if _cpu() else rollout.max_total_tokens
     cores = len(os.sched_getaffinity(0))
     return rollout.model_copy(update={"threads_per_engine": cores, "max_total_tokens": cache})
@@ -246,6 +253,7 @@ def run(task: Task, console: Console) -> Evaluation:
         if too_long:
             console.say(f"{too_long} of {len(problems)} prompts are over {limit} tokens: dropped")
         kept, dropped = kept + fitting, dropped + too_long
+    task = replace(task, rollout=_engine(task, kept))
     settings = DrawSettings(
         samples_per_prompt=task.samples_per_prompt,
         iteration=task.iteration,

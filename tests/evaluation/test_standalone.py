@@ -27,9 +27,11 @@ from typer.testing import CliRunner
 from megatron_pmd.cli.main import app
 from megatron_pmd.config import Model, RunConfig
 from megatron_pmd.data.problems import Problem
-from megatron_pmd.errors import ConfigError, ModelError, StaleWeights
+from megatron_pmd.errors import ConfigError, DataError, ModelError, StaleWeights
+from megatron_pmd.evaluation import standalone
 from megatron_pmd.evaluation.estimates import Evaluation, Score
 from megatron_pmd.evaluation.standalone import EvaluationRequest, Task, table, task
+from megatron_pmd.observe.console import Console
 from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.generate_client import Endpoint
 from megatron_pmd.rollout.groups import DrawSettings, RolloutGroups
@@ -154,6 +156,27 @@ def test_a_model_needs_problems_and_a_reward(tmp_path):
         task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact", max_response_tokens=512))
     with pytest.raises(ConfigError, match=r"the default of --max-response-tokens, 1024, leaves no room"):
         task(EvaluationRequest(model, data=Path("p.jsonl"), reward="exact"))
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_refused_by_the_limit_s_name(tmp_path, model):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1" * 600, "answer": 1}) + "\n")
+    request = EvaluationRequest(
+        model, data=tmp_path / "long.jsonl", reward="exact", max_response_tokens=100
+    )  # fmt: skip
+    limit = (
+        r"longer than max_position_embeddings less --max-response-tokens=412; the shortest has 60\d tokens"
+    )
+    with pytest.raises(DataError, match=limit):
+        standalone.run(task(request), Console(io.StringIO()))
+
+
+@needs_cpu
+def test_the_cache_holds_the_longest_prompt_and_its_response(tmp_path):
+    model = write_model(tmp_path / "model", max_position_embeddings=100_000)
+    work = task(EvaluationRequest(model, Path("p.jsonl"), reward="exact", max_response_tokens=8_000))
+    long = [Problem(0, (), "", tokens=(1,) * length) for length in (5, 9_000)]
+    assert standalone._engine(work, long).max_total_tokens == 17_000
+    assert standalone._engine(work, long[:1]).max_total_tokens == standalone.CPU_CACHE_TOKENS
 
 
 @pytest.mark.parametrize(
