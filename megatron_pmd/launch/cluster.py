@@ -84,6 +84,8 @@ class Cluster(Frozen):
     signal_seconds: PositiveInt = 600
     """So long before the end the run is told to save; Slurm may be a minute late."""
     exclusive: bool = True
+    """False: other jobs share the nodes. The run still asks for all of their memory (--mem=0) unless
+    extra_sbatch says `--mem=…`."""
     python: str = "python3"
     """On the nodes, inside the container where there is one; a relative path starts at the repository."""
     host_python: str = "python3"
@@ -100,8 +102,9 @@ class Cluster(Frozen):
     """Starts of one job, by Slurm and by the batch script; then it stops."""
     max_crashes: PositiveInt = 3
     """In a row without a new checkpoint; then the run stops with the reason."""
-    extra_sbatch: list[str] = []
-    """Further options of sbatch, e.g. `--reservation=pmd`."""
+    extra_sbatch: list[Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=.*)?$")]] = []
+    """Further options of sbatch by their long names, e.g. `--reservation=pmd`; they win over what a profile
+    and a run ask for otherwise."""
     container: Container = Container()
     network: Network = Network()
     environment: dict[VariableName, str] = {}
@@ -124,6 +127,12 @@ class Cluster(Frozen):
         days, _, clock = self.time.rpartition("-")
         hours, minutes, seconds = (int(part) for part in clock.split(":"))
         return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @property
+    def extra_options(self) -> dict[str, str | None]:
+        """extra_sbatch by long name; None for one without a value."""
+        parted = (option.removeprefix("--").partition("=") for option in self.extra_sbatch)
+        return {name: value or None for name, _, value in parted}
 
     @property
     def has_gpus(self) -> bool:

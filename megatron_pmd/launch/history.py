@@ -7,6 +7,7 @@ script runs with the host's own Python. Lines, each with the time at which it wa
     {"event": "begun", "attempt": 1, "job": "5", "nodes": "n[1-2]", "checkpoint": "iteration-4"}
     {"event": "ended", "attempt": 1, "status": "failed", "reason": "n2: …", "error": "EngineError"}
     {"event": "stopped", "reason": "crashed 3 times without a new checkpoint; …"}
+    {"event": "not_requeued", "reason": "could not be requeued; …"}
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class History:
     """So many of the attempts belong to jobs before the last one."""
     stopped: str | None = None
     """Why no job starts the run again before a person submits it; None: it was not stopped."""
+    not_requeued: str | None = None
+    """Why the last job was not started again, though it had to be; None: it was, or did not have to be."""
     unreadable: int = 0
     """Lines without meaning: cut off by a kill while they were written, or edited."""
 
@@ -80,7 +83,7 @@ class History:
             attempt = Attempt(
                 int(record["attempt"]), str(record["job"]), str(record["nodes"]), record["checkpoint"]
             )
-            return replace(self, attempts=(*self.attempts, attempt), stopped=None)
+            return replace(self, attempts=(*self.attempts, attempt), stopped=None, not_requeued=None)
         if event == "ended":
             outcome = RunOutcome(Status(record["status"]), record["reason"], record["error"])
             attempts = tuple(
@@ -90,6 +93,8 @@ class History:
             return replace(self, attempts=attempts)
         if event == "stopped":
             return replace(self, stopped=str(record["reason"]))
+        if event == "not_requeued":
+            return replace(self, not_requeued=str(record["reason"]))
         raise ValueError(event)
 
     @property

@@ -57,6 +57,8 @@ def _attempts(run: Path) -> list[str]:
             break
     if history.stopped:
         lines.append(f"stopped: {history.stopped}")
+    if history.not_requeued:
+        lines.append(history.not_requeued)
     return lines
 
 
@@ -74,23 +76,32 @@ def _text(path: Path) -> str:
 
 
 def follow_log(run: Path, lines: int, *, follow: bool) -> Iterator[str]:
-    """The last lines of the job's output; with follow, all that is added until the job has ended."""
-    pointer = _text(run / "launch" / "log")
-    if not pointer:
+    """The last lines of the job's output; with follow, all that it and later jobs of its chain add."""
+
+    def newest() -> Path:
+        """Every job of a chain writes into a file of its own."""
+        if pointer := _text(run / "launch" / "log"):
+            return Path(pointer)
         raise LaunchError(f"{run}: nothing was launched here; give the folder of one run, e.g. runs/NAME")
-    path = Path(pointer)
+
+    path, wanted = newest(), lines
     while follow and not path.exists() and _any_queued(run):
         time.sleep(POLL_SECONDS)
     if not path.exists():
         raise LaunchError(f"{path}: no output yet; `megatron-pmd status {run}` says what the job waits for")
-    with path.open(errors="replace") as file:
-        yield from deque(file, maxlen=lines)
-        while follow:
-            queued = _any_queued(run)  # asked first: what is written until then is still read
-            yield from file
-            if not queued:
-                return
-            time.sleep(POLL_SECONDS)
+    while path.exists():
+        with path.open(errors="replace") as file:
+            yield from deque(file, maxlen=wanted)
+            while follow:
+                # asked first: what is written until then is still read
+                queued, current = _any_queued(run), newest()
+                yield from file
+                if not queued or (current != path and current.exists()):
+                    break
+                time.sleep(POLL_SECONDS)
+        if not follow or current == path:
+            return
+        path, wanted = current, None  # from the first line
 
 
 def _any_queued(run: Path) -> bool:

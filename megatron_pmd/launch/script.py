@@ -107,11 +107,9 @@ def options(job: Job) -> dict[str, str | None]:
         "signal": f"USR1@{cluster.signal_seconds}",
         "output": f"{str(job.run).replace('%', '%%')}/logs/log-slurm-%j.out",
     }
+    found |= cluster.extra_options
     if job.excluded_nodes:
-        found["exclude"] = ",".join(job.excluded_nodes)
-    for option in cluster.extra_sbatch:
-        name, _, value = option.removeprefix("--").partition("=")
-        found[name] = value or None
+        found["exclude"] = ",".join([*filter(None, [found.get("exclude")]), *job.excluded_nodes])
     return found
 
 
@@ -137,6 +135,8 @@ def variables(job: Job) -> dict[str, str]:
         "PMD_CONTAINER_MOUNTS": ",".join(container.mounts),
         "PMD_SCRATCH": cluster.scratch or "",
         "PMD_REPLAY": job.replay or "",
+        # a requeue says anew which nodes it is to leave out
+        "PMD_EXCLUDED_NODES": cluster.extra_options.get("exclude") or "",
     }
     if job.engine_nodes:
         own |= {

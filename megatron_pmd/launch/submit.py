@@ -26,8 +26,8 @@ INHERITED = re.compile(
     r"HOME|USER|LOGNAME|SHELL|PATH|LD_LIBRARY_PATH|LANG|LC_\w+|TZ|KRB5CCNAME"
     # so that `module load` in a profile's setup works; not the list of what is loaded here
     r"|BASH_ENV|BASH_FUNC_\w+%%|MODULEPATH|MODULESHOME|MODULES_CMD|LMOD_(CMD|DIR|PKG|ROOT)"
-    # what Slurm's commands themselves go by
-    r"|SLURM_CONF|SLURM_CLUSTERS|SLURM_JWT|SBATCH_\w+"
+    # what Slurm's commands themselves go by; not SBATCH_*, which sbatch lets win over the profile
+    r"|SLURM_CONF|SLURM_CLUSTERS|SLURM_JWT"
 )
 """Names of variables that a job gets from whoever submits it."""
 
@@ -100,8 +100,13 @@ def _try(script: Path, job: Job) -> None:
     try:
         slurm("sbatch", "--test-only", str(script))
     except LaunchError as error:
+        left_out = ""
+        if job.excluded_nodes:
+            file, names = f"{job.run}/launch/excluded_nodes", " ".join(job.excluded_nodes)
+            left_out = f"; {file} leaves out {names}: delete the lines of those that are well"
         raise LaunchError(
-            f"cluster {job.cluster.name} cannot give {job.nodes} nodes of {job.ranks_per_node} ranks: {error}"
+            f"cluster {job.cluster.name} cannot give {job.nodes} nodes of {job.ranks_per_node} ranks: "
+            f"{error}{left_out}"
         ) from None
 
 

@@ -53,10 +53,13 @@ class Job:
     nodes: int
     """That it was submitted for, where it may lose some and go on; else 0."""
     limits: Limits
+    excluded_by_profile: str = ""
+    """Nodes that no job of this cluster is to use, as Slurm writes them."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Job:
         """Raises ConfigError when a variable is missing, or not the number that it has to be."""
+        _number(environment, "PMD_RANKS_PER_NODE", 1)  # the nodes' own, who would each fail of it
         try:
             return cls(
                 number=environment["SLURM_JOB_ID"],
@@ -69,6 +72,7 @@ class Job:
                     _number(environment, "PMD_MAX_ATTEMPTS", Limits.attempts),
                     _number(environment, "PMD_MAX_CRASHES", Limits.crashes),
                 ),
+                excluded_by_profile=environment.get("PMD_EXCLUDED_NODES", ""),
             )
         except KeyError as missing:
             raise ConfigError(
@@ -201,9 +205,11 @@ def end(job: Job, attempt: int, exit_code: int) -> int:
     """
     details = job.details()
     slurm_ended_it = _field(details, "JobState") in ENDED
+    # within PreemptGraceTime the job goes on running after the SIGTERM
+    preempted = not slurm_ended_it and _field(details, "PreemptTime") not in ("", "None", "N/A")
     written = job.outcome()
     # without an answer nobody knows whether the job was cancelled: one that was must not come back
-    outcome = judge(written, exit_code=exit_code, slurm_ended_it=slurm_ended_it or not details)
+    outcome = judge(written, exit_code=exit_code, slurm_ended_it=slurm_ended_it or preempted or not details)
     append(job.history, "ended", attempt=attempt, **outcome.as_json())
     if outcome != written:
         outcome.write(job.state / "outcome.json")
@@ -216,6 +222,7 @@ def end(job: Job, attempt: int, exit_code: int) -> int:
         checkpoint=job.newest_checkpoint(),
         limits=job.limits,
         slurm_ended_it=slurm_ended_it,
+        preempted=preempted,
     )
     if decision.action is Action.STOP:
         job.stop(decision.reason)
@@ -231,7 +238,10 @@ def requeue(job: Job) -> bool:
     try:
         slurm("scontrol", "requeue", job.number, deadline_seconds=REQUEUE_SECONDS)
     except LaunchError as error:
-        job.stop(f"could not be requeued, submit it again to go on: {error}")
+        # no stop: the next job of a chain goes on
+        reason = f"could not be requeued; the next job of its chain goes on, or submit it again: {error}"
+        append(job.history, "not_requeued", reason=reason)
+        say(reason)
         return False
     excluded = _lines(job.state / "excluded_nodes")
     try:
@@ -241,7 +251,8 @@ def requeue(job: Job) -> bool:
         say(f"the job has fewer nodes from now on: {error}")
     try:
         if excluded:
-            slurm("scontrol", "update", f"JobId={job.number}", f"ExcNodeList={','.join(excluded)}")
+            whole = ",".join([*filter(None, [job.excluded_by_profile]), *excluded])
+            slurm("scontrol", "update", f"JobId={job.number}", f"ExcNodeList={whole}")
     except LaunchError as error:
         say(f"the excluded nodes may be used again: {error}")
     return True

@@ -73,7 +73,11 @@ def _configuration() -> RunConfig:
     """Of the recipe and the settings; the run is called PMD_NAME, also where the recipe has another name."""
     from recipes import configuration
 
-    settings = shlex.split(os.environ.get("PMD_SETTINGS", ""))
+    text = os.environ.get("PMD_SETTINGS", "")
+    try:
+        settings = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"PMD_SETTINGS={text}: {error}; quote it as for a shell") from None
     return configuration(os.environ["PMD_RECIPE"], [f"name={json.dumps(os.environ['PMD_NAME'])}", *settings])
 
 

@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import ValidationError
 
 from megatron_pmd import network
-from megatron_pmd.config import RunConfig
+from megatron_pmd.config import RunConfig, explain
 from megatron_pmd.engine.placement import devices_of_node
-from megatron_pmd.errors import LaunchError, ModelError
+from megatron_pmd.errors import ConfigError, LaunchError, ModelError
 from megatron_pmd.files import iterations_in
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.network import Interface
 from megatron_pmd.node.allocation import Allocation, host_name
 from megatron_pmd.node.caches import keep_compiled_kernels
 from megatron_pmd.observe.versions import software
+from megatron_pmd.plugins import did_you_mean
 from megatron_pmd.waiting import waiting_for
 
 POLL_SECONDS = 0.2
@@ -50,15 +52,17 @@ class Report:
     software: dict[str, Any] = field(default_factory=dict)
     """Versions and commit; the same on all nodes."""
     problems: list[str] = field(default_factory=list)
+    shared_problems: list[str] = field(default_factory=list)
+    """Of the run's folder: every node has them, and none is to blame."""
 
 
 def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list[Report]:
     """Examine this node, wait for the reports of all, and return them in the nodes' order.
 
     Sets GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and where compiled kernels are kept. Raises LaunchError naming
-    each node with a problem; they are listed in the file bad_nodes for the batch script to leave out.
+    each node with a problem; see refuse.
     """
-    limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+    limits = _limits()
     report = Report(allocation.host)
     try:
         interface = _interface(config, allocation)
@@ -69,15 +73,27 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
     except LaunchError as error:
         report.problems.append(str(error))
     report.software = software()
-    report.problems += disk_problems(limits, [folder, *filter(None, [os.environ.get("PMD_SCRATCH")])])
-    report.problems += plan_problems(config, allocation, folder)
+    report.problems += disk_problems(limits, list(filter(None, [os.environ.get("PMD_SCRATCH")])))
+    of_memory, of_room = plan_problems(config, allocation, folder)
+    report.problems += of_memory
+    report.shared_problems = disk_problems(limits, [folder]) + of_room
     report.problems += core_problems()
     devices = devices_of_node(config, allocation.ranks_per_node)
     report.problems += device_problems(devices, limits, allocation.host, report.software["packages"])
     meeting = allocation.state / "preflight" / str(allocation.attempt)
     reports = exchange(report, meeting, allocation, limits.deadline_seconds)
+    if shared := next((each.shared_problems for each in reports if each.shared_problems), []):
+        raise LaunchError(f"pre-flight: {'; '.join(shared)}")
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
     return reports
+
+
+def _limits() -> Preflight:
+    """The profile's. Raises ConfigError for a PMD_PREFLIGHT that is not its settings."""
+    try:
+        return Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+    except ValidationError as error:
+        raise ConfigError(f"PMD_PREFLIGHT: {'; '.join(explain(error, Preflight))}") from None
 
 
 def check_engine_node(config: RunConfig, run: Path, driver: dict[str, Any]) -> None:
@@ -92,7 +108,7 @@ def check_engine_node(config: RunConfig, run: Path, driver: dict[str, Any]) -> N
         if value != _flat(driver).get(key)
     ]
     if "PMD_GPU" in os.environ:  # a job of Slurm's, with the limits of its profile
-        limits = Preflight.model_validate_json(os.environ.get("PMD_PREFLIGHT") or "{}")
+        limits = _limits()
         problems += disk_problems(limits, [run]) + core_problems()
         problems += device_problems(config.devices_per_engine_node, limits, host, own["packages"])
     if problems:
@@ -174,10 +190,15 @@ def judge(reports: Sequence[Report], clock_skew_seconds: float) -> dict[str, lis
 
 
 def refuse(problems: dict[str, list[str]], allocation: Allocation) -> None:
-    """Raise LaunchError when there are problems, after listing their nodes for the batch script."""
+    """Raise LaunchError when there are problems, after listing their nodes for the batch script to leave out.
+
+    Where all of several nodes have one, none is listed: the profile or the cluster is to blame, and each
+    attempt would use up as many good nodes.
+    """
     if not problems:
         return
-    (allocation.state / "bad_nodes").write_text("".join(f"{host}\n" for host in problems))
+    if allocation.nodes == 1 or len(problems) < allocation.nodes:
+        (allocation.state / "bad_nodes").write_text("".join(f"{host}\n" for host in problems))
     listed = "\n".join(f"  node {host}: {problem}" for host, found in problems.items() for problem in found)
     raise LaunchError(f"pre-flight: {len(problems)} node(s) cannot take part:\n{listed}")
 
@@ -195,33 +216,39 @@ def disk_problems(limits: Preflight, folders: Sequence[str | Path]) -> list[str]
     return found
 
 
-def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> list[str]:
-    """Free host memory, and room for the run's checkpoints in its folder, against the plan's."""
+def plan_problems(config: RunConfig, allocation: Allocation, folder: Path) -> tuple[list[str], list[str]]:
+    """Against the plan: of this node's free host memory, and of the room for checkpoints in the run's folder.
+
+    Raises ConfigError for a PMD_GPU that is no device.
+    """
     from megatron_pmd.planner.hardware import DEVICES, Machines
     from megatron_pmd.planner.planning import make_plan
 
     free = psutil.virtual_memory().available
-    device = DEVICES[os.environ.get("PMD_GPU", "cpu")]
+    gpu = os.environ.get("PMD_GPU", "cpu")
+    if gpu not in DEVICES:
+        raise ConfigError(f"PMD_GPU={gpu} is none of {', '.join(DEVICES)}{did_you_mean(gpu, DEVICES)}")
+    device = DEVICES[gpu]
     try:
         devices = devices_of_node(config, allocation.ranks_per_node)
         plan = make_plan(config, Machines(device, devices, free, 1e9))
     except ModelError as error:
         print(f"{allocation.host}: memory and disk not compared with a plan: {error}", flush=True)
-        return []
-    found = []
+        return [], []
+    of_memory, of_room = list[str](), list[str]()
     need = plan.host_bytes
     if need > free:
-        found.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
+        of_memory.append(f"{free / 1e9:.1f} GB of host memory free, the plan needs {need / 1e9:.1f} GB")
     # one is written before the oldest goes
     there = len(iterations_in(folder / "checkpoints"))
     missing = max(1, config.checkpoint.keep + 1 - there) * plan.checkpoint_bytes
     room = shutil.disk_usage(folder).free
     if missing > room:
-        found.append(
+        of_room.append(
             f"{folder}: {room / 1e9:.1f} GB free, checkpoints of {plan.checkpoint_bytes / 1e9:.1f} GB, "
             f"of which {config.checkpoint.keep} are kept and {there} there, need {missing / 1e9:.1f} GB"
         )
-    return found
+    return of_memory, of_room
 
 
 def gpu_problems(answer: str, wanted: int, driver: str | None) -> list[str]:

@@ -75,15 +75,18 @@ def after_end(
     checkpoint: str | None,
     limits: Limits,
     slurm_ended_it: bool = False,
+    preempted: bool = False,
 ) -> Decision:
     """What becomes of the job after an attempt, the last of `history`.
 
     slurm_ended_it: the job was cancelled, or is past its time, or a node of it is lost; where it is to be
-    started again Slurm does so.
+    started again Slurm does so. preempted: the job ends within the time that a preemption leaves it; Slurm
+    requeues only one that it ends itself after that.
     """
-    if outcome.status in (Status.COMPLETE, Status.INTERRUPTED):
+    goes_on = preempted and outcome.status is Status.INTERRUPTED
+    if outcome.status in (Status.COMPLETE, Status.INTERRUPTED) and not goes_on:
         return Decision(Action.END, exit_code=outcome.exit_code)
-    if not outcome.may_start_again:
+    if not (outcome.may_start_again or goes_on):
         return Decision(Action.STOP, str(outcome), outcome.exit_code)
     if slurm_ended_it:
         return Decision(Action.END, "not requeued: Slurm has ended the job itself", outcome.exit_code)

@@ -225,6 +225,13 @@ def test_nodes_that_failed_before_are_left_out() -> None:
     assert "#SBATCH --exclude=n1,n7\n" in render(excluding)
 
 
+def test_nodes_that_the_profile_excludes_are_left_out_beside_them_and_at_every_requeue() -> None:
+    cluster = load_cluster("lab").model_copy(update={"extra_sbatch": ["--exclude=n[8-9]", "--mem=200G"]})
+    text = render(Job(recipe("tiny_moe_cpu"), cluster, PurePosixPath("/s"), excluded_nodes=("n1",)))
+    assert "#SBATCH --exclude='n[8-9],n1'\n" in text and "#SBATCH --mem=200G\n" in text
+    assert "export PMD_EXCLUDED_NODES='n[8-9]'\n" in text
+
+
 def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[object, ...]] = []
     monkeypatch.setattr(cli, "train", lambda *words, replay: trained.append((*words, replay)))

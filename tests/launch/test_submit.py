@@ -90,13 +90,33 @@ def test_a_log_is_followed_while_the_controller_is_started_again(play: Play, run
     assert (run / "asked").exists(), "the silence was no end"
 
 
+def test_the_log_of_a_chain_is_followed_from_job_to_job(play: Play, run: Path) -> None:
+    """The second job begins after the first has been asked about, and both end before it is asked again."""
+    first, second = (run / "logs" / f"log-slurm-{number}.out" for number in (5, 6))
+    first.write_text("first\n")
+    (run / "launch" / "jobs").write_text("5\n6\n")
+    begins = f"echo second >{second}; echo {second} >{run}/launch/log"
+    play("squeue", f"[ -e {run}/asked ] && {{ {UNKNOWN}; }}; touch {run}/asked; {begins}; echo RUNNING")
+    assert list(follow_log(run, 10, follow=True)) == ["first\n", "second\n"]
+
+
+def test_a_cluster_that_has_not_enough_nodes_left_is_told_which_are_left_out(play: Play, run: Path) -> None:
+    play("squeue", UNKNOWN)
+    play("sbatch", "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1")
+    (run / "launch" / "excluded_nodes").write_text("n1\nn2\n")
+    job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
+    told = pytest.raises(LaunchError, match=r"cannot give .*not available.*excluded_nodes leaves out n1 n2: ")
+    with mock.patch.dict(os.environ), told:
+        submit(job, through="sbatch")
+
+
 def test_a_job_inherits_no_credentials_and_nothing_of_an_outer_allocation(play: Play, run: Path) -> None:
     play("squeue", UNKNOWN)
     play("sbatch", f"env --null >{run}/environment; echo 6")
     job = job_for(recipe("tiny_moe_cpu"), load_cluster("lab"), PurePosixPath(run.parents[1]))
     shell = {
         "BASH_FUNC_module%%": "() {  eval\n}", "AWS_SECRET_ACCESS_KEY": "x", "HF_TOKEN": "x",
-        "SLURM_JOB_ID": "3", "SLURM_NNODES": "9",
+        "SLURM_JOB_ID": "3", "SLURM_NNODES": "9", "SBATCH_TIMELIMIT": "5", "SBATCH_WAIT": "1",
         "SSH_AUTH_SOCK": "x", "RANK": "1", "GLOO_SOCKET_IFNAME": "lo", "LOADEDMODULES": "cuda/12",
         "SLURM_CONF": "/etc/slurm/slurm.conf", "LC_ALL": "C", "MODULEPATH": "/modules",
     }  # fmt: skip

@@ -49,10 +49,11 @@ class Played:
     def node_states(self, **states: str) -> None:
         (self.folder / "nodes").write_text("".join(f"{node} {word}\n" for node, word in states.items()))
 
-    def job_state(self, word: str, end: str = "2026-05-01T12:00:00") -> None:
+    def job_state(self, word: str, end: str = "2026-05-01T12:00:00", preempted: str = "None") -> None:
         (self.folder / "job").write_text(
             f"JobId=5 JobName=tau005\n   JobState={word} Reason=None\n"
             f"   StartTime=2026-05-01T08:00:00 EndTime={end} Deadline=N/A\n"
+            f"   PreemptEligibleTime=2026-05-01T08:00:00 PreemptTime={preempted}\n"
             "   StdOut=/shared/my runs/log.out\n"
         )
 

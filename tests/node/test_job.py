@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_pmd.launch.history import History
+from megatron_pmd.node.job import main
 from megatron_pmd.node.restarts import Action, Limits, after_end, before_start, judge
 from megatron_pmd.outcome import EXIT_CODES, RunOutcome, Status
 from tests.node.played_slurm import Played, Start
@@ -253,6 +254,20 @@ def test_preemptions_are_not_counted_as_crashes(played: Played, start: Start) ->
     assert played.outcomes() == ["interrupted"] * 3 + [None]
 
 
+def test_a_job_that_ends_in_the_grace_of_a_preemption_is_requeued_and_has_not_crashed(
+    played: Played, start: Start
+) -> None:
+    """Slurm sends SIGTERM, and calls the job RUNNING until its time of grace is over."""
+    start.monkeypatch.setenv("PMD_MAX_CRASHES", "1")
+    start.begin()
+    played.written(RunOutcome(Status.INTERRUPTED, "n1: received SIGTERM", "Interrupted"))
+    played.job_state("RUNNING", preempted="2026-05-01T09:00:00")
+    assert start.end(130) == 130
+    assert played.calls("requeue") == ["requeue 5"]
+    assert start.begin(restarts=1)["PMD_ATTEMPT"] == "2"
+    assert played.outcomes() == ["interrupted", None]
+
+
 def test_a_chain_ends_with_0_where_an_earlier_job_completed_the_run(played: Played, start: Start) -> None:
     start.begin()
     played.written(RunOutcome(Status.COMPLETE))
@@ -289,7 +304,7 @@ def test_a_run_that_was_stopped_starts_again_when_a_person_submits_it(played: Pl
     assert played.history().stopped is None and "stopped:" not in played.described()
 
 
-def test_a_cluster_that_forbids_requeuing_stops_the_run_in_slurms_own_words(
+def test_on_a_cluster_that_forbids_requeuing_the_next_job_of_a_chain_goes_on(
     played: Played, start: Start
 ) -> None:
     start.begin()
@@ -298,8 +313,29 @@ def test_a_cluster_that_forbids_requeuing_stops_the_run_in_slurms_own_words(
         "slurm_requeue error: Requested operation is presently disabled"
     )
     assert start.end(0) == 1
-    stopped = str(played.history().stopped)
-    assert "could not be requeued, submit it again to go on" in stopped and "presently disabled" in stopped
+    said = "could not be requeued; the next job of its chain goes on, or submit it again: "
+    assert said in start.log and "presently disabled" in start.log
+    assert said in played.described()
+    assert start.begin(job=6, link=1)["PMD_ATTEMPT"] == "2"
+    assert said not in played.described()
+
+
+@pytest.mark.parametrize("name", ["PMD_RANKS_PER_NODE", "PMD_MAX_CRASHES"])
+def test_a_number_that_is_none_ends_the_job_before_its_nodes_start(
+    start: Start, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    start.monkeypatch.setenv(name, "8x")
+    assert main(["begin"]) == 2
+    assert f"{name}=8x is not a whole number" in capsys.readouterr().err
+
+
+def test_nodes_that_the_profile_excludes_stay_out_at_a_requeue(played: Played, start: Start) -> None:
+    start.monkeypatch.setenv("PMD_EXCLUDED_NODES", "n[7-9]")
+    start.begin()
+    (played.state / "bad_nodes").write_text("n2\n")
+    played.written(FAILED)
+    start.end(1)
+    assert played.calls("update") == ["update JobId=5 ExcNodeList=n[7-9],n2"]
 
 
 def test_only_a_complete_run_and_one_that_was_asked_for_no_more_exit_with_0() -> None:

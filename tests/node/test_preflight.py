@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from unittest import mock
 import pytest
 
 from megatron_pmd.config import override
-from megatron_pmd.errors import LaunchError
+from megatron_pmd.errors import ConfigError, LaunchError
 from megatron_pmd.launch.cluster import Preflight
 from megatron_pmd.node import preflight
 from megatron_pmd.node.allocation import Allocation
@@ -70,6 +71,18 @@ def test_the_failing_nodes_are_listed_for_the_batch_script(tmp_path: Path) -> No
     with pytest.raises(LaunchError, match=r"(?s)1 node\(s\) cannot take part.*node n2: 7 GPUs answer"):
         refuse({"n2": ["7 GPUs answer, 8 wanted"]}, allocation(tmp_path))
     assert (tmp_path / "bad_nodes").read_text() == "n2\n"
+
+
+def test_no_node_is_left_out_for_what_all_of_them_have(tmp_path: Path) -> None:
+    too_old = ["GPU 0: driver 570.1, 580 or newer wanted"]
+    with pytest.raises(
+        LaunchError, match=r"(?s)2 node\(s\) cannot take part.*node n1: GPU 0.*node n2: GPU 0"
+    ):
+        refuse({"n1": too_old, "n2": too_old}, allocation(tmp_path))
+    assert not (tmp_path / "bad_nodes").exists()
+    with pytest.raises(LaunchError):
+        refuse({"n1": too_old}, allocation(tmp_path, nodes=1))
+    assert (tmp_path / "bad_nodes").read_text() == "n1\n", "the only node may be the one that is not well"
 
 
 def test_reports_pass_through_the_shared_folder(tmp_path: Path) -> None:
@@ -134,14 +147,14 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: healthy[0])
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: healthy[1])
     of_eight = Allocation("n1", 0, 1, 8, 1, tmp_path, "n1", 20000)
-    assert plan_problems(config, of_eight, tmp_path) == []
+    assert plan_problems(config, of_eight, tmp_path) == ([], [])
     healthy[0].available, healthy[1].free = 1e9, 250e9
-    memory, room = plan_problems(config, of_eight, tmp_path)
+    [memory], [room] = plan_problems(config, of_eight, tmp_path)
     assert "1.0 GB of host memory free, the plan needs" in memory
     assert "250.0 GB free, checkpoints of 106.6 GB, of which 2 are kept and 0 there, need 319.9 GB" in room
     for number in (10, 20):
         (tmp_path / "checkpoints" / f"iteration-{number}").mkdir(parents=True)
-    assert len(plan_problems(config, of_eight, tmp_path)) == 1, "one more has room"
+    assert plan_problems(config, of_eight, tmp_path) == ([memory], []), "one more has room"
     beside_engines = dataclasses.replace(of_eight, ranks_per_node=4)
     shared = [
         "layout.engine_nodes=0",
@@ -150,7 +163,7 @@ def test_a_node_without_the_memory_or_the_room_that_the_plan_needs_is_told_both(
         "rollout.ranks_per_engine=4",
     ]
     overlapped = override(recipe("qwen3_30b_a3b_overlap_48xh100"), shared)
-    memory, *_ = plan_problems(overlapped, beside_engines, tmp_path)
+    [memory], _ = plan_problems(overlapped, beside_engines, tmp_path)
     assert "the plan needs 301.1 GB" in memory, "of 4 ranks; the node's other GPUs are the engines'"
 
 
@@ -182,6 +195,39 @@ def test_a_node_whose_gpus_answer_but_whose_cuda_does_not_start_is_named_and_lef
     with pytest.raises(LaunchError, match=r"node n7: CUDA does not start: \w*Error: .*(CUDA|NVIDIA)"):
         check_nodes(recipe("tiny_moe_cpu"), gpu_node, node)
     assert (gpu_node / "bad_nodes").read_text() == "n7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        (
+            "PMD_PREFLIGHT",
+            '{"free_disk": 0}',
+            r"PMD_PREFLIGHT: free_disk is not a setting \(did you mean free_d",
+        ),
+        ("PMD_GPU", "H100", r"PMD_GPU=H100 is none of h100, "),
+    ],
+)
+def test_a_wrong_word_in_the_script_s_variables_is_named(
+    gpu_node: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=problem):
+        check_nodes(
+            recipe("tiny_moe_cpu"), gpu_node, Allocation("n7", 0, 1, 2, 1, gpu_node, "127.0.0.1", 20000)
+        )
+    assert not (gpu_node / "bad_nodes").exists()
+
+
+def test_a_shared_folder_that_is_full_is_no_node_s_fault(
+    gpu_node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMD_PREFLIGHT", json.dumps({"free_disk_gigabytes": 10**6}))
+    monkeypatch.setenv("PMD_GPU", "cpu")
+    node = Allocation("n7", 0, 1, 2, 1, gpu_node, "127.0.0.1", 20000)
+    with pytest.raises(LaunchError, match=r"pre-flight: .* GB free, 1000000 wanted"):
+        check_nodes(recipe("tiny_moe_cpu"), gpu_node, node)
+    assert not (gpu_node / "bad_nodes").exists()
 
 
 def test_a_rank_without_cuda_on_a_gpu_node_is_not_taken_for_one_on_a_cpu(gpu_node: Path) -> None:
