@@ -93,6 +93,7 @@ def build(settings: OptimizerConfig, chunks: list[Any]) -> MegatronOptimizer:
     """The two optimizers, chained: Muon's, then Adam's."""
     for chunk in chunks:
         _tell_matrices_apart(chunk)
+        _tell_whole_matrices(chunk)
     if settings.bf16:
         return get_megatron_optimizer(settings, chunks)
     with mock.patch.object(megatron.core.optimizer, "LayerWiseDistributedOptimizer", _LayerWiseInFp32):
@@ -112,6 +113,18 @@ def _tell_matrices_apart(chunk: Any) -> None:
     for module in chunk.modules():
         if isinstance(module, GatedDeltaNet):
             _mark(module.in_proj.weight, list(module.in_proj_split_sections))
+
+
+def _tell_whole_matrices(chunk: Any) -> None:
+    """Have Muon leave alone what every tensor-parallel rank holds whole: latent attention's projections down.
+
+    Transformer Engine marks each linear's weight as a part of dimension 0 (module/linear.py, reset_parameters).
+    megatron-core says of these that they are none (extensions/transformer_engine.py, TELinear), but leaves
+    the dimension, by which TensorParallelMuon would take the ranks' copies for one tall matrix.
+    """
+    for parameter in chunk.parameters():
+        if getattr(parameter, "tensor_model_parallel", None) is False:
+            parameter.partition_dim = -1
 
 
 def _mark(parameter: Any, rows: list[int]) -> None:

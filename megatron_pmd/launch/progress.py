@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -84,14 +85,14 @@ def follow_log(run: Path, lines: int, *, follow: bool) -> Iterator[str]:
             return Path(pointer)
         raise LaunchError(f"{run}: nothing was launched here; give the folder of one run, e.g. runs/NAME")
 
-    path, wanted = newest(), lines
+    path, last_lines = newest(), lines
     while follow and not path.exists() and _any_queued(run):
         time.sleep(POLL_SECONDS)
     if not path.exists():
         raise LaunchError(f"{path}: no output yet; `megatron-pmd status {run}` says what the job waits for")
     while path.exists():
         with path.open(errors="replace") as file:
-            yield from deque(file, maxlen=wanted)
+            yield from deque(file, maxlen=last_lines)
             while follow:
                 # asked first: what is written until then is still read
                 queued, current = _any_queued(run), newest()
@@ -101,7 +102,7 @@ def follow_log(run: Path, lines: int, *, follow: bool) -> Iterator[str]:
                 time.sleep(POLL_SECONDS)
         if not follow or current == path:
             return
-        path, wanted = current, None  # from the first line
+        path, last_lines = current, sys.maxsize  # all of them
 
 
 def _any_queued(run: Path) -> bool:

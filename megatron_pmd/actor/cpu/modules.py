@@ -121,6 +121,9 @@ class TELinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel
+        # as Transformer Engine's, which marks every linear's weight, and megatron-core, which takes back one
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+        self.weight.tensor_model_parallel = False
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.linear(x, self.weight), None
