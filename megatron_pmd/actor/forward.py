@@ -107,5 +107,6 @@ def run_schedule(
         collect_non_loss_data=forward_only,
     )
     if replay:
-        replay.clear()
+        for chunk in chunks:
+            replay.clear(chunk)
     return results

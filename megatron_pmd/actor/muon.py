@@ -116,11 +116,12 @@ def _tell_matrices_apart(chunk: Any) -> None:
 
 
 def _tell_whole_matrices(chunk: Any) -> None:
-    """Have Muon leave alone what every tensor-parallel rank holds whole: latent attention's projections down.
+    """Have Muon take as they are the matrices that every tensor-parallel rank holds whole: latent attention's
+    projections down.
 
-    Transformer Engine marks each linear's weight as a part of dimension 0 (module/linear.py, reset_parameters).
-    megatron-core says of these that they are none (extensions/transformer_engine.py, TELinear), but leaves
-    the dimension, by which TensorParallelMuon would take the ranks' copies for one tall matrix.
+    Transformer Engine marks the weight of each linear as a part along dimension 0 (module/linear.py,
+    reset_parameters). megatron-core says of these that they are no part (extensions/transformer_engine.py,
+    TELinear), but leaves the dimension, by which TensorParallelMuon would make one tall matrix of the copies.
     """
     for parameter in chunk.parameters():
         if getattr(parameter, "tensor_model_parallel", None) is False:

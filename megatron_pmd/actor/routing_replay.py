@@ -13,12 +13,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.utils import get_model_config
 
 
 class RoutingReplay:
     """The routers of this rank's chunks of the model, and what they are to choose."""
 
     def __init__(self, chunks: list[Any]) -> None:
+        self._recomputes = get_model_config(chunks[0]).recompute_granularity is not None
         # RouterReplay's own list of instances has those of every model that the process ever built
         self._routers: dict[int, list[tuple[int, RouterReplay]]] = {
             id(chunk): [
@@ -43,13 +45,19 @@ class RoutingReplay:
             router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def end(self, chunk: Any) -> None:
-        """After it: what runs a router from now on is a backward pass that recomputes activations."""
+        """After it: what runs a router from now on is a backward pass that recomputes activations.
+
+        Where there is none, nothing is kept for it: RouterReplay would hold the experts of all micro-batches
+        on the device, for each token of a rank's part of the rollout.
+        """
+        if not (self._recomputes and torch.is_grad_enabled()):
+            self.clear(chunk)
+            return
         for _, router in self._routers[id(chunk)]:
             router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
-    def clear(self) -> None:
-        """After all micro-batches: without recomputation nothing has taken what was kept for it."""
-        for routers in self._routers.values():
-            for _, router in routers:
-                router.clear_indices()
-                router.clear_router_replay_action()
+    def clear(self, chunk: Any) -> None:
+        """After all micro-batches: layers that are not recomputed have not taken what was kept for them."""
+        for _, router in self._routers[id(chunk)]:
+            router.clear_indices()
+            router.clear_router_replay_action()

@@ -80,7 +80,8 @@ class Accounts:
     dropped: Counter[str] = field(default_factory=Counter)
     """Responses thrown away, by reason: `stale`, `group_filter`, `refused`."""
     dropped_tokens: Counter[str] = field(default_factory=Counter)
-    """By the same reasons. Without their response: `begun_anew`, `not_delivered` (docs/agents.md)."""
+    """By the same reasons. Without their response: `begun_anew`, `not_delivered` (docs/agents.md), and
+    `refused` in an evaluation."""
     agents: Counter[str] = field(default_factory=Counter, init=False)
     """What became of the turns that agents' programs asked for: see rollout/agents/conversations.py."""
     filter_passed: int = 0
@@ -229,6 +230,8 @@ class RolloutGroups:
         """
         self.accounts.first_refusal = self.accounts.first_refusal or reason
         if self._next_problem is None:
+            # a rollout function may have inserted something before it asked
+            self.accounts.dropped_tokens["refused"] += member.episode_length
             member.turns = [Turn(finish="length")]
             member.reward, member.reward_error = 0.0, reason
         else:

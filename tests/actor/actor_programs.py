@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pmd.actor import model, settings
@@ -279,15 +281,29 @@ def off_and_on(configs: dict[str, RunConfig]) -> dict[str, Any]:
 
 
 def replayed(cases: dict[str, tuple[Path, dict[str, int], dict[str, Any]]]) -> dict[str, Any]:
-    """Log-probs and the first step with with_routing's experts, by case: (model, layout, actor settings)."""
+    """Log-probs, the first step, and held experts, with with_routing's; by case: (model, layout, actor)."""
     results = {}
     for name, (path, layout, actor) in cases.items():
         trial = Trial(config_for(path, layout, actor={"experts": {"replay_routing": True}, **actor}))
         trial.batch = RolloutBatch.pack(with_routing(trial.samples), TEMPERATURE)
-        report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
+        with _held_experts() as held:
+            report = trial.actor.log_probs(trial.batch, trial.actor.microbatches(trial.batch, np.arange(16)))
         own = report.log_probs if holds_logits() else torch.full_like(report.log_probs, torch.nan)
-        results[name] = own, trial.step(STEPS[0])
+        results[name] = own, trial.step(STEPS[0]), max(held)
     return results
+
+
+@contextlib.contextmanager
+def _held_experts() -> Iterator[list[int]]:
+    """Of how many micro-batches a router holds the experts, each time that it is given those of one."""
+    held, given = list[int](), RouterReplay.set_target_indices
+
+    def count(router: RouterReplay, experts: torch.Tensor) -> None:
+        given(router, experts)
+        held.append(len(router.replay_backward_list))
+
+    with mock.patch.object(RouterReplay, "set_target_indices", count):
+        yield held
 
 
 def expert_bias(path: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -44,7 +44,7 @@ def forced(models, reference) -> dict[str, Replayed]:
 
 @pytest.fixture(scope="module")
 def replayed(models) -> dict[str, list[Any]]:
-    """Every rank's (log-probs, step), by case."""
+    """Every rank's (log-probs, step, micro-batches whose experts a router held), by case."""
     results: dict[str, list[Any]] = {}
     for ranks, cases in ((1, SINGLE), (2, TWO_RANKS)):
         orders = {name: (models / family, *rest) for name, (family, *rest) in cases.items()}
@@ -59,12 +59,19 @@ def test_log_probs_and_gradient_are_those_of_transformers_with_the_same_experts(
     family = (SINGLE | TWO_RANKS)[name][0]
     expected = forced[family]
     whole = torch.full_like(replayed[name][0][0], torch.nan)
-    for own, _ in replayed[name]:
+    for own, *_ in replayed[name]:
         whole = torch.where(own.isnan(), whole, own)
     torch.testing.assert_close(whole.double(), expected.log_probs, rtol=0, atol=1e-5, equal_nan=True)
-    loss, count = (sum(step[i] for _, step in replayed[name]) for i in (0, 1))
+    loss, count = (sum(step[i] for _, step, _ in replayed[name]) for i in (0, 1))
     assert loss / count == pytest.approx(expected.loss, rel=1e-5)
     assert replayed[name][0][1][2] == pytest.approx(expected.gradient_norm, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SINGLE, *TWO_RANKS])
+def test_a_pass_without_gradient_holds_the_experts_of_one_microbatch(replayed, name):
+    """Of a rollout's 5 million tokens a rank, those of 48 layers would be 16 GB on the device."""
+    assert [held for _, _, held in replayed[name]] == [1] * len(replayed[name])
 
 
 @pytest.mark.parametrize("family", ["qwen3moe", "deepseek"])
