@@ -41,6 +41,7 @@ from megatron_pmd.actor.optimizer_state import (
     leave_out_own_groups,
     name_of,
     own_memory,
+    own_step_counts,
     quantize_anew,
     regrouped,
 )
@@ -232,6 +233,7 @@ def load(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
         assert not found.unexpected_keys and not any(lora.ADAPTER in key for key in found.missing_keys)
     optimizer.load_state_dict(regrouped(loaded["optimizer"], optimizer))
     own_memory(optimizer)
+    own_step_counts(optimizer)
     if any(is_float8tensor(p) for chunk in chunks for p in chunk.parameters()):
         quantize_anew(chunks, optimizer)
     if same_layout:

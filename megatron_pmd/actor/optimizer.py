@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_pmd.actor import muon
+from megatron_pmd.actor.optimizer_state import parts_by_device
 from megatron_pmd.actor.settings import optimizer_fields
 from megatron_pmd.config import Optimizer, RunConfig
 
@@ -53,6 +54,7 @@ def reset_state(optimizer: ChainedOptimizer) -> None:
                 if torch.is_tensor(state[name]):
                     state[name].zero_()
         # Transformer Engine's and apex's fused Adam count steps per group, torch's per parameter
-        for group in part.optimizer.param_groups:
-            if "step" in group:
-                group["step"] = 0
+        for counting in (part.optimizer, *parts_by_device(part.optimizer)):
+            for group in counting.param_groups:
+                if "step" in group:
+                    group["step"] = 0

@@ -24,6 +24,24 @@ def own_memory(optimizer: Any) -> None:
                     state[name] = value.clone()
 
 
+def parts_by_device(optimizer: Any) -> list[Any]:
+    """The host's and the device's part of megatron-core's optimizer of which a share is on the host."""
+    return getattr(optimizer, "sub_optimizers", [])
+
+
+def own_step_counts(optimizer: Any) -> None:
+    """Have each part of such an optimizer go on from the count of steps that a checkpoint has given it.
+
+    What stands in the whole's groups is put over the parts' at each step (cpu_offloading/hybrid_optimizer.py,
+    _sync_hdo_param_groups_to_sub_optimizers). There megatron-core leaves the checkpoint's count, so the
+    device's part, which counts in its groups, would stay at it.
+    """
+    for part in optimizer.chained_optimizers:
+        if parts_by_device(part.optimizer):
+            for group in part.optimizer.param_groups:
+                group.pop("step", None)
+
+
 @torch.no_grad()
 def quantize_anew(chunks: list[Any], optimizer: Any) -> None:
     """Make FP8 parameters of the fp32 ones, as an optimizer step does.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_pmd.actor.optimizer import reset_state
+from megatron_pmd.actor.optimizer_state import own_step_counts
 from tests.actor.warm import REPOSITORY
 
 
@@ -44,3 +45,25 @@ def test_forgetting_the_moments_leaves_the_fp32_parameters_that_some_optimizers_
     found = {name: float(value.sum()) for name, value in inner.state["w"].items()}
     assert found == {"exp_avg": 0, "exp_avg_sq": 0, "master_param": 3, "step": 0}
     assert inner.param_groups == [{"step": 0}]
+
+
+def halves(**own: int) -> Any:
+    """An optimizer of two parts: the host's torch counts steps per parameter, the device's per group."""
+    host = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    device = SimpleNamespace(param_groups=[{"lr": 1.0, "step": 5}])
+    whole = SimpleNamespace(state={}, param_groups=[{"lr": 1.0, **own}], sub_optimizers=[host, device])
+    return SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=whole)])
+
+
+def test_forgetting_the_moments_sets_back_the_count_of_the_part_that_is_on_the_device():
+    optimizer = halves()
+    reset_state(optimizer)
+    host, device = optimizer.chained_optimizers[0].optimizer.sub_optimizers
+    assert host.param_groups == [{"lr": 1.0}] and device.param_groups == [{"lr": 1.0, "step": 0}]
+
+
+def test_after_loading_only_the_parts_count_steps():
+    optimizer = halves(step=5)
+    own_step_counts(optimizer)
+    whole = optimizer.chained_optimizers[0].optimizer
+    assert whole.param_groups == [{"lr": 1.0}] and whole.sub_optimizers[1].param_groups[0]["step"] == 5

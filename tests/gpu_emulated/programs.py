@@ -98,3 +98,33 @@ def resume(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
 def gpu_check(name: str, folder: Path) -> dict[str, Any]:
     """Status and figures of one of tools.gpu_check's checks."""
     return run_here(name, folder)
+
+
+def go_on_twice(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Two steps without and with loading a checkpoint before them, and all counts of a step after a reset."""
+    trial = Trial(config)
+    trial.step(STEPS[0])
+    saved = trial.actor.save(folder, 1, {"iteration": 1})
+    trial.actor.publish_checkpoint(wait=True)
+    result: dict[str, Any] = {"third": [[trial.step(STEPS[1]), trial.step(STEPS[2])], trial.weights()]}
+    trial.actor.load(saved)
+    result["third_resumed"] = [[trial.step(STEPS[1]), trial.step(STEPS[2])], trial.weights()]
+    trial.actor.reset_optimizer()
+    trial.step(STEPS[0])
+    (part,) = trial.actor.optimizer.chained_optimizers
+    host = [state["step"] for each in part.optimizer.cpu_optimizers for state in each.state.values()]
+    device = [group["step"] for group in part.optimizer.gpu_optimizer.param_groups]
+    result["counts"] = [{float(step) for step in steps} for steps in (host, device)]
+    return to_host(result)
+
+
+def partition_dimensions(configs: dict[str, RunConfig]) -> dict[str, dict[str, int]]:
+    """By optimizer, of latent attention's projections down: the dimension of which they are called parts."""
+    return {
+        name: {
+            parameter: tensor.partition_dim
+            for parameter, tensor in Trial(config).actor.chunks[0].named_parameters()
+            if "down_proj.weight" in parameter
+        }
+        for name, config in configs.items()
+    }
