@@ -254,8 +254,10 @@ class PrioritisedPrompts(PromptSource):
         rng = np.random.default_rng(np.random.SeedSequence([self._seed, self._draws]))
         weight = 1.0 - np.array(self._success)
         unsolved, solved = np.flatnonzero(weight > 0), np.flatnonzero(weight <= 0)
-        chances = weight[unsolved] / weight[unsolved].sum()
-        first = rng.choice(unsolved, min(n, len(unsolved)), replace=False, p=chances)
+        first = unsolved
+        if len(unsolved):  # numpy refuses chances whose sum is 0
+            chances = weight[unsolved] / weight[unsolved].sum()
+            first = rng.choice(unsolved, min(n, len(unsolved)), replace=False, p=chances)
         order = np.resize(np.concatenate([first, rng.permutation(solved)]), n)
         taken = [self._problems[i] for i in order]
         self._draws += n

@@ -190,13 +190,19 @@ class RolloutGroups:
         return {**self.__dict__, "_next_problem": None}
 
     def _take_over(self) -> None:
-        """Enter what was carried over; a response that is too old for this rollout starts anew."""
+        """Enter what was carried over; a response that is too old for this rollout starts anew.
+
+        So do all of a complete group of which nothing would count: it would have waited to teach nothing.
+        """
         members = [member for group in self.groups for member in group.members]
         self.accounts.carried = len(members)
         self.accounts.carried_tokens = sum(member.episode_length for member in members)
         for group in self.groups:
+            lost = group.complete and not any(
+                segment.counted for member in group.members for segment in member.segments(self._counted_from)
+            )
             for number, member in enumerate(group.members):
-                if self._stale(member):
+                if lost or self._stale(member):
                     group.members[number] = self._begin(group, number, "restarted")
                     self.accounts.drop([member], "stale")
 
@@ -214,6 +220,12 @@ class RolloutGroups:
         stream = "/".join(filter(None, (settings.stream, stream, group.key if stream else "")))
         seed = sample_seed(settings.run_seed, settings.iteration, group.place, number, stream)
         return Trajectory(group.problem, number, seed)
+
+    @property
+    def _counted_from(self) -> int:
+        """The oldest weights whose tokens are in the loss."""
+        partial = self.rules.partial
+        return self.settings.weight_version if partial and not partial.count_earlier_segments else 0
 
     def _stale(self, member: Trajectory) -> bool:
         first, partial = member.first_version, self.rules.partial
@@ -335,8 +347,7 @@ class RolloutGroups:
         return self._samples(self._dropped, tokenizer)
 
     def _samples(self, groups: list[Group], tokenizer: Any) -> list[Sample]:
-        version, partial = self.settings.weight_version, self.rules.partial
-        oldest = version if partial is not None and not partial.count_earlier_segments else 0
+        version, oldest = self.settings.weight_version, self._counted_from
         samples = []
         for index, group in enumerate(groups):
             # one text and one array for all of a group

@@ -111,25 +111,43 @@ class TurnSampler:
                 raise
             turn.finish = "length"  # there is a response, which the engine cannot make longer
             return
-        reason = self._take(trajectory, turn, answer, newest)
-        if reason == "abort":
+        self._take(turn, answer, newest)
+        turn.finish = self._finish(turn, answer, room, min(limits))
+        cut = answer.finish_reason["type"] == "abort" and turn.finish is None
+        # of all tokens so far, as each was computed; where it was cut the next answer has them again
+        if answer.routed_experts and sampling.routing_width and not cut:
+            tokens = len(trajectory.prompt) + trajectory.length
+            trajectory.routed_experts = recorded_experts(
+                answer.routed_experts, tokens, sampling.routing_width
+            )
+        if cut:
             raise ResponseStopped(self._client.stopping)
-        if reason == "stop":
-            turn.finish = "stop"
-        elif sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
-            turn.finish = "repetition"
-        # At the end of its context or cache an engine gives fewer than asked for, and then refuses to go on.
-        elif room <= len(answer.tokens) or len(answer.tokens) < min(limits):
-            turn.finish = "length"
 
-    def _take(self, trajectory: Trajectory, turn: Turn, answer: EngineAnswer, newest: int) -> str:
-        """Add an engine's tokens to the turn; returns its finish reason.
+    def _finish(self, turn: Turn, answer: EngineAnswer, room: int, asked: int) -> str | None:
+        """Why the turn has ended with this answer; None: it goes on.
+
+        room: tokens that the turn could have had. asked: that this answer could have had.
+        """
+        sampling, reason = self._sampling, answer.finish_reason["type"]
+        # SGLang makes one token more of what it aborts, and does not look whether that is the last
+        # (managers/schedule_batch.py, update_finish_state)
+        aborted = reason == "abort"
+        if reason == "stop" or (aborted and len(answer.tokens) and answer.tokens[-1] in sampling.stop_tokens):
+            return "stop"
+        if sampling.repetition is not None and repeats(turn.tokens, sampling.repetition):
+            return "repetition"
+        # At the end of its context or cache an engine gives fewer than asked for, and then refuses to go on.
+        if room <= len(answer.tokens) or (len(answer.tokens) < asked and not aborted):
+            return "length"
+        return None
+
+    def _take(self, turn: Turn, answer: EngineAnswer, newest: int) -> None:
+        """Add an engine's tokens to the turn.
 
         newest: the newest weights when the request was sent. Where an update keeps the cache, what other
         weights sampled may stand on a cache of these. SGLang does not tell: a request that had its prompt
         cached, and no token, lists the later weights alone.
         """
-        sampling = self._sampling
         start, last = 0, len(answer.spans) - 1
         # all of them before any token is taken: one that is refused is in no account
         versions = [self._checked(version) for _, version in answer.spans]
@@ -141,16 +159,8 @@ class TurnSampler:
                 stale_cache=stale_cache,
             )  # fmt: skip
             start += tokens
-        finish = str(answer.finish_reason["type"])
-        # of all tokens so far, as each was computed; after an abort the next answer has them again
-        if answer.routed_experts and sampling.routing_width and finish != "abort":
-            tokens = len(trajectory.prompt) + trajectory.length
-            trajectory.routed_experts = recorded_experts(
-                answer.routed_experts, tokens, sampling.routing_width
-            )
         self._new_tokens += len(answer.tokens)
         self._accounts.sampled_tokens += len(answer.tokens)
-        return finish
 
     def _checked(self, version: str | None) -> int:
         oldest, newest = self._sampling.oldest_version, self._sampling.newest_version()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_pmd.config import StopAfter
 from megatron_pmd.outcome import RunEnds, RunOutcome, Status
-from megatron_pmd.training import phases
+from megatron_pmd.training import exports, phases
 from megatron_pmd.training.state import Iteration
 from megatron_pmd.training.teaching import taught
 from megatron_pmd.training.trainer import Trainer
@@ -46,9 +46,9 @@ def iterate(run: Trainer, iteration: Iteration, stop_after: StopAfter | None) ->
     if alarm is not None or phases.checkpoint_is_due(run, t + 1):
         with run.phase("save"):
             phases.save(run)
-    if phases.export_is_due(run, t + 1):
+    if exports.is_due(run, t + 1):
         with run.phase("export"):
-            phases.export(run, t + 1)
+            exports.write(run, t + 1)
     with run.phase("sync") as record:
         run.actor.release_optimizer()
         record.bytes = run.rollouts.load(run.actor, version=t + 1).bytes

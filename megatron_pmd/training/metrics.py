@@ -107,7 +107,8 @@ def step_values(
     """One optimizer step's numbers from the reports of all ranks."""
     tokens = sum(r.tokens for r in reports)
     values = {
-        "loss": sum(r.loss_sum for r in reports) / sum(r.loss_count for r in reports),
+        # no token counts in a step whose responses are all of earlier weights that are not to count
+        "loss": sum(r.loss_sum for r in reports) / max(1, sum(r.loss_count for r in reports)),
         "gradient_norm": reports[0].gradient_norm,
         "learning_rate": reports[0].learning_rate,
         "entropy": sum(r.entropy_sum for r in reports) / max(tokens, 1),

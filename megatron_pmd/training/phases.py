@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from megatron_pmd.actor.optimizer import learning_rate
 from megatron_pmd.algorithm.alarms import raised
 from megatron_pmd.algorithm.diagnostics import over_iteration
 from megatron_pmd.batch import RolloutBatch, Sample
-from megatron_pmd.convert.live import write_policy
-from megatron_pmd.convert.peft_folder import write_adapters
 from megatron_pmd.data.demonstrations import demonstrations
 from megatron_pmd.device import describe_left_overs, device_memory
 from megatron_pmd.errors import StaleWeights
@@ -25,6 +22,7 @@ from megatron_pmd.outcome import RunEnds, RunOutcome, Status
 from megatron_pmd.rollout.groups import RolloutGroups
 from megatron_pmd.rollout.metrics import account_values, rollout_values, staleness_values, success_rates
 from megatron_pmd.rollout_file import write_rollout
+from megatron_pmd.training import exports
 from megatron_pmd.training.batch_shares import distribute
 from megatron_pmd.training.metrics import (
     anchor_values,
@@ -41,10 +39,15 @@ from megatron_pmd.training.warm_start import warm_start
 
 
 def start(run: Trainer) -> None:
-    """A warm start if the recipe asks for one; then the engines take the actor's weights."""
+    """A warm start if the recipe asks for one, or an export that the last start did not come to; then the
+    engines take the actor's weights.
+    """
     if run.config.warm_start and not run.state.resumed:
         with run.phase("warm_start"):
             warm_start(run)
+    if exports.is_missing(run):
+        with run.phase("export"):
+            exports.write(run, run.state.completed)
     with run.phase("start"):
         run.actor.release_optimizer()
         run.rollouts.load(run.actor, version=run.state.completed)
@@ -92,7 +95,8 @@ def _grade_and_describe(
         iteration.values |= rollout_values(samples) | source_values(samples, subproblem)
         if run.config.rollout.staleness:
             iteration.values |= staleness_values(samples, t)
-    examples = _examples(run)
+    steps = batching.steps_of_groups(np.array([s.group for s in samples]), run.config.batch.prompts_per_step)
+    examples = _examples(run, len(steps))
     everything, temperature = [*samples, *examples], subproblem.temperature
     described = RolloutBatch.describe(everything, temperature, examples=len(examples), weight_version=t)
     return described, everything
@@ -106,13 +110,12 @@ def _end_if_cut(run: Trainer, rollout: RolloutGroups | None, what: str) -> None:
         raise RunEnds(RunOutcome(Status.SAVED, f"{reason}; the {what} was cut short"))
 
 
-def _examples(run: Trainer) -> list[Sample]:
-    """The iteration's supervised examples."""
+def _examples(run: Trainer, steps: int) -> list[Sample]:
+    """The supervised examples of an iteration of so many optimizer steps: one cut short has fewer."""
     ptx, source = run.config.algorithm.ptx, run.problems.supervised
     if ptx is None or source is None:
         return []
-    count = ptx.examples_per_step * run.config.batch.steps_per_rollout
-    return demonstrations(source.take(count), run.tokenizer)
+    return demonstrations(source.take(ptx.examples_per_step * steps), run.tokenizer)
 
 
 def release(run: Trainer, iteration: Iteration) -> None:
@@ -315,30 +318,6 @@ def evaluate(run: Trainer, t: int) -> None:
         run.log.log("evaluation", estimate(samples, correct).metrics())
 
 
-def export_is_due(run: Trainer, completed: int) -> bool:
-    """After so many iterations; the last one's export comes with the end of the run."""
-    every = run.config.checkpoint.hf_export_every
-    final = run.config.checkpoint.hf_export and completed == run.config.iterations
-    return every is not None and completed % every == 0 and not final
-
-
-def export(run: Trainer, completed: int) -> None:
-    """Write the policy after so many iterations as a Hugging Face folder; its adapters as one of peft's."""
-    folder = run.folder / "hf" / f"iteration-{completed}"
-    tensors, names = run.actor.export(), run.actor.shapes.keys()
-    model = Path(run.config.model.path)
-    untrained = write_policy(tensors, names, model, folder, run.control)
-    if untrained:
-        run.log.say(
-            f"{folder}: {untrained} tensors, of layers that predict further tokens, are not trained: they "
-            f"are those of {model}"
-        )
-    if lora := run.config.actor.lora:
-        adapters = run.folder / "adapters" / folder.name
-        if lost := write_adapters(run.actor.export_adapters(), lora, model, adapters, run.control):
-            run.log.say(f"{adapters}: {lost}")
-
-
 def finish(run: Trainer) -> None:
     """Evaluate and check the final weights, and export them."""
     final = run.config.iterations
@@ -353,7 +332,7 @@ def finish(run: Trainer) -> None:
         run.actor.wake()
     if run.config.checkpoint.hf_export:
         with run.phase("export"):
-            export(run, final)
+            exports.write(run, final)
     with run.phase("save"):
         run.checkpoints.publish(wait=True)
 

@@ -145,6 +145,12 @@ def test_solved_problems_come_only_when_nothing_else_is_left_and_none_twice_befo
     assert len(indices(source, 12)) == 12
 
 
+def test_problems_that_are_all_solved_come_again():
+    source = PrioritisedPrompts(problems_of(5), seed=0)
+    source.record({("", index): 1.0 for index in range(5)})
+    assert sorted(indices(source, 5)) == [0, 1, 2, 3, 4]
+
+
 def test_draws_of_several_problems_never_repeat_one():
     source = PrioritisedPrompts(problems_of(30), seed=1)
     for _ in range(20):

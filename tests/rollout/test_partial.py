@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +181,23 @@ def test_earlier_segments_can_be_left_out_of_the_loss():
     batch.refuse_undeclared_versions(max_staleness=4)
 
 
+def test_a_complete_group_that_waited_is_sampled_anew_where_nothing_of_it_would_count():
+    """It would take the place of another in an optimizer step, and teach nothing."""
+    waited, unfinished_one = rollout_for(2).groups
+    for member in waited.members:
+        member.turns, member.reward = unfinished(5, version=4), 1.0
+    unfinished_one.members[0].turns = unfinished(5, version=4)
+    rollout = rollout_for(
+        0, problems=[], iteration=5, weight_version=5, wanted=2,
+        partial=PartialRollouts(deadline_seconds=9, count_earlier_segments=False),
+        carried_over=[waited, unfinished_one],
+    )  # fmt: skip
+    lengths = [[member.length for member in group.members] for group in rollout.groups]
+    assert lengths == [[0, 0, 0, 0], [5, 0, 0, 0]]
+    assert rollout.accounts.dropped_tokens == {"stale": 20}
+    assert not rollout.groups[0].complete
+
+
 def plain(groups: list[Group]) -> list[Any]:
     """All that is in them, in lists."""
     return orjson.loads(orjson.dumps(groups, option=orjson.OPT_SERIALIZE_NUMPY))
@@ -254,3 +272,18 @@ def test_the_version_of_every_segment_is_in_the_sample():
     continued = next(s for s in drawn[2].samples if len(s.segments) > 1)
     assert all(isinstance(segment, Segment) and segment.counted for segment in continued.segments)
     assert {segment.weight_version for segment in continued.segments} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(("tokens", "finish"), [(1, "stop"), (100, "length")])
+def test_a_response_that_is_aborted_on_its_last_token_is_finished(tokens: int, finish: str):
+    """The engine calls both aborted: the token that it still makes is the stop token, or fills the limit."""
+    engine = StubEngine(tokens_per_second=1)
+    engine.length = lambda seed: tokens  # type: ignore[method-assign]
+    rollout = rollout_for(1, wanted=1)
+    with serving(engine) as url:
+        began = time.monotonic()
+        interrupted = lambda: time.monotonic() > began + 0.3  # noqa: E731
+        sampler_for(url, max_response_tokens=1, interrupted=interrupted).run(rollout)
+    assert rollout.may_end
+    [samples] = [rollout.samples(Numbers())]
+    assert [(len(s.response_tokens), s.finish_reason) for s in samples] == [(1, finish)] * 4

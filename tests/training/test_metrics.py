@@ -91,3 +91,15 @@ def test_a_step_compares_with_the_same_optimum_however_many_trajectories_an_epis
         found.append({key: values[key] for key in of_group})
     assert min(found[0].values()) > 0
     assert found[1] == pytest.approx(found[0])
+
+
+def test_a_step_without_a_counted_token_has_no_loss():
+    """All its responses are of earlier weights, which rollout.partial.count_earlier_segments leaves out."""
+    config = override(recipe("tiny_moe_cpu"), ["algorithm.objective=grpo"])
+    samples = [replace(sample(0, 10, 30), number=n, reward=float(n < 2)) for n in range(4)]
+    subproblem = Subproblem(config, 0)
+    subproblem.compute_advantages(samples)
+    nothing = replace(report(np.arange(4), np.zeros(4)), loss_sum=0.0, loss_count=0, tokens=0)
+    nothing.per_sequence["length"] = np.zeros(4)
+    values = step_values(RolloutBatch.describe(samples, 1.0), [nothing], subproblem)
+    assert values["loss"] == values["entropy"] == 0.0

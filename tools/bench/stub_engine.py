@@ -152,7 +152,7 @@ class StubEngine:
             left -= clock() - begun
             decoding.made = min(tokens - 1, max(0, tokens - math.ceil(left * self.tokens_per_second)))
         if left > 0:
-            return decoding.made, True
+            return min(tokens, decoding.made + 1), True  # as SGLang, which ends the pass that is under way
         return tokens, False
 
     async def abort(self, request: web.Request) -> web.Response:
