@@ -17,6 +17,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.distributed import Control
 from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.external import ExternalEngine
+from megatron_pmd.engine.keys import NO_KEYS
 from megatron_pmd.errors import EngineError, LaunchError, PmdError
 from megatron_pmd.heartbeat import Heartbeat
 from megatron_pmd.launch.slurm import slurm
@@ -71,7 +72,9 @@ def test_an_engine_that_is_called(slow_server: str, capsys: pytest.CaptureFixtur
 
 
 def test_a_server_of_others_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    spec: Any = SimpleNamespace(url="http://127.0.0.1:9", number=0, log=None)
+    spec: Any = SimpleNamespace(
+        url="http://127.0.0.1:9", host="127.0.0.1", port=9, number=0, log=None, keys=NO_KEYS
+    )
     with pytest.raises(EngineError):
         ExternalEngine(spec).wait_ready(0.2)
     assert said(capsys) == ["waiting for server 0 of rollout.servers (http://127.0.0.1:9), 0"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
+from megatron_pmd.engine.control import EngineControl
 from megatron_pmd.engine.keys import Keys
 from megatron_pmd.engine.server import POLL_SECONDS, answers
 from megatron_pmd.engine.sglang_server import EngineProcess, EngineSpec
@@ -34,8 +36,8 @@ class ExternalEngine:
     def wait_ready(self, deadline_seconds: float) -> None:
         """Block until the server generates; EngineError at the deadline."""
         started = time.monotonic()
-        with waiting_for(self._where(), deadline_seconds):
-            while not answers(self.url + "/health_generate", ANSWER_SECONDS):
+        with waiting_for(self._where(), deadline_seconds), EngineControl(self.spec, ANSWER_SECONDS) as calls:
+            while not _generates(calls):
                 if (waited := time.monotonic() - started) > deadline_seconds:
                     raise EngineError(f"{self._where()} did not answer for {waited:.0f} s; is it running?")
                 time.sleep(POLL_SECONDS)
@@ -49,6 +51,12 @@ class ExternalEngine:
 
     def _where(self) -> str:
         return f"server {self.spec.number} of rollout.servers ({self.url})"
+
+
+def _generates(calls: EngineControl) -> bool:
+    with suppress(EngineError):
+        calls.go_on()  # a run that died in an update has left it paused, and it would answer no request
+    return calls.generates(ANSWER_SECONDS)
 
 
 Engine = EngineProcess | ExternalEngine

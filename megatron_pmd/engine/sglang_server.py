@@ -168,13 +168,12 @@ def engine_options(spec: EngineSpec) -> dict[str, Any]:
         options["admin_api_key"] = spec.keys.admin
     if spec.rollout.max_total_tokens is not None:
         options["max_total_tokens"] = spec.rollout.max_total_tokens
-    if spec.rollout.fp8:
-        options["json_model_override_args"] = json.dumps({"quantization_config": _fp8_config(spec)})
-    elif not spec.load_model_weights and "quantization_config" in (
-        read_object(Path(spec.model.path) / "config.json") or {}
-    ):
-        # the folder is FP8 or MXFP4, and the actor sends bf16
-        options["json_model_override_args"] = json.dumps({"quantization_config": None})
+    if not spec.load_model_weights:  # a folder whose weights are read says itself what they are
+        if spec.rollout.fp8:
+            options["json_model_override_args"] = json.dumps({"quantization_config": _fp8_config(spec)})
+        elif "quantization_config" in (read_object(Path(spec.model.path) / "config.json") or {}):
+            # the folder is FP8 or MXFP4, and the actor sends bf16
+            options["json_model_override_args"] = json.dumps({"quantization_config": None})
     options |= _cpu_options(spec) if spec.cpu else _gpu_options(spec)
     return options | spec.rollout.sglang
 

@@ -83,11 +83,11 @@ class CodeReward(ThreadedReward):
         return self._mine.sandbox
 
     def _replace(self) -> None:
-        """Leave this thread without a sandbox; the next program starts one."""
-        sandbox = self._mine.sandbox
-        del self._mine.sandbox
-        self._all.remove(sandbox)
-        sandbox.close()
+        """Leave this thread without a sandbox, if it has one; the next program starts one."""
+        sandbox = self._mine.__dict__.pop("sandbox", None)
+        if sandbox is not None:
+            self._all.remove(sandbox)
+            sandbox.close()
 
 
 def program_in(response: str) -> str | None:

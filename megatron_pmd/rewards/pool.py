@@ -43,6 +43,11 @@ class Verdict:
     error: str | None = None
     """Why the reward is 0 although the grader gave no verdict."""
 
+    @classmethod
+    def of_failure(cls, error: BaseException) -> Verdict:
+        """For a grader that raised it."""
+        return cls(0.0, f"{type(error).__name__}: {error}"[:1000])
+
 
 @dataclass(eq=False)
 class _Job:
@@ -230,7 +235,7 @@ class RewardPool:
             case pebble.ProcessExpired() as error:
                 verdict = Verdict(0.0, f"the reward ended its worker process (exit code {error.exitcode})")
             case error:
-                verdict = Verdict(0.0, f"{type(error).__name__}: {error}")
+                verdict = Verdict.of_failure(error)
         self._unsettled.discard(job)
         job.settle(verdict)
 
@@ -275,7 +280,7 @@ def _judge(response: str, problem: Problem, truncated: bool) -> Verdict:
     except MemoryError:
         return Verdict(0.0, f"it needs more than reward.memory_gigabytes={_memory_gigabytes:g}")
     except BaseException as error:  # SystemExit too
-        return Verdict(0.0, f"{type(error).__name__}: {error}"[:1000])
+        return Verdict.of_failure(error)
     if not math.isfinite(reward):
         return Verdict(0.0, f"the reward returned {reward}")
     return Verdict(reward)

@@ -51,17 +51,21 @@ class Sandbox:
     """
 
     def __init__(self, memory_bytes: int) -> None:
-        """memory_bytes: of one program, all that is mapped. ConfigError where a sandbox cannot be made."""
+        """memory_bytes: of one program, all that is mapped. ConfigError where a sandbox cannot be made,
+        SandboxDied where this process may start no other now, or open no further file."""
         self._memory_bytes = memory_bytes
-        self._process = subprocess.Popen(
-            command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            bufsize=0,
-            start_new_session=True,  # an interrupt from the terminal is not for it
-        )
+        try:
+            self._process = subprocess.Popen(
+                command(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},
+                bufsize=0,
+                start_new_session=True,  # an interrupt from the terminal is not for it
+            )
+        except OSError as error:
+            raise SandboxDied(f"no sandbox could be started: {error}") from None
         try:
             self._receive(START_SECONDS)
         except SandboxDied as error:

@@ -115,10 +115,10 @@ class ServiceReward(ThreadedReward):
                 if reply.status_code not in SERVICE_FAILURES:
                     return reply
                 failure = f"HTTP {reply.status_code}: {reply.text[:200]}"
-            if attempt < self._retries:
-                self.closing.wait(RETRY_PAUSE_SECONDS * 2**attempt)
+            if attempt < self._retries and self.closing.wait(RETRY_PAUSE_SECONDS * 2**attempt):
+                break  # nobody waits for the verdict
         raise PmdError(
-            f"the {self.what} {self.url} failed {self._retries + 1} times on problem "
+            f"the {self.what} {self.url} failed {attempt + 1} times on problem "
             f"{problem.index}; last failure: {failure}; is it running, and is reward.timeout_seconds="
             f"{self.reward.timeout_seconds:g} enough?"
         )

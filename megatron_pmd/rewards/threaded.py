@@ -10,6 +10,7 @@ from typing import Self
 
 from megatron_pmd.config import Reward
 from megatron_pmd.data.problems import Problem
+from megatron_pmd.errors import PmdError
 from megatron_pmd.rewards.pool import Verdict
 
 
@@ -33,8 +34,19 @@ class ThreadedReward(ABC):
         self.close()
 
     def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
-        """Grade one sample in the background; the future holds PmdError where nothing can be graded."""
-        return self._threads.submit(self.judge, response, problem, truncated)
+        """Grade one sample in the background; the future holds PmdError where nothing can be graded.
+
+        Whatever else judge() raises costs that sample, as in RewardPool.
+        """
+        return self._threads.submit(self._verdict, response, problem, truncated)
+
+    def _verdict(self, response: str, problem: Problem, truncated: bool) -> Verdict:
+        try:
+            return self.judge(response, problem, truncated)
+        except PmdError:
+            raise
+        except Exception as error:
+            return Verdict.of_failure(error)
 
     def grade(self, items: list[tuple[str, Problem]]) -> list[Verdict]:
         """Grade (response, problem) pairs; the verdicts come in the same order."""

@@ -69,7 +69,7 @@ class GenerateClient:
         self.stopping: str | None = None
         """Why no further request is sent."""
         self.stopped = asyncio.Event()
-        """Set with it, for who waits for something else than a request."""
+        """Set with it: see unless_stopped()."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -155,13 +155,30 @@ class GenerateClient:
                 self._asked = time.monotonic()
             return self._alive
 
+    async def unless_stopped[T](self, wanted: Awaitable[T]) -> T:
+        """What is wanted once it is there; ResponseStopped, and it is cancelled, if the end comes first."""
+        waiting = asyncio.ensure_future(wanted)
+        stopped = asyncio.ensure_future(self.stopped.wait())
+        try:
+            await asyncio.wait([waiting, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise ResponseStopped(self.stopping)
+            return waiting.result()
+        finally:
+            waiting.cancel()
+            stopped.cancel()
+
+    def send_nothing_more(self, reason: str) -> None:
+        """The rollout ends."""
+        self.stopping = reason
+        self.stopped.set()
+
     async def stop(self, reason: str, idle: asyncio.Event) -> None:
         """Send nothing more, and have the engines answer what they are working on; until `idle` is set.
 
         A dead engine is not waited for: its requests fail by themselves.
         """
-        self.stopping = reason
-        self.stopped.set()
+        self.send_nothing_more(reason)
         while not idle.is_set():
             await asyncio.gather(*(self._abort(url) for url in self.endpoint.engine_urls))
             try:

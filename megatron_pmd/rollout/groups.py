@@ -87,12 +87,12 @@ class Accounts:
     filter_passed: int = 0
     """Groups that the filter would have dropped beyond its limit."""
     refusals: int = 0
-    """Requests that the engines would not answer."""
+    """Requests that the engines would not answer, and first ones of programs for which there is no room."""
     first_refusal: str = ""
     """Why, of the first one; or why the first response that was not begun was not."""
 
     def note_refusal(self, reason: str) -> None:
-        """To be called once for each request that an engine refuses."""
+        """To be called once for each of `refusals`."""
         self.first_refusal = self.first_refusal or reason
         self.refusals += 1
 

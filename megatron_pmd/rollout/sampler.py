@@ -261,7 +261,9 @@ class _Draw:
         if self._teacher:
             prompt = len(group.problem.tokens)
             member.teacher_log_probs = await self._teacher.log_probs(member.tokens, prompt, group.key)
-        verdict = await asyncio.wrap_future(grading) if grading else Verdict(0.0, error)
+        verdict = Verdict(0.0, error)
+        if grading:
+            verdict = await self._client.unless_stopped(asyncio.wrap_future(grading))
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
 

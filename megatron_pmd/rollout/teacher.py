@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +11,7 @@ import numpy as np
 from megatron_pmd.config import Teacher
 from megatron_pmd.errors import ConfigError, EngineError, PmdError, RequestRefused
 from megatron_pmd.rewards.service import read_key
-from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient, ResponseStopped
+from megatron_pmd.rollout.generate_client import Endpoint, GenerateClient
 from megatron_pmd.waiting import waiting_for
 
 DECODED_TOGETHER = 4096
@@ -44,8 +43,6 @@ class TeacherClient:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._url, self._client = endpoint.router_url, GenerateClient(endpoint)
-        self._stopping: str | None = None
-        self._stopped = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         await self._client.__aenter__()
@@ -58,8 +55,7 @@ class TeacherClient:
 
     def stop(self, reason: str) -> None:
         """The rollout ends: what the teacher has not answered is not waited for."""
-        self._stopping = reason
-        self._stopped.set()
+        self._client.send_nothing_more(reason)
 
     async def log_probs(self, tokens: list[int], prompt_length: int, routing_key: str) -> np.ndarray:
         """fp32 [response]: log π_T of each token behind the prompt, at temperature 1.
@@ -67,16 +63,7 @@ class TeacherClient:
         tokens: prompt and response. Raises EngineError when the teacher refuses them, fails `retries` times
         or answers something else, and ResponseStopped after stop().
         """
-        asking = asyncio.ensure_future(self._asked(tokens, prompt_length, routing_key))
-        stopped = asyncio.ensure_future(self._stopped.wait())
-        try:
-            await asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if self._stopping and not asking.done():
-                raise ResponseStopped(self._stopping)
-            return asking.result()
-        finally:
-            asking.cancel()
-            stopped.cancel()
+        return await self._client.unless_stopped(self._asked(tokens, prompt_length, routing_key))
 
     async def _asked(self, tokens: list[int], prompt_length: int, routing_key: str) -> np.ndarray:
         # the first of those that SGLang gives has no log-probability: it is the prompt's last

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_pmd.config import AgentProgram, Model, Rollout, override
 from megatron_pmd.engine.families import NEEDS_GPUS, NO_ENGINE
@@ -116,6 +118,26 @@ def test_a_model_of_which_no_engine_starts_is_refused_before_a_start_with_the_re
             EngineProcess(here)
         assert f"for models of type {kind}: {reasons[kind]}" in str(refusal.value)
     assert not [*tmp_path.glob("engine*")], "nothing was started, and nothing written"
+
+
+@pytest.mark.parametrize("published", ["bf16", "fp8"])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_weights_that_are_sent_are_what_the_run_says_and_those_that_are_read_what_their_folder_says(
+    tmp_path: Path, published: str, fp8: bool
+) -> None:
+    """SGLang takes the files of a model in blockwise FP8 for values with scales; those in bf16 have none."""
+    own = {"quantization_config": {"quant_method": "fp8"}} if published == "fp8" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | own))
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    model, rollout = Model(path=str(tmp_path)), Rollout(fp8=fp8)
+    spec = EngineSpec(number=0, model=model, rollout=rollout, port=1, log=None, seed=0, cpu=False)
+    sent = json.loads(engine_options(spec).get("json_model_override_args", "{}"))
+    if fp8:
+        assert sent["quantization_config"]["weight_block_size"] == [128, 128]
+    else:
+        assert sent == ({"quantization_config": None} if own else {})
+    read = engine_options(replace(spec, load_model_weights=True))
+    assert not read.keys() & {"json_model_override_args", "quantization"}
 
 
 SEPARATE = ["rollout.placement=separate", "rollout.partial=null", "layout.data=4", "layout.expert=4"]

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,23 @@ def test_a_response_has_its_time_for_all_tests_together():
 def test_a_sandbox_that_dies_is_replaced_and_costs_nothing(rewards):
     os.kill(psutil.Process(rewards._all[0]._process.pid).children()[0].pid, signal.SIGKILL)
     assert graded(rewards, SUM, FORMS["APPS, TACO"][1]) == Verdict(1.0)
+
+
+def test_a_machine_that_starts_no_process_for_a_while_costs_the_samples_of_that_time(monkeypatch):
+    failures = iter([OSError(24, "Too many open files"), BlockingIOError(11, "Resource temporarily")] * 2)
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        if failure := next(failures, None):
+            raise failure
+        return popen(*arguments, **options)
+
+    with CodeReward(Reward(name="code", workers=1, memory_gigabytes=0.2, timeout_seconds=30)) as rewards:
+        rewards._threads.submit(rewards._replace).result()
+        monkeypatch.setattr(subprocess, "Popen", start)
+        found = [graded(rewards, SUM, FORMS["APPS, TACO"][1]) for _ in range(3)]
+    said = "twice with this sample: no sandbox could be started: [Errno 11] Resource temporarily"
+    assert found == [Verdict(0.0, said)] * 2 + [Verdict(1.0)]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,23 @@ def test_a_service_that_stays_away_ends_the_run_and_is_named():
         rewards.submit("42", PROBLEM).result()
 
 
+def test_a_service_that_fails_is_not_asked_again_when_the_run_ends(monkeypatch):
+    monkeypatch.setattr(service_module, "RETRY_PAUSE_SECONDS", 60)
+    asked = threading.Event()
+
+    def failing(_: dict[str, Any]) -> Reply:
+        asked.set()
+        return 503, b"busy"
+
+    with service(failing) as (url, sent):
+        with RemoteReward(reward(url)) as rewards:
+            verdict = rewards.submit("42", PROBLEM)
+            assert asked.wait(10)
+        with pytest.raises(PmdError, match="failed 1 times"):
+            verdict.result(0)
+    assert len(sent) == 1
+
+
 def test_a_service_that_does_not_answer_in_time_is_named_with_its_deadline():
     waiting = threading.Event()
     with service(lambda _: (200, {"reward": float(waiting.wait(10))})) as (url, _):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
+from collections import defaultdict
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +19,11 @@ from megatron_pmd.batch import RolloutBatch, Sample, Segment
 from megatron_pmd.config import PartialRollouts
 from megatron_pmd.data.problems import Key, Problem
 from megatron_pmd.errors import CheckpointError, RolloutError
+from megatron_pmd.rewards.pool import Verdict
 from megatron_pmd.rollout.carried_over_file import FILE, read_carried_over, write_carried_over
 from megatron_pmd.rollout.groups import Group, RolloutGroups
 from megatron_pmd.rollout.metrics import account_values
-from tests.rollout.test_sampler import Numbers, problem, rollout_for, sampler_for
+from tests.rollout.test_sampler import Grading, Numbers, problem, rollout_for, sampler_for
 from tools.bench.stub_engine import StubEngine, serving
 
 
@@ -122,6 +126,43 @@ def test_an_interrupted_rollout_goes_on_from_a_checkpoint_as_if_nothing_had_been
     assert len(samples) == 16
     assert sum(len(s.response_tokens) for s in samples) == engine.decoded_tokens
     assert resumed.begin(problem(9)).key == "0-4"
+
+
+class SlowGrading(Grading):
+    """Of problem 1 it grades only what it is asked again."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda *_: 1.0)
+        self.asked: dict[tuple[int, str], list[Future[Verdict]]] = defaultdict(list)
+
+    def submit(self, response: str, problem: Problem, truncated: bool) -> Future[Verdict]:
+        asked = self.asked[problem.index, response]
+        slow = problem.index == 1 and not asked
+        asked.append(Future() if slow else super().submit(response, problem, truncated))
+        return asked[-1]
+
+
+@pytest.mark.parametrize("reason", ["interrupted", "deadline"])
+def test_a_rollout_that_ends_waits_for_no_grading_and_the_next_one_asks_again(reason: str, tmp_path: Path):
+    engine, grader = StubEngine(keep_requests=True), SlowGrading()
+    deadline = PartialRollouts(deadline_seconds=1.0) if reason == "deadline" else None
+    rollout = rollout_for(2, partial=deadline)
+    with serving(engine) as url:
+        sampler = replace(sampler_for(url), grader=grader)
+        ended = replace(sampler, interrupted=lambda: deadline is None and len(grader.asked) == 8)
+        asyncio.run(asyncio.wait_for(ended.draw(rollout), 20))
+        ungraded = rollout.groups[1].members
+        assert [(m.stopped, m.finish_reason, m.finished) for m in ungraded] == [(reason, "stop", False)] * 4
+        assert rollout.chosen == rollout.groups[:1]
+        write_carried_over(tmp_path, rollout.left_over)
+        resumed = rollout_for(0, carried_over=read_carried_over(tmp_path, of_key), partial=deadline)
+        sampler.run(resumed)  # checks its accounts, as the one before did
+    assert len(engine.requests) == 8 and resumed.accounts.sampled_tokens == 0
+    assert_whole(engine, resumed.samples(Numbers()))
+    assert resumed.finished == 4
+    for (index, _), verdicts in grader.asked.items():
+        # the one that nobody waits for is given up, so that no worker grades it
+        assert [verdict.cancelled() for verdict in verdicts] == ([True, False] if index == 1 else [False])
 
 
 def test_a_deadline_waits_for_one_optimizer_step():

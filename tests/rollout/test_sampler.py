@@ -166,6 +166,18 @@ def test_in_an_evaluation_a_refused_prompt_is_worth_0_and_says_why():
     assert "too long" in str(second.reward_error)
 
 
+@pytest.mark.parametrize("further", [None, lambda: problem(2)], ids=["evaluation", "training"])
+def test_what_was_inserted_before_a_refused_request_is_in_the_accounts(further: Any):
+    async def hinted(episode: Episode) -> str:
+        await episode.insert("5 6 7")
+        return (await episode.generate()).text
+
+    with serving(Refusing()) as url:
+        rollout = rollout_for(0, problems=[problem(0), too_long(1)], next_problem=further)
+        sampler_for(url, function=hinted).run(rollout)  # it checks its accounts
+    assert rollout.accounts.dropped_tokens == {"refused": 4 * 3}
+
+
 def test_engines_that_refuse_every_prompt_end_the_rollout():
     with serving(Refusing()) as url, pytest.raises(EngineError, match=r"^no prompt could be begun.*too long"):
         rollout = rollout_for(0, problems=[too_long(0), too_long(1)], next_problem=lambda: too_long(2))

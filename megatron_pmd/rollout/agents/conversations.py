@@ -96,7 +96,7 @@ class AgentEpisode:
         self.failure: BaseException | None = None
         """What ended a request without the program's fault: the episode is to end with it."""
         self.refusal: RequestRefused | None = None
-        """The last request that the engines would not answer."""
+        """The last request that the engines would not answer, or that had no room before any was answered."""
 
     async def answer(self, request: ChatRequest) -> tuple[ChatAnswer, Turn]:
         """The model's turn, and where it is recorded. RequestError for a request that is not answered."""
@@ -220,15 +220,19 @@ class AgentEpisode:
             raise self._no_room(place)
 
     def _no_room(self, place: _Place) -> RequestError:
-        """For an answer. The trajectory that would go on was cut before its end."""
+        """For an answer. The trajectory that would go on was cut before its end; where there is none, the
+        response cannot be begun, as where the engines refuse it."""
         most, length = self._sampling.most_tokens(place.trajectory), place.trajectory.length
         if place.goes_on and place.base is not None:
             place.base.trajectory.turns[-1].finish = "length"
-        return RequestError(
+        said = (
             f"the conversation has {length + len(place.trajectory.prompt)} tokens, and there is no room for "
-            f"an answer: a trajectory may have {self._max_prompt_tokens} of a prompt and {most} behind it",
-            code="context_length_exceeded",
+            f"an answer: a trajectory may have {self._max_prompt_tokens} of a prompt and {most} behind it"
         )
+        if not self._conversations:
+            self.refusal = RequestRefused(said)
+            self._accounts.note_refusal(said)
+        return RequestError(said, code="context_length_exceeded")
 
     async def _sample(self, candidate: Trajectory, turn: Turn, request: ChatRequest, number: int) -> None:
         # Requests of one conversation may be the same: each has a seed of its own, or all draws were equal.

@@ -160,6 +160,33 @@ def test_each_request_that_the_engines_refuse_counts_once_whether_or_not_it_ends
     assert account_values(rollout) == refused | {"agent/turns": 4}
 
 
+@pytest.mark.parametrize("empty", [False, True], ids=["longer_than_the_run_allows", "empty_answer"])
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_first_request_without_room_has_its_group_replaced_whatever_the_program_makes_of_it(
+    handled: bool, empty: bool
+) -> None:
+    async def program(task: AgentTask) -> str:
+        long = task.problem.index == 0 and not empty
+        async with client_of(task) as client:
+            try:
+                return await ask(client, [user("x" * 90 if long else "go")])
+            except openai.BadRequestError:
+                if handled:
+                    return "too long for me"
+                raise
+
+    engine = Talking(says=lambda _: [] if empty and len(engine.answers) < 2 else "yes")
+    with serving(engine) as url:
+        rollout = rollout_for(
+            0, problems=[problem(0)], samples_per_prompt=2, wanted=1, next_problem=lambda: problem(1)
+        )
+        draw(url, program, rollout=rollout, agent={"max_prompt_tokens": 20}, max_response_tokens=50)
+    assert [s.problem for s in samples_of(rollout)] == [1, 1]
+    assert rollout.accounts.first_refusal.startswith("the conversation has")
+    refused = {"rollout/refused_requests": 2, "rollout/refused_groups": 1}
+    assert account_values(rollout) == refused | {"agent/turns": 2}
+
+
 def test_a_refused_question_about_the_models_words_is_not_asked_again_and_ends_the_rollout() -> None:
     async def program(task: AgentTask) -> str:
         async with client_of(task) as client:
