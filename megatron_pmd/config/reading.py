@@ -123,9 +123,24 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     A whole group comes before single settings of it, and a choice, as of the objective, before the settings
     of what is chosen, in whatever order they stand.
     """
-    values = config.model_dump(mode="json")
+    values = _as_set(config)
     _assign(values, assignments)
     return build(values)
+
+
+def _as_set(config: RunConfig) -> dict[str, Any]:
+    """Its plain values without what RunConfig.resolved wrote: what is assigned may change what follows."""
+    values = config.model_dump(mode="json")
+    unset = config.sync.model_copy(update=dict.fromkeys(DERIVED))
+    follows = config.model_copy(update={"sync": unset}).resolved().sync
+    for bound in DERIVED:
+        if values["sync"][bound] == getattr(follows, bound):
+            values["sync"][bound] = None
+    return values
+
+
+DERIVED = ("mean_log_prob_difference", "p99_log_prob_difference")
+"""Settings of sync that follow from others where they are null."""
 
 
 def _assign(values: dict[str, Any], assignments: list[str]) -> None:
