@@ -184,6 +184,8 @@ def _setting(assignment: str) -> tuple[str, Any]:
     key, separator, text = assignment.partition("=")
     if not separator or not all(key.split(".")):
         raise ConfigError(f"{assignment!r} is not of the form dotted.key=value")
+    if text == "None":  # as Python and docs/configuration.md call it; it would be a text
+        raise ConfigError(f"{key}=None: write null for none; the text is '\"None\"'")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
