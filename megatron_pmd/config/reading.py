@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
-from megatron_pmd.config.data import MIXTURE, SINGLE, Data
+from megatron_pmd.config.data import MIXTURE, SINGLE, Data, FileSource
 from megatron_pmd.config.frozen import Frozen, WrongValue
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
@@ -162,15 +162,20 @@ class _DataAlone(Frozen):
     data: Data
 
 
-def data_of_file(file: str, settings: list[str]) -> Data:
+def data_of_file(file: FileSource, settings: list[str]) -> Data:
     """How a problem file is read, by `data.key=value` settings as a run has them; the file is data.train."""
-    values: dict[str, Any] = {"data": {"train": {"kind": "file", "path": file}}}
+    values: dict[str, Any] = {"data": {"train": file.model_dump(mode="json")}}
     _assign(values, settings)
     try:
-        return _DataAlone.model_validate(values).data
+        data = _DataAlone.model_validate(values).data
     except ValidationError as error:
         lines = "\n".join(explain(error, _DataAlone))
         raise ConfigError(f"{lines}\nA problem file has the settings data.* alone") from None
+    if getattr(data.train, "path", None) != file.path:
+        raise ConfigError(
+            f"data.train is {file.path}, the file that was named: leave its kind and path unset"
+        )
+    return data
 
 
 def _is_choice(key: str) -> bool:
