@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -105,3 +106,18 @@ def test_gsm8k_is_graded_by_what_its_solution_has_behind_the_hashes(response: st
     assert score(response, Problem(0, (), solution)) == reward
     assert score("Answer: 1200", Problem(0, (), solution)) == 1
     assert score("Answer: 1200", Problem(0, (), solution), truncated=True) == 0, "more digits may follow"
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "bounds"),
+    [("bf16", "fp32", (1e-5, 1e-4)), ("fp32", "bf16", (0.1, 2.0)), ("bf16", "bf16", (0.1, 2.0))],
+)
+def test_a_runs_config_json_has_the_bounds_of_the_precision_that_it_is_given(
+    folder: Path, was: str, becomes: str, bounds: tuple[float, float]
+) -> None:
+    own = "sync.mean_log_prob_difference=0.05"
+    for name, settings, mean in (("derived", [], bounds[0]), ("own", [own], 0.05)):
+        written = configuration("tiny_moe_cpu", [f"model.precision={was}", *settings])
+        (folder / f"{name}.json").write_text(json.dumps(written.model_dump(mode="json")))
+        read = configuration(f"{name}.json", [f"model.precision={becomes}"]).sync
+        assert (read.mean_log_prob_difference, read.p99_log_prob_difference) == (mean, bounds[1])

@@ -21,10 +21,11 @@ HEAD = """\
 Written by `make docs` from the docstrings in `megatron_pmd/config/`; edit those.
 
 A recipe returns this tree; `megatron-pmd train RECIPE key=value …` changes it, with the dotted keys below.
-A value is read as JSON where it is JSON, else as a string. `0` in a key is the first of a list, `1` the
-second. An unknown key is an error. The resolved tree is written to the run's `config.json`, which can be
-given in place of a recipe. In a group that is off unless one of its keys is set, as `actor.lora` or
-`reward.remote`, `required` means: needed as soon as another key of the group is set.
+A value is read as JSON where it is JSON, else as a string; for the None of a meaning write `null`. `0` in
+a key is the first of a list, `1` the second. An unknown key is an error. The resolved tree is written to
+the run's `config.json`, which can be given in place of a recipe. In a group that is off unless one of its
+keys is set, as `actor.lora` or `reward.remote`, `required` means: needed as soon as another key of the group
+is set.
 """
 NUMBERS = {"Gt": ">", "Ge": "≥", "Lt": "<", "Le": "≤"}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from megatron_pmd.cli.extras import needs
-from megatron_pmd.config import Model, ProblemSource, Reward, data_of_file
+from megatron_pmd.config import FileSource, Model, ProblemSource, Reward, data_of_file
 from recipes import configuration
 
 Settings = Annotated[
@@ -41,7 +41,7 @@ def data(
     other = Path(file_or_recipe).suffix not in (".py", ".json") and Path(file_or_recipe).is_file()
     is_file = is_problem_file(file_or_recipe) or other
     if is_file:
-        data = data_of_file(file_or_recipe, settings or [])
+        data = data_of_file(FileSource(path=file_or_recipe), settings or [])
         ungraded, unlimited = Reward(name="exact"), sys.maxsize
         sources = tuple(
             ProblemSource.of(key, source, data, ungraded, unlimited)

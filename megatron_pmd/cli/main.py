@@ -78,12 +78,17 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    out: Annotated[
+        Path | None, typer.Option(help="where to write, e.g. for a run that you may only read")
+    ] = None,
+) -> None:
     """Write RUN/report.html: curves, phase ledger, samples, configuration, in one file."""
     with needs("report"):
         from megatron_pmd.observe.report import write_report
 
-    typer.echo(write_report(run))
+    typer.echo(write_report(run, out))
 
 
 @app.command()
@@ -113,16 +118,19 @@ for command in (train, cluster.plan, simulate, cluster.launch, cluster.status, c
 
 
 def main(command: Callable[[], object] = app) -> None:
-    """Entry point; a PmdError, or a full disk, is one message and its outcome's exit code, no traceback."""
+    """Entry point; a PmdError, or a file that the system refuses, is one message and an exit code."""
     try:
         command()
     except PmdError as error:
         outcome = RunOutcome.of(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        place = error.filename or "a file"
-        outcome = RunOutcome(Status.FAILED, f"{place}: {error.strerror}: make room and try again")
+        outcome = RunOutcome(
+            Status.FAILED,
+            f"{error.filename or 'a file'}: {error.strerror}" + ": make room and try again" * full,
+        )
     else:
         return
     typer.secho(str(outcome), fg=typer.colors.RED, err=True)

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_pmd.config.algorithm import OBJECTIVES, Objective, objective_class
-from megatron_pmd.config.data import MIXTURE, SINGLE, Data
+from megatron_pmd.config.data import MIXTURE, SINGLE, Data, FileSource
 from megatron_pmd.config.frozen import Frozen, WrongValue
 from megatron_pmd.config.run import RunConfig
 from megatron_pmd.errors import ConfigError
@@ -123,9 +123,24 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
     A whole group comes before single settings of it, and a choice, as of the objective, before the settings
     of what is chosen, in whatever order they stand.
     """
-    values = config.model_dump(mode="json")
+    values = _as_set(config)
     _assign(values, assignments)
     return build(values)
+
+
+def _as_set(config: RunConfig) -> dict[str, Any]:
+    """Its plain values without what RunConfig.resolved wrote: what is assigned may change what follows."""
+    values = config.model_dump(mode="json")
+    unset = config.sync.model_copy(update=dict.fromkeys(DERIVED))
+    follows = config.model_copy(update={"sync": unset}).resolved().sync
+    for bound in DERIVED:
+        if values["sync"][bound] == getattr(follows, bound):
+            values["sync"][bound] = None
+    return values
+
+
+DERIVED = ("mean_log_prob_difference", "p99_log_prob_difference")
+"""Settings of sync that follow from others where they are null."""
 
 
 def _assign(values: dict[str, Any], assignments: list[str]) -> None:
@@ -147,15 +162,20 @@ class _DataAlone(Frozen):
     data: Data
 
 
-def data_of_file(file: str, settings: list[str]) -> Data:
+def data_of_file(file: FileSource, settings: list[str]) -> Data:
     """How a problem file is read, by `data.key=value` settings as a run has them; the file is data.train."""
-    values: dict[str, Any] = {"data": {"train": {"kind": "file", "path": file}}}
+    values: dict[str, Any] = {"data": {"train": file.model_dump(mode="json")}}
     _assign(values, settings)
     try:
-        return _DataAlone.model_validate(values).data
+        data = _DataAlone.model_validate(values).data
     except ValidationError as error:
         lines = "\n".join(explain(error, _DataAlone))
         raise ConfigError(f"{lines}\nA problem file has the settings data.* alone") from None
+    if getattr(data.train, "path", None) != file.path:
+        raise ConfigError(
+            f"data.train is {file.path}, the file that was named: leave its kind and path unset"
+        )
+    return data
 
 
 def _is_choice(key: str) -> bool:
@@ -169,6 +189,8 @@ def _setting(assignment: str) -> tuple[str, Any]:
     key, separator, text = assignment.partition("=")
     if not separator or not all(key.split(".")):
         raise ConfigError(f"{assignment!r} is not of the form dotted.key=value")
+    if text == "None":  # as Python and docs/configuration.md call it; it would be a text
+        raise ConfigError(f"{key}=None: write null for none; the text is '\"None\"'")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

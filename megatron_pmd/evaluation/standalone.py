@@ -70,7 +70,8 @@ class EvaluationRequest:
     temperature: float | None = None
     limit: int | None = None
     settings: tuple[str, ...] = ()
-    """`dotted.key=value`, of the run's configuration; of a model folder only data.* for the file."""
+    """`dotted.key=value` of the run's configuration, but that data.train.* are how the file is read; of a
+    model folder only data.*."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ def task(request: EvaluationRequest) -> Task:
 
 def _of_run(request: EvaluationRequest) -> Task:
     """The run's newest exported model, under its own evaluation settings."""
-    config = override(load(request.target / "config.json"), list(request.settings))
+    of_file = [s for s in request.settings if request.data and s.startswith("data.train.")]
+    others = [s for s in request.settings if s not in of_file]
+    config = override(load(request.target / "config.json"), others)
     exports = iterations_in(request.target / "hf")
     if not exports:
         raise ModelError(
@@ -120,8 +123,11 @@ def _of_run(request: EvaluationRequest) -> Task:
     limit, longest_prompt = None, config.batch.max_prompt_tokens
     sources = config.problem_sources("evaluation")
     if request.data is not None:
-        file = _file(request.data, config)
-        sources = (ProblemSource.of("--data", file, config.data, config.reward, longest_prompt),)
+        file = data_of_file(_file(request.data, config), of_file).sources_of("train")
+        sources = tuple(
+            ProblemSource.of("--data", given, config.data, config.reward, longest_prompt)
+            for given in file.values()
+        )
     elif sources:
         limit = config.evaluation.prompts
     else:
@@ -158,7 +164,7 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
             f"{given} leaves no room for a prompt: {request.target} takes {context} tokens; lower it"
         )
     name = f"{request.target.resolve().name}-{request.data.stem}-k{request.samples_per_prompt}"
-    data = data_of_file(str(request.data), list(request.settings))
+    data = data_of_file(FileSource(path=str(request.data)), list(request.settings))
     reward = Reward(name=request.reward)
     limit = "max_position_embeddings less --max-response-tokens"
     sources = [

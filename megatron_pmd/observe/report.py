@@ -49,8 +49,8 @@ class PhaseRow:
     engine_bytes: int | None
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html into a run directory, finished or not; returns its path."""
+def write_report(run_folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a run directory, finished or not: its report.html, or out; returns the path."""
     run = RunFolder.read(run_folder)
     drawn = charts(run)
     names = list(seconds_by_phase(run.ledger))
@@ -89,7 +89,7 @@ def write_report(run_folder: Path) -> Path:
         data={"charts": specs, "samples": _samples(run)},
         plotly=Markup(_plotly()),
     )
-    path = run_folder / "report.html"
+    path = out or run_folder / "report.html"
     write_whole(path, page)
     return path
 

@@ -34,7 +34,7 @@ SAMPLES = {"iteration": "rollouts", "evaluation": "evaluations"}
 """Kind of line -> folder of the samples that it is about."""
 PLACES = ("kind", "iteration", "step", "global_step")
 WANDB_ID, MLFLOW_ID = "wandb_id.txt", "mlflow_id.txt"
-"""In the run's folder: which record a resumed run goes on in."""
+"""In the run's folder: which record a resumed run goes on in. MLflow's has a second line: where that is."""
 EXTRAS = {"tensorboard": "cpu", "wandb": "trackers", "mlflow": "trackers"}
 """Setting, which has the name of the package that it needs -> the extra that installs it."""
 MLFLOW_ENDINGS = {
@@ -219,24 +219,33 @@ class MlflowTracker(Tracker):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else it writes home of its use
         from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
 
-        self._metric, known = Metric, _read_id(folder / MLFLOW_ID)
+        self._metric, record = Metric, folder / MLFLOW_ID
+        where = settings.model_dump_json(include={"uri", "experiment"})
+        known, _, there = (_read_id(record) or "").partition("\n")
         with warnings.catch_warnings(), _named("trackers.mlflow"):
             warnings.simplefilter("ignore")
             self._client = MlflowClient(settings.uri or (folder / "mlflow").resolve().as_uri())
-            if known:
+            if known and there in ("", where):  # "": a file of an earlier version, the number alone
                 self._id = self._client.get_run(known).info.run_id
                 self._client.update_run(self._id, status="RUNNING")
-                return
-            found = self._client.get_experiment_by_name(settings.experiment)
-            experiment = found.experiment_id if found else self._client.create_experiment(settings.experiment)
-            self._id = self._client.create_run(experiment, run_name=config.name).info.run_id
-            leaves = flatten(config.model_dump(mode="json"))
-            texts = [Param(key, json.dumps(value)) for key, value in leaves.items()]
-            for first in range(0, len(texts), 100):  # the most that MLflow takes at a time
-                self._client.log_batch(self._id, params=texts[first : first + 100])
-        write_whole(folder / MLFLOW_ID, self._id)
+            else:
+                self._id = self._begun(settings.experiment, config)
+        write_whole(record, f"{self._id}\n{where}\n")
+
+    def _begun(self, experiment: str, config: RunConfig) -> str:
+        """The number of a new record, which has the configuration."""
+        from mlflow.entities import Param
+
+        found = self._client.get_experiment_by_name(experiment)
+        place = found.experiment_id if found else self._client.create_experiment(experiment)
+        number: str = self._client.create_run(place, run_name=config.name).info.run_id
+        leaves = flatten(config.model_dump(mode="json"))
+        texts = [Param(key, json.dumps(value)) for key, value in leaves.items()]
+        for first in range(0, len(texts), 100):  # the most that MLflow takes at a time
+            self._client.log_batch(number, params=texts[first : first + 100])
+        return number
 
     def log(self, kind: str, place: int, values: dict[str, float]) -> None:
         now = _milliseconds()

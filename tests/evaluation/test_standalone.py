@@ -25,7 +25,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_pmd.cli.main import app
-from megatron_pmd.config import Model, RunConfig
+from megatron_pmd.config import FileSource, Model, RunConfig, override
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import ConfigError, DataError, ModelError, StaleWeights
 from megatron_pmd.evaluation import standalone
@@ -104,6 +104,33 @@ def test_settings_say_how_the_file_is_read_and_change_what_the_run_says(run_fold
     (source,) = work.sources
     assert (getattr(source.source, "answer_key", None), source.data.prompt_suffix) == ("label", "!")
     assert task(EvaluationRequest(run_folder, settings=("evaluation.top_p=0.5",))).top_p == 0.5
+
+
+@pytest.mark.parametrize("train", ["", '{"kind": "file", "path": "t.jsonl"}', "mixture"])
+def test_the_files_own_settings_win_over_the_columns_of_the_runs_held_out_file(run_folder, train):
+    """Whatever data.train of the run is: here reasoning-gym, a file, and several sources."""
+    if train == "mixture":
+        train = json.dumps([{"name": "a", "source": {"kind": "file", "path": "t.jsonl"}}])
+    held_out = {"kind": "file", "path": "h.jsonl", "prompt_key": "question", "answer_key": "solution"}
+    config = override(
+        tiny_moe_cpu(),
+        [f"data.evaluation={json.dumps(held_out)}", *([f"data.train={train}"] if train else [])],
+    )
+    (run_folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+
+    def read(*settings: str) -> Any:
+        (source,) = task(EvaluationRequest(run_folder, data=Path("p.jsonl"), settings=settings)).sources
+        return source.source
+
+    as_held_out = FileSource.model_validate(held_out | {"path": "p.jsonl"})
+    assert read() == as_held_out
+    assert read("data.train.answer_key=label") == as_held_out.model_copy(update={"answer_key": "label"})
+    for wrong, said in (
+        ("data.train.path=other.jsonl", r"data\.train is p\.jsonl, the file that was named"),
+        ("data.train.0.source.answer_key=label", r"data\.train\.0 is not a setting"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read(wrong)
 
 
 def test_a_run_with_several_held_out_sources_is_evaluated_on_each_by_its_own_reward(run_folder):

@@ -137,9 +137,35 @@ def test_mlflow_says_how_each_start_of_a_run_ended(tmp_path: Path) -> None:
     found = {}
     for status in (Status.STOPPED, Status.SAVED, Status.ALARMED):
         Journal.open(folder, config, 0).finish(RunOutcome(status))
-        run = MlflowClient((folder / "mlflow").as_uri()).get_run((folder / "mlflow_id.txt").read_text())
-        found[status.value] = run.info.status
+        number = (folder / "mlflow_id.txt").read_text().splitlines()[0]
+        found[status.value] = MlflowClient((folder / "mlflow").as_uri()).get_run(number).info.status
     assert found == {"stopped": "FINISHED", "saved": "KILLED", "alarmed": "FAILED"}
+
+
+def test_mlflow_opens_a_new_record_where_the_server_or_the_experiment_is_another(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder, there = tmp_path / "run", (tmp_path / "server").as_uri()
+
+    def runs(uri: str, experiment: str) -> list[str]:
+        found = MlflowClient(uri).get_experiment_by_name(experiment)
+        assert found is not None
+        return [run.info.run_id for run in MlflowClient(uri).search_runs([found.experiment_id])]
+
+    def start(experiment: str, **uri: str) -> str:
+        """The number of the record that this start of the run is in."""
+        config = make_config(trackers={"mlflow": {"experiment": experiment, **uri}})
+        Journal.open(folder, config, 0).close()
+        return (folder / "mlflow_id.txt").read_text().splitlines()[0]
+
+    begun = start("x")
+    (folder / "mlflow_id.txt").write_text(begun)  # as an earlier version wrote it
+    assert start("x") == begun, "it is still read"
+    elsewhere = start("x", uri=there)
+    other = start("y", uri=there)
+    assert start("y", uri=there) == other
+    assert runs((folder / "mlflow").as_uri(), "x") == [begun]
+    assert (runs(there, "x"), runs(there, "y")) == ([elsewhere], [other])
 
 
 class Failing(Tracker):
