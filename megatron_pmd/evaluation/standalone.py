@@ -91,7 +91,7 @@ class Task:
     max_response_tokens: int
     seed: int
     folder: Path
-    """Results and logs go here."""
+    """Results and logs go here, or beside it where it is taken."""
 
     @property
     def log(self) -> Path:
@@ -145,7 +145,7 @@ def _of_run(request: EvaluationRequest) -> Task:
         top_p=config.evaluation.top_p,
         max_response_tokens=response,
         seed=config.seed,
-        folder=_unused(request.target / "evaluate" / f"{name}-k{request.samples_per_prompt}"),
+        folder=request.target / "evaluate" / f"{name}-k{request.samples_per_prompt}",
     )
 
 
@@ -182,7 +182,7 @@ def _of_model(request: EvaluationRequest, description: dict[str, Any]) -> Task:
         top_p=1.0,
         max_response_tokens=response,
         seed=0,
-        folder=_unused(Path("runs") / "evaluate" / name),
+        folder=Path("runs") / "evaluate" / name,
     )
 
 
@@ -235,17 +235,20 @@ def _cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _unused(folder: Path) -> Path:
-    """The folder, or the first free `folder-2`, `-3`, …: no evaluation overwrites another's."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def _claimed(folder: Path) -> Path:
+    """Make the folder, or the first free `folder-2`, `-3`, …: no evaluation overwrites another's."""
+    number, claimed = 1, folder
+    while True:
+        try:
+            claimed.mkdir(parents=True)
+            return claimed
+        except FileExistsError:
+            number += 1
+            claimed = folder.with_name(f"{folder.name}-{number}")
 
 
 def run(task: Task, console: Console) -> Evaluation:
-    """Sample, grade, score; leaves samples.parquet and result.json in the task's folder.
+    """Sample, grade, score; leaves samples.parquet and result.json in a folder of its own, and says where.
 
     However it ends, the engine and the graders end with it.
     """
@@ -259,7 +262,7 @@ def run(task: Task, console: Console) -> Evaluation:
         if too_long:
             console.say(f"{too_long} of {len(problems)} prompts are over {limit} tokens: dropped")
         kept, dropped = kept + fitting, dropped + too_long
-    task = replace(task, rollout=_engine(task, kept))
+    task = replace(task, rollout=_engine(task, kept), folder=_claimed(task.folder))
     settings = DrawSettings(
         samples_per_prompt=task.samples_per_prompt,
         iteration=task.iteration,
@@ -294,7 +297,9 @@ def run(task: Task, console: Console) -> Evaluation:
             f"tokens (--max-response-tokens); log: {task.log}"
         )
         samples = _sample(task, rollout, sampler, console)
-    return _record(task, samples, dropped)
+    result = _record(task, samples, dropped)
+    console.say(f"samples and table: {task.folder}")
+    return result
 
 
 def _spec(task: Task) -> EngineSpec:
@@ -390,9 +395,6 @@ def table(task: Task, result: Evaluation) -> Table:
 
 
 def main(request: EvaluationRequest) -> None:
-    """The command: evaluate, show the table, and say where the results are."""
-    console = Console()
-    work = task(request)
-    result = run(work, console)
-    rich.console.Console(highlight=False).print(table(work, result))
-    console.say(f"samples and table: {work.folder}")
+    """The command: evaluate, and show the table."""
+    console, work = Console(), task(request)
+    rich.console.Console(highlight=False).print(table(work, run(work, console)))

@@ -160,12 +160,6 @@ def test_the_table_has_the_result_of_each_source():
     ]  # fmt: skip
 
 
-def test_an_evaluation_never_overwrites_another(run_folder):
-    first = task(EvaluationRequest(run_folder)).folder
-    first.mkdir(parents=True)
-    assert task(EvaluationRequest(run_folder)).folder == first.with_name(first.name + "-2")
-
-
 def test_a_run_without_an_exported_model_says_so(run_folder):
     for export in (run_folder / "hf").iterdir():
         export.rmdir()
@@ -195,6 +189,25 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused_by_the_limit_s_na
     )
     with pytest.raises(DataError, match=limit):
         standalone.run(task(request), Console(io.StringIO()))
+
+
+def test_an_evaluation_never_overwrites_another_that_was_started_with_it(
+    tmp_path, model, problems, monkeypatch
+):
+    drawn = iter("ab")
+    monkeypatch.setattr(standalone, "grading", lambda *_: contextlib.nullcontext(Letters()))
+    monkeypatch.setattr(standalone, "_sample", lambda *_: next(drawn))
+    monkeypatch.setattr(
+        standalone, "_record", lambda task, drawn, _: (task.folder / "drawn").write_text(drawn)
+    )
+    monkeypatch.chdir(tmp_path)
+    both = [task(EvaluationRequest(model, problems, reward="exact", max_response_tokens=8))] * 2
+    for work in both:
+        standalone.run(work, Console(out := io.StringIO()))
+    folder = both[0].folder
+    other = folder.with_name(f"{folder.name}-2")
+    assert [(path / "drawn").read_text() for path in (folder, other)] == ["a", "b"]
+    assert f"samples and table: {other}" in out.getvalue()
 
 
 @needs_cpu
