@@ -11,6 +11,8 @@ import numpy as np
 
 from megatron_pmd.errors import DataError, StaleWeights
 
+CUT = ("length", "repetition")
+"""Finish reasons of responses that did not end by themselves."""
 NOT_SAMPLED = -1
 """In place of a weight version: the token is the prompt's, or was inserted (tool output)."""
 OF_NO_POLICY = -2

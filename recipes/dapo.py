@@ -31,7 +31,9 @@ def batch_of_the_paper(*, max_tokens_per_microbatch: int) -> Batch:
 
 def plus_minus_one() -> Reward:
     """Rewards of the paper's values (arXiv 2602.05933): 1 for a right answer, -1 for a wrong one."""
-    return Reward(name="recipes.dapo:signed_score", answer="whole", workers=16, timeout_seconds=10.0)
+    return Reward(
+        name="recipes.dapo:signed_score", answer="whole", workers=16, timeout_seconds=10.0, failed=-1.0
+    )
 
 
 def mean_of_32() -> Evaluation:

@@ -118,19 +118,22 @@ class Reward(Frozen):
     answer: Literal["whole", "last_integer", "last_line"] = "whole"
     """Which part of the response is graded."""
     timeout_seconds: PositiveFloat = 10.0
-    """For one sample, all its tests together; a reward that takes longer counts as 0. For one request to a
-    service: one that takes longer is sent again."""
+    """For one sample, all its tests together; one that takes longer has failed. For one request to a service:
+    one that takes longer is sent again."""
     memory_gigabytes: PositiveFloat = 0.5
     """For one worker, beside what it has taken when the reward is loaded, or for one program of `code`; a
-    sample that needs more counts as 0. A service has none."""
+    sample that needs more has failed. A service has none."""
     workers: PositiveInt = 2
     """Processes, or sandboxes of `code`; a service has none."""
     correct: float = 1.0
     """A response with at least this reward is correct: for pass@k, the length reward and prioritised
     prompts."""
     length: LengthReward | None = None
+    failed: float = 0.0
+    """What a response is worth that could not be graded: the reward or its worker failed, or an agent's
+    program. Not more than a wrong answer, or the policy learns to make the grader fail."""
     truncation_penalty: NonNegativeFloat = 0.0
-    """Taken from the reward of a response that was cut at its token budget."""
+    """Taken from the reward of a response that was cut, at its token budget or in a repetition."""
 
     @model_validator(mode="after")
     def _named(self) -> Self:

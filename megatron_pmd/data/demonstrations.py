@@ -12,7 +12,13 @@ from megatron_pmd.errors import DataError
 
 
 def answer_tokens(problem: Problem, tokenizer: Any) -> list[int]:
-    """The problem's answer as a response: with the end-of-sequence token."""
+    """The problem's answer as a response: with the end-of-sequence token. DataError without one."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {getattr(tokenizer, 'name_or_path', '') or 'this model'} has no "
+            "end-of-sequence token, which ends an answer that is learned: set eos_token in its "
+            "tokenizer_config.json"
+        )
     return [*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id]
 
 

@@ -231,7 +231,9 @@ class PromptSource(PromptOrder):
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for p in self._problems:
-            digest.update(json.dumps([p.index, p.messages, p.answer, p.tokens], default=str).encode())
+            of_order_and_grade = [p.difficulty, p.token_budget, p.metadata]
+            content = [p.index, p.messages, p.answer, p.tokens, *of_order_and_grade]
+            digest.update(json.dumps(content, default=str).encode())
         return digest.hexdigest()
 
 
@@ -265,6 +267,7 @@ class PrioritisedPrompts(PromptSource):
 
     def record(self, successes: Mapping[Key, float]) -> None:
         for key, rate in successes.items():
+            self.problem(key)  # a replayed rollout may be of others
             self._success[self._place[key]] = rate
 
     def state(self) -> dict[str, Any]:

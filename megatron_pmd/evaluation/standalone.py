@@ -94,6 +94,10 @@ class Task:
     """Results and logs go here, or beside it where it is taken."""
 
     @property
+    def longest_prompt(self) -> int:
+        return max(source.max_prompt_tokens for source in self.sources)
+
+    @property
     def log(self) -> Path:
         return self.folder / "logs" / "engine-0.log"
 
@@ -120,19 +124,16 @@ def _of_run(request: EvaluationRequest) -> Task:
             "checkpoint.hf_export=true"
         )
     iteration = max(exports)
-    limit, longest_prompt = None, config.batch.max_prompt_tokens
+    limit, batch = None, config.batch
     sources = config.problem_sources("evaluation")
     if request.data is not None:
-        file = data_of_file(_file(request.data, config), of_file).sources_of("train")
-        sources = tuple(
-            ProblemSource.of("--data", given, config.data, config.reward, longest_prompt)
-            for given in file.values()
-        )
+        [file] = data_of_file(_file(request.data, config), of_file).sources_of("train").values()
+        sources = (ProblemSource.of("--data", file, config.data, config.reward, batch.max_prompt_tokens),)
     elif sources:
         limit = config.evaluation.prompts
     else:
         raise ConfigError(f"{request.target} has no held-out problems (data.evaluation); give --data FILE")
-    response = request.max_response_tokens or config.batch.max_response_tokens
+    response = request.max_response_tokens or batch.max_response_tokens
     name = f"iteration-{iteration}-{request.data.stem if request.data else 'held-out'}"
     return Task(
         model=config.model.model_copy(update={"path": str(exports[iteration])}),
@@ -219,14 +220,12 @@ def _precision(folder: Path, description: dict[str, Any]) -> Precision:
 def _engine(task: Task, problems: list[Problem]) -> Rollout:
     """The one engine has this machine's cores to itself, and room for the longest sample."""
     rollout = task.rollout
-    if rollout.agent:  # its program writes prompts of its own
-        longest_prompt = max(source.max_prompt_tokens for source in task.sources)
-    else:
-        longest_prompt = max(len(problem.tokens) for problem in problems)
-    longest = longest_prompt + task.max_response_tokens
+    # an agent's program writes prompts of its own
+    prompt = task.longest_prompt if rollout.agent else max(len(problem.tokens) for problem in problems)
+    longest = prompt + task.max_response_tokens
     cache = max(rollout.max_total_tokens or CPU_CACHE_TOKENS, longest) if _cpu() else rollout.max_total_tokens
-    cores = len(os.sched_getaffinity(0))
-    return rollout.model_copy(update={"threads_per_engine": cores, "max_total_tokens": cache})
+    own = {"threads_per_engine": len(os.sched_getaffinity(0)), "max_total_tokens": cache}
+    return rollout.model_copy(update=own)
 
 
 def _cpu() -> bool:
@@ -288,9 +287,8 @@ def run(task: Task, console: Console) -> Evaluation:
             stop_tokens=stop_tokens(tokenizer, task.model.path),
             limits=Limits(task.max_response_tokens, task.rollout.max_turns, task.rollout.repetition),
             grader=rewards,
-            function=maker_of(
-                task.rollout, tokenizer, max(source.max_prompt_tokens for source in task.sources)
-            ),
+            failed=task.sources[0].reward.failed,
+            function=maker_of(task.rollout, tokenizer, task.longest_prompt),
         )
         console.say(
             f"starting an engine for {task.model.path}; a response has at most {task.max_response_tokens} "

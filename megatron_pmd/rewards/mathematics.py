@@ -56,7 +56,7 @@ def _equal(answer: str, stated: str) -> float:
     if len(stated) > LONGEST_STATEMENT:
         return 0.0
     if reference.percent and _PERCENT in stated:
-        return _equal(answer.replace(_PERCENT, ""), stated.replace(_PERCENT, ""))
+        return _equal(re.sub(r"\\?%", "", answer), stated.replace(_PERCENT, ""))
     if _SCALED_NAME.match(stated) and not reference.equation:
         return 0.0  # math-verify would take 2x = 4 for the value 4
     expressions = _parse(stated) if reference.text else _readings(stated)
@@ -79,7 +79,7 @@ def _reference(answer: str) -> _Reference:
         expressions = math_verify.parse(answer, parsing_timeout=None)
     else:
         expressions = _readings(latex(answer)) or math_verify.parse(answer, parsing_timeout=None)
-    return _Reference(expressions, text, _PERCENT in answer, "=" in answer)
+    return _Reference(expressions, text, "%" in answer, "=" in answer)
 
 
 def _readings(value: str) -> list[Any]:

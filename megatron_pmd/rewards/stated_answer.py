@@ -50,6 +50,8 @@ _ARTICLE = re.compile(r"^(?:an?|the|on|in|at)\s+", re.IGNORECASE)
 _JUDGED = re.compile(r"\s*(?:correct|wrong|right|incorrect)\W*")
 """`The answer is correct` states none."""
 
+THOUGHT = "<think>"
+"""Begins one."""
 LONGEST_STATEMENT = 1000
 """Characters behind a mark that are read; the longest answer of MATH-500 has 159."""
 Reading = Callable[[], str | None]
@@ -77,7 +79,7 @@ def stated_answer(response: str, *, truncated: bool, text: bool) -> str | None:
 def after_thinking(response: str) -> str:
     """A thought that was never closed has no answer behind it."""
     _, closed, after = response.rpartition("</think>")
-    return after if closed else response.partition("<think>")[0]
+    return after if closed else response.partition(THOUGHT)[0]
 
 
 def _statements(response: str, *, truncated: bool, text: bool) -> Iterator[tuple[int, Reading]]:

@@ -16,6 +16,7 @@ from megatron_pmd.config import Repetition, Rollout, RunConfig
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import PmdError, RequestRefused, RolloutError
 from megatron_pmd.rewards.pool import Verdict
+from megatron_pmd.rewards.stated_answer import THOUGHT
 from megatron_pmd.rollout.agents.conversations import AgentEpisode
 from megatron_pmd.rollout.agents.program import Agent
 from megatron_pmd.rollout.agents.server import AgentServer
@@ -29,6 +30,8 @@ from megatron_pmd.rollout.turn_sampler import Sampling
 DEADLINE, ENOUGH_GROUPS, INTERRUPTED = "deadline", "enough_groups", "interrupted"
 """Why responses are stopped all at once."""
 INTERRUPTION_POLL_SECONDS = 0.5
+OPENING_TOKENS = 8
+"""At the end of a prompt: where a chat template begins a thought."""
 
 
 OnSample = Callable[[Group], None]
@@ -63,6 +66,8 @@ class Sampler:
     """Experts that a token goes to, over all layers: the engines are asked which. 0: they are not."""
     function: RolloutFunction | Agent = single_turn
     """What makes a response."""
+    failed: float = 0.0
+    """Reward of a response that could not be graded, of a problem without a reward of its own."""
     interrupted: Callable[[], bool] = lambda: False
     """Asked all the time; once true the rollout ends as it is, and the groups say what is lacking."""
 
@@ -88,6 +93,7 @@ class Sampler:
             teacher=endpoint_of(teacher) if teacher else None,
             routing_width=routing_width if config.actor.experts.replay_routing else 0,
             function=maker_of(sampling, tokenizer, config.batch.max_prompt_tokens),
+            failed=config.reward.failed,
             interrupted=interrupted,
         )
 
@@ -255,6 +261,8 @@ class _Draw:
             response = self._text(member)
         else:
             graded, response = await self._by_function(group, member, sampler.function)
+            if sampler.function is single_turn and self._opens_thought(group.problem):
+                graded = THOUGHT + graded  # a grader is to see a thought that was cut for what it is
         grading = None
         if error is None:
             grading = sampler.grader.submit(graded, group.problem, member.truncated)
@@ -264,8 +272,16 @@ class _Draw:
         verdict = Verdict(0.0, error)
         if grading:
             verdict = await self._client.unless_stopped(asyncio.wrap_future(grading))
+        worth = verdict.reward
+        if verdict.error is not None:
+            worth = group.problem.reward.failed if group.problem.reward else sampler.failed
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
-        member.response, member.reward_error, member.reward = response, verdict.error, verdict.reward
+        member.response, member.reward_error, member.reward = response, verdict.error, worth
+
+    def _opens_thought(self, problem: Problem) -> bool:
+        """Whether the chat template begins the response's thought, as some do of models that always think."""
+        end: str = self._sampler.tokenizer.decode(list(problem.tokens[-OPENING_TOKENS:]))
+        return end.rstrip().endswith(THOUGHT)
 
     async def _by_function(
         self, group: Group, member: Trajectory, function: RolloutFunction

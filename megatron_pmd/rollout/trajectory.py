@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_pmd.batch import NOT_SAMPLED, Segment
+from megatron_pmd.batch import CUT, NOT_SAMPLED, Segment
 from megatron_pmd.config import Repetition
 from megatron_pmd.data.problems import Problem
 from megatron_pmd.errors import EngineError
@@ -99,8 +99,8 @@ class Trajectory:
 
     @property
     def truncated(self) -> bool:
-        """Whether any part ended because there was no room."""
-        return any(part.finish_reason == "length" for part in self.parts)
+        """Whether any part was cut."""
+        return any(part.finish_reason in CUT for part in self.parts)
 
     @property
     def finished(self) -> bool:

@@ -16,7 +16,7 @@ from megatron_pmd.algorithm.losses import Constants, Loss, loss_of
 from megatron_pmd.algorithm.mismatch import WEIGHTS
 from megatron_pmd.algorithm.schedules import scheduled
 from megatron_pmd.algorithm.shaping import length_rewards
-from megatron_pmd.batch import RolloutBatch, Sample, SampleColumns, by_response
+from megatron_pmd.batch import CUT, RolloutBatch, Sample, SampleColumns, by_response
 from megatron_pmd.config import ProblemSource, RunConfig, Schedule
 from megatron_pmd.errors import DataError
 from megatron_pmd.rollout.trajectory import Trajectory
@@ -77,7 +77,7 @@ class Subproblem:
                 name,
                 [parts[0].reward for parts in members],
                 [sum(len(s.response_tokens) for s in parts) for parts in members],
-                [any(s.finish_reason == "length" for s in parts) for parts in members],
+                [any(s.finish_reason in CUT for s in parts) for parts in members],
                 [parts[0].group for parts in members],
             )
             tau = self._source(name).tau or self.tau

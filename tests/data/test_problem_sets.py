@@ -159,3 +159,11 @@ def test_held_out_problems_that_nothing_would_sample_are_told_and_not_read(tmp_p
         "data.evaluation: this run has no engines, and samples no held-out problems; "
         "`megatron-pmd evaluate` does, of its model"
     ]
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused_where_answers_are_learned(tmp_path):
+    endless = Letters()
+    endless.eos_token_id = None  # type: ignore[assignment]
+    config = config_of(tmp_path / "p.jsonl", [4] * 8, *SFT, "warm_start=null")
+    with pytest.raises(DataError, match="has no end-of-sequence token, which ends an answer that is learned"):
+        ProblemSets.load(config, endless, lambda _: None)

@@ -151,6 +151,21 @@ def test_problems_that_are_all_solved_come_again():
     assert sorted(indices(source, 5)) == [0, 1, 2, 3, 4]
 
 
+def test_a_replayed_problem_that_is_not_among_these_is_named():
+    source = PrioritisedPrompts(problems_of(2), seed=0)
+    with pytest.raises(DataError, match="7"):
+        source.record({("", 7): 1.0})
+
+
+@pytest.mark.parametrize("change", [{"difficulty": 2.0}, {"token_budget": 5}, {"metadata": {"tests": "[]"}}])
+def test_what_orders_and_grades_problems_is_part_of_which_data_they_are(change):
+    before = PromptSource([replace(p, difficulty=1.0) for p in problems_of(3)], seed=0)
+    after = [replace(p, difficulty=1.0) for p in problems_of(3)]
+    after[1] = replace(after[1], **change)
+    with pytest.raises(DataError, match="fingerprint"):
+        PromptSource(after, seed=0).load_state(before.state())
+
+
 def test_draws_of_several_problems_never_repeat_one():
     source = PrioritisedPrompts(problems_of(30), seed=1)
     for _ in range(20):

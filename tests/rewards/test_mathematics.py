@@ -85,6 +85,8 @@ def test_a_number_that_was_cut_is_no_answer():
         (r"\boxed{100200}", "(100,200)"),
         ("30\n31\n32\n33\n34", "34"),
         (r"\boxed{0.5\%}", r"50\%"),
+        (r"\boxed{0.5\%}", "50%"),
+        ("Answer: 1%", "100%"),
         ("Answer: A square has four sides", "A"),
         ("So, for $n=3$ there are $34$ subsets.", "34"),
     ],

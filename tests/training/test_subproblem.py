@@ -198,6 +198,7 @@ def test_an_agents_trajectories_share_the_advantage_of_their_episode_which_a_bas
         ("reward.length.weight=0.5", (2, 4), ("stop", "stop"), True),
         ("reward.length.weight=0.5", (3, 3), ("stop", "stop"), False),
         ("reward.truncation_penalty=0.2", (3, 3), ("stop", "length"), True),
+        ("reward.truncation_penalty=0.2", (3, 3), ("stop", "repetition"), True),
         ("reward.truncation_penalty=0.2", (3, 3), ("length", "length"), False),
         ("reward.truncation_penalty=0", (2, 4), ("stop", "length"), False),
     ],
