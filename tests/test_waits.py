@@ -44,17 +44,17 @@ ENDS_WITH = {
     "rollout/agents/program.py: client.stopped.wait()": "asyncio.wait around it, which has a deadline",
     "rollout/agents/program.py: episode.failed.wait()": "asyncio.wait around it, which has a deadline",
     "rollout/agents/program.py: program.result()": "nothing: it has ended",
+    "rollout/generate_client.py: asyncio.wait([waiting, stopped], return_when=asyncio.FIRST_COMPLETED)": (
+        "the question to a teacher, or the grading, which have deadlines"
+    ),
     "rollout/generate_client.py: idle.wait()": "the rollout, whose requests have deadlines",
+    "rollout/generate_client.py: self.stopped.wait()": "asyncio.wait around it",
+    "rollout/generate_client.py: waiting.result()": "nothing: it has ended",
     "rollout/group_journal.py: each.result()": WORK_OF_ITS_OWN,
     "rollout/sampler.py: asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)": "the rollout",
     "rollout/sampler.py: first.pop().result()": "nothing: it has ended",
     "rollout/sampler.py: self._enough.wait()": "asyncio.timeout around it",
     "rollout/sampler.py: self._may_end.wait()": "the rollout, whose requests have deadlines",
-    "rollout/teacher.py: asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)": (
-        "the question, whose requests have deadlines"
-    ),
-    "rollout/teacher.py: asking.result()": "nothing: it has ended",
-    "rollout/teacher.py: self._stopped.wait()": "asyncio.wait around it",
     "rollout_file.py: begun.result()": WORK_OF_ITS_OWN,
     "rollout_file.py: self.wait()": WORK_OF_ITS_OWN,
     "training/production.py: before.wait()": "the rollout before, which sets it however it ends",

@@ -37,6 +37,7 @@ from megatron_pmd.actor.checkpoint_writer import HelperEnded, Writer, serve_resu
 from megatron_pmd.actor.digests import digest, digest_of_base
 from megatron_pmd.actor.optimizer_state import (
     OPTIMIZER_FORMAT,
+    begin_states,
     groups_of,
     leave_out_own_groups,
     name_of,
@@ -87,6 +88,7 @@ class Saver:
         Returns the checkpoint's path, where it will be once published; not asynchronous: where it is.
         """
         self.publish(wait=True)
+        begin_states(optimizer)
         final = folder / f"iteration-{iteration}"
         partial = final.with_suffix(".partial")
         self._control.on_driver(lambda: _made(partial))

@@ -40,10 +40,15 @@ def add_adapters(chunks: list[Any], provider: Any, config: RunConfig) -> None:
         alpha=settings.alpha,
         dropout=settings.dropout,
         share_expert_adapters=False,
+        # Else an adapter is given the norm's output of all ranks' tokens, and the gradient that comes back
+        # through it is lost: Transformer Engine 2.20.2 adds it to the input's only where a rank's own tokens
+        # were given (module/layernorm_linear.py, backward). tests/gpu_emulated/test_lora_layouts.py.
+        sequence_parallel_input_regather=True,
     )
     lora(chunks)
     for chunk in chunks:
         _check_trains(chunk, lora.target_modules)
+        _draw_experts_anew(chunk)
         for parameter in chunk.parameters():
             if parameter.requires_grad:
                 _same_on_replicas(parameter)
@@ -63,6 +68,15 @@ def _check_trains(chunk: Any, targets: list[str]) -> None:
             f"{' or '.join(targets)} for actor.lora; set a smaller layout.pipeline, or name linear_fc1 or "
             "linear_fc2 in actor.lora.targets"
         )
+
+
+def _draw_experts_anew(chunk: Any) -> None:
+    """Each expert's A as that of any other matrix: Megatron-Bridge draws those of a rank as one tensor, whose
+    spread follows from how many there are (peft/utils.py, GroupedExpertLinearAdapter)."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith("adapter.linear_in.weight") and parameter.dim() == 3:
+            for matrix in parameter.data:
+                torch.nn.init.xavier_normal_(matrix)
 
 
 def _same_on_replicas(parameter: torch.nn.Parameter) -> None:

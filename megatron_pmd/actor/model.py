@@ -18,6 +18,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from transformers import AutoConfig
@@ -149,6 +150,8 @@ def provider_of_family(bridge: Any) -> Any:
     # Megatron-Bridge names flash-attn for Gemma, which need not be there: the environment would then forbid
     # Transformer Engine every other kernel
     provider.attention_backend = AttnBackend.auto
+    # a folder may ask for some; π_t and its gradients are those of the policy that engines sample from
+    provider.attention_dropout = provider.hidden_dropout = 0.0
     return provider
 
 
@@ -213,6 +216,8 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
         )
         for stage in range(virtual)
     ]
+    for chunk in chunks:
+        _mark_sinks(chunk)
     load_weights(bridge, chunks, Path(config.model.path))
     if torch.cuda.is_available():
         for chunk in chunks:
@@ -232,6 +237,14 @@ def build(bridge: Any, config: RunConfig) -> list[DistributedDataParallel]:
     waits = [chunk.no_sync for chunk in wrapped]
     provider.no_sync_func = waits if virtual > 1 else waits[0]
     return wrapped
+
+
+def _mark_sinks(chunk: torch.nn.Module) -> None:
+    """Attention's sinks are those of a rank's own heads. Transformer Engine does not say so
+    (attention/dot_product_attention): one rank's alone would count in the gradient's norm and in digests."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith(".softmax_offset"):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
 
 def expert_biases(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -29,6 +29,41 @@ def parts_by_device(optimizer: Any) -> list[Any]:
     return getattr(optimizer, "sub_optimizers", [])
 
 
+def begin_states(optimizer: Any) -> None:
+    """Zero moments where no step has been taken: megatron-core saves those that are there, and Transformer
+    Engine's Adam makes them at its first step. A run may be told to save in its first rollout.
+
+    Not by megatron-core's init_state_fn for Adam: it calls initialize_state with one argument too few.
+    """
+    # Muon's part is a chain of its own
+    parts = [p for part in optimizer.chained_optimizers for p in getattr(part, "chained_optimizers", [part])]
+    for part in parts:
+        halves = parts_by_device(part.optimizer)
+        for each in halves or [part.optimizer]:
+            if all(each.state[p] for group in each.param_groups for p in group["params"]):
+                continue
+            if isinstance(each, torch.optim.AdamW):
+                _begin_torchs(each)
+            elif hasattr(each, "initialize_state"):
+                for parameter in (p for group in each.param_groups for p in group["params"]):
+                    each.initialize_state(
+                        parameter, False
+                    )  # store_param_remainders, as optimizer_fields has it
+            else:
+                part.init_state_fn(each, part.config)
+        if halves:
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _begin_torchs(adam: torch.optim.AdamW) -> None:
+    for parameter in (p for group in adam.param_groups for p in group["params"]):
+        adam.state[parameter].update(
+            step=torch.tensor(0.0),
+            exp_avg=torch.zeros_like(parameter),
+            exp_avg_sq=torch.zeros_like(parameter),
+        )
+
+
 def own_step_counts(optimizer: Any) -> None:
     """Have each part of such an optimizer go on from the count of steps that a checkpoint has given it.
 

@@ -57,6 +57,7 @@ DECIDED_BY = {
     "recompute_method": "actor.recompute_layers",
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
     "moe_enable_routing_replay": "actor.experts.replay_routing",
+    "moe_shared_expert_overlap": "actor.lora and actor.recompute_modules",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
     "qk_clip": "optimizer.qk_clip_threshold",
     "qk_clip_threshold": "optimizer.qk_clip_threshold",
@@ -142,6 +143,9 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
                 "actor.megatron: moe_router_fusion and sinkhorn choose experts by themselves; "
                 "turn them off, or actor.experts.replay_routing"
             )
+    if config.actor.lora or "shared_experts" in config.actor.recompute_modules:
+        # overlapped they give a part of a sum, to which every rank would add the whole of an adapter
+        fields["moe_shared_expert_overlap"] = False
     for name in config.actor.megatron:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")

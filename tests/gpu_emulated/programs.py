@@ -11,6 +11,7 @@ import torch
 
 from megatron_pmd.batch import RolloutBatch
 from megatron_pmd.config import RunConfig
+from tests.actor import lora_programs
 from tests.actor.actor_programs import OBJECTIVE, Trial, train_one
 from tests.actor.tiny_models import STEPS, TEMPERATURE, with_routing
 from tools.gpu_check import run_here
@@ -128,3 +129,28 @@ def partition_dimensions(configs: dict[str, RunConfig]) -> dict[str, dict[str, i
         }
         for name, config in configs.items()
     }
+
+
+def begin_adapters(**arguments: Any) -> dict[str, Any]:
+    """See lora_programs.begin."""
+    return to_host(lora_programs.begin(**arguments))
+
+
+def adapters_under_layouts(**arguments: Any) -> dict[str, Any]:
+    """See lora_programs.layouts."""
+    return to_host(lora_programs.layouts(**arguments))
+
+
+def save_at_once(cases: dict[str, tuple[RunConfig, Path]]) -> dict[str, Any]:
+    """By case: two steps without and with loading, before them, a checkpoint of before the first one."""
+    results = {}
+    for name, (config, folder) in cases.items():
+        trial = Trial(config)
+        saved = trial.actor.save(folder, 0, {"iteration": 0})
+        trial.actor.publish_checkpoint(wait=True)
+        result = {"third": [[trial.step(samples) for samples in STEPS[:2]], trial.weights()]}
+        fresh = Trial(config)
+        fresh.actor.load(saved)
+        result["third_resumed"] = [[fresh.step(samples) for samples in STEPS[:2]], fresh.weights()]
+        results[name] = to_host(result)
+    return results

@@ -9,6 +9,17 @@ from tests.gpu_emulated.launch import launch
 from tests.gpu_emulated.settings import config
 
 
+def test_a_run_that_is_saved_before_its_first_step_takes_the_same_steps_after_it(models, tmp_path):
+    """Of Transformer Engine's Adam there is no state by then."""
+    settings = ("bf16", "bf16 moments", "the optimizer on the host", "half of the optimizer on the host")
+    configs = {name: config(models, "dense for fp8", name) for name in settings}
+    configs["fp32"] = config_for(models / "qwen2")
+    configs["muon"] = override(configs["bf16"], ["optimizer.name=muon"])
+    cases = {name: (each, tmp_path / name) for name, each in configs.items()}
+    for result in launch("save_at_once", cases=cases)[0].values():
+        assert_resumes_bit_for_bit(result)
+
+
 def test_both_halves_of_the_optimizer_go_on_counting_after_a_resume_and_begin_anew_after_a_reset(
     models, tmp_path
 ):

@@ -173,13 +173,13 @@ def test_a_job_without_an_end_runs(played: Played, start: Start) -> None:
     assert start.begin()["PMD_END_TIME"] == "0"
 
 
-def test_a_requeue_without_an_answer_stops_the_run(played: Played, start: Start) -> None:
+def test_a_requeue_without_an_answer_is_told(played: Played, start: Start) -> None:
     start.monkeypatch.setattr(job_module, "REQUEUE_SECONDS", 0.2)
     start.begin()
     played.program("scontrol", '[ "$1" != requeue ] || exec sleep 60')
     played.written(SAVED)
     assert start.end(0) == 1
-    assert "scontrol requeue 5: no answer within 0.2 s" in str(played.history().stopped)
+    assert "scontrol requeue 5: no answer within 0.2 s" in str(played.history().not_requeued)
 
 
 def test_without_slurms_commands_nothing_starts_and_nothing_is_counted(played: Played, start: Start) -> None:

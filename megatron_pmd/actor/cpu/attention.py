@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
@@ -82,7 +81,6 @@ class PackedAttention(MegatronModule):
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
             config.init_method(self.softmax_offset)
-            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self.context = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 
     def forward(
