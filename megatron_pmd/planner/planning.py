@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig, build
 from megatron_pmd.engine.placement import check_parts
 from megatron_pmd.errors import ConfigError, LayoutError
+from megatron_pmd.observe.folder import flatten
 from megatron_pmd.planner import memory
 from megatron_pmd.planner.cost import Cost, cost
 from megatron_pmd.planner.hardware import Assumptions, Machines
@@ -189,16 +191,13 @@ def check(plan: Plan) -> None:
 
 
 def difference(before: RunConfig, after: RunConfig) -> list[str]:
-    """The settings by which a candidate differs, as one would type them."""
-    values = [
-        *((f"layout.{key}", getattr(before.layout, key), getattr(after.layout, key)) for key in LAYOUT_KEYS),
-        ("rollout.tensor_parallel", before.rollout.tensor_parallel, after.rollout.tensor_parallel),
-        ("actor.recompute", before.actor.recompute, after.actor.recompute),
+    """The settings by which a candidate differs, as one would type them behind the recipe."""
+    there, here = (flatten(config.resolved().model_dump(mode="json")) for config in (before, after))
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in here.items()
+        if there.get(key, ...) != value
     ]
-    return [f"{key}={new}" for key, old, new in values if old != new]
-
-
-LAYOUT_KEYS = ("tensor", "pipeline", "expert", "data")
 
 
 def nearest(plan: Plan) -> Plan | None:

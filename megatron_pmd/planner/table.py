@@ -11,7 +11,7 @@ from rich.text import Text
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.planner.memory import Owners, microbatches_per_step
-from megatron_pmd.planner.planning import Plan, gigabytes
+from megatron_pmd.planner.planning import Plan, difference, gigabytes
 from megatron_pmd.planner.split import iteration_seconds, split_of
 
 
@@ -152,7 +152,7 @@ def _apart(plan: Plan) -> Table:
     table.add_row("sync, in which both stand still", f"{split.sync_seconds:,.1f} s")
     table.add_row("[bold]one iteration, overlapped", f"{split.iteration_seconds:,.1f} s")
     if not separate:
-        table.add_row("settings", " ".join(split.settings))
+        table.add_row("settings", " ".join(difference(plan.config, split.trainer.config)))
     return table
 
 

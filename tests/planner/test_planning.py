@@ -110,6 +110,22 @@ def test_a_layout_that_cannot_fit_is_refused_and_the_nearest_that_does_is_named(
     assert make_plan(override(plan.config, words), h100).problems == []
 
 
+def test_the_nearest_layout_that_is_named_can_be_typed_where_the_recipe_recomputes_modules(
+    h100: Machines,
+) -> None:
+    """`full` allows no recompute_modules: what is printed has to empty them."""
+    settings = [
+        *("actor.recompute=selective", 'actor.recompute_modules=["moe_act"]'),
+        *("batch.max_tokens_per_microbatch=163840", "layout.context=1"),
+    ]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
+    with pytest.raises(LayoutError) as refusal:
+        check(plan)
+    typed = str(refusal.value).split("nearest that fits: ")[1].rpartition(" (")[0].split()
+    assert {"actor.recompute=full", "actor.recompute_modules=[]"} <= {*typed}
+    assert make_plan(override(plan.config, typed), h100).problems == []
+
+
 def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_theirs(h100: Machines) -> None:
     config = recipe("qwen3_30b_a3b_dapo_32xh100")
     shared = make_plan(config, h100)
