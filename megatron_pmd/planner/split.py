@@ -45,7 +45,7 @@ def split_of(plan: Plan) -> Split | None:
 
 def iteration_seconds(plan: Plan) -> float:
     """Of one iteration without a checkpoint, as the recipe has its engines."""
-    separate = plan.config.rollout.placement == "separate"
+    separate = plan.sampled_by == "engines" and plan.config.rollout.placement == "separate"
     return _split(plan, plan).iteration_seconds if separate else plan.cost.iteration_seconds
 
 
