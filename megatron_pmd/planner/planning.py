@@ -35,7 +35,6 @@ class Plan:
     """Bytes on the fullest node, by phase and owner."""
     cache: memory.Cache
     """Of the run's own engines; it has a meaning only if there are some."""
-    checkpoint_bytes: int
     cost: Cost
     replay: bool = False
     """Whether rollouts are given."""
@@ -44,6 +43,10 @@ class Plan:
     def sampled_by(self) -> Literal["engines", "servers"] | None:
         """Only engines of the run's own are planned: see sampled_by of engine/placement.py."""
         return sampled_by(self.config, replay=self.replay)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return memory.checkpoint_bytes(self.shape, self.config)
 
     @property
     def nodes(self) -> int:
@@ -189,7 +192,6 @@ def make_plan(
         phases=memory.device_phases(shape, config, all_stages, machines, assume, replay=replay),
         host=memory.host_phases(shape, config, all_stages, machines, assume),
         cache=kv,
-        checkpoint_bytes=memory.checkpoint_bytes(shape, config),
         cost=cost(shape, config, all_stages, machines, kv, assume, replay=replay),
         replay=replay,
     )
