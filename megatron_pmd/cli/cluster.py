@@ -47,6 +47,7 @@ def launch(
 ) -> None:
     """Submit a run to a Slurm cluster; submitted again, it resumes."""
     from megatron_pmd.engine.families import check_served
+    from megatron_pmd.engine.placement import sampled_by
     from megatron_pmd.planner.planning import check, make_plan
 
     config = configuration(recipe, settings or [])
@@ -61,10 +62,10 @@ def launch(
         return train(recipe, settings, replay=replay)
     profile = load_cluster(cluster or "h100")
     try:
-        check(make_plan(config, profile.machines))
+        check(make_plan(config, profile.machines, replay=replay is not None))
     except UncountedModel as error:
         typer.echo(f"memory and disk not compared with a plan: {error}", err=True)
-    if replay is None and not config.rollout.servers:
+    if sampled_by(config, replay=replay is not None) == "engines":
         # before the job has queued
         check_served(Path(config.model.path), cpu=profile.machines.shares_host_memory)
     # a relative `shared` is meant from here; an absolute one may exist on the cluster alone
@@ -98,7 +99,8 @@ def dry_run_text(config: RunConfig, job: Job) -> str:
     from megatron_pmd.planner.table import batch_arithmetic
 
     resolved = json.dumps(config.model_dump(mode="json"), indent=2)
-    arithmetic = "\n".join(f"{name:<28} {value}" for name, value in batch_arithmetic(config))
+    rows = batch_arithmetic(config, replay=job.replay is not None)
+    arithmetic = "\n".join(f"{name:<28} {value}" for name, value in rows)
     return f"--- configuration\n{resolved}\n--- batch\n{arithmetic}\n--- script\n{render(job)}"
 
 

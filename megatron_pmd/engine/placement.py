@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from megatron_pmd.config import RunConfig
 from megatron_pmd.errors import LayoutError
+
+
+def sampled_by(config: RunConfig, *, replay: bool) -> Literal["engines", "servers"] | None:
+    """Who makes a run's rollouts: engines of its own, or rollout.servers; None where nobody samples, because
+    rollouts are given (replay) or training is supervised."""
+    if replay or config.algorithm.objective.supervised:
+        return None
+    return "servers" if config.rollout.servers else "engines"
 
 
 @dataclass(frozen=True)

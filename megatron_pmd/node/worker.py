@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from setproctitle import getproctitle, setproctitle
 
 from megatron_pmd.config import RunConfig, StopAfter, build
+from megatron_pmd.engine.placement import sampled_by
 from megatron_pmd.errors import PmdError
 from megatron_pmd.heartbeat import Heartbeat
 from megatron_pmd.lock import locked
@@ -154,7 +155,7 @@ class _Start:
     @property
     def samples(self) -> bool:
         """Whether engines make its rollouts; else they are given, or there are none."""
-        return self.spec.replay is None and not self.config.algorithm.objective.supervised
+        return sampled_by(self.config, replay=self.spec.replay is not None) is not None
 
 
 def _train(start: _Start) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import sampled_by
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.memory import (
     Cache,
@@ -31,11 +32,10 @@ class Cost:
     tokens: float
     """Prompt and response tokens trained on, for mean lengths."""
     response_tokens: float
-    forward_flops: float
-    """Of one pass over them."""
+    anchor_flops: float
     update_flops: float
     seconds: dict[str, float]
-    """By phase."""
+    """By phase; without `rollout` where servers of others sample, of which nothing is known."""
 
     @property
     def iteration_seconds(self) -> float:
@@ -60,24 +60,31 @@ def cost(
     machines: Machines,
     kv: Cache,
     assume: Assumptions,
+    *,
+    replay: bool,
 ) -> Cost:
     """One iteration's operations and seconds."""
+    sampler = sampled_by(config, replay=replay)
     batch, ranks, device = config.batch, config.layout.ranks, machines.device
     response, length = mean_response(config, assume), mean_length(config, assume)
     tokens = batch.samples_per_rollout * length
     forward = tokens * forward_flops_per_token(shape, length / 2)
+    anchor = forward * anchor_share(config)
     update = forward * (4 if config.actor.recompute == "full" else 3)
     bubble = 1 + (config.layout.pipeline - 1) / config.layout.virtual_pipeline / microbatches_per_step(config)
     peak = ranks * (device.fp8_flops if config.actor.fp8 else device.bf16_flops)
     moved = max(stage.weight_bytes + stage.optimizer_bytes for stage in all_stages)
     if config.rollout.placement == "separate":
         moved = 0.0  # nothing leaves its device for the engines
-    seconds = {
-        "rollout": rollout_seconds(shape, config, machines, kv, config.engines, assume),
+    sampling = {"rollout": 0.0} if sampler is None else {}
+    if sampler == "engines":
+        sampling = {"rollout": rollout_seconds(shape, config, machines, kv, config.engines, assume)}
+    taken = 0.0 if sampler is None else transfer_seconds(shape, config, assume)
+    seconds = sampling | {
         "release": moved / device.host_bytes_per_second,
-        "anchor": forward * bubble / peak / assume.forward_efficiency,
+        "anchor": anchor * bubble / peak / assume.forward_efficiency,
         "update": update * bubble / peak / assume.train_efficiency,
-        "sync": transfer_seconds(shape, config, assume) + moved / device.host_bytes_per_second,
+        "sync": taken + moved / device.host_bytes_per_second,
         "save": max(
             save_of(shape, config, stage, machines, assume).stall_seconds(assume) for stage in all_stages
         ),
@@ -85,7 +92,15 @@ def cost(
         / machines.rank_nodes(config)
         / machines.storage_bytes_per_second,
     }
-    return Cost(tokens, batch.samples_per_rollout * response, forward, update, seconds)
+    return Cost(tokens, batch.samples_per_rollout * response, anchor, update, seconds)
+
+
+def anchor_share(config: RunConfig) -> float:
+    """Of a rollout's tokens, those whose log π_t the actor computes: with the engines' as anchor it compares
+    those of the first step alone."""
+    if config.algorithm.objective.supervised:
+        return 0.0
+    return 1 / config.batch.steps_per_rollout if config.algorithm.anchor == "engine" else 1.0
 
 
 def transfer_seconds(shape: Shape, config: RunConfig, assume: Assumptions) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_pmd.config import RunConfig
-from megatron_pmd.engine.placement import groups_of, senders_of
+from megatron_pmd.engine.placement import groups_of, sampled_by, senders_of
 from megatron_pmd.planner.engine_reserve import engine_reserve, mem_fraction_static
 from megatron_pmd.planner.hardware import Assumptions, Machines
 from megatron_pmd.planner.saving import save_of
@@ -247,22 +247,27 @@ def _engine_processes_bytes(config: RunConfig, assume: Assumptions) -> float:
 
 
 def device_phases(
-    shape: Shape, config: RunConfig, all_stages: list[Stage], machines: Machines, assume: Assumptions
+    shape: Shape,
+    config: RunConfig,
+    all_stages: list[Stage],
+    machines: Machines,
+    assume: Assumptions,
+    *,
+    replay: bool,
 ) -> dict[str, Owners]:
-    """By phase, what the fullest device holds, by owner: in `rollout` an engine's, else an actor rank's."""
-    separate = config.rollout.placement == "separate"
-    actor_left = engine_left = reserve = left_overs = 0.0
-    if not machines.shares_host_memory:
-        beside = engine_reserve(shape, config, machines.device.memory_bytes)
-        actor_left = actor_left_over_bytes(config, assume)
-        engine_left = _engine_processes_bytes(config, assume)
-        reserve = beside.total
+    """By phase, what the fullest device holds, by owner: in `rollout` an engine's, else an actor rank's.
+
+    `rollout` is there if the run has engines of its own, `sync` if anybody takes its weights.
+    """
+    separate, sampler = config.rollout.placement == "separate", sampled_by(config, replay=replay)
+    beside_ranks = sampler == "engines" and not separate
+    left_overs = 0.0 if machines.shares_host_memory else actor_left_over_bytes(config, assume)
+    if beside_ranks and not machines.shares_host_memory:
         # CUDA graphs with their buffers stay while the actor trains
-        left_overs = actor_left + (0.0 if separate else engine_left + beside.graphs)
-    engine = engine_weight_bytes(shape, config)
-    kv = cache(shape, config, machines, assume).bytes_per_device
+        graphs = engine_reserve(shape, config, machines.device.memory_bytes).graphs
+        left_overs += _engine_processes_bytes(config, assume) + graphs
     bucket = config.sync.bucket_megabytes * 2**20
-    groups = 0 if machines.shares_host_memory else update_groups(config, machines)
+    groups = 0 if machines.shares_host_memory or sampler is None else update_groups(config, machines)
     # made in the first update, and kept
     to_engines: Owners = {"groups of weight updates": groups * assume.communicator_bytes} if groups else {}
 
@@ -285,24 +290,36 @@ def device_phases(
         return rest | {"gathered states": save_of(shape, config, stage, machines, assume).device_bytes}
 
     heaviest = max(all_stages, key=lambda stage: stage.weight_bytes + stage.fp8_copies_bytes)
-    return {
-        "rollout": {
-            "engine weights": engine,
-            "KV cache": kv,
-            "engine graphs, activations": reserve,
-            "left-overs": engine_left if separate else actor_left + engine_left,
-        }
-        | to_engines,
+    phases = {
+        "rollout": _of_an_engine(shape, config, machines, assume) | to_engines,
         "update": fullest,
         "save": max((save(stage) for stage in all_stages), key=lambda owners: sum(owners.values())),
         "sync": weights(heaviest)
         | {
             "gradients": heaviest.gradient_bytes,
             # separate: the optimizer need not leave
-            **({"optimizer": fullest["optimizer"]} if separate else {"engine weights": engine}),
+            **({"optimizer": fullest["optimizer"]} if separate else {}),
+            **({"engine weights": engine_weight_bytes(shape, config)} if beside_ranks else {}),
             "buckets": _buckets_on_device(config) * bucket + _gathered_bytes(shape, config),
             "left-overs": left_overs,
         },
+    }
+    absent = {"engines": (), "servers": ("rollout",), None: ("rollout", "sync")}[sampler]
+    return {phase: owners for phase, owners in phases.items() if phase not in absent}
+
+
+def _of_an_engine(shape: Shape, config: RunConfig, machines: Machines, assume: Assumptions) -> Owners:
+    """What its device holds while it samples; colocated with what an actor rank leaves there."""
+    reserve = left_overs = 0.0
+    if not machines.shares_host_memory:
+        reserve = engine_reserve(shape, config, machines.device.memory_bytes).total
+        actor = 0.0 if config.rollout.placement == "separate" else actor_left_over_bytes(config, assume)
+        left_overs = actor + _engine_processes_bytes(config, assume)
+    return {
+        "engine weights": engine_weight_bytes(shape, config),
+        "KV cache": cache(shape, config, machines, assume).bytes_per_device,
+        "engine graphs, activations": reserve,
+        "left-overs": left_overs,
     }
 
 

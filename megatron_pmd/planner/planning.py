@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_pmd.config import RunConfig, build
-from megatron_pmd.engine.placement import check_parts
+from megatron_pmd.engine.placement import check_parts, sampled_by
 from megatron_pmd.errors import ConfigError, LayoutError
+from megatron_pmd.observe.folder import flatten
 from megatron_pmd.planner import memory
 from megatron_pmd.planner.cost import Cost, cost
 from megatron_pmd.planner.hardware import Assumptions, Machines
@@ -31,8 +34,19 @@ class Plan:
     host: dict[str, memory.Owners]
     """Bytes on the fullest node, by phase and owner."""
     cache: memory.Cache
-    checkpoint_bytes: int
+    """Of the run's own engines; it has a meaning only if there are some."""
     cost: Cost
+    replay: bool = False
+    """Whether rollouts are given."""
+
+    @property
+    def sampled_by(self) -> Literal["engines", "servers"] | None:
+        """Only engines of the run's own are planned: see sampled_by of engine/placement.py."""
+        return sampled_by(self.config, replay=self.replay)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return memory.checkpoint_bytes(self.shape, self.config)
 
     @property
     def nodes(self) -> int:
@@ -63,7 +77,7 @@ class Plan:
             return []
         device, found = self.machines.device, []
         room = device.memory_bytes * self.assumptions.safety
-        for phase in phases:
+        for phase in [phase for phase in phases if phase in self.phases]:
             owners = self.phases[phase]
             need = sum(owners.values())
             if need > room:
@@ -75,10 +89,12 @@ class Plan:
 
     def _sizing_problems(self) -> list[str]:
         """Of engines that give their KV cache what others need: it is sized before those begin to exist."""
+        if self.machines.shares_host_memory or self.sampled_by != "engines":
+            return []
         device, owners = self.machines.device, self.phases["rollout"]
         room = device.memory_bytes * self.assumptions.safety
         excess = sum(owners.values()) - room
-        if self.machines.shares_host_memory or excess <= 0:
+        if excess <= 0:
             return []
         share = memory.mem_fraction_static(self.shape, self.config, device.memory_bytes)
         filled = owners["engine weights"] + owners["KV cache"]
@@ -91,6 +107,8 @@ class Plan:
         ]
 
     def _engine_problems(self) -> list[str]:
+        if self.sampled_by != "engines":
+            return []
         config, longest = (
             self.config,
             self.config.batch.max_prompt_tokens + self.config.batch.max_response_tokens,
@@ -155,8 +173,13 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def make_plan(config: RunConfig, machines: Machines, assumptions: Assumptions | None = None) -> Plan:
-    """Plan a run. Raises ModelError for an unknown model, LayoutError for a layout it cannot have."""
+def make_plan(
+    config: RunConfig, machines: Machines, assumptions: Assumptions | None = None, *, replay: bool = False
+) -> Plan:
+    """Plan a run. Raises ModelError for an unknown model, LayoutError for a layout it cannot have.
+
+    replay: it trains on rollouts that are given.
+    """
     assume, shape = assumptions or Assumptions(), shape_of(config.model.path)
     all_stages = stages(shape, config)
     kv = memory.cache(shape, config, machines, assume)
@@ -166,11 +189,11 @@ def make_plan(config: RunConfig, machines: Machines, assumptions: Assumptions | 
         assumptions=assume,
         shape=shape,
         stages=all_stages,
-        phases=memory.device_phases(shape, config, all_stages, machines, assume),
+        phases=memory.device_phases(shape, config, all_stages, machines, assume, replay=replay),
         host=memory.host_phases(shape, config, all_stages, machines, assume),
         cache=kv,
-        checkpoint_bytes=memory.checkpoint_bytes(shape, config),
-        cost=cost(shape, config, all_stages, machines, kv, assume),
+        cost=cost(shape, config, all_stages, machines, kv, assume, replay=replay),
+        replay=replay,
     )
 
 
@@ -189,16 +212,13 @@ def check(plan: Plan) -> None:
 
 
 def difference(before: RunConfig, after: RunConfig) -> list[str]:
-    """The settings by which a candidate differs, as one would type them."""
-    values = [
-        *((f"layout.{key}", getattr(before.layout, key), getattr(after.layout, key)) for key in LAYOUT_KEYS),
-        ("rollout.tensor_parallel", before.rollout.tensor_parallel, after.rollout.tensor_parallel),
-        ("actor.recompute", before.actor.recompute, after.actor.recompute),
+    """The settings by which a candidate differs, as one would type them behind the recipe."""
+    there, here = (flatten(config.resolved().model_dump(mode="json")) for config in (before, after))
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in here.items()
+        if there.get(key, ...) != value
     ]
-    return [f"{key}={new}" for key, old, new in values if old != new]
-
-
-LAYOUT_KEYS = ("tensor", "pipeline", "expert", "data")
 
 
 def nearest(plan: Plan) -> Plan | None:
@@ -210,7 +230,7 @@ def nearest(plan: Plan) -> Plan | None:
     while growth <= MOST_GROWTH:
         for _, values in sorted(_candidates(plan, growth), key=lambda candidate: candidate[0]):
             try:
-                candidate = make_plan(build(values), plan.machines, plan.assumptions)
+                candidate = make_plan(build(values), plan.machines, plan.assumptions, replay=plan.replay)
             except ConfigError:
                 continue
             if not candidate.layout_problems:

@@ -37,18 +37,6 @@ class Split:
         """Of an overlapped run without a checkpoint."""
         return max(self.sampling_seconds, self.training_seconds) + self.sync_seconds
 
-    @property
-    def settings(self) -> list[str]:
-        """That make the recipe so, as one would type them."""
-        config = self.trainer.config
-        nodes = config.layout.engine_nodes
-        return [
-            "rollout.placement=separate",
-            f"rollout.ranks_per_engine={config.ranks_per_engine}",
-            f"layout.data={config.layout.data}",
-            *([f"layout.engine_nodes={nodes}", "sync.transport=broadcast"] if nodes else []),
-        ]
-
 
 def split_of(plan: Plan) -> Split | None:
     """The recipe's own with rollout.placement=separate; else the balanced one."""
@@ -57,7 +45,7 @@ def split_of(plan: Plan) -> Split | None:
 
 def iteration_seconds(plan: Plan) -> float:
     """Of one iteration without a checkpoint, as the recipe has its engines."""
-    separate = plan.config.rollout.placement == "separate"
+    separate = plan.sampled_by == "engines" and plan.config.rollout.placement == "separate"
     return _split(plan, plan).iteration_seconds if separate else plan.cost.iteration_seconds
 
 

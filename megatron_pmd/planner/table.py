@@ -10,15 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_pmd.config import RunConfig
+from megatron_pmd.engine.placement import sampled_by
 from megatron_pmd.planner.memory import Owners, microbatches_per_step
-from megatron_pmd.planner.planning import Plan, gigabytes
+from megatron_pmd.planner.planning import Plan, difference, gigabytes
 from megatron_pmd.planner.split import iteration_seconds, split_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print everything the plan knows, its assumptions last."""
     console = console or Console()
-    tables = (_run(plan), _devices(plan), _hosts(plan), _engines(plan), _time(plan), _apart(plan))
+    tables = [_run(plan), _devices(plan), _hosts(plan), _time(plan)]
+    if plan.sampled_by == "engines":
+        tables = [*tables[:3], _engines(plan), tables[3], _apart(plan)]
     console.print(Group(*tables, _assumed(plan)))
 
 
@@ -29,7 +32,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
+def batch_arithmetic(config: RunConfig, *, replay: bool) -> list[tuple[str, str]]:
     """The numbers that follow from the batch settings, in words."""
     batch = config.batch
     prompts = f"{batch.prompts_per_rollout} prompts x {batch.samples_per_prompt}"
@@ -38,11 +41,16 @@ def batch_arithmetic(config: RunConfig) -> list[tuple[str, str]]:
         ("optimizer steps per rollout", f"{batch.steps_per_rollout} of {batch.samples_per_step:,} samples"),
         ("micro-batches per step", f"about {microbatches_per_step(config)} on each rank"),
         ("actor ranks", f"{config.layout.ranks}, {layout_words(config)}"),
-        ("engines", _engine_words(config)),
+        ("engines", _engine_words(config, replay=replay)),
     ]
 
 
-def _engine_words(config: RunConfig) -> str:
+def _engine_words(config: RunConfig, *, replay: bool) -> str:
+    sampler = sampled_by(config, replay=replay)
+    if sampler is None:
+        return "none"
+    if sampler == "servers":
+        return f"none; {len(config.rollout.servers)} server(s) of others"
     nodes = config.layout.engine_nodes
     if not nodes:
         return f"{config.engines} of {config.ranks_per_engine} ranks"
@@ -67,7 +75,7 @@ def _run(plan: Plan) -> Table:
     rows = [
         ("model", f"{shape.name}: {shape.total:,} parameters, {shape.active:,} active"),
         ("shape from", shape.source),
-        *batch_arithmetic(plan.config),
+        *batch_arithmetic(plan.config, replay=plan.replay),
         ("checkpoint", gigabytes(plan.checkpoint_bytes)),
     ]
     for name, value in rows:
@@ -122,15 +130,17 @@ def _time(plan: Plan) -> Table:
     }
     for phase, seconds in cost.seconds.items():
         table.add_row(names.get(phase, phase), f"{seconds:,.1f}")
-    seconds, config = iteration_seconds(plan), plan.config
-    separate = config.rollout.placement == "separate"
+    seconds, config, servers = iteration_seconds(plan), plan.config, plan.sampled_by == "servers"
+    separate = plan.sampled_by == "engines" and config.rollout.placement == "separate"
     whole = "sampling beside training" if separate else "together"
-    table.add_row(f"[bold]{whole}, without a checkpoint", f"{seconds:,.1f}")
+    without = "a rollout and a checkpoint" if servers else "a checkpoint"
+    table.add_row(f"[bold]{whole}, without {without}", f"{seconds:,.1f}")
     table.add_row(
-        "operations of anchor and update", f"{(cost.forward_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
+        "operations of anchor and update", f"{(cost.anchor_flops + cost.update_flops) / 1e15:,.1f} PFLOP"
     )
-    rate = cost.response_tokens / seconds / config.devices
-    table.add_row("response tokens per second and device", f"{rate:,.0f}")
+    if not servers:
+        rate = cost.response_tokens / seconds / config.devices
+        table.add_row("response tokens per second and device", f"{rate:,.0f}")
     return table
 
 
@@ -152,7 +162,7 @@ def _apart(plan: Plan) -> Table:
     table.add_row("sync, in which both stand still", f"{split.sync_seconds:,.1f} s")
     table.add_row("[bold]one iteration, overlapped", f"{split.iteration_seconds:,.1f} s")
     if not separate:
-        table.add_row("settings", " ".join(split.settings))
+        table.add_row("settings", " ".join(difference(plan.config, split.trainer.config)))
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_pmd.config import PartialRollouts
+from megatron_pmd.errors import ConfigError
 from megatron_pmd.planner.memory import mean_response
 from megatron_pmd.planner.planning import Plan
 from megatron_pmd.planner.split import split_of
@@ -33,7 +34,13 @@ def compare(plan: Plan, how: Play) -> list[Played]:
     """Colocated, partial, and overlapped with each staleness if the devices can be split.
 
     A recipe of rollout.placement=separate, overlapped alone: its engines have devices beside its layout's.
+    Raises ConfigError for a run without engines of its own.
     """
+    if plan.sampled_by != "engines":
+        raise ConfigError(
+            f"{plan.config.name} has no engines of its own to be played: remove rollout.servers, or choose "
+            "another algorithm.objective than a supervised one"
+        )
     scenarios = []
     if plan.config.rollout.placement == "colocated":
         partial = plan.config.rollout.partial or extra_groups(plan)

@@ -244,19 +244,19 @@ def test_local_trains_here_and_refuses_what_only_a_cluster_has(monkeypatch: pyte
     assert trained == [("tiny_moe_cpu", ["iterations=3"], None)]
 
 
-def dry_run_of(kind: type[transformers.PretrainedConfig], model: Path) -> Callable[..., None]:
+def dry_run_of(kind: type[transformers.PretrainedConfig], model: Path, *more: str) -> Callable[..., None]:
     """A launch for eight H100 of a tiny model of this kind, which is printed and not submitted."""
     kind(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
     ).save_pretrained(model)
     settings = [f"model.path={model}", "model.prepare=null", "layout.expert=1", "layout.data=8"]
-    settings += ["warm_start=null", "rollout.ranks_per_engine=1"]
+    settings += ["warm_start=null", "rollout.ranks_per_engine=1", *more]
     return functools.partial(
         commands.launch, "tiny_moe_cpu", settings, cluster="h100", dry_run=True, chain=1, through="auto"
     )
 
 
-def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_replay(
+def test_a_model_that_no_engine_serves_is_refused_before_it_queues_where_engines_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = dry_run_of(transformers.NemotronConfig, tmp_path / "model")
@@ -264,6 +264,22 @@ def test_a_model_that_no_engine_serves_is_refused_before_it_queues_but_for_a_rep
         launch()
     launch(replay=tmp_path)
     assert "#SBATCH" in capsys.readouterr().out
+    supervised = ["algorithm.objective=sft", "batch.samples_per_prompt=1", "rollout.function=null"]
+    supervised += ["actor.experts.replay_routing=false", "rollout.partial=null"]
+    dry_run_of(transformers.NemotronConfig, tmp_path / "model", *supervised)()
+    assert "#SBATCH" in capsys.readouterr().out
+
+
+def test_a_replay_is_launched_where_its_recipes_engines_would_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = functools.partial(
+        commands.launch, "qwen3_30b_a3b_dapo_32xh100", ["rollout.sglang={}"], dry_run=True, chain=1
+    )
+    with pytest.raises(LayoutError, match="set mem_fraction_static"):
+        launch(through="auto")
+    launch(through="auto", replay=tmp_path)
+    assert "engines                      none" in capsys.readouterr().out
 
 
 def test_a_family_that_the_planner_cannot_count_is_launched_all_the_same(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_pmd.config import RunConfig, override
 from megatron_pmd.errors import LayoutError
@@ -17,6 +19,7 @@ from megatron_pmd.planner.memory import microbatches_per_step
 from megatron_pmd.planner.planning import check, make_plan, nearest
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import layers_of_stages, stages
+from megatron_pmd.planner.table import show
 from recipes import RECIPES, recipe
 
 ON_GPUS = [name for name in RECIPES if not name.endswith("_cpu")]
@@ -110,6 +113,22 @@ def test_a_layout_that_cannot_fit_is_refused_and_the_nearest_that_does_is_named(
     assert make_plan(override(plan.config, words), h100).problems == []
 
 
+def test_the_nearest_layout_that_is_named_can_be_typed_where_the_recipe_recomputes_modules(
+    h100: Machines,
+) -> None:
+    """`full` allows no recompute_modules: what is printed has to empty them."""
+    settings = [
+        *("actor.recompute=selective", 'actor.recompute_modules=["moe_act"]'),
+        *("batch.max_tokens_per_microbatch=163840", "layout.context=1"),
+    ]
+    plan = make_plan(override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings), h100)
+    with pytest.raises(LayoutError) as refusal:
+        check(plan)
+    typed = str(refusal.value).split("nearest that fits: ")[1].rpartition(" (")[0].split()
+    assert {"actor.recompute=full", "actor.recompute_modules=[]"} <= {*typed}
+    assert make_plan(override(plan.config, typed), h100).problems == []
+
+
 def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_theirs(h100: Machines) -> None:
     config = recipe("qwen3_30b_a3b_dapo_32xh100")
     shared = make_plan(config, h100)
@@ -129,6 +148,80 @@ def test_separate_engines_hold_nothing_of_a_ranks_device_and_a_rank_nothing_of_t
     assert sent.phases["sync"]["buckets"] - apart.phases["sync"]["buckets"] == 3 * bucket
     assert apart.host["save"]["weight buckets"] == 2 * bucket
     assert "weight buckets" not in sent.host["save"]
+
+
+DEFAULT_ENGINES = "rollout.sglang={}"
+"""They take SGLang's own share of the GPU, which leaves too little to the actor."""
+SERVERS = 'rollout.servers=["http://a:30000"]'
+SUPERVISED = ["algorithm.objective=sft", "batch.samples_per_prompt=1", "actor.experts.replay_routing=false"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "replay", "phases"),
+    [
+        (
+            [SERVERS, "sync.transport=broadcast"],
+            False,
+            ["update", "save", "sync"],
+        ),
+        (SUPERVISED, False, ["update", "save"]),
+        ([], True, ["update", "save"]),
+    ],
+)
+def test_engines_that_a_run_does_not_have_take_nothing_of_its_devices(
+    settings: list[str], replay: bool, phases: list[str], h100: Machines
+) -> None:
+    config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), [DEFAULT_ENGINES])
+    with_engines = make_plan(config, h100)
+    with pytest.raises(LayoutError, match="set mem_fraction_static"):
+        check(with_engines)
+    plan = make_plan(override(config, settings), h100, replay=replay)
+    check(plan)
+    assert [*plan.phases] == phases
+    assert not any("engine" in owner for owners in plan.phases.values() for owner in owners)
+    alone = memory.actor_left_over_bytes(config, plan.assumptions)
+    assert plan.phases["update"]["left-overs"] == alone < with_engines.phases["update"]["left-overs"]
+
+
+def test_an_iteration_is_not_charged_for_what_it_does_not_do(h100: Machines) -> None:
+    """A replay samples nothing and sends weights to nobody; supervised training has no anchor either. Of
+    servers a plan knows no speed. The engines' own anchor is compared in one step of 16."""
+    config = recipe("qwen3_30b_a3b_dapo_32xh100")
+    whole = make_plan(config, h100).cost
+    moved = whole.seconds["sync"] - 2 * 30_532_122_624 / 10e9
+    replayed = make_plan(config, h100, replay=True).cost.seconds
+    assert (replayed["rollout"], replayed["anchor"]) == (0, whole.seconds["anchor"])
+    assert replayed["sync"] == pytest.approx(moved)
+    supervised = make_plan(override(config, SUPERVISED), h100).cost
+    assert (supervised.seconds["rollout"], supervised.seconds["anchor"], supervised.anchor_flops) == (0, 0, 0)
+    assert supervised.seconds["sync"] == pytest.approx(moved)
+    servers = [SERVERS, "sync.transport=disk", DEFAULT_ENGINES]
+    served = make_plan(override(config, servers), h100).cost.seconds
+    assert "rollout" not in served and served["sync"] == whole.seconds["sync"]
+    cheap = make_plan(override(config, ["algorithm.anchor=engine"]), h100).cost
+    assert cheap.seconds["anchor"] == pytest.approx(whole.seconds["anchor"] / 16)
+    assert cheap.anchor_flops == pytest.approx(whole.anchor_flops / 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "replay", "words"),
+    [
+        (
+            [SERVERS, "sync.transport=disk", DEFAULT_ENGINES],
+            False,
+            ["none; 1 server(s) of others", "together, without a rollout and a checkpoint"],
+        ),
+        ([], True, ["none", "together, without a checkpoint"]),
+    ],
+)
+def test_a_plan_shows_no_engines_that_a_run_does_not_have(
+    settings: list[str], replay: bool, words: list[str], h100: Machines
+) -> None:
+    text = StringIO()
+    config = override(recipe("qwen3_30b_a3b_dapo_32xh100"), settings)
+    show(make_plan(config, h100, replay=replay), Console(file=text, width=120))
+    assert all(word in text.getvalue() for word in words)
+    assert "KV cache" not in text.getvalue() and "devices of their own" not in text.getvalue()
 
 
 GROUPS = "groups of weight updates"

@@ -52,11 +52,30 @@ def test_no_other_split_has_a_shorter_iteration() -> None:
     assert max(split.sampling_seconds, split.training_seconds) == pytest.approx(min(sides.values()), rel=0.01)
 
 
-def test_the_settings_of_a_split_make_a_recipe_that_has_it_and_that_launches() -> None:
+def printed_settings(plan: Plan) -> list[str]:
+    text = StringIO()
+    show(plan, Console(file=text, width=300))
+    return next(line for line in text.getvalue().splitlines() if "settings" in line).split()[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "printed"),
+    [
+        (["rollout.partial.extra_groups=32"], "rollout.partial=null"),
+        (["sync.transport=disk"], "sync.transport=ipc"),
+    ],
+)
+def test_what_a_plan_prints_of_a_split_can_be_typed_and_makes_it(settings: list[str], printed: str) -> None:
+    """The split is planned without partial rollouts, and with a transport that reaches its engines."""
+    plan = plan_of("qwen3_30b_a3b_dapo_32xh100", *settings)
+    typed = printed_settings(plan)
+    assert printed in typed
+    assert split_of_recipe(make_plan(override(plan.config, typed), plan.machines)) == split_of(plan)
+
+
+def test_a_split_launches() -> None:
     plan = plan_of("qwen3_30b_a3b_dapo_32xh100")
     split = split_of(plan)
-    own = split_of_recipe(plan_of("qwen3_30b_a3b_dapo_32xh100", *split.settings))
-    assert own == split
     job = job_for(split.trainer.config, load_cluster("h100"), PurePosixPath("/shared/x"))
     assert (job.nodes, job.ranks_per_node, job.gpus_per_node) == (4, 4, 8)
     assert (split.trainer.nodes, plan.nodes) == (4, 4), "half of each node is the engines'"
@@ -82,4 +101,4 @@ def test_a_plan_names_the_split() -> None:
     show(plan, Console(file=text, width=120))
     assert "engines: 4 of 4 H100" in text.getvalue()
     assert "trainer: 16 H100" in text.getvalue()
-    assert "rollout.placement=separate rollout.ranks_per_engine=4 layout.data=4" in text.getvalue()
+    assert "layout.data=4 rollout.ranks_per_engine=4 rollout.placement=separate" in text.getvalue()

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from megatron_pmd.config import override
+from megatron_pmd.errors import ConfigError
 from megatron_pmd.launch.cluster import load_cluster
 from megatron_pmd.planner.planning import Plan, make_plan
 from megatron_pmd.simulator.accounts import Played
@@ -48,6 +49,12 @@ def test_a_colocated_run_of_mean_lengths_takes_what_the_plan_says(plan: Plan) ->
     how = Play(planned_lengths(planned, 0.0), 3, 0, Failures(), [], seed=0)
     played = compare(planned, how)[0]
     assert played.rollout_seconds == pytest.approx(planned.cost.iteration_seconds, rel=1e-3)
+
+
+def test_a_run_without_engines_of_its_own_is_not_played(plan: Plan, how: Play) -> None:
+    supervised = override(plan.config, ["algorithm.objective=sft", "batch.samples_per_prompt=1"])
+    with pytest.raises(ConfigError, match="no engines of its own to be played"):
+        compare(make_plan(supervised, plan.machines), how)
 
 
 def test_all_runs_have_the_same_devices(runs: list[Played]) -> None:
