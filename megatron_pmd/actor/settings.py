@@ -122,7 +122,7 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
         mtp_num_layers=None,  # layers that predict further tokens are no part of the policy
         **_recompute_fields(config.actor),
         **_fp8_fields(config.actor),
-        **_expert_fields(config.actor.experts),
+        **_expert_fields(config.actor),
         **muon.attention_fields(config),
     )
     if layout.virtual_pipeline > 1:
@@ -143,9 +143,6 @@ def transformer_fields(config: RunConfig) -> dict[str, Any]:
                 "actor.megatron: moe_router_fusion and sinkhorn choose experts by themselves; "
                 "turn them off, or actor.experts.replay_routing"
             )
-    if config.actor.lora or "shared_experts" in config.actor.recompute_modules:
-        # overlapped they give a part of a sum, to which every rank would add the whole of an adapter
-        fields["moe_shared_expert_overlap"] = False
     for name in config.actor.megatron:
         if name in DECIDED_BY:
             raise ConfigError(f"actor.megatron.{name} is decided by {DECIDED_BY[name]}: set that")
@@ -231,14 +228,17 @@ def _fp8_fields(actor: Actor) -> dict[str, Any]:
     return fields
 
 
-def _expert_fields(experts: Experts) -> dict[str, Any]:
+def _expert_fields(actor: Actor) -> dict[str, Any]:
     fields: dict[str, Any] = dict(
         moe_token_dispatcher_type="alltoall",
-        moe_router_bias_update_rate=experts.bias_update_rate,
-        moe_enable_routing_replay=experts.replay_routing,
+        moe_router_bias_update_rate=actor.experts.bias_update_rate,
+        moe_enable_routing_replay=actor.experts.replay_routing,
     )
-    if experts.dispatcher == "deepep":
+    if actor.experts.dispatcher == "deepep":
         fields.update(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
+    if actor.lora or "shared_experts" in actor.recompute_modules:
+        # overlapped they give a part of a sum, to which every rank would add the whole of an adapter
+        fields["moe_shared_expert_overlap"] = False
     return fields
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_pmd.actor.lora import _draw_experts_anew
 from megatron_pmd.planner.memory import checkpoint_bytes
 from megatron_pmd.planner.shapes import shape_of
 from megatron_pmd.planner.sharding import stages
@@ -300,3 +301,14 @@ def test_megatron_bridge_still_does_not_know_the_linears_that_stand_in_for_trans
     """When this fails, actor/cpu/bridge_import.classes_with_adapters is no longer needed."""
     kind, message = variants["unknown linear"]
     assert "NotImplementedError" in kind and "unrecognized for LoRA" in message
+
+
+@pytest.mark.parametrize("experts", [1, 8])
+def test_an_experts_adapter_begins_as_wide_as_that_of_any_matrix(experts):
+    """However many experts a rank has."""
+    chunk, rank, width = torch.nn.ModuleDict({"adapter": torch.nn.Module()}), 32, 512
+    chunk["adapter"].linear_in = torch.nn.Module()
+    chunk["adapter"].linear_in.weight = torch.nn.Parameter(torch.zeros(experts, rank, width))
+    _draw_experts_anew(chunk)
+    spread = chunk["adapter"].linear_in.weight.std(dim=(1, 2))
+    torch.testing.assert_close(spread, torch.full((experts,), (2 / (rank + width)) ** 0.5), rtol=0.05, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pmd.actor import settings
+from megatron_pmd.actor.model import provider_of_family
 from megatron_pmd.actor.parallel import initialize
 from megatron_pmd.config import Layout, RunConfig, override
 from megatron_pmd.errors import ConfigError, LayoutError
@@ -65,6 +67,22 @@ def test_a_field_that_a_setting_of_ours_decides_is_refused_beside_it() -> None:
         settings.transformer_fields(configured('actor.megatron={"recompute_method": "block"}'))
     with pytest.raises(ConfigError, match="mtp_num_layers cannot be set: layers that predict further tokens"):
         settings.transformer_fields(configured('actor.megatron={"mtp_num_layers": 1}'))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ['actor.lora={"rank": 4, "alpha": 8}'],
+        ["actor.recompute=selective", 'actor.recompute_modules=["shared_experts"]'],
+    ],
+)
+def test_shared_experts_are_not_overlapped_where_that_would_be_wrong(monkeypatch, asked) -> None:
+    """On CUDA Megatron-Bridge has it for DeepSeek's and Kimi's families."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settings.transformer_fields(configured(*asked))["moe_shared_expert_overlap"] is False
+    assert "moe_shared_expert_overlap" not in settings.transformer_fields(configured())
+    with pytest.raises(ConfigError, match=r"decided by actor\.lora"):
+        settings.transformer_fields(configured('actor.megatron={"moe_shared_expert_overlap": true}'))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +156,12 @@ def test_as_many_ranks_as_the_layout_has_are_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(LayoutError, match=r"3 ranks were started, but tensor=2 .* needs 2; start 2 ranks"):
         initialize(Layout(tensor=2), seed=0, timeout_seconds=1)
+
+
+def test_dropout_that_a_model_folder_asks_for_is_left_out() -> None:
+    """Engines have none, and π_t of the same tokens would differ from pass to pass."""
+    read = SimpleNamespace(attention_dropout=0.1, hidden_dropout=0.1)
+    of_folder = SimpleNamespace(config=SimpleNamespace(model_type="qwen2", name_or_path="folder"))
+    bridge = SimpleNamespace(to_megatron_provider=lambda load_weights: read, hf_pretrained=of_folder)
+    provider = provider_of_family(bridge)
+    assert provider.attention_dropout == provider.hidden_dropout == 0.0

@@ -6,6 +6,8 @@ those of a CPU, for which tests/actor/test_lora.py asks peft.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,14 +23,14 @@ LAYOUTS = {name: OF_THE_ACTOR[name] for name in ("dense, tensor=2", "latent, ten
 @pytest.fixture(scope="module")
 def alone(models, tmp_path_factory):
     """One rank's results, by family."""
-    cases = {family: (models / family, []) for family, _ in LAYOUTS.values()}
+    cases: dict[str, Any] = {family: (models / family, []) for family, _ in LAYOUTS.values()}
     return launch("begin_adapters", cases=cases, folder=tmp_path_factory.mktemp("begun"))[0]
 
 
 @pytest.fixture(scope="module")
 def together(models, alone):
     """Every rank's results, by layout."""
-    cases = {
+    cases: dict[str, Any] = {
         name: (models / family, layout, [], [alone[family]["saved"]])
         for name, (family, layout) in LAYOUTS.items()
     }

@@ -70,7 +70,7 @@ def test_what_a_rollout_function_has_graded_stays_its_own() -> None:
 
 def test_a_response_that_is_cut_in_a_repetition_is_cut_to_its_grader() -> None:
     engine, grader = StubEngine(), Noting()
-    engine.length, engine.token = lambda seed: 500, lambda seed, place: 3  # type: ignore[method-assign]
+    engine.length, engine.token = lambda seed: 500, lambda seed, position: 3  # type: ignore[method-assign]
     drawn(grader, problem(0), engine, repetition=Repetition(window_tokens=16, min_repeats=4))
     assert {cut for _, cut in grader.given} == {True}
 
