@@ -15,8 +15,6 @@ from tests.actor.conftest import LAYOUTS as OF_THE_ACTOR
 from tests.gpu_emulated.comparing import relative_errors
 from tests.gpu_emulated.launch import launch
 
-pytestmark = pytest.mark.long
-
 LAYOUTS = {name: OF_THE_ACTOR[name] for name in ("dense, tensor=2", "latent, tensor=2, expert=2")}
 
 
