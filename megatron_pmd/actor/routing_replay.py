@@ -20,7 +20,9 @@ class RoutingReplay:
     """The routers of this rank's chunks of the model, and what they are to choose."""
 
     def __init__(self, chunks: list[Any]) -> None:
-        self._recomputes = get_model_config(chunks[0]).recompute_granularity is not None
+        settings = get_model_config(chunks[0])
+        whole = settings.recompute_granularity == "full"
+        self._recomputes = whole or "moe" in (settings.recompute_modules or [])
         # RouterReplay's own list of instances has those of every model that the process ever built
         self._routers: dict[int, list[tuple[int, RouterReplay]]] = {
             id(chunk): [

@@ -57,12 +57,10 @@ DECIDED_BY = {
     "recompute_method": "actor.recompute_layers",
     "moe_token_dispatcher_type": "actor.experts.dispatcher",
     "moe_enable_routing_replay": "actor.experts.replay_routing",
-    "moe_shared_expert_overlap": "actor.lora and actor.recompute_modules",
     "moe_router_bias_update_rate": "actor.experts.bias_update_rate",
     "qk_clip": "optimizer.qk_clip_threshold",
     "qk_clip_threshold": "optimizer.qk_clip_threshold",
 }
-
 
 FIXED = {
     "calculate_per_token_loss": "losses are summed over a step's tokens, and gradients divided once",
@@ -239,6 +237,8 @@ def _expert_fields(actor: Actor) -> dict[str, Any]:
     if actor.lora or "shared_experts" in actor.recompute_modules:
         # overlapped they give a part of a sum, to which every rank would add the whole of an adapter
         fields["moe_shared_expert_overlap"] = False
+        if actor.megatron.get("moe_shared_expert_overlap"):
+            raise ConfigError("actor.megatron.moe_shared_expert_overlap: not with actor.lora, nor recomputed")
     return fields
 
 

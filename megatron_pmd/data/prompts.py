@@ -231,8 +231,8 @@ class PromptSource(PromptOrder):
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for p in self._problems:
-            of_order_and_grade = [p.difficulty, p.token_budget, p.metadata]
-            content = [p.index, p.messages, p.answer, p.tokens, *of_order_and_grade]
+            # not metadata: some of reasoning-gym's lists a set, in another order in each process
+            content = [p.index, p.messages, p.answer, p.tokens, p.difficulty, p.token_budget]
             digest.update(json.dumps(content, default=str).encode())
         return digest.hexdigest()
 

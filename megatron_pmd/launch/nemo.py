@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_pmd.errors import LaunchError
+from megatron_pmd.errors import ConfigError, LaunchError
 from megatron_pmd.launch.script import Job, body, exports, options
 
 OWN = {
@@ -39,9 +39,9 @@ def executor(job: Job) -> Any:
         account=asked.get("account"),
         partition=asked.get("partition"),
         job_name_prefix="pmd.",
-        nodes=int(asked["nodes"] or 1),
-        ntasks_per_node=int(asked["ntasks-per-node"] or 1),
-        gpus_per_node=int(asked["gpus-per-node"] or 0) if "gpus-per-node" in asked else None,
+        nodes=_number(asked, "nodes"),
+        ntasks_per_node=_number(asked, "ntasks-per-node"),
+        gpus_per_node=_number(asked, "gpus-per-node") if "gpus-per-node" in asked else None,
         gres=asked.get("gres"),
         exclusive=True if "exclusive" in asked else None,
         mem=asked["mem"],
@@ -55,6 +55,16 @@ def executor(job: Job) -> Any:
             name: value for name, value in rest.items() if name.replace("_", "-") not in OWN
         },
     )
+
+
+def _number(asked: dict[str, str | None], option: str) -> int:
+    """SlurmExecutor takes no other: ConfigError for what else sbatch would."""
+    value = asked[option] or ""
+    if not value.isdigit():
+        raise ConfigError(
+            f"extra_sbatch: --{option}={value} is no number, and nemo-run takes no else: use --through sbatch"
+        )
+    return int(value)
 
 
 def home(job: Job) -> Path:

@@ -27,9 +27,10 @@ def check_inputs(config: RunConfig, replay: Path | None) -> None:
     for name in names:
         plugins.find(REWARDS.reference(name, what="reward.name"), what="reward.name")
     if "code" in names and replay is None:
-        from megatron_pmd.rewards.sandbox import Sandbox
+        from megatron_pmd.rewards.sandbox import Sandbox, first_sandbox
 
-        Sandbox(memory_bytes=0).close()
+        with first_sandbox():
+            Sandbox(memory_bytes=0).close()
     if config.rollout.function is not None:
         plugins.find(config.rollout.function, what="rollout.function")
     if config.rollout.agent is not None:

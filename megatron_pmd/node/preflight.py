@@ -73,7 +73,7 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
     except LaunchError as error:
         report.problems.append(str(error))
     report.software = software()
-    report.problems += disk_problems(limits, list(filter(None, [os.environ.get("PMD_SCRATCH")])))
+    report.problems += disk_problems(limits, _scratch())
     of_memory, of_room = plan_problems(config, allocation, folder)
     report.problems += of_memory
     report.shared_problems = disk_problems(limits, [folder]) + of_room
@@ -86,6 +86,11 @@ def check_nodes(config: RunConfig, folder: Path, allocation: Allocation) -> list
         raise LaunchError(f"pre-flight: {'; '.join(shared)}")
     refuse(judge(reports, limits.clock_skew_seconds), allocation)
     return reports
+
+
+def _scratch() -> list[str]:
+    """The folder on a disk of this node's own, where the profile has one."""
+    return list(filter(None, [os.environ.get("PMD_SCRATCH")]))
 
 
 def _limits() -> Preflight:
@@ -107,13 +112,16 @@ def check_engine_node(config: RunConfig, run: Path, driver: dict[str, Any]) -> N
         for key, value in _flat(own).items()
         if value != _flat(driver).get(key)
     ]
+    shared: list[str] = []
     if "PMD_GPU" in os.environ:  # a job of Slurm's, with the limits of its profile
         limits = _limits()
-        problems += disk_problems(limits, [run]) + core_problems()
+        problems += disk_problems(limits, _scratch()) + core_problems()
         problems += device_problems(config.devices_per_engine_node, limits, host, own["packages"])
+        shared = disk_problems(limits, [run])
     if problems:
         _leave_out(host)
-        raise LaunchError(f"engine node {host} cannot take part: {'; '.join(problems)}")
+    if problems or shared:
+        raise LaunchError(f"engine node {host} cannot take part: {'; '.join([*problems, *shared])}")
 
 
 def device_problems(devices: int, limits: Preflight, host: str, packages: dict[str, Any]) -> list[str]:

@@ -144,7 +144,11 @@ class Plan:
             beside = f", {per_node} ranks with their engines each" if config.devices_beside_ranks else ""
             found.append(f"{ranks} ranks do not fill nodes of {machines.devices_per_node} devices{beside}")
         engines = config.devices_per_engine_node
-        if engines > machines.devices_per_node and not machines.shares_host_memory:
+        if (
+            self.sampled_by == "engines"
+            and engines > machines.devices_per_node
+            and not machines.shares_host_memory
+        ):
             found.append(
                 f"layout.engine_nodes={config.layout.engine_nodes}: {config.engines_per_node} engines of "
                 f"rollout.tensor_parallel={config.rollout.tensor_parallel} need {engines} devices of a node, "

@@ -11,7 +11,7 @@ from megatron_pmd.data.problems import Problem
 from megatron_pmd.rewards.code_tests import Case, tests_of
 from megatron_pmd.rewards.graders import extract
 from megatron_pmd.rewards.pool import Verdict
-from megatron_pmd.rewards.sandbox import Sandbox, SandboxDied
+from megatron_pmd.rewards.sandbox import Sandbox, SandboxDied, first_sandbox
 from megatron_pmd.rewards.stated_answer import after_thinking
 from megatron_pmd.rewards.threaded import ThreadedReward
 
@@ -34,7 +34,8 @@ class CodeReward(ThreadedReward):
 
     def __enter__(self) -> CodeReward:
         try:
-            self._threads.submit(self._sandbox).result()
+            with first_sandbox():
+                self._threads.submit(self._sandbox).result()
         except BaseException:
             self._threads.shutdown()
             raise

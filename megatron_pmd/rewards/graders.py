@@ -12,7 +12,7 @@ from megatron_pmd.errors import ConfigError
 
 
 class Grader(Protocol):
-    """From a response to its reward; `truncated`: it was cut at its token budget."""
+    """From a response to its reward; `truncated`: it was cut, at its budget or in a repetition."""
 
     def __call__(self, response: str, problem: Problem, truncated: bool = False) -> float: ...
 
@@ -31,7 +31,7 @@ def grader(reward: Reward) -> Grader:
     """The function that `reward` names, on the part of the response that reward.answer says.
 
     A reward is called with (response, problem); one with a parameter `truncated` is also told whether the
-    response was cut at its token budget. Imports the reward's module and its libraries. Raises ConfigError if
+    response was cut. Imports the reward's module and its libraries. Raises ConfigError if
     that fails or if the name is unknown.
     """
     score = REWARDS.load(reward.name, what="reward.name")

@@ -41,7 +41,7 @@ class Verdict:
 
     reward: float
     error: str | None = None
-    """Why the reward is 0 although the grader gave no verdict."""
+    """Why there is no verdict of the grader: the response is worth reward.failed."""
 
     @classmethod
     def of_failure(cls, error: BaseException) -> Verdict:
@@ -125,7 +125,7 @@ class RewardPool:
     def submit(self, response: str, problem: Problem, truncated: bool = False) -> Future[Verdict]:
         """Grade one sample in the background; from asyncio, `await asyncio.wrap_future(pool.submit(...))`.
 
-        truncated: the response was cut at its token budget.
+        truncated: the response was cut, at its token budget or in a repetition.
 
         The future never holds an exception of the reward's. RuntimeError if the pool is not open; PmdError,
         here or from the future, if no worker can be started any more.

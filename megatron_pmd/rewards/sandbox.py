@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,18 @@ class SandboxDied(PmdError):
     """The processes of a sandbox are gone, or do not answer: of no program's doing that is known."""
 
 
+@contextmanager
+def first_sandbox() -> Iterator[None]:
+    """Around the first one that a node makes: ConfigError, with what is missing there, if it cannot."""
+    try:
+        yield
+    except SandboxDied as error:
+        raise ConfigError(
+            f"reward.name=code: no sandbox can be made on {socket.gethostname()}: {error}; "
+            "the kernel must allow this user namespaces of his own (docs/code.md, 'What a node needs')"
+        ) from None
+
+
 class Sandbox:
     """Runs one program after the other; several of these run several at a time.
 
@@ -51,8 +64,7 @@ class Sandbox:
     """
 
     def __init__(self, memory_bytes: int) -> None:
-        """memory_bytes: of one program, all that is mapped. ConfigError where a sandbox cannot be made,
-        SandboxDied where this process may start no other now, or open no further file."""
+        """memory_bytes: of one program, all that is mapped. SandboxDied where none can be made now."""
         self._memory_bytes = memory_bytes
         try:
             self._process = subprocess.Popen(
@@ -65,7 +77,7 @@ class Sandbox:
                 start_new_session=True,  # an interrupt from the terminal is not for it
             )
         except OSError as error:
-            raise SandboxDied(f"no sandbox could be started: {error}") from None
+            raise SandboxDied(f"no process could be started: {error}") from None
         try:
             self._receive(START_SECONDS)
         except SandboxDied as error:
@@ -73,11 +85,7 @@ class Sandbox:
             assert self._process.stderr is not None, "it is a pipe"
             said = self._process.stderr.read().decode(errors="replace").strip()
             self.close()
-            raise ConfigError(
-                f"reward.name=code: no sandbox can be made on {socket.gethostname()}: "
-                f"{said[-500:] or error}; "
-                "the kernel must allow this user namespaces of his own (docs/code.md, 'What a node needs')"
-            ) from None
+            raise SandboxDied(said[-500:] or str(error)) from None
 
     def __enter__(self) -> Self:
         return self

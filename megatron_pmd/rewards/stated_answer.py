@@ -62,7 +62,7 @@ def stated_answer(response: str, *, truncated: bool, text: bool) -> str | None:
 
     The last statement counts: a box, `Answer:`, `the answer is`, `####` or <answer>. A response without one
     states the value that is alone on its last line, or that its last sentence concludes with. One that was
-    cut at its token budget does not: there the last line is the middle of something.
+    cut does not: there the last line is the middle of something.
 
     text    the reference answer is words, not mathematics
     """

@@ -192,13 +192,13 @@ class RolloutGroups:
     def _take_over(self) -> None:
         """Enter what was carried over; a response that is too old for this rollout starts anew.
 
-        So do all of a complete group of which nothing would count: it would have waited to teach nothing.
+        So do all of a group that has ended and of which nothing would count: it waited to teach nothing.
         """
         members = [member for group in self.groups for member in group.members]
         self.accounts.carried = len(members)
         self.accounts.carried_tokens = sum(member.episode_length for member in members)
         for group in self.groups:
-            lost = group.complete and not any(
+            lost = all(member.ended for member in group.members) and not any(
                 segment.counted for member in group.members for segment in member.segments(self._counted_from)
             )
             for number, member in enumerate(group.members):
@@ -235,17 +235,18 @@ class RolloutGroups:
             and first < self.settings.weight_version - partial.max_staleness
         )
 
-    def refuse(self, member: Trajectory, reason: str) -> None:
+    def refuse(self, member: Trajectory, reason: str, worth: float = 0.0) -> None:
         """To be called for a response that cannot be begun. An evaluation counts it as wrong.
 
-        reason: of the engines, whose refusal is noted already, or of the agent's program.
+        worth: its reward there. reason: of the engines, whose refusal is noted already, or of the agent's
+        program.
         """
         self.accounts.first_refusal = self.accounts.first_refusal or reason
         if self._next_problem is None:
             # a rollout function may have inserted something before it asked
             self.accounts.dropped_tokens["refused"] += member.episode_length
             member.turns = [Turn(finish="length")]
-            member.reward, member.reward_error = 0.0, reason
+            member.reward, member.reward_error = worth, reason
         else:
             member.refused = True
 

@@ -97,6 +97,10 @@ class Sampler:
             interrupted=interrupted,
         )
 
+    def worth_of_failure(self, problem: Problem) -> float:
+        """Reward of a response to it that could not be graded, or begun in an evaluation."""
+        return problem.reward.failed if problem.reward else self.failed
+
     def run(self, rollout: RolloutGroups, on_sample: OnSample = lambda _: None) -> None:
         """Draw and grade what the rollout still lacks; on_sample is called for each finished response.
 
@@ -206,7 +210,7 @@ class _Draw:
         except ResponseStopped as stopped:
             member.stopped = str(stopped)
         except RequestRefused as refusal:
-            self._rollout.refuse(member, str(refusal))
+            self._rollout.refuse(member, str(refusal), self._sampler.worth_of_failure(group.problem))
         if member.finished:
             self._on_sample(group)
         if group.settled and (replacement := self._rollout.settled(group)):
@@ -271,10 +275,11 @@ class _Draw:
             member.teacher_log_probs = await self._teacher.log_probs(member.tokens, prompt, group.key)
         verdict = Verdict(0.0, error)
         if grading:
-            verdict = await self._client.unless_stopped(asyncio.wrap_future(grading))
-        worth = verdict.reward
-        if verdict.error is not None:
-            worth = group.problem.reward.failed if group.problem.reward else sampler.failed
+            asked = asyncio.wrap_future(grading)
+            # an agent's episode would begin anew for want of a grade
+            agent = isinstance(sampler.function, Agent)
+            verdict = await (asked if agent else self._client.unless_stopped(asked))
+        worth = verdict.reward if verdict.error is None else sampler.worth_of_failure(group.problem)
         # the one place where a response becomes finished: an attempt that failed half-way leaves it open
         member.response, member.reward_error, member.reward = response, verdict.error, worth
 
@@ -302,7 +307,7 @@ class _Draw:
         return graded, episode.response_text
 
     async def _by_agent(self, group: Group, member: Trajectory, agent: Agent) -> tuple[str, str | None]:
-        """The text to be graded, or why it is worth 0."""
+        """The text to be graded, or why there is none."""
         accounts, client = self._rollout.accounts, self._client
         async with self._programs:
             if client.stopping:

@@ -107,6 +107,11 @@ class Trajectory:
         return self.reward is not None
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing is left to sample, graded or not; a rollout function may think otherwise."""
+        return self.finished or bool(self.turns and self.turns[-1].finish)
+
+    @property
     def finish_reason(self) -> str:
         """The last sampled turn's."""
         return next((t.finish for t in reversed(self.turns) if t.finish not in (None, INSERTED)), "") or ""

@@ -81,8 +81,10 @@ def test_shared_experts_are_not_overlapped_where_that_would_be_wrong(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert settings.transformer_fields(configured(*asked))["moe_shared_expert_overlap"] is False
     assert "moe_shared_expert_overlap" not in settings.transformer_fields(configured())
-    with pytest.raises(ConfigError, match=r"decided by actor\.lora"):
-        settings.transformer_fields(configured('actor.megatron={"moe_shared_expert_overlap": true}'))
+    overlap = 'actor.megatron={"moe_shared_expert_overlap": true}'
+    with pytest.raises(ConfigError, match=r"moe_shared_expert_overlap: not with actor\.lora"):
+        settings.transformer_fields(configured(*asked, overlap))
+    assert settings.transformer_fields(configured(overlap))["moe_shared_expert_overlap"] is True
 
 
 @pytest.mark.parametrize(

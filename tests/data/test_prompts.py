@@ -157,8 +157,8 @@ def test_a_replayed_problem_that_is_not_among_these_is_named():
         source.record({("", 7): 1.0})
 
 
-@pytest.mark.parametrize("change", [{"difficulty": 2.0}, {"token_budget": 5}, {"metadata": {"tests": "[]"}}])
-def test_what_orders_and_grades_problems_is_part_of_which_data_they_are(change):
+@pytest.mark.parametrize("change", [{"difficulty": 2.0}, {"token_budget": 5}])
+def test_what_orders_and_limits_problems_is_part_of_which_data_they_are(change):
     before = PromptSource([replace(p, difficulty=1.0) for p in problems_of(3)], seed=0)
     after = [replace(p, difficulty=1.0) for p in problems_of(3)]
     after[1] = replace(after[1], **change)

@@ -151,7 +151,7 @@ def test_a_machine_that_starts_no_process_for_a_while_costs_the_samples_of_that_
         rewards._threads.submit(rewards._replace).result()
         monkeypatch.setattr(subprocess, "Popen", start)
         found = [graded(rewards, SUM, FORMS["APPS, TACO"][1]) for _ in range(3)]
-    said = "twice with this sample: no sandbox could be started: [Errno 11] Resource temporarily"
+    said = "twice with this sample: no process could be started: [Errno 11] Resource temporarily"
     assert found == [Verdict(0.0, said)] * 2 + [Verdict(1.0)]
 
 

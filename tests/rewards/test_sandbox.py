@@ -16,7 +16,7 @@ import pytest
 
 from megatron_pmd.errors import ConfigError, MissingPackage
 from megatron_pmd.rewards import sandbox as sandbox_module
-from megatron_pmd.rewards.sandbox import Outcome, Sandbox, SandboxDied
+from megatron_pmd.rewards.sandbox import Outcome, Sandbox, SandboxDied, first_sandbox
 from megatron_pmd.rewards.sandboxed import BOUNDED_CALLS, PLAIN_CALLS
 
 pytestmark = pytest.mark.skipif(
@@ -147,9 +147,12 @@ def test_a_node_that_allows_no_namespaces_is_named_with_what_bubblewrap_says(
     refusing.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2; exit 1\n")
     refusing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    with pytest.raises(
+    refused = pytest.raises(
         ConfigError, match=r"no sandbox can be made on .*No permissions to create.*docs/code\.md"
-    ):
+    )
+    with refused, first_sandbox():
+        Sandbox(memory_bytes=1)
+    with pytest.raises(SandboxDied, match="No permissions to create"):
         Sandbox(memory_bytes=1)
 
 
