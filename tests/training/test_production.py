@@ -164,7 +164,8 @@ def test_behind_an_update_in_place_only_what_was_asked_for_under_the_new_weights
     """Of rollout 0 some responses run when the weights change, and some wait for a slot: the engine lists the
     new weights alone for these, and may have their prompts cached under the old ones."""
     slots = PROMPTS * SAMPLES - 4
-    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=200, slots=slots, keep_requests=True)
+    # five seconds each: a busy machine has not ended one before the weights change
+    engine = StubEngine(median_tokens=400, sigma=0.0, tokens_per_second=80, slots=slots, keep_requests=True)
 
     async def body() -> None:
         order, engines = prompts(), dataclasses.replace(endpoint(url), keeps_cache=True)
