@@ -40,23 +40,22 @@ def begin_states(optimizer: Any) -> None:
     for part in parts:
         halves = parts_by_device(part.optimizer)
         for each in halves or [part.optimizer]:
-            if all(each.state[p] for group in each.param_groups for p in group["params"]):
-                continue
+            fresh = [p for group in each.param_groups for p in group["params"] if not each.state[p]]
             if isinstance(each, torch.optim.AdamW):
-                _begin_torchs(each)
+                begin_torchs(each, fresh)
             elif hasattr(each, "initialize_state"):
-                for parameter in (p for group in each.param_groups for p in group["params"]):
-                    each.initialize_state(
-                        parameter, False
-                    )  # store_param_remainders, as optimizer_fields has it
-            else:
+                for parameter in fresh:
+                    # False: store_param_remainders, as optimizer_fields has it
+                    each.initialize_state(parameter, False)
+            elif fresh:
                 part.init_state_fn(each, part.config)
         if halves:
             part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
-def _begin_torchs(adam: torch.optim.AdamW) -> None:
-    for parameter in (p for group in adam.param_groups for p in group["params"]):
+def begin_torchs(adam: torch.optim.AdamW, fresh: list[torch.Tensor]) -> None:
+    """The state that torch gives these parameters at their first step."""
+    for parameter in fresh:
         adam.state[parameter].update(
             step=torch.tensor(0.0),
             exp_avg=torch.zeros_like(parameter),

@@ -195,19 +195,15 @@ def adam_state() -> None:
     """
     from megatron.core.optimizer import distrib_optimizer
 
+    from megatron_pmd.actor.optimizer_state import begin_torchs
+
     cls = distrib_optimizer.DistributedOptimizer
     state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
     set_states = cls._set_main_param_and_optimizer_states
 
     def with_state(self: Any) -> Any:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter].update(
-                        step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
+        own = self.optimizer
+        begin_torchs(own, [p for group in own.param_groups for p in group["params"] if not own.state[p]])
         return state_dict(self)
 
     def own_step_each(self: Any, loaded: Any) -> None:
